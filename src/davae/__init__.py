@@ -1,0 +1,54 @@
+"""Double the resolution of a latent diffusion pipeline at the same token count.
+
+The names below are public and stay. They are looked up on first use, so that `import davae` stays light: it is also
+what makes a saved pipeline loadable, because `model_index.json` names its autoencoder `["davae", "AutoencoderDA"]` and
+diffusers then looks for that class, and for `ModelMixin`, in this module.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as ModelMixin
+
+    from davae.autoencoder_da import AutoencoderDA
+    from davae.flow import detail_weight, scheduled_flow_matching_loss
+    from davae.losses import channel_group_mean, detail_alignment_loss
+    from davae.upgrade import load_pipeline, upgrade, widen_transformer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderDA",
+    "channel_group_mean",
+    "detail_alignment_loss",
+    "detail_weight",
+    "load_pipeline",
+    "scheduled_flow_matching_loss",
+    "upgrade",
+    "widen_transformer",
+]
+
+_HOME = {
+    "AutoencoderDA": "davae.autoencoder_da",
+    "ModelMixin": "diffusers",
+    "channel_group_mean": "davae.losses",
+    "detail_alignment_loss": "davae.losses",
+    "detail_weight": "davae.flow",
+    "load_pipeline": "davae.upgrade",
+    "scheduled_flow_matching_loss": "davae.flow",
+    "upgrade": "davae.upgrade",
+    "widen_transformer": "davae.upgrade",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'davae' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # also where `import davae.upgrade` had bound the submodule of that name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,5 @@
+"""`python -m davae` is the `davae` command."""
+
+from davae.cli import main
+
+main()
