@@ -1,0 +1,133 @@
+"""LPIPS v0.1 (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features") in plain torch.
+
+A picture runs through an ImageNet classifier; at five depths the feature vectors of each position are scaled to unit
+length, and the distance is the squared difference of two pictures' vectors, weighted per channel by a trained head,
+averaged over positions and summed over depths.
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from davae.errors import CheckpointError, SettingsError
+
+MIN_SIDE = 32  # below this the last stage has no position left
+
+# The published scaling of pictures in [-1, 1] to the classifiers' input.
+INPUT_SHIFT = (-0.030, -0.088, -0.188)
+INPUT_SCALE = (0.458, 0.448, 0.450)
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of two batches of pictures; frozen, and differentiable with respect to both.
+
+    Build it with `LPIPS.alex()` or `LPIPS.vgg(path)`. It computes in float32; under autocast the convolutions run in
+    the caller's precision and everything after them stays in float32.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, stages: Sequence[nn.Sequential], weights: Path) -> None:
+        """Loads `weights` (see recipes/small_pair/build_lpips.py) into five stages, each [B,C,h,w] -> [B,C',h',w'].
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or belongs to another network.
+        """
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        tensors = _read(weights)
+        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        try:
+            for index, convolution in enumerate(convolutions):
+                convolution.load_state_dict({name: tensors[f"conv_{index}.{name}"] for name in ("weight", "bias")})
+            heads = [tensors[f"head_{index}"].float() for index in range(len(stages))]
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{weights} does not hold the weights of this LPIPS network ({error}): "
+                "convert the right one with recipes/small_pair/build_lpips.py"
+            ) from error
+        for index, head in enumerate(heads):
+            self.register_buffer(f"head_{index}", head.view(-1, 1, 1))
+        self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor(INPUT_SCALE).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    @classmethod
+    def alex(cls) -> Self:
+        """The AlexNet variant, whose weights ship with davae (convolutions at half precision)."""
+        stages = [
+            nn.Sequential(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()),
+            nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
+            nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        ]
+        return cls(stages, Path(str(files("davae") / "assets" / "lpips" / "alexnet.safetensors")))
+
+    @classmethod
+    def vgg(cls, path: Path | str) -> Self:
+        """The VGG16 variant from a local file (29 MB) that recipes/small_pair/build_lpips.py writes.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or belongs to another network.
+        """
+        stages, width = [], 3
+        for depth, next_width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+            layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if stages else []
+            for _ in range(depth):
+                layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU()]
+                width = next_width
+            stages.append(nn.Sequential(*layers))
+        return cls(stages, Path(path))
+
+    def forward(self, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+        """The distance of each pair, 0 for equal pictures, about 1 for unrelated ones.
+
+        Args:
+            image: pictures in [-1, 1], at least 32 px on each side.
+            other: pictures in [-1, 1], of the same shape.
+
+        Raises:
+            SettingsError: a side is under 32 px.
+        """
+        height, width = image.shape[-2:]
+        if min(height, width) < MIN_SIDE:
+            raise SettingsError(
+                f"LPIPS was given pictures of {height}x{width} px, but needs at least {MIN_SIDE} px a side: "
+                "use larger pictures or crops, or set the perceptual weight to 0"
+            )
+        # Two passes instead of one joined batch: a picture that needs no gradient then keeps no activations.
+        pairs = zip(self._features(image), self._features(other), strict=True)
+        distance = image.new_zeros(len(image), dtype=torch.float32)
+        for index, (features, other_features) in enumerate(pairs):
+            difference = (features - other_features).square() * self.get_buffer(f"head_{index}")
+            distance = distance + difference.sum(1).mean((1, 2))
+        return distance
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        """Feature vectors of unit length at the five depths, float32."""
+        features, hidden = [], (image.float() - self.shift) / self.scale
+        for stage in self.stages:
+            hidden = stage(hidden)
+            vectors = hidden.float()
+            # The reference divides by (length + 1e-10), whose gradient is not finite where a vector is zero. This
+            # differs from it by less than 1e-6 and stays finite.
+            features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
+        return features
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no LPIPS weights can be read from {path} ({error}): write them with recipes/small_pair/build_lpips.py"
+        ) from error
