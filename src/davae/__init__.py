@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin as ModelMixin
 
     from davae.autoencoder_da import AutoencoderDA
+    from davae.backbones import widen_transformer
     from davae.flow import detail_weight, scheduled_flow_matching_loss
     from davae.losses import channel_group_mean, detail_alignment_loss
-    from davae.upgrade import load_pipeline, upgrade, widen_transformer
+    from davae.upgrade import load_pipeline, upgrade
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,7 @@ _HOME = {
     "load_pipeline": "davae.upgrade",
     "scheduled_flow_matching_loss": "davae.flow",
     "upgrade": "davae.upgrade",
-    "widen_transformer": "davae.upgrade",
+    "widen_transformer": "davae.backbones",
 }
 
 
