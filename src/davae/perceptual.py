@@ -62,7 +62,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def alex(cls) -> Self:
-        """The AlexNet variant, whose weights ship with davae (convolutions at half precision)."""
+        """The AlexNet variant, whose weights ship with davae (all convolutions but the first at half precision)."""
         stages = [
             nn.Sequential(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()),
             nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
@@ -118,8 +118,8 @@ class LPIPS(nn.Module):
         for stage in self.stages:
             hidden = stage(hidden)
             vectors = hidden.float()
-            # The reference divides by (length + 1e-10), whose gradient is not finite where a vector is zero. This
-            # differs from it by less than 1e-6 and stays finite.
+            # The reference divides by (length + 1e-10), which has no finite gradient where a vector is zero. This has,
+            # and agrees with it to float32 precision: measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
 
