@@ -240,7 +240,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 ui-sans-serif, system-ui, "Segoe UI", Helvetica, Arial, sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 70rem; margin: 0 auto; padding: 3.5rem 1.5rem 4rem; }
+main { max-width: 78rem; margin: 0 auto; padding: 3.5rem 1.5rem 4rem; }
 h1, h2 { font-family: Charter, "Bitstream Charter", "Source Serif 4", Cambria, Georgia, serif; font-weight: 600;
   text-wrap: balance; }
 h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; }
@@ -252,10 +252,10 @@ figure { margin: 1.1rem 0 0; }
 figcaption { margin-top: .7rem; font-size: .86rem; line-height: 1.45; color: var(--soft); max-width: 54rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
-.pictures { width: 100%; max-width: calc(9rem + var(--columns) * 264px); table-layout: fixed;
+.pictures { width: 100%; max-width: calc(8rem + var(--columns) * 262px); table-layout: fixed;
   min-width: calc(7rem + var(--columns) * 7.5rem); }
 .pictures td, .pictures th { padding: 3px; vertical-align: middle; font-weight: 400; }
-.pictures thead td { width: 9rem; }
+.pictures thead td { width: 8rem; }
 .pictures thead th { font-size: .88rem; font-weight: 600; line-height: 1.3; vertical-align: bottom;
   padding-bottom: .5rem; }
 .pictures small { display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
@@ -269,9 +269,9 @@ table { border-collapse: collapse; }
 .numbers tr > :last-child { padding-right: 0; }
 .numbers thead th { border-bottom: 1px solid var(--strong); color: var(--soft); vertical-align: bottom; }
 .numbers .emphasis > * { font-weight: 650; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1px; margin: 1.1rem 0 0;
+dl { display: flex; flex-wrap: wrap; gap: 1px; max-width: 60rem; margin: 1.1rem 0 0;
   background: var(--line); border: 1px solid var(--line); border-radius: 4px; overflow: hidden; }
-dl div { background: var(--tint); padding: .9rem 1rem; display: flex; flex-direction: column-reverse;
+dl div { flex: 1 1 9.5rem; background: var(--tint); padding: .9rem 1rem; display: flex; flex-direction: column-reverse;
   justify-content: flex-end; }
 dd { margin: 0; font-size: 1.35rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 dt { font-size: .84rem; line-height: 1.35; color: var(--soft); margin-top: .15rem; }

@@ -1,0 +1,217 @@
+"""The command line: verbs that parse, call and print. What they do is in the modules that they import when called."""
+
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from davae import __version__
+from davae.errors import DavaeError, SettingsError
+
+if TYPE_CHECKING:
+    from davae.recipe import Recipe
+
+app = typer.Typer(
+    name="davae",
+    help="Double the resolution of a latent diffusion pipeline at the same token count.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_stdout = Console(soft_wrap=True, highlight=False)
+_stderr = Console(soft_wrap=True, highlight=False, stderr=True)
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, as resolved, and leave.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of the run.")]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
+PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
+Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb; a user's mistake is one line on stderr and the error's exit code, never a traceback."""
+    try:
+        app(arguments)
+    except DavaeError as error:
+        _stderr.print("[bold red]error[/]", end=" ")
+        _stderr.print(" ".join(str(error).split()), markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        _say(f"davae {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same folder goes on where it stopped.")] = Path(
+        "runs/demo"
+    ),
+    budget: Annotated[str, typer.Option(help="tiny (a check that all runs) or short (the demo).")] = "short",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Do the whole main job on the shipped pair and pictures, and write a page to look at."""
+    if dry_run:
+        return _show({"out": out, "budget": budget, "seed": seed})
+    from davae.demo import run_demo
+
+    _say(run_demo(out, budget, seed))
+
+
+@app.command()
+def inspect(pipeline: PipelinePath, dry_run: DryRun = False) -> None:
+    """Print factor, channels, tokens per size and ports of a pipeline, and what an upgrade would change."""
+    if dry_run:
+        return _show({"pipeline": pipeline})
+    from davae.inspection import describe
+    from davae.upgrade import load_pipeline
+
+    _show(describe(load_pipeline(pipeline)))
+
+
+@app.command()
+def train_autoencoder(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<recipe>.")] = None,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
+    from davae.recipe import load_recipe
+    from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+
+    resolved = load_recipe(AutoencoderRecipe, recipe, _overrides(settings))
+    if dry_run:
+        return _show_recipe(resolved)
+    _say(train_autoencoder(resolved, out or Path("runs") / recipe.stem))
+
+
+@app.command()
+def upgrade(
+    pipeline: PipelinePath,
+    autoencoder: Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the upgraded pipeline.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Write the upgraded pipeline, warm-started: a stock pipeline for twice the side length at the same tokens."""
+    if dry_run:
+        return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
+    from davae.autoencoder_da import AutoencoderDA
+    from davae.upgrade import load_pipeline, upgrade
+
+    upgrade(load_pipeline(pipeline), AutoencoderDA.from_pretrained(autoencoder)).save_pretrained(out)
+    _say(out)
+
+
+@app.command()
+def finetune(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<recipe>.")] = None,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, or all of it)."""
+    from davae.recipe import load_recipe
+    from davae.training.finetune import FinetuneRecipe, finetune
+
+    resolved = load_recipe(FinetuneRecipe, recipe, _overrides(settings))
+    if dry_run:
+        return _show_recipe(resolved)
+    _say(finetune(resolved, out or Path("runs") / recipe.stem))
+
+
+@app.command()
+def generate(
+    pipeline: PipelinePath,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture is made for each.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and their page.")] = Path("runs/generate"),
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; by default the pipeline's.")] = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Generate pictures from prompts."""
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
+    if dry_run:
+        return _show({"pipeline": pipeline, "prompts": prompts, "out": out, **settings})
+    from davae.evaluation.generation import generate
+
+    _say(generate(pipeline, prompts, out, **settings))
+
+
+@app.command()
+def reconstruct(
+    autoencoder: Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="Folder of an AutoencoderDA.")],
+    pictures: Pictures,
+    out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/reconstruct"),
+    size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Encode and decode held-out pictures, and measure PSNR, SSIM and LPIPS against base + bicubic."""
+    settings = {"size": size, "limit": limit}
+    if dry_run:
+        return _show({"autoencoder": autoencoder, "pictures": pictures, "out": out, **settings})
+    from davae.evaluation.reconstruction import reconstruct
+
+    _say(reconstruct(autoencoder, pictures, out, **settings))
+
+
+@app.command()
+def evaluate(
+    pipeline: PipelinePath,
+    pictures: Pictures,
+    out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/evaluate"),
+    count: Annotated[int, typer.Option(min=2, help="Pictures to generate, from as many captions.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Generate from the pictures' captions and measure KID against the pictures."""
+    settings = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    if dry_run:
+        return _show({"pipeline": pipeline, "pictures": pictures, "out": out, **settings})
+    from davae.evaluation.generation import evaluate
+
+    _say(evaluate(pipeline, pictures, out, **settings))
+
+
+def _say(text: object) -> None:
+    _stdout.print(str(text), markup=False)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    _say(json.dumps(facts, indent=2, default=str))
+
+
+def _show_recipe(recipe: "Recipe") -> None:
+    _say(recipe.to_toml())
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """`["steps=10", "data=pictures"]` -> `{"steps": 10, "data": "pictures"}`: values are TOML, or else bare strings."""
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {setting}: give it as KEY=VALUE, for instance --set steps=100")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text
+    return overrides

@@ -1,0 +1,81 @@
+"""What a pipeline is, in davae's terms, and what an upgrade would change of it."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from davae.backbones import backbone_of
+from davae.widen import LatentPorts
+
+_RESOLUTION_FACTOR = 2
+
+
+def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Facts of a pipeline as plain JSON values: factor, channels, tokens per size, ports, and the upgrade's effect.
+
+    `"upgrade"` is None for a pipeline that is upgraded already; for a base pipeline it says what the default upgrade
+    (as many detail channels as base channels, twice the side length) would change.
+
+    Raises:
+        SettingsError: if the transformer's family is unknown.
+    """
+    transformer, autoencoder = pipeline.transformer, pipeline.vae
+    ports = backbone_of(transformer).ports
+    patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
+    factor = _downsample_factor(pipeline)
+    channels = transformer.config.in_channels // ports.packed**2
+    detail_channels = autoencoder.config.get("detail_channels", 0)
+    side = (transformer.config.get("sample_size") or 64) * factor
+    sizes = sorted({side // 2, side, 2 * side})
+    facts = {
+        "pipeline": type(pipeline).__name__,
+        "transformer": type(transformer).__name__,
+        "transformer_parameters": transformer.num_parameters(),
+        "autoencoder": type(autoencoder).__name__,
+        "autoencoder_parameters": autoencoder.num_parameters(),
+        "upgraded": detail_channels > 0,
+        "downsample_factor": factor,
+        "latent_channels": channels,
+        "base_channels": channels - detail_channels,
+        "detail_channels": detail_channels,
+        "patch_size": patch,
+        "scaling_factor": autoencoder.config.get("scaling_factor"),
+        "shift_factor": autoencoder.config.get("shift_factor"),
+        "default_size": side,
+        "tokens": {str(size): (size // factor // patch) ** 2 for size in sizes},
+        "ports": {
+            name: {"layer": layer, "layout": layout, "weight": list(_layer(transformer, layer).weight.shape)}
+            for name, layer, layout in (
+                ("input", ports.input, ports.input_layout),
+                ("output", ports.output, ports.output_layout),
+            )
+        },
+    }
+    facts["upgrade"] = None if facts["upgraded"] else _upgrade_effect(transformer, ports, channels, factor, side, patch)
+    return facts
+
+
+def _upgrade_effect(
+    transformer: ModelMixin, ports: LatentPorts, channels: int, factor: int, side: int, patch: int
+) -> dict[str, Any]:
+    entry, leave = _layer(transformer, ports.input), _layer(transformer, ports.output)
+    added = entry.weight.numel() + leave.weight.numel() + (0 if leave.bias is None else leave.bias.numel())
+    return {
+        "detail_channels": channels,
+        "latent_channels": [channels, 2 * channels],
+        "downsample_factor": [factor, factor * _RESOLUTION_FACTOR],
+        "default_size": [side, side * _RESOLUTION_FACTOR],
+        "tokens_at_default_size": [(side // factor // patch) ** 2] * 2,
+        "added_transformer_parameters": added,
+        "changed_layers": [ports.input, ports.output],
+    }
+
+
+def _downsample_factor(pipeline: DiffusionPipeline) -> int:
+    known = getattr(pipeline, "vae_scale_factor", None)
+    return known or 2 ** (len(pipeline.vae.config.block_out_channels) - 1)  # DiT's pipeline does not say it
+
+
+def _layer(transformer: ModelMixin, name: str) -> nn.Module:
+    return transformer.get_submodule(name)
