@@ -1,0 +1,37 @@
+"""Where the files that ship with the package lie: the picture set, the pretrained pair, the weights of LPIPS."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from davae.errors import DataError
+
+
+def pictures() -> Path:
+    """Folder of the WebDataset shards of the shipped picture set (Fluent Emoji 3D, 256 px, captioned).
+
+    Raises:
+        DataError: the installation lacks it, as it may for all the functions of this module.
+    """
+    return _folder("pictures")
+
+
+def base_pipeline() -> Path:
+    """Folder of the shipped base pipeline, which `DiffusionPipeline.from_pretrained` loads with diffusers alone."""
+    return _folder("base_pipeline")
+
+
+def upgrade() -> Path:
+    """Folder of the shipped upgraded pipeline, fully trained."""
+    return _folder("upgrade")
+
+
+def lpips() -> Path:
+    """Folder of the weights of LPIPS."""
+    return _folder("lpips")
+
+
+def _folder(name: str) -> Path:
+    path = Path(str(files(__name__) / name))
+    if not path.is_dir():
+        raise DataError(f"{path} is missing: this installation of davae lacks shipped files; install it again whole")
+    return path

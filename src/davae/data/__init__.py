@@ -1,0 +1,1 @@
+"""Pictures and captions: reading them safely, and the order in which training sees them."""

@@ -1,0 +1,52 @@
+"""Which pictures, and which parts of them, a training step sees: pure functions of the seed and the step.
+
+No state is kept, so whoever resumes at a step sees what an undisturbed run would have seen.
+"""
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from davae.errors import SettingsError
+from davae.seeds import generator
+
+
+def batch_indices(count: int, batch_size: int, *, seed: int, step: int) -> list[int]:
+    """The pictures of one step, out of `count`.
+
+    The epochs' permutations, each keyed by (seed, epoch), are strung together and cut into batches: every epoch has
+    every picture exactly once, and a batch may reach from one epoch into the next.
+
+    Raises:
+        SettingsError: a number is outside its range.
+    """
+    if count < 1 or batch_size < 1 or step < 0:
+        given = f"count={count}, batch_size={batch_size}, step={step}"
+        raise SettingsError(f"{given}: allowed are at least one picture, a batch of at least 1, and steps from 0")
+    indices: list[int] = []
+    epoch, start = divmod(step * batch_size, count)
+    while len(indices) < batch_size:
+        permutation = torch.randperm(count, generator=generator(seed, "picture order", epoch))
+        indices += permutation[start : start + batch_size - len(indices)].tolist()
+        epoch, start = epoch + 1, 0
+    return indices
+
+
+def random_crops(
+    images: Shaped[Tensor, "batch channels height width"], size: int, *, seed: int, step: int
+) -> Shaped[Tensor, "batch channels size size"]:
+    """A square of side `size` out of each image, at a place of its own, every place equally likely.
+
+    Raises:
+        SettingsError: `size` is under 1 or above a side of the images.
+    """
+    height, width = images.shape[-2:]
+    if not 1 <= size <= min(height, width):
+        raise SettingsError(f"size={size}: allowed are crops of side 1 to {min(height, width)} out of these images")
+    random = generator(seed, "crop", step)
+    tops = torch.randint(height - size + 1, (len(images),), generator=random).tolist()
+    lefts = torch.randint(width - size + 1, (len(images),), generator=random).tolist()
+    crops = [
+        image[:, top : top + size, left : left + size] for image, top, left in zip(images, tops, lefts, strict=True)
+    ]
+    return torch.stack(crops)
