@@ -1,0 +1,111 @@
+"""Typed, strict settings that are read from TOML: an unknown key, a wrong type or a value out of range is an error."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from davae.errors import SettingsError
+
+
+class Recipe(pydantic.BaseModel):
+    """The settings of one run: frozen, strict, without unknown keys; tables nest one level deep at most.
+
+    Subclasses declare typed fields, each with a docstring under it; a table is a field whose type is a `Recipe`.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def to_toml(self) -> str:
+        """This recipe as TOML that `load_recipe` reads back as an equal recipe; fields that are None are left out."""
+        values = self.model_dump(mode="json")
+        tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+        lines = _toml_lines({key: value for key, value in values.items() if key not in tables})
+        for key, table in tables.items():
+            lines += ["", f"[{key}]", *_toml_lines(table)]
+        return "\n".join(lines).lstrip("\n") + "\n"
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the settings, defaults included, in a canonical form: equal recipes, equal digests."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = None) -> R:
+    """The recipe in the TOML file `path`, with `overrides` (dotted keys: `{"optimizer.betas": [0.9, 0.99]}`) on top.
+
+    Raises:
+        SettingsError: the file is missing or no TOML, a key is unknown or missing, a value has the wrong type or is
+            out of range. The message names the file, the key path, the value given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"recipe {path} cannot be read: {error.strerror}; give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"recipe {path} is no valid TOML: {error}") from error
+    for dotted, value in (overrides or {}).items():
+        *tables, key = dotted.split(".")
+        table = values
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise SettingsError(f"override {dotted}: {name} in recipe {path} is a value, not a table")
+        table[key] = value
+    try:
+        # JSON mode: strict about types, yet an array may fill a tuple and a string a path.
+        return cls.model_validate_json(json.dumps(values, default=str))
+    except pydantic.ValidationError as error:
+        problems = "\n".join(f"  {_explain(cls, problem)}" for problem in error.errors(include_url=False))
+        raise SettingsError(f"recipe {path} does not fit:\n{problems}") from error
+
+
+def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
+    """One line about one pydantic problem: key path, value given, allowed, nearest known name."""
+    location = problem["loc"]
+    dotted = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(cls, location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
+        return f'unknown key "{dotted}": {hint}known keys here: {", ".join(known)}'
+    if problem["type"] == "missing":
+        return f'missing key "{dotted}": it has no default, so the recipe must give it'
+    message = problem["msg"].removeprefix("Value error, ")
+    return f'key "{dotted}" = {problem["input"]!r}: {message[0].lower()}{message[1:]}' if dotted else message
+
+
+def _known_keys(cls: type[Recipe], location: tuple[str | int, ...]) -> list[str]:
+    """The keys of the table at `location` inside a recipe of type `cls`."""
+    for part in location:
+        annotation = cls.model_fields[str(part)].annotation
+        assert isinstance(annotation, type), "a table of a recipe is declared with a plain Recipe type"
+        assert issubclass(annotation, Recipe), "a table of a recipe is itself a Recipe"
+        cls = annotation
+    return list(cls.model_fields)
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+
+
+def _toml_value(value: str | bool | int | float | list[Any]) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, str):  # TOML's basic strings are JSON's, except that DEL must be escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    assert isinstance(value, int | float), f"a recipe holds scalars, lists and one level of tables, not {value!r}"
+    return repr(value)

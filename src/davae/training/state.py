@@ -1,0 +1,348 @@
+"""The state of a training run that knows no model: optimiser, EMA, schedule, metrics, checkpoints, resume."""
+
+import fcntl
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from rich.console import Console
+from torch import Tensor, nn
+
+from davae.errors import CheckpointError, NumericsError, SettingsError
+from davae.record import RunRecord, storage_error
+from davae.seeds import generator
+from davae.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_litter,
+    save_checkpoint,
+)
+from davae.training.interruption import Interrupted, stop_requests
+from davae.training.progress import StepProgress
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 5
+EMA_WARMUP_POWER = 0.75
+"""The EMA averages over about step ** 0.75 steps until its decay is reached: 178 of 1,000, 1,000 of 10,000."""
+
+
+def warmup_constant(peak: float, *, warmup_steps: int) -> Callable[[int], float]:
+    """A learning rate that rises linearly to `peak` over `warmup_steps` steps and stays there."""
+    return lambda step: peak * min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """A learning rate that rises linearly to `peak`, then falls on a half cosine to `floor` at `total_steps`."""
+
+    def learning_rate(step: int) -> float:
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return learning_rate
+
+
+class TrainingState:
+    """Everything of a training run but the loss: the same program, run again, goes on where the last one stopped.
+
+    The newest sound checkpoint in `folder` is loaded when the object is made; `step` is the number of steps done.
+
+        state = TrainingState(folder, {"autoencoder": model}, parameters, total_steps=1000, ...)
+        for step in state.steps():
+            state.update(loss(step))
+        with state.ema_weights():
+            model.save_pretrained(...)
+
+    On the CPU a run that was killed at any moment and started again ends with the same weights, bit for bit, if the
+    loss is a function of the weights, the step and random numbers keyed by it (`seeds.generator`). torch's global
+    generator is set anew from (seed, label, step) at every step, for dropout inside models.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, nn.Module],
+        parameters: Iterable[nn.Parameter],
+        *,
+        total_steps: int,
+        learning_rate: Callable[[int], float],
+        seed: int,
+        recipe_digest: str,
+        label: str = "training",
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        clip_norm: float = 1.0,
+        ema_decay: float = 0.999,
+        accumulation: int = 1,
+        mixed_precision: Literal["bf16"] | None = None,
+        checkpoint_every: int = 100,
+        keep: int = 3,
+        log_every: int = 10,
+        console: Console | None = None,
+    ) -> None:
+        """Move the models to the device, make optimiser and EMA, and load the newest sound checkpoint if there is one.
+
+        Args:
+            folder: holds `checkpoints/` and `metrics.jsonl`; created.
+            models: every model that has trained parameters, by a short name (a checkpoint has a file for each).
+            parameters: the parameters to train, all of them out of `models`. Only these and the models' buffers are
+                saved: frozen weights are the caller's to load again.
+            total_steps: optimiser steps of the whole run.
+            learning_rate: the learning rate of a step, a pure function (`warmup_constant`, `warmup_cosine`).
+            seed: the seed of the run.
+            recipe_digest: `Recipe.digest()`; a checkpoint of another recipe is refused.
+            label: what is trained, for the progress bar.
+            betas: AdamW's two.
+            weight_decay: AdamW's, decoupled.
+            clip_norm: the largest norm of all gradients together.
+            ema_decay: the decay of the EMA after its warm-up.
+            accumulation: parts of a step: `accumulate` for all but the last, `update` for the last.
+            mixed_precision: what `autocast` does: nothing, or bfloat16.
+            checkpoint_every: steps between checkpoints.
+            keep: how many of the newest checkpoints stay.
+            log_every: steps between lines of metrics.jsonl.
+            console: where progress is shown; the default is a new one on stderr.
+
+        Raises:
+            SettingsError: a parameter of no model, a reserved name, or more than one process.
+            CheckpointError: the newest checkpoint belongs to another recipe or to other models.
+            StorageError: the folder cannot be written.
+        """
+        self.accelerator = Accelerator(mixed_precision="no")  # autocast is ours: accelerate's is one per process
+        if self.accelerator.num_processes > 1:
+            raise SettingsError(f"training runs in one process, not in {self.accelerator.num_processes}")
+        self.device = self.accelerator.device
+        self.step = 0
+        self.skipped = 0
+        self.seconds = 0.0
+        self.total_steps, self.learning_rate, self.seed, self.label = total_steps, learning_rate, seed, label
+        self.clip_norm, self.accumulation, self.mixed_precision = clip_norm, accumulation, mixed_precision
+        self.checkpoint_every, self.keep, self.log_every = checkpoint_every, keep, log_every
+        self.recipe_digest = recipe_digest
+        self.record = RunRecord(folder)
+        self._folder = self.record.folder / "checkpoints"
+        self._console = console or Console(stderr=True)
+        self._models = dict(models)
+        for model in self._models.values():
+            model.to(self.device)
+        self._trained = _named(self._models, parameters)
+        weights = list(self._trained.values())
+        self.optimizer = torch.optim.AdamW(
+            weights, lr=learning_rate(0), betas=betas, weight_decay=weight_decay, fused=True
+        )
+        self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=True, power=EMA_WARMUP_POWER, foreach=True)
+        self._streak = 0
+        self._updated = False
+        self._parts: list[Tensor] = []
+        self._loss = math.nan
+        newest = latest_checkpoint(self._folder)
+        if newest is not None:
+            self._restore(load_checkpoint(newest, recipe_digest=recipe_digest), newest)
+            logger.info("%s goes on at step %d of %d", label, self.step, total_steps)
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of every step that is left; `update` must be called once in each.
+
+        Shows progress, saves every `checkpoint_every` steps and at the end.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the state after the running step is saved.
+            SettingsError: another process trains in the same folder.
+            StorageError: a checkpoint or a metrics line cannot be written.
+        """
+        with self._alone(), stop_requests() as request, self._progress() as progress:
+            remove_litter(self._folder)
+            self.record.truncate(self.step)
+            while self.step < self.total_steps:
+                began = time.monotonic()
+                torch.manual_seed(generator(self.seed, f"{self.label} step", self.step).initial_seed())
+                self._updated = False
+                yield self.step
+                assert self._updated, "call update() once in every step"
+                self.step += 1
+                self.seconds += time.monotonic() - began
+                progress.show(self.step, self._loss)
+                stop = request.signum
+                if stop or self.step % self.checkpoint_every == 0 or self.step == self.total_steps:
+                    self._save()
+                if stop:
+                    raise Interrupted(stop, self.step)
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Backward of one of the `accumulation` parts of a step; the step's loss is the mean of its parts' losses."""
+        self._parts.append(loss.detach().float())
+        self.accelerator.backward(loss / self.accumulation)
+
+    def update(self, loss: Tensor, logs: Mapping[str, Tensor | float] | None = None) -> None:
+        """Backward of the (last part of the) loss, then one step of optimiser, schedule and EMA, and a metrics line.
+
+        If the loss or the norm of the gradients is not finite, the step is skipped: weights, optimiser and EMA stay
+        bit for bit as they were, and the skip is counted and logged.
+
+        Args:
+            loss: a scalar with a graph.
+            logs: more scalars for the metrics line.
+
+        Raises:
+            NumericsError: five steps in a row were skipped.
+        """
+        assert not self._updated, "call update() once in every step, inside the loop over steps()"
+        self.accumulate(loss)
+        assert len(self._parts) == self.accumulation, f"{len(self._parts)} parts of {self.accumulation} in this step"
+        norm = self.accelerator.clip_grad_norm_(self._trained.values(), self.clip_norm)
+        self._loss, norm = torch.stack([torch.stack(self._parts).mean(), norm.float()]).tolist()
+        self._parts.clear()
+        self._updated = True
+        rate = self.learning_rate(self.step)
+        finite = math.isfinite(self._loss) and math.isfinite(norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self._ema.step(self._trained.values())
+        self.optimizer.zero_grad(set_to_none=True)
+        self._streak = 0 if finite else self._streak + 1
+        self.skipped += not finite
+        if not finite or self.step % self.log_every == 0 or self.step == self.total_steps - 1:
+            line = {"loss": self._loss, "loss_hex": self._loss.hex(), "learning_rate": rate, "grad_norm": norm}
+            line |= {name: float(value) for name, value in (logs or {}).items()}
+            self.log(line if finite else line | {"skipped": True})
+        if not finite:
+            logger.warning("step %d skipped: loss %g, gradient norm %g", self.step, self._loss, norm)
+        if self._streak == MAX_SKIPPED_IN_A_ROW:
+            raise NumericsError(
+                f"{self.label}: loss or gradient was not finite in {self._streak} steps in a row (step {self.step}: "
+                f"loss {self._loss}, gradient norm {norm}). The weights are those of before; look at the data of these "
+                "steps or lower the learning rate"
+            )
+
+    def log(self, values: Mapping[str, Tensor | float | str | bool]) -> None:
+        """Append a line to metrics.jsonl at once, under the running step: for example, held-out metrics."""
+        plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+        self.record.append({"step": self.step, **plain, "seconds": round(self.seconds, 3)})
+
+    def autocast(self) -> torch.autocast:
+        """The context for the networks' forward pass: bfloat16 where `mixed_precision` says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The models with the EMA's weights; the trained weights come back exactly at the end."""
+        weights = list(self._trained.values())
+        assert self._ema.temp_stored_params is None, "ema_weights() does not nest"
+        self._ema.store(weights)
+        try:
+            self._ema.copy_to(weights)
+            yield
+        finally:
+            self._ema.restore(weights)
+
+    def _progress(self) -> StepProgress:
+        return StepProgress(self.label, done=self.step, total=self.total_steps, console=self._console)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the folder's lock, which the system drops when the process dies, however it dies."""
+        path = self.record.folder / ".lock"
+        try:
+            file = path.open("wb")
+        except OSError as error:
+            raise storage_error(path, 0, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SettingsError(
+                    f"another process trains in {self.record.folder}: wait for it, stop it, or give another folder"
+                ) from error
+            yield
+
+    def _save(self) -> None:
+        assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
+        self.record.sync()
+        groups = {name: _saved_tensors(model, name, self._trained) for name, model in self._models.items()}
+        groups["ema"] = dict(zip(self._trained, (_on_cpu(shadow) for shadow in self._ema.shadow_params), strict=True))
+        groups["optimizer"] = {
+            f"{name}/{key}": _on_cpu(value)
+            for name, weight in self._trained.items()
+            for key, value in self.optimizer.state.get(weight, {}).items()
+        }
+        values = {
+            "total_steps": self.total_steps,
+            "learning_rate": self.learning_rate(self.step),
+            "ema_steps": self._ema.optimization_step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._streak,
+            "seconds": self.seconds,
+        }
+        checkpoint = Checkpoint(self.step, groups, values)
+        save_checkpoint(self._folder, checkpoint, recipe_digest=self.recipe_digest, keep=self.keep)
+
+    def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
+        groups = checkpoint.groups
+        for name, model in self._models.items():
+            _copy_into(_live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
+        shadows = dict(zip(self._trained, self._ema.shadow_params, strict=True))
+        _copy_into(shadows, groups["ema"], path / "ema.safetensors")
+        state: dict[int, dict[str, Tensor]] = {}
+        positions = {name: position for position, name in enumerate(self._trained)}
+        for full_name, tensor in groups["optimizer"].items():
+            name, key = full_name.rsplit("/", 1)
+            state.setdefault(positions[name], {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step = checkpoint.step
+        self._ema.optimization_step = checkpoint.values["ema_steps"]
+        self.skipped = checkpoint.values["skipped"]
+        self._streak = checkpoint.values["skipped_in_a_row"]
+        self.seconds = checkpoint.values["seconds"]
+
+
+def _named(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters by "model.name"."""
+    if reserved := {"ema", "optimizer"} & set(models):
+        raise SettingsError(f"a model cannot be called {reserved.pop()}: a checkpoint has a file of that name")
+    names = {id(p): f"{model}.{name}" for model in models for name, p in models[model].named_parameters()}
+    parameters = list(parameters)
+    strangers = [tuple(p.shape) for p in parameters if id(p) not in names]
+    if strangers or not parameters:
+        raise SettingsError(f"parameters to train must belong to the models given; these do not (shapes): {strangers}")
+    return {names[id(p)]: p for p in parameters}
+
+
+def _live_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its trained parameters and its persistent buffers, not copied."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    live = {name: p.detach() for name, p in parameters.items() if f"{model_name}.{name}" in trained}
+    return live | {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def _saved_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: _on_cpu(tensor) for name, tensor in _live_tensors(model, model_name, trained).items()}
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `saved` into `live`; both must have the same names, shapes and dtypes."""
+    for name in sorted(live.keys() ^ saved.keys()):
+        holder = "the checkpoint, not the model," if name in saved else "the model, not the checkpoint,"
+        raise CheckpointError(f"{path} does not fit: {holder} has a tensor {name}. Give a new folder to start afresh")
+    for name, tensor in live.items():
+        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
+            raise CheckpointError(
+                f"{path} does not fit: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there and "
+                f"{tuple(tensor.shape)} {tensor.dtype} in the model. Give a new folder to start afresh"
+            )
+        tensor.copy_(saved[name])
