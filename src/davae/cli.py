@@ -36,12 +36,13 @@ Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb; a user's mistake is one line on stderr and the error's exit code, never a traceback."""
+    """Run one verb; a user's mistake is its message on stderr and the error's exit code, never a traceback."""
     try:
         app(arguments)
     except DavaeError as error:
-        _stderr.print("[bold red]error[/]", end=" ")
-        _stderr.print(" ".join(str(error).split()), markup=False)
+        stopped = error.exit_code > 128  # by a signal, with everything saved
+        _stderr.print("[bold]stopped[/]" if stopped else "[bold red]error[/]", end=" ")
+        _stderr.print(str(error), markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,7 +22,7 @@ def picture_grid(
     columns: Sequence[str],
     notes: Sequence[str],
     rows: Sequence[str],
-    cells: Sequence[Sequence[UInt8[Tensor, "3 h w"] | None]],
+    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"] | None]],
     *,
     title: str = "",
 ) -> Image.Image:
@@ -77,7 +77,7 @@ def picture_grid(
 
 
 def curves_svg(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    series: Sequence[tuple[str, Sequence[float | int], Sequence[float | int]]],
     *,
     x_label: str,
     y_label: str,
@@ -153,7 +153,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _enlarged(picture: UInt8[Tensor, "3 h w"], height: int, width: int) -> Image.Image:
+def _enlarged(picture: UInt8[Tensor, "3 _ _"], height: int, width: int) -> Image.Image:
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
     factor = max(1, min(height // image.height, width // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -3,8 +3,6 @@
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import nn
-
 from davae.backbones import backbone_of
 from davae.widen import LatentPorts
 
@@ -28,7 +26,7 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
     detail_channels = autoencoder.config.get("detail_channels", 0)
     side = (transformer.config.get("sample_size") or 64) * factor
     sizes = sorted({side // 2, side, 2 * side})
-    facts = {
+    facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "transformer": type(transformer).__name__,
         "transformer_parameters": transformer.num_parameters(),
@@ -77,5 +75,5 @@ def _downsample_factor(pipeline: DiffusionPipeline) -> int:
     return known or 2 ** (len(pipeline.vae.config.block_out_channels) - 1)  # DiT's pipeline does not say it
 
 
-def _layer(transformer: ModelMixin, name: str) -> nn.Module:
+def _layer(transformer: ModelMixin, name: str) -> Any:
     return transformer.get_submodule(name)

@@ -6,7 +6,6 @@ nothing, escapes every text that it is given, and follows the reader's light or 
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.figures import curves_svg, picture_grid
+from davae.record import write_atomically
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pictures:
     """One title per column."""
     rows: Sequence[str]
     """One label per row, the prompt for instance."""
-    cells: Sequence[Sequence[UInt8[Tensor, "3 h w"] | None]]
+    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"] | None]]
     """`cells[row][column]`, RGB in 0..255; None leaves the place empty."""
     notes: Sequence[str] = ()
     """One short line under each column title (size, tokens, filter), or nothing."""
@@ -64,8 +64,8 @@ class Series:
     """One curve: its name, and values over steps."""
 
     name: str
-    steps: Sequence[float]
-    values: Sequence[float]
+    steps: Sequence[float | int]
+    values: Sequence[float | int]
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,7 @@ def write_figure(path: Path, pictures: Pictures, *, title: str = "") -> None:
 
 def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, content)
 
 
 def _paragraphs(text: str) -> str:
@@ -194,7 +189,7 @@ def _pictures(pictures: Pictures) -> str:
     return f"<figure><div class=scroll>{table}{head}</div>{_caption(pictures.caption)}</figure>"
 
 
-def _image(picture: UInt8[Tensor, "3 h w"], alt: str) -> str:
+def _image(picture: UInt8[Tensor, "3 _ _"], alt: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, format="WEBP", lossless=True)
     data = base64.b64encode(buffer.getvalue()).decode()

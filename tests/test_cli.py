@@ -1,0 +1,116 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+VERBS = ["demo", "inspect", "train-autoencoder", "upgrade", "finetune", "generate", "reconstruct", "evaluate"]
+ROOT = Path(__file__).parents[1]
+
+
+def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "davae", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_help_is_fast_and_names_every_verb() -> None:
+    began = time.perf_counter()
+    answer = davae("--help")
+    seconds = time.perf_counter() - began
+    assert answer.returncode == 0
+    assert all(verb in answer.stdout for verb in VERBS)
+    assert seconds < 2  # 0.2 s on an idle machine
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
+    answer = davae(verb, "--help")
+    assert answer.returncode == 0
+    assert "--dry-run" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo", "--budget", "tiny", "--seed", "3"], {"out": "runs/demo", "budget": "tiny", "seed": 3}),
+        (["inspect", "a"], {"pipeline": "a"}),
+        (["upgrade", "a", "b", "c"], {"pipeline": "a", "autoencoder": "b", "out": "c"}),
+        (["generate", "a", "red apple", "--size", "256"], {"prompts": ["red apple"], "size": 256, "seed": 0}),
+        (["reconstruct", "a", "b", "--limit", "4"], {"autoencoder": "a", "pictures": "b", "limit": 4}),
+        (["evaluate", "a", "b", "--count", "8"], {"pictures": "b", "count": 8}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_dry_run_prints_the_resolved_arguments(arguments: list[str], expected: dict[str, object]) -> None:
+    answer = davae(*arguments, "--dry-run")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout).items() >= expected.items()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    davae("demo", "--out", str(tmp_path / "run"), "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version() -> None:
+    assert davae("--version").stdout.startswith("davae 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "red apple", "--steps", "0"],
+        ["generate", "a", "red apple", "--seed", "-1"],
+        ["evaluate", "a"],
+        ["fly"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_leave_with_2_and_no_traceback(arguments: list[str]) -> None:
+    answer = davae(*arguments)
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_a_missing_pipeline_is_one_error_without_a_traceback(tmp_path: Path) -> None:
+    answer = davae("inspect", str(tmp_path / "nowhere"))
+    assert answer.returncode in {2, 4}
+    assert "nowhere" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+RECIPES = {"train-autoencoder": "davae.training.autoencoder", "finetune": "davae.training.finetune"}
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+@pytest.mark.parametrize("option", ["--set", "file"])
+def test_unknown_recipe_key_leaves_with_2_and_suggests_the_nearest(tmp_path: Path, verb: str, option: str) -> None:
+    if find_spec(RECIPES[verb]) is None:
+        pytest.skip(f"{RECIPES[verb]} is not written yet")
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text("sede = 3\n" if option == "file" else "")
+    answer = davae(verb, str(recipe), "--dry-run", *(["--set", "sede=3"] if option == "--set" else []))
+    assert answer.returncode == 2
+    assert "sede" in answer.stderr
+    assert "seed" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_missing_recipe_leaves_with_2(tmp_path: Path, verb: str) -> None:
+    if find_spec(RECIPES[verb]) is None:
+        pytest.skip(f"{RECIPES[verb]} is not written yet")
+    answer = davae(verb, str(tmp_path / "none.toml"))
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 40

