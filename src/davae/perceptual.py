@@ -6,9 +6,7 @@ averaged over positions and summed over depths.
 """
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from davae import assets
 from davae.errors import CheckpointError, SettingsError
 
 MIN_SIDE = 32  # below this the last stage has no position left
@@ -43,7 +42,13 @@ class LPIPS(nn.Module):
         """
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        tensors = _read(weights)
+        try:
+            tensors = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"no LPIPS weights can be read from {weights} ({error}): "
+                "write them with recipes/small_pair/build_lpips.py"
+            ) from error
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         try:
             for index, convolution in enumerate(convolutions):
@@ -61,7 +66,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def alex(cls) -> Self:
+    def alex(cls) -> "LPIPS":
         """The AlexNet variant, whose weights ship with davae (all convolutions but the first at half precision)."""
         stages = [
             nn.Sequential(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()),
@@ -70,16 +75,17 @@ class LPIPS(nn.Module):
             nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
             nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
         ]
-        return cls(stages, Path(str(files("davae") / "assets" / "lpips" / "alexnet.safetensors")))
+        return cls(stages, assets.lpips() / "alexnet.safetensors")
 
     @classmethod
-    def vgg(cls, path: Path | str) -> Self:
+    def vgg(cls, path: Path | str) -> "LPIPS":
         """The VGG16 variant from a local file (29 MB) that recipes/small_pair/build_lpips.py writes.
 
         Raises:
             CheckpointError: the file is missing, damaged, or belongs to another network.
         """
-        stages, width = [], 3
+        stages: list[nn.Sequential] = []
+        width = 3
         for depth, next_width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
             layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if stages else []
             for _ in range(depth):
@@ -122,12 +128,3 @@ class LPIPS(nn.Module):
             # and agrees with it to float32 precision: measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"no LPIPS weights can be read from {path} ({error}): write them with recipes/small_pair/build_lpips.py"
-        ) from error

@@ -1,0 +1,1 @@
+"""Measurements on pictures, reconstructions and generated sets."""

