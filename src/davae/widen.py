@@ -1,0 +1,148 @@
+"""Widening: both latent ports of a transformer grow by zeros, so that it takes and gives D more channels (Sec. 3.2).
+
+Nothing here knows a model family: `davae.backbones` says for each one where its ports are and how they are laid out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from davae.errors import SettingsError
+
+Transformer = TypeVar("Transformer", bound=ModelMixin)
+
+
+@dataclass(frozen=True)
+class LatentPorts:
+    """The two layers where latents enter and leave a transformer, and where the channel axis `c` hides in each.
+
+    Layouts are einops patterns of the weights: `d` width, `c` latent channel, `p q` patch, `k` prediction (for instance
+    mean and variance). The bias of the output port has the output layout without `d`.
+    """
+
+    input: str
+    """Dotted name of the patch embed."""
+    input_layout: str
+    """Layout of its weight, for instance `"d c p q"` for a convolution."""
+    output: str
+    """Dotted name of the output projection."""
+    output_layout: str
+    """Layout of its weight, for instance `"(p q c) d"`."""
+    packed: int = 1
+    """Side of the patches that the pipeline packs into channels before the transformer sees them; 1 if it does not."""
+
+
+def pad_channels(weight: Tensor, layout: str, detail_channels: int, **axes: int) -> Tensor:
+    """Append `detail_channels` zero channels to the axis `c` of a port's weight or bias.
+
+    Args:
+        weight: the tensor to pad.
+        layout: its einops pattern; `c` is the latent channel, alone or inside a flattened axis.
+        detail_channels: how many channels to add.
+        **axes: the sizes of the axes that share brackets with `c`, for instance `p=2, q=2, k=1`.
+
+    Returns:
+        A new tensor of the same layout, in which the old channels come first and the new ones are zero.
+    """
+    others = [axis for axis in layout.replace("(", " ").replace(")", " ").split() if axis != "c"]
+    channels_last = " ".join([*others, "c"])
+    padded = pad(rearrange(weight, f"{layout} -> {channels_last}", **axes), (0, detail_channels))
+    return rearrange(padded, f"{channels_last} -> {layout}", **axes).contiguous()
+
+
+def widen_ports(
+    transformer: Transformer, ports: LatentPorts, *, base_channels: int, detail_channels: int
+) -> Transformer:
+    """A transformer of the same class for base_channels + detail_channels latent channels that starts as the base.
+
+    For any finite detail input its first `base_channels` outputs are the base's and the others are zero (of each
+    prediction, if there are several). The sums are the same but for added zeros: in float32 they agree to the last bit
+    wherever the matrix kernels add in the same order for both widths, as they do for real models with patches of 2.
+
+    All tensors but the ports are shared with `transformer`, not copied: training one in place trains the other. Mode,
+    dtype, device and `requires_grad` are those of `transformer`.
+
+    Raises:
+        SettingsError: if `transformer` does not have `base_channels` latent channels, or if its layers are not the
+            plain ones of its class (LoRA layers, quantised layers).
+    """
+    _check_channels(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)
+    config = {
+        name: value * (base_channels + detail_channels) // base_channels
+        for name in ("in_channels", "out_channels")
+        if (value := transformer.config.get(name)) is not None
+    }
+    with init_empty_weights(include_buffers=False):
+        widened = type(transformer).from_config({**transformer.config, **config})
+
+    tensors = transformer.state_dict()
+    if tensors.keys() != widened.state_dict().keys():
+        foreign = sorted(tensors.keys() ^ widened.state_dict().keys())
+        raise SettingsError(
+            f"this {type(transformer).__name__} is not as its class builds it: {', '.join(foreign[:3])} "
+            f"({len(foreign)} tensors in all) differ; fuse or unload adapters, and widen before you quantise"
+        )
+    widened.load_state_dict(
+        {**tensors, **_padded_ports(transformer, ports, base_channels, detail_channels)}, assign=True
+    )
+    for name, buffer in transformer.named_buffers():  # positions are those of the base's grid, persistent or not
+        owner, _, attribute = name.rpartition(".")
+        setattr(widened.get_submodule(owner), attribute, buffer)
+    for name, parameter in transformer.named_parameters():
+        widened.get_parameter(name).requires_grad_(parameter.requires_grad)
+    for name, module in transformer.named_modules():  # `from_config` returns everything in train mode
+        widened.get_submodule(name).training = module.training
+    if transformer.is_gradient_checkpointing:
+        widened.enable_gradient_checkpointing()
+    return widened
+
+
+def _check_channels(transformer: ModelMixin, ports: LatentPorts, *, base_channels: int, detail_channels: int) -> None:
+    has = transformer.config.in_channels // ports.packed**2
+    if base_channels != has:
+        raise SettingsError(
+            f"base_channels={base_channels}, but this {type(transformer).__name__} has {has} latent channels "
+            f"(in_channels={transformer.config.in_channels}): pass base_channels={has}"
+        )
+    if detail_channels < 1:
+        raise SettingsError(f"detail_channels={detail_channels} must be 1 or more")
+    for name in (ports.input, ports.output):
+        if not isinstance(transformer.get_submodule(name), nn.Linear | nn.Conv2d):
+            raise SettingsError(
+                f"the port {name} of this {type(transformer).__name__} is a "
+                f"{type(transformer.get_submodule(name)).__name__}, not a plain layer: "
+                "fuse or unload adapters, and widen before you quantise"
+            )
+
+
+def _padded_ports(
+    transformer: ModelMixin, ports: LatentPorts, base_channels: int, detail_channels: int
+) -> Mapping[str, Tensor]:
+    """The state-dict entries of both ports, padded; the bias of the input port has no channel axis and stays."""
+    patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
+    rows = transformer.get_parameter(f"{ports.output}.weight").shape[0]
+    sizes = {"p": patch, "q": patch, "k": rows // (patch * patch * base_channels)}
+    layouts = {
+        f"{ports.input}.weight": ports.input_layout,
+        f"{ports.output}.weight": ports.output_layout,
+        f"{ports.output}.bias": ports.output_layout.removesuffix(" d"),
+    }
+    tensors = transformer.state_dict()
+    with torch.no_grad():
+        return {
+            name: pad_channels(
+                tensors[name],
+                layout,
+                detail_channels,
+                **{axis: size for axis, size in sizes.items() if axis in layout and "(" in layout},
+            )
+            for name, layout in layouts.items()
+            if name in tensors
+        }

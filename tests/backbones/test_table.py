@@ -1,0 +1,135 @@
+"""Every row of the table: the widened model is the base on the base channels, and zero on the others."""
+
+import pytest
+import torch
+
+import tiny
+from davae.backbones import BACKBONES, backbone_of, widen_transformer
+from davae.errors import SettingsError
+
+BASE_CHANNELS = 16  # with fewer, matrix kernels may sum the base and the widened model in different orders
+CAPTION = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+WIDE_CAPTION = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+TIMESTEP = torch.tensor([250.0, 900.0])
+
+
+def run_flux(model, latents):
+    ids = torch.zeros(16, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    return unpack(
+        model(
+            hidden_states=pack(latents),
+            encoder_hidden_states=WIDE_CAPTION,
+            pooled_projections=WIDE_CAPTION[:, 0],
+            timestep=TIMESTEP / 1000,
+            img_ids=ids,
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+    )
+
+
+def run_qwen(model, latents):
+    return unpack(
+        model(
+            hidden_states=pack(latents),
+            encoder_hidden_states=WIDE_CAPTION,
+            encoder_hidden_states_mask=torch.ones(2, 5, dtype=torch.bool),
+            timestep=TIMESTEP / 1000,
+            img_shapes=[[(1, 4, 4)]] * 2,
+            return_dict=False,
+        )[0]
+    )
+
+
+def run_sana(model, latents):
+    return model(latents, CAPTION, TIMESTEP, return_dict=False)[0]
+
+
+def run_pixart(model, latents):
+    return model(latents, CAPTION, TIMESTEP, return_dict=False)[0]
+
+
+def run_dit(model, latents):
+    return model(latents, TIMESTEP.long(), torch.tensor([1, 2]), return_dict=False)[0]
+
+
+def run_sd3(model, latents):
+    caption = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    return model(latents, caption, caption[:, 0], TIMESTEP, return_dict=False)[0]
+
+
+def pack(latents):
+    """As `FluxPipeline._pack_latents` and Qwen's: [b, c, 2h, 2w] -> [b, h w, 4c], channels outermost."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens):
+    b, _, width = tokens.shape
+    return tokens.view(b, 4, 4, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, width // 4, 8, 8)
+
+
+CASES = {
+    "sd3-1": (lambda: tiny.tiny_sd3(patch_size=1), run_sd3),
+    "sd3-2": (lambda: tiny.tiny_sd3(patch_size=2), run_sd3),
+    "sd3-4": (lambda: tiny.tiny_sd3(patch_size=4), run_sd3),
+    "flux": (tiny.tiny_flux, run_flux),
+    "qwen": (tiny.tiny_qwen, run_qwen),
+    "sana-1": (lambda: tiny.tiny_sana(patch_size=1), run_sana),
+    "sana-2": (lambda: tiny.tiny_sana(patch_size=2), run_sana),
+    "pixart-2": (lambda: tiny.tiny_pixart(patch_size=2), run_pixart),
+    "pixart-4": (lambda: tiny.tiny_pixart(patch_size=4), run_pixart),
+    "dit-1": (lambda: tiny.tiny_dit(patch_size=1), run_dit),
+    "dit-2": (lambda: tiny.tiny_dit(patch_size=2), run_dit),
+    "dit-4": (lambda: tiny.tiny_dit(patch_size=4), run_dit),
+}
+
+
+@pytest.fixture
+def one_thread():
+    """Several threads may split the sums of a 1x1 convolution in another order for 32 input channels than for 16."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("detail_channels", [16, 48])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_the_warm_start_is_exact(case, detail_channels):
+    build, run = CASES[case]
+    base = build()
+    widened = widen_transformer(base, base_channels=BASE_CHANNELS, detail_channels=detail_channels)
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, BASE_CHANNELS, 8, 8, generator=generator)
+    detail = 5 * torch.randn(2, detail_channels, 8, 8, generator=generator)
+
+    expected = run(base, latents)
+    # models that predict a variance beside the mean have two groups of channels, and each grows
+    groups = expected.shape[1] // BASE_CHANNELS
+    output = run(widened, torch.cat([latents, detail], dim=1)).unflatten(1, (groups, BASE_CHANNELS + detail_channels))
+
+    assert type(widened) is type(base)
+    assert expected.std() > 0.01
+    assert torch.equal(output[:, :, :BASE_CHANNELS].flatten(1, 2), expected)
+    assert torch.equal(output[:, :, BASE_CHANNELS:], torch.zeros_like(output[:, :, BASE_CHANNELS:]))
+
+
+def test_every_row_has_a_case():
+    assert {type(build()).__name__ for build, _ in CASES.values()} == set(BACKBONES)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(SettingsError, match=r"AutoencoderKL is of no family that davae knows.*SD3Transformer2DModel"):
+        backbone_of(tiny.tiny_vae())
+
+
+def test_a_family_with_ports_only_says_that_it_cannot_be_trained():
+    backbone = backbone_of(tiny.tiny_flux())
+    with pytest.raises(SettingsError, match="not trained here yet"):
+        backbone.condition(None, ["a"])
+    with pytest.raises(SettingsError, match="not trained here yet"):
+        backbone.velocity(None, torch.zeros(1, 4, 2, 2), torch.zeros(1), {})

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from einops import rearrange
+
+import tiny
+from davae.backbones import widen_transformer
+from davae.errors import SettingsError
+from davae.widen import pad_channels
+
+PORTS = ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
+
+
+def test_padding_keeps_each_channel_at_its_place_in_every_patch_position():
+    weight = torch.arange(2 * 2 * 2 * 3 * 5.0).view(2 * 2 * 2 * 3, 5) + 1
+    padded = pad_channels(weight, "(p q k c) d", 4, p=2, q=2, k=2)
+    before = rearrange(weight, "(p q k c) d -> p q k c d", p=2, q=2, k=2)
+    after = rearrange(padded, "(p q k c) d -> p q k c d", p=2, q=2, k=2)
+    assert torch.equal(after[:, :, :, :3], before)
+    assert not after[:, :, :, 3:].any()
+
+
+def test_padding_a_convolution_appends_input_channels():
+    weight = torch.randn(6, 3, 2, 2)
+    padded = pad_channels(weight, "d c p q", 5)
+    assert torch.equal(padded[:, :3], weight)
+    assert padded.shape == (6, 8, 2, 2)
+    assert not padded[:, 3:].any()
+
+
+def test_the_widened_model_shares_every_tensor_but_the_ports():
+    base = tiny.tiny_sd3()
+    widened = widen_transformer(base, base_channels=16, detail_channels=16)
+    shared = base.state_dict()
+    for name, tensor in widened.state_dict().items():
+        assert (tensor.data_ptr() == shared[name].data_ptr()) == (name not in PORTS), name
+    assert widened.config.in_channels == widened.config.out_channels == 32
+    assert base.config.in_channels == 16
+
+
+def test_buffers_that_no_state_dict_holds_are_the_bases():
+    base = tiny.tiny_pixart()
+    base.pos_embed.pos_embed.mul_(3)
+    widened = widen_transformer(base, base_channels=16, detail_channels=16)
+    assert "pos_embed.pos_embed" not in base.state_dict()
+    assert torch.equal(widened.pos_embed.pos_embed, base.pos_embed.pos_embed)
+    assert all(tensor.device.type == "cpu" for tensor in [*widened.parameters(), *widened.buffers()])
+
+
+def test_mode_dtype_gradients_and_checkpointing_are_kept():
+    base = tiny.tiny_sd3().to(torch.bfloat16).eval().requires_grad_(False)
+    base.proj_out.requires_grad_(True)
+    base.transformer_blocks[1].train()
+    base.enable_gradient_checkpointing()
+    widened = widen_transformer(base, base_channels=16, detail_channels=16)
+    assert widened.dtype == torch.bfloat16
+    assert not widened.training
+    assert widened.transformer_blocks[1].attn.training
+    assert widened.is_gradient_checkpointing
+    trainable = [name for name, parameter in widened.named_parameters() if parameter.requires_grad]
+    assert trainable == ["proj_out.weight", "proj_out.bias"]
+
+
+def test_a_fresh_model_of_the_widened_config_loads_its_weights_strictly(tmp_path):
+    widened = widen_transformer(tiny.tiny_sd3(), base_channels=16, detail_channels=16)
+    type(widened).from_config(widened.config).load_state_dict(widened.state_dict(), strict=True)
+    widened.save_pretrained(tmp_path)
+    reloaded = type(widened).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, reloaded[name]) for name, tensor in widened.state_dict().items())
+
+
+def test_both_new_parts_learn_from_the_first_step_on():
+    """Zeros on both sides are no dead start: the base loss moves the new input, the detail loss the new output."""
+    widened = widen_transformer(tiny.tiny_sd3(), base_channels=16, detail_channels=16)
+    caption = torch.randn(1, 5, 32)
+    output = widened(torch.randn(1, 32, 8, 8), caption, caption[:, 0], torch.tensor([500.0]), return_dict=False)[0]
+    (output - torch.randn_like(output)).square().mean().backward()
+    assert widened.pos_embed.proj.weight.grad[:, 16:].abs().min() > 0
+    assert widened.proj_out.bias.grad.view(2, 2, 32)[..., 16:].abs().min() > 0
+
+
+@pytest.mark.parametrize(("build", "wrong"), [(tiny.tiny_sd3, 8), (tiny.tiny_sd3, 32), (tiny.tiny_flux, 64)])
+def test_a_wrong_number_of_base_channels_is_refused(build, wrong):
+    with pytest.raises(SettingsError, match=rf"base_channels={wrong}.*pass base_channels=16"):
+        widen_transformer(build(), base_channels=wrong, detail_channels=16)
+
+
+def test_no_detail_is_refused():
+    with pytest.raises(SettingsError, match="detail_channels=0 must be 1 or more"):
+        widen_transformer(tiny.tiny_sd3(), base_channels=16, detail_channels=0)
+
+
+@pytest.mark.parametrize("target", ["proj_out", "to_q"])
+def test_a_model_with_adapters_is_refused(target):
+    from peft import LoraConfig
+
+    base = tiny.tiny_sd3()
+    base.add_adapter(LoraConfig(r=2, target_modules=[target]))
+    with pytest.raises(SettingsError, match="fuse or unload adapters"):
+        widen_transformer(base, base_channels=16, detail_channels=16)
