@@ -3,8 +3,7 @@
 import struct
 import warnings
 import zlib
-from io import BytesIO
-from typing import BinaryIO
+from io import BufferedReader, BytesIO
 
 import numpy as np
 import torch
@@ -92,7 +91,9 @@ def read_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_si
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
-def check_picture(stream: BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> None:
+def check_picture(
+    stream: BytesIO | BufferedReader, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+) -> None:
     """The checks that `read_picture` makes before it decodes, without decoding.
 
     Raises:
@@ -101,7 +102,7 @@ def check_picture(stream: BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, 
     _open(stream, name, max_pixels=max_pixels, min_side=min_side).close()
 
 
-def _open(stream: BinaryIO, name: str, *, max_pixels: int, min_side: int) -> Image.Image:
+def _open(stream: BytesIO | BufferedReader, name: str, *, max_pixels: int, min_side: int) -> Image.Image:
     if not stream.read(1):
         raise PictureRefused(name, "empty, zero bytes; save or download it again")
     try:
@@ -124,14 +125,15 @@ def _open(stream: BinaryIO, name: str, *, max_pixels: int, min_side: int) -> Ima
     return image
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(image: Image.Image) -> int:
     # read after the pixels are: PNG may carry EXIF behind them, and Pillow turns a TIFF by itself when it loads it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return image.getexif().get(ExifTags.Base.Orientation)
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DECODER_ERRORS:
-        return None
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _to_srgb(image: Image.Image, name: str) -> Image.Image:
@@ -140,8 +142,8 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
     match image.mode:
         case "L" | "RGB" | "CMYK" if not image.has_transparency_data:
             return _apply_profile(image, image.info.get("icc_profile"))
-        case "1" | "L" | "P" | "PA" | "LA" | "La" | "RGB" | "RGBA" | "RGBa" | "RGBX" | "YCbCr" | "HSV":
-            rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        case "1" | "L" | "P" | "PA" | "LA" | "RGB" | "RGBA" | "RGBX" | "YCbCr":
+            rgba = image.convert("RGBA")
         case mode:
             raise PictureRefused(name, f"its colour mode {mode} is not read; convert it to RGB")
     colour = _apply_profile(rgba.convert("RGB"), image.info.get("icc_profile"))

@@ -1,0 +1,299 @@
+"""Odd pictures: each gives the pixels that a person sees, or a refusal that names the reason."""
+
+import random
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from davae.data.pictures import FORMATS, PictureRefused, check_picture, read_picture
+
+HEIGHT, WIDTH = 24, 40
+_y, _x = np.mgrid[0:HEIGHT, 0:WIDTH]
+# no symmetry, so that every orientation differs; grey levels of all sizes
+PATTERN = np.stack([_x * 6, _y * 10, (_x + 2 * _y) * 2], axis=-1).astype(np.uint8)
+GREY = PATTERN[..., 0]
+HALF = _x < WIDTH // 2
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    stream = BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def rgb(array: np.ndarray = PATTERN) -> Image.Image:
+    return Image.fromarray(array)
+
+
+def png(header: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    body = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in body)
+
+
+def exif(orientation: object) -> Image.Exif:
+    result = Image.Exif()
+    result[274] = orientation
+    return result
+
+
+def profile(*, swap_red_and_green: bool = False) -> bytes:
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if swap_red_and_green:
+        data = data.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
+    return data
+
+
+def pixels(data: bytes) -> np.ndarray:
+    picture = read_picture(data, "picture")
+    assert picture.is_contiguous()
+    return picture.permute(1, 2, 0).numpy()
+
+
+def grey(array: np.ndarray) -> np.ndarray:
+    return np.repeat(array[..., None], 3, axis=-1)
+
+
+def close(given: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> bool:
+    return given.shape == expected.shape and np.abs(given.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+def paletted() -> Image.Image:
+    image = Image.fromarray((_x // 10 + 4 * (_y // 12)).astype(np.uint8), "L").convert("P")
+    image.putpalette([value for index in range(8) for value in (index * 30, 255 - index * 20, index * 7)])
+    return image
+
+
+PALETTE_PIXELS = np.asarray(paletted().convert("RGB"))
+ALPHA = np.where(HALF, 255, 0).astype(np.uint8)
+ON_WHITE = np.where(HALF[..., None], PATTERN, 255).astype(np.uint8)
+GREY_ON_WHITE = grey(np.where(HALF, GREY, 255).astype(np.uint8))
+SIXTEEN = GREY.astype(np.uint16) * 257 + 100
+SIXTEEN_ROWS = b"".join(b"\0" + row.astype(">u2").tobytes() for row in SIXTEEN)
+FRAMES = {"save_all": True, "append_images": [rgb(255 - PATTERN)], "duration": 100}
+
+EXACT = {
+    "png": (encode(rgb(), "PNG"), PATTERN),
+    "webp": (encode(rgb(), "WEBP", lossless=True), PATTERN),
+    "bmp": (encode(rgb(), "BMP"), PATTERN),
+    "tiff": (encode(rgb(), "TIFF"), PATTERN),
+    "tiff, lzw": (encode(rgb(), "TIFF", compression="tiff_lzw"), PATTERN),
+    "ppm": (encode(rgb(), "PPM"), PATTERN),
+    "grey": (encode(rgb(GREY), "PNG"), grey(GREY)),
+    "one bit": (encode(Image.fromarray(HALF), "PNG"), grey(HALF * np.uint8(255))),
+    "grey and alpha": (encode(Image.merge("LA", [rgb(GREY), rgb(ALPHA)]), "PNG"), GREY_ON_WHITE),
+    "alpha": (encode(rgb(np.dstack([PATTERN, ALPHA])), "PNG"), ON_WHITE),
+    "alpha, webp": (encode(rgb(np.dstack([PATTERN, ALPHA])), "WEBP", lossless=True), ON_WHITE),
+    "half alpha": (encode(rgb(np.dstack([PATTERN, ALPHA * 0 + 51])), "PNG"), np.rint(PATTERN * 0.2 + 204)),
+    "colour key": (
+        encode(rgb(), "PNG", transparency=(0, 0, 0)),
+        np.where(PATTERN.any(-1, keepdims=True), PATTERN, 255),
+    ),
+    "grey key": (encode(rgb(GREY), "PNG", transparency=6), grey(np.where(GREY == 6, 255, GREY))),
+    "palette": (encode(paletted(), "PNG"), PALETTE_PIXELS),
+    "palette, gif": (encode(paletted(), "GIF"), PALETTE_PIXELS),
+    "palette with a transparent colour": (
+        encode(paletted(), "PNG", transparency=5),
+        np.where(np.asarray(paletted())[..., None] == 5, 255, PALETTE_PIXELS),
+    ),
+    "palette with alphas": (
+        encode(paletted(), "PNG", transparency=bytes([255, 255, 0])),
+        np.where(np.asarray(paletted())[..., None] == 2, 255, PALETTE_PIXELS),
+    ),
+    "grey 16 bit, png": (encode(rgb(SIXTEEN), "PNG"), grey(GREY)),
+    "grey 16 bit, tiff": (encode(rgb(SIXTEEN), "TIFF"), grey(GREY)),
+    "grey 16 bit with a key": (
+        png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 0, 0, 0, 0), SIXTEEN_ROWS, (b"tRNS", struct.pack(">H", 100))),
+        grey(np.where(GREY == 0, 255, GREY)),
+    ),
+    "rgb 16 bit": (
+        png(
+            struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0),
+            b"".join(b"\0" + (row.astype(np.uint16) * 257).astype(">u2").tobytes() for row in PATTERN),
+        ),
+        PATTERN,
+    ),
+    "integers": (encode(rgb(SIXTEEN.astype(np.int32)), "TIFF"), grey(GREY)),
+    "floats": (encode(rgb((GREY / 255).astype(np.float32)), "TIFF"), grey(GREY)),
+    "cmyk, tiff": (encode(Image.fromarray(np.dstack([255 - PATTERN, GREY * 0]), "CMYK"), "TIFF"), PATTERN),
+    "rgbx, tiff": (encode(Image.fromarray(np.dstack([PATTERN, GREY]), "RGBX"), "TIFF"), PATTERN),
+    "animated gif": (encode(paletted(), "GIF", save_all=True, append_images=[rgb()]), PALETTE_PIXELS),
+    "animated png": (encode(rgb(), "PNG", **FRAMES), PATTERN),
+    "animated webp": (encode(rgb(), "WEBP", lossless=True, **FRAMES), PATTERN),
+    "many pages": (encode(rgb(), "TIFF", save_all=True, append_images=[rgb(255 - PATTERN)]), PATTERN),
+    "profile of sRGB": (encode(rgb(), "PNG", icc_profile=profile()), PATTERN),
+    "broken profile": (encode(rgb(), "PNG", icc_profile=b"no profile at all"), PATTERN),
+    "cut profile": (encode(rgb(), "PNG", icc_profile=profile()[:200]), PATTERN),
+    "profile of another space": (
+        encode(rgb(), "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()),
+        PATTERN,
+    ),
+    "broken exif": (encode(rgb(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), PATTERN),
+    "exif of garbage": (encode(rgb(), "WEBP", lossless=True, exif=b"\xde\xad\xbe\xef" * 5), PATTERN),
+    "orientation 0": (encode(rgb(), "PNG", exif=exif(0)), PATTERN),
+    "orientation 99": (encode(rgb(), "PNG", exif=exif(99)), PATTERN),
+    "bytes behind the end": (encode(rgb(), "PNG") + b"tail" * 99, PATTERN),
+}
+
+LOSSY = {
+    "jpeg": encode(rgb(), "JPEG", quality=100, subsampling=0),
+    "progressive jpeg": encode(rgb(), "JPEG", quality=100, subsampling=0, progressive=True),
+    "cmyk jpeg": encode(Image.fromarray(np.dstack([255 - PATTERN, GREY * 0]), "CMYK"), "JPEG", quality=100),
+    "ycbcr, tiff": encode(rgb().convert("YCbCr"), "TIFF"),
+    "mpo": encode(rgb(), "MPO", save_all=True, append_images=[rgb(255 - PATTERN)], quality=100, subsampling=0),
+    "jpeg with broken exif": encode(rgb(), "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_lossless_pictures_have_the_pixels_that_a_person_sees(kind):
+    data, expected = EXACT[kind]
+    assert close(pixels(data), expected)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_lossy_pictures_have_the_pixels_that_a_person_sees(kind):
+    assert close(pixels(LOSSY[kind]), PATTERN, tolerance=8)
+
+
+def test_adobe_jpeg_without_its_marker_is_read_as_plain_cmyk():
+    inverted = LOSSY["cmyk jpeg"]
+    marker = inverted.index(b"\xff\xee")
+    length = int.from_bytes(inverted[marker + 2 : marker + 4], "big")
+    plain = inverted[:marker] + inverted[marker + 2 + length :]
+    expected = np.asarray(Image.open(BytesIO(plain)).convert("RGB"))
+    assert close(pixels(plain), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_every_orientation_is_turned_upright(kind, orientation):
+    # what a camera stores, given how it was held, so that the upright picture is the pattern
+    stored = {
+        1: PATTERN,
+        2: PATTERN[:, ::-1],
+        3: PATTERN[::-1, ::-1],
+        4: PATTERN[::-1],
+        5: PATTERN.transpose(1, 0, 2),
+        6: np.rot90(PATTERN, 1),
+        7: PATTERN[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PATTERN, -1),
+    }[orientation]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(rgb(np.ascontiguousarray(stored)), kind, exif=exif(orientation), **options)
+    assert close(pixels(data), PATTERN, tolerance=0)
+
+
+def test_a_profile_changes_the_colours():
+    red = np.zeros_like(PATTERN)
+    red[..., 0] = 255
+    given = pixels(encode(rgb(red), "PNG", icc_profile=profile(swap_red_and_green=True)))
+    assert close(given, red[..., [1, 0, 2]], tolerance=2)
+    alpha = np.dstack([red, ALPHA])
+    given = pixels(encode(rgb(alpha), "PNG", icc_profile=profile(swap_red_and_green=True)))
+    assert close(given, np.where(HALF[..., None], red[..., [1, 0, 2]], 255), tolerance=2)
+
+
+def text_bomb() -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for index in range(80):
+        info.add_text(f"key{index}", "a" * (1 << 20), zip=True)
+    return encode(rgb(), "PNG", pnginfo=info)
+
+
+def bomb(side: int) -> bytes:
+    return png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"")
+
+
+def damaged_data() -> bytes:
+    data = bytearray(encode(rgb(), "PNG"))
+    data[data.index(b"IDAT") + 20] ^= 0xFF
+    return bytes(data)
+
+
+REFUSED = {
+    "zero bytes": (b"", "empty"),
+    "html": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "format"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>', "format"),
+    "eps": (encode(rgb(), "EPS"), "format"),
+    "ico": (encode(rgb(np.zeros((32, 32, 3), np.uint8)), "ICO"), "format"),
+    "noise": (random.Random(0).randbytes(2000), "format"),
+    "12000 squared": (bomb(12_000), "64000000"),
+    "20000 squared": (bomb(20_000), "64000000"),
+    "one pixel": (encode(rgb(PATTERN[:1, :1]), "PNG"), "1x1"),
+    "a line": (encode(rgb(np.zeros((20_000, 1, 3), np.uint8)), "PNG"), "1x20000"),
+    "lab": (encode(Image.fromarray(PATTERN, "RGB").convert("LAB"), "TIFF"), "mode LAB"),
+    "negative integers": (encode(rgb(SIXTEEN.astype(np.int32) - 1000), "TIFF"), "0..65535"),
+    "large integers": (encode(rgb(SIXTEEN.astype(np.int32) * 2), "TIFF"), "0..65535"),
+    "large floats": (encode(rgb(GREY.astype(np.float32)), "TIFF"), "[0, 1]"),
+    "not a number": (encode(rgb(np.full((32, 32), np.nan, np.float32)), "TIFF"), "[0, 1]"),
+    "damaged data": (damaged_data(), "damaged"),
+    "text bomb": (text_bomb(), "damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_is_refused_with_name_and_reason(kind):
+    data, reason = REFUSED[kind]
+    with pytest.raises(PictureRefused) as refusal:
+        read_picture(data, "folder/picture")
+    assert refusal.value.name == "folder/picture"
+    assert reason in refusal.value.reason
+    assert str(refusal.value).startswith("folder/picture: ")
+    assert refusal.value.exit_code == 3
+
+
+def test_limits_hold_on_the_header_and_are_arguments():
+    data = encode(rgb(), "PNG")
+    assert close(pixels(data), PATTERN)
+    for options in ({"max_pixels": HEIGHT * WIDTH - 1}, {"min_side": HEIGHT + 1}):
+        with pytest.raises(PictureRefused):
+            read_picture(data, "picture", **options)
+        with pytest.raises(PictureRefused):
+            check_picture(BytesIO(data[:60]), "picture", **options)
+    read_picture(data, "picture", max_pixels=HEIGHT * WIDTH, min_side=HEIGHT)
+    check_picture(BytesIO(data[:60]), "picture", max_pixels=HEIGHT * WIDTH, min_side=HEIGHT)
+
+
+WHOLE = {name: EXACT[name][0] for name in ("png", "webp", "bmp", "tiff", "tiff, lzw", "ppm", "palette, gif")} | {
+    name: LOSSY[name] for name in ("jpeg", "progressive jpeg")
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_truncated_picture_is_refused_unless_nothing_of_it_is_missing(kind):
+    data = WHOLE[kind]
+    whole = pixels(data)
+    refused = 0
+    for part in range(1, 20):
+        try:
+            assert close(pixels(data[: len(data) * part // 20]), whole, tolerance=0), f"{part}/20"
+        except PictureRefused:
+            refused += 1
+    assert refused >= 15  # of a PNG the last chunk may be missing
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_damaged_bytes_give_a_picture_or_a_refusal(kind):
+    mutate = random.Random(kind)
+    for _ in range(150):
+        data = bytearray(WHOLE[kind])
+        for _ in range(mutate.randint(1, 8)):
+            data[mutate.randrange(min(len(data), mutate.choice([32, 200, len(data)])))] = mutate.randrange(256)
+        try:
+            picture = read_picture(bytes(data), "picture", max_pixels=1_000_000)
+        except PictureRefused:
+            continue
+        assert picture.shape[0] == 3
+        assert min(picture.shape[1:]) >= 16
+
+
+def test_every_allowed_format_is_in_the_corpus():
+    seen = {Image.open(BytesIO(data)).format for data in WHOLE.values()}
+    assert seen == set(FORMATS)
