@@ -45,7 +45,7 @@ def test_ssim_of_flat_pictures_is_its_luminance_term_per_picture():
     expected = (2 * a * b + stabiliser) / (a**2 + b**2 + stabiliser)
     flat = torch.ones(2, 3, 32, 32)
     similarity = ssim(flat * levels.view(2, 1, 1, 1), flat * others.view(2, 1, 1, 1))
-    torch.testing.assert_close(similarity, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(similarity, expected, atol=1e-4, rtol=0)
 
 
 def test_kid_is_the_sum_over_pairs_written_out():
