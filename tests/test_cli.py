@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 VERBS = ["demo", "inspect", "train-autoencoder", "upgrade", "finetune", "generate", "reconstruct", "evaluate"]
-ROOT = Path(__file__).parents[1]
 
 
 def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -109,8 +108,3 @@ def test_missing_recipe_leaves_with_2(tmp_path: Path, verb: str) -> None:
     answer = davae(verb, str(tmp_path / "none.toml"))
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 40

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
+_COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
 _TEXT = "#010203"  # stands for the page's own text colour, see `curves_svg`
 _INK, _SOFT, _LINE = "#1b1b1a", "#6a6a64", "#d8d8d2"
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
+
 from davae.backbones import backbone_of
 from davae.widen import LatentPorts
 

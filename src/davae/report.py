@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.figures import curves_svg, picture_grid
-from davae.record import write_atomically
+from davae.record import storage_error, write_atomically
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,10 @@ def write_figure(path: Path, pictures: Pictures, *, title: str = "") -> None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(path, len(content), error) from error
     write_atomically(path, content)
 
 

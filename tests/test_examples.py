@@ -1,0 +1,53 @@
+"""Every example runs, on a tiny pipeline of stock classes."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from davae import AutoencoderDA
+from tiny import tiny_sd3_pipeline, tiny_vae
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+needs_upgrade = pytest.mark.skipif(find_spec("davae.upgrade") is None, reason="davae.upgrade is not written yet")
+
+
+def run(name: str, *arguments: Path | str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_sd3_pipeline(vae=tiny_vae(16)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_examples_are_short() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py") if len(path.read_text().splitlines()) > 40} == set()
+
+
+@needs_upgrade
+def test_upgrade_then_generate(base: Path, tmp_path: Path) -> None:
+    assert "StableDiffusion3Pipeline" in run("upgrade_pipeline.py", base, tmp_path / "upgraded")
+    run("generate.py", tmp_path / "upgraded", tmp_path / "apple.png", "red apple", "2")
+    assert Image.open(tmp_path / "apple.png").size == (64, 64)
+
+
+def test_warm_start(base: Path) -> None:
+    lines = run("warm_start.py", base).splitlines()
+    assert [float(line.split()[-1]) for line in lines] == [0.0, 0.0]
+
+
+def test_look_at_latents(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoencoderDA.from_base(tiny_vae(), detail_channels=8).save_pretrained(tmp_path / "autoencoder")
+    Image.linear_gradient("L").resize((70, 50)).convert("RGB").save(tmp_path / "picture.png")
+    told = run("look_at_latents.py", tmp_path / "autoencoder", tmp_path / "picture.png")
+    assert "base (1, 4, 6, 8), detail (1, 8, 6, 8)" in told
