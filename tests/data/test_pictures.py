@@ -145,7 +145,7 @@ LOSSY = {
     "jpeg": encode(rgb(), "JPEG", quality=100, subsampling=0),
     "progressive jpeg": encode(rgb(), "JPEG", quality=100, subsampling=0, progressive=True),
     "cmyk jpeg": encode(Image.fromarray(np.dstack([255 - PATTERN, GREY * 0]), "CMYK"), "JPEG", quality=100),
-    "ycbcr, tiff": encode(rgb().convert("YCbCr"), "TIFF"),
+    "tiff with jpeg inside": encode(rgb(), "TIFF", compression="jpeg", quality=100),
     "mpo": encode(rgb(), "MPO", save_all=True, append_images=[rgb(255 - PATTERN)], quality=100, subsampling=0),
     "jpeg with broken exif": encode(rgb(), "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
 }

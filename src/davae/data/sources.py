@@ -231,6 +231,7 @@ def _texts(name: str, texts: dict[str, StoredBytes]) -> tuple[str, str | None]:
     if ".json" in texts:
         try:
             metadata = json.loads(_text(texts[".json"]))
+            json.dumps(metadata, ensure_ascii=False).encode()  # escapes can spell half characters, which are no text
         except (ValueError, RecursionError) as error:
             raise PictureRefused(name, f"its {texts['.json'].name} is no JSON ({error}); mend it") from error
         if isinstance(metadata, dict):

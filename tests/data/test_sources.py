@@ -1,0 +1,451 @@
+"""Folders and shards: what is taken, what is refused and said, and what a hostile tar can do."""
+
+import hashlib
+import io
+import os
+import random
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from davae import assets
+from davae.data.sources import fit, heldout, open_pictures
+from davae.errors import DataError, SettingsError
+
+HELDOUT_OF_FORTY = ["017", "023", "035"]
+
+
+def picture(seed: int, width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    stream = BytesIO()
+    Image.fromarray(values).save(stream, kind)
+    return stream.getvalue()
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def captioned(count: int) -> dict[str, bytes]:
+    files = {f"{index:03d}.png": picture(index) for index in range(count)}
+    return files | {f"{index:03d}.txt": f"picture {index}\n".encode() for index in range(count)}
+
+
+def tar(path: Path, files: dict[str, bytes], *odd: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            shard.addfile(member, io.BytesIO(data))
+        for member in odd:
+            shard.addfile(member, io.BytesIO(bytes(member.size)))
+    return path
+
+
+def reasons(pictures) -> dict[str, str]:
+    return {refusal.name: refusal.reason for refusal in pictures.refused}
+
+
+# folders
+
+
+def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
+    files = {
+        "b.png": picture(1),
+        "b.txt": "\ufeff two words \n".encode(),
+        "a.JPG": picture(2, 48, 40, "JPEG"),
+        "a.txt": "a caf\u00e9".encode(),
+        "sub/c.webp": picture(3, 64, 64, "WEBP"),
+        "sub/c.json": b'{"caption": "from json", "group": "things"}',
+        "d.png": picture(4),
+        "d.txt": b"from txt",
+        "d.json": b'{"caption": "from json", "group": 7}',
+        "notes.md": b"no picture",
+        ".hidden.png": b"",
+        ".git/e.png": b"",
+    }
+    pictures = open_pictures(fill(tmp_path, files), size=32)
+    assert pictures.keys == ["a", "b", "d", "sub/c"]
+    assert pictures.captions == ["a caf\u00e9", "two words", "from txt", "from json"]
+    assert pictures.groups == [None, None, None, "things"]
+    assert pictures.refused == []
+    assert pictures.refusals_summary() == "0 refused"
+    batch = pictures.batch([1, 0, 3])
+    assert (batch.shape, batch.dtype) == ((3, 3, 32, 32), torch.float32)
+    assert torch.equal(((batch[0] + 1) * 127.5).round().to(torch.uint8), pictures.image(1))
+    original = torch.from_numpy(np.array(Image.open(BytesIO(files["b.png"])))).permute(2, 0, 1)
+    assert torch.equal(pictures.image(1), original)
+
+
+def test_what_is_left_out_is_listed_with_its_reason(tmp_path):
+    files = captioned(1) | {
+        "small.png": picture(1, 31, 64),
+        "small.txt": b"too small",
+        "silent.png": picture(2),
+        "blank.png": picture(3),
+        "blank.txt": b" \n",
+        "latin.png": picture(4),
+        "latin.txt": "caf\u00e9".encode("latin-1"),
+        "page.jpg": b"<html>not found</html>",
+        "page.txt": b"a page",
+        "photo.heic": b"\0\0\0\x18ftypheic",
+        "photo.txt": b"a photo",
+        "list.png": picture(5),
+        "list.json": b'["caption"]',
+        "broken.png": picture(6),
+        "broken.json": b"[" * 100_000,
+        "half.png": picture(7),
+        "half.json": b'{"caption": "\\ud800"}',
+        "twice.jpg": picture(8, kind="JPEG"),
+        "twice.png": picture(9),
+        "twice.txt": b"one of two",
+        "long.png": picture(10),
+        "long.txt": b"a" * ((1 << 20) + 1),
+    }
+    fill(tmp_path, files)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "good.png").symlink_to("000.png")
+    (tmp_path / "good.txt").write_text("a link to a file")
+    pictures = open_pictures(tmp_path, size=32)
+    assert pictures.keys == ["000", "good", "twice"]
+    expected = {
+        "small.png": "31x64",
+        "silent.png": "no caption",
+        "blank.png": "no caption",
+        "latin.txt": "UTF-8",
+        "page.jpg": "format",
+        "photo.heic": "format",
+        "list.png": "no caption",
+        "broken.png": "JSON",
+        "half.png": "JSON",
+        "twice.png": "twice.jpg",
+        "long.txt": "1048576",
+        "pipe.png": "regular",
+        "loop.png": "opened",
+        "gone.png": "opened",
+    }
+    given = reasons(pictures)
+    assert given.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in given[name], name
+    assert pictures.refusals_summary().startswith(f"{len(expected)} refused: ")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    fill(tmp_path, captioned(1))
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png")).write_bytes(picture(1))
+    assert "UTF-8" in reasons(open_pictures(tmp_path, size=32))["'\\udcff.png'"]
+
+
+def test_nothing_usable_says_what_was_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"looked for .*\.png.*32 pixels.*0 refused"):
+        open_pictures(tmp_path, size=32)
+    fill(tmp_path, {"a.png": picture(0), "notes.txt": b"no caption of a"})
+    with pytest.raises(DataError, match=r"1 refused: a\.png: no caption"):
+        open_pictures(tmp_path, size=32)
+    with pytest.raises(DataError, match="no folder"):
+        open_pictures(tmp_path / "missing", size=32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"size": 8}, {"size": 32, "min_side": 31}, {"size": 32, "split": "test"}, {"size": 32, "limit": 0}],
+)
+def test_arguments_outside_their_range_are_refused(tmp_path, arguments):
+    fill(tmp_path, captioned(1))
+    with pytest.raises(SettingsError, match="allowed"):
+        open_pictures(tmp_path, **arguments)
+
+
+def test_a_wanted_side_above_the_size(tmp_path):
+    files = captioned(1) | {"large.png": picture(1, 64, 64), "large.txt": b"large"}
+    assert open_pictures(fill(tmp_path, files), size=32, min_side=64).keys == ["large"]
+
+
+def test_a_limit_takes_pictures_from_all_over(tmp_path):
+    fill(tmp_path, captioned(10))
+    assert open_pictures(tmp_path, size=32, limit=3).keys == ["000", "003", "006"]
+    assert len(open_pictures(tmp_path, size=32, limit=11)) == 10
+
+
+def test_damage_behind_the_header_is_found_by_sound(tmp_path):
+    files = captioned(3)
+    files["001.png"] = files["001.png"][:-200]
+    pictures = open_pictures(fill(tmp_path, files), size=32)
+    assert len(pictures) == 3
+    with pytest.raises(DataError, match=r"001\.png: damaged"):
+        pictures.batch([0, 1])
+    sound = pictures.sound()
+    assert (sound.keys, sound.captions) == (["000", "002"], ["picture 0", "picture 2"])
+    assert list(reasons(sound)) == ["001.png"]
+    assert torch.equal(sound.image(1), pictures.image(2))
+    assert sound.sound() is sound
+    assert sound.digest != pictures.digest
+    (tmp_path / "000.png").write_bytes(files["000.png"][:-200])
+    (tmp_path / "002.png").write_bytes(files["002.png"][:-200])
+    with pytest.raises(DataError, match="every picture is damaged"):
+        open_pictures(tmp_path, size=32).sound()
+
+
+def test_a_file_that_changes_after_it_was_listed_is_named(tmp_path):
+    pictures = open_pictures(fill(tmp_path, captioned(2)), size=32)
+    (tmp_path / "000.png").unlink()
+    (tmp_path / "001.png").write_bytes(b"short")
+    for index in range(2):
+        with pytest.raises(DataError, match=f"00{index}.png"):
+            pictures.image(index)
+
+
+def test_pictures_are_decoded_once_and_never_shared(tmp_path):
+    pictures = open_pictures(fill(tmp_path, captioned(1)), size=32)
+    first = pictures.image(0)
+    kept = first.clone()
+    (tmp_path / "000.png").unlink()
+    first.zero_()
+    assert torch.equal(pictures.image(0), kept)
+    pictures.image(0).zero_()
+    assert torch.equal(pictures.image(0), kept)
+
+
+def test_a_set_above_the_memory_limit_is_decoded_at_every_use(tmp_path, monkeypatch):
+    monkeypatch.setattr("davae.data.sources.MEMORY_BYTES", 3 * 32 * 32)
+    pictures = open_pictures(fill(tmp_path, captioned(2)), size=32)
+    before = pictures.batch([0, 1, 0])
+    assert torch.equal(pictures.sound().batch([0, 1, 0]), before)
+    (tmp_path / "000.png").write_bytes((tmp_path / "001.png").read_bytes())
+    assert torch.equal(open_pictures(tmp_path, size=32).image(0), pictures.image(1))
+
+
+# square and scale
+
+
+def test_fit_takes_the_centre_and_keeps_what_has_the_size():
+    wide = torch.arange(3 * 16 * 21).remainder(251).to(torch.uint8).reshape(3, 16, 21)
+    assert torch.equal(fit(wide, 16), wide[:, :, 2:18])
+    assert torch.equal(fit(wide.transpose(1, 2), 16), wide[:, :, 2:18].transpose(1, 2))
+
+
+def test_fit_scales_down_without_aliases():
+    stripes = torch.zeros(3, 128, 128, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    small = fit(stripes, 32)[:, :, 4:-4].float()
+    assert (small - 127.5).abs().max() <= 2
+    flat = torch.full((3, 100, 130), 77, dtype=torch.uint8)
+    assert torch.equal(fit(flat, 48), torch.full((3, 48, 48), 77, dtype=torch.uint8))
+
+
+def test_fit_never_scales_up():
+    with pytest.raises(SettingsError, match="not scaled up"):
+        fit(torch.zeros(3, 16, 15, dtype=torch.uint8), 16)
+
+
+# split and digest
+
+
+def test_the_split_depends_on_the_key_alone(tmp_path):
+    assert [key for key in (f"{index:03d}" for index in range(40)) if heldout(key)] == HELDOUT_OF_FORTY
+    fill(tmp_path, captioned(40))
+    for_training = open_pictures(tmp_path, size=32, split="train")
+    held_out = open_pictures(tmp_path, size=32, split="heldout")
+    assert held_out.keys == HELDOUT_OF_FORTY
+    assert sorted(for_training.keys + held_out.keys) == open_pictures(tmp_path, size=32).keys
+    for name in ("000", "023"):  # other pictures come and go: nobody changes sides
+        (tmp_path / f"{name}.png").unlink()
+    assert open_pictures(tmp_path, size=32, split="heldout").keys == [key for key in HELDOUT_OF_FORTY if key != "023"]
+
+
+def test_the_digest_is_of_keys_captions_and_bytes(tmp_path):
+    files = captioned(3)
+    folder = open_pictures(fill(tmp_path / "a", files), size=32)
+    shard = open_pictures(tar(tmp_path / "a.tar", files), size=16)
+    assert folder.digest == shard.digest
+    assert len(folder.digest) == 64
+    changed = [
+        files | {"002.txt": b"another caption"},
+        files | {"002.png": picture(99)},
+        {name.replace("002", "003"): data for name, data in files.items()},
+        {name: data for name, data in files.items() if "002" not in name},
+    ]
+    digests = {open_pictures(fill(tmp_path / f"b{n}", files), size=32).digest for n, files in enumerate(changed)}
+    assert len(digests | {folder.digest}) == 5
+
+
+# shards
+
+
+def test_a_shard_reads_like_the_folder(tmp_path):
+    files = captioned(5)
+    folder = open_pictures(fill(tmp_path / "folder", files), size=32)
+    names = sorted(files)
+    (tmp_path / "shards").mkdir()
+    tar(tmp_path / "shards/0.tar", {f"./{name}": files[name] for name in names[:4]})
+    tar(tmp_path / "shards/1.tar", {name: files[name] for name in names[4:]})
+    (tmp_path / "shards/LICENSE").write_text("nothing to see")
+    shards = open_pictures(tmp_path / "shards", size=32)
+    assert (shards.keys, shards.captions) == (folder.keys, folder.captions)
+    assert torch.equal(shards.batch(range(5)), folder.batch(range(5)))
+    assert open_pictures(tmp_path / "shards/0.tar", size=32).keys == folder.keys[:2]
+
+
+def test_keys_of_members_are_those_of_webdataset(tmp_path):
+    files = {
+        "x/a.PNG": picture(0),
+        "x/a.txt": b"a",
+        "x/a.seg.png": picture(1),
+        "x/a.cls": b"3",
+        "x/a.pyd": b"\x80\x04.",
+    }
+    pictures = open_pictures(tar(tmp_path / "a.tar", files, odd("x", tarfile.DIRTYPE)), size=32)
+    assert pictures.keys == ["x/a"]
+    assert pictures.refused == []
+
+
+def odd(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", size: int = 0) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, target, size
+    return member
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        odd("../evil.txt"),
+        odd("x/../../evil.txt"),
+        odd("/etc/evil.txt"),
+        odd("x\\..\\evil.txt"),
+        odd("000.json", tarfile.SYMTYPE, "/etc/passwd"),
+        odd("000.json", tarfile.LNKTYPE, "000.txt"),
+        odd("000.json", tarfile.CHRTYPE),
+        odd("000.json", tarfile.BLKTYPE),
+        odd("000.json", tarfile.FIFOTYPE),
+        odd("000.json", tarfile.GNUTYPE_SPARSE),
+        odd("000.txt"),
+        odd("./000.txt"),
+        odd("../" * 1300 + "evil.txt"),
+    ],
+    ids=lambda member: f"{member.name[:20]}-{member.type.decode()}",
+)
+def test_a_hostile_member_condemns_the_shard(tmp_path, member):
+    path = tar(tmp_path / "a.tar", captioned(1), member)
+    with pytest.raises(DataError, match=r"a\.tar: member"):
+        open_pictures(path, size=32)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_key_in_two_shards_is_an_error(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        tar(tmp_path / name, captioned(1))
+    with pytest.raises(DataError, match=r"1\.tar: its key '000'"):
+        open_pictures(tmp_path, size=32)
+
+
+def test_shards_beside_pictures_are_an_error(tmp_path):
+    tar(tmp_path / "0.tar", captioned(1))
+    fill(tmp_path, captioned(1))
+    with pytest.raises(DataError, match="both"):
+        open_pictures(tmp_path, size=32)
+
+
+def test_a_member_larger_than_the_file_is_an_error(tmp_path):
+    header = odd("000.png", size=1 << 40).tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "a.tar"
+    path.write_bytes(header + bytes(1024))
+    with pytest.raises(DataError, match=r"a\.tar"):
+        open_pictures(path, size=32)
+
+
+def test_compressed_and_foreign_files_are_no_shards(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as shard:
+        shard.addfile(odd("a.txt"))
+    for data in ((tmp_path / "a.tar").read_bytes(), b"", b"\0" * 512, picture(0), b"x" * 5000):
+        (tmp_path / "a.tar").write_bytes(data)
+        with pytest.raises(DataError, match=r"a\.tar|no usable picture"):
+            open_pictures(tmp_path, size=32)
+
+
+def test_a_chain_of_headers_is_an_error(tmp_path):
+    link = odd("long", tarfile.GNUTYPE_LONGNAME, size=1).tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(link * 3000 + bytes(1024))
+    with pytest.raises(DataError, match="no sound"):
+        open_pictures(tmp_path, size=32)
+
+
+def test_many_empty_members_are_fine(tmp_path):
+    path = tar(tmp_path / "a.tar", captioned(1), *(odd(f"n{index}.cls") for index in range(5000)))
+    assert len(open_pictures(path, size=32)) == 1
+
+
+def test_a_cut_shard_is_never_taken_for_a_whole_one(tmp_path):
+    path = tar(tmp_path / "a.tar", captioned(4))
+    data = path.read_bytes()
+    content = len(data.rstrip(b"\0"))
+    for end in range(0, content, 200):
+        path.write_bytes(data[:end])
+        with pytest.raises(DataError, match=r"a\.tar"):
+            open_pictures(path, size=32)
+
+
+def test_damaged_shards_give_pictures_or_an_error(tmp_path):
+    path = tar(tmp_path / "a.tar", captioned(3))
+    data = path.read_bytes()
+    mutate = random.Random(0)
+    errors = 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for _ in range(mutate.randint(1, 4)):
+            damaged[mutate.randrange(3) * 512 + mutate.randrange(512)] = mutate.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            open_pictures(path, size=32).sound()
+        except DataError:
+            errors += 1
+    assert errors > 50
+
+
+# the shipped set
+
+
+def test_the_shipped_set():
+    pictures = open_pictures(assets.pictures(), size=256)
+    assert (len(pictures), len(pictures.refused)) == (1854, 0)
+    assert sum(map(heldout, pictures.keys)) == 165
+    assert all(pictures.groups)
+    index = pictures.captions.index("red apple")
+    assert (pictures.keys[index], pictures.groups[index]) == ("1f34e", "food & drink")
+    assert pictures.digest == "b590907a8f48cd81d830d6b786f27baa435c7324d5ebcb21aacad7684134daf1"
+    apple = pictures.batch([index])
+    assert apple.shape == (1, 3, 256, 256)
+    assert torch.equal(apple[0, :, 0, 0], torch.ones(3))  # white around it
+    red, green, blue = apple[0, :, 128, 128]
+    assert red > green + 0.5
+    assert red > blue + 0.5
+
+
+def test_the_shipped_shards_are_those_of_the_provenance():
+    folder = assets.pictures()
+    provenance = (folder / "PROVENANCE.md").read_text()
+    shards = sorted(folder.glob("*.tar"))
+    assert len(shards) == 4
+    for shard in shards:
+        assert f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}" in provenance
+
+
+def test_the_shipped_pictures_that_are_not_square_are_cropped():
+    pictures = open_pictures(assets.pictures(), size=256)
+    with tarfile.open(assets.pictures() / "fluent-emoji-3d-00000.tar") as shard:
+        rgba = Image.open(shard.extractfile("0035-20e3.webp")).convert("RGBA")
+    assert rgba.size == (256, 264)
+    white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    expected = torch.from_numpy(np.array(white)[4:-4]).permute(2, 0, 1)
+    assert torch.equal(pictures.image(pictures.keys.index("0035-20e3")), expected)
