@@ -1,0 +1,260 @@
+"""Adapter folders: what fine-tuning adds to a base pipeline, without the base: ports, LoRA and the autoencoder.
+
+An adapter folder holds
+
+- `adapter.json`, an `AdapterIndex`;
+- `transformer_ports.safetensors`, both latent ports in full, base channels included;
+- `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
+- `vae/`, the AutoencoderDA as it saves itself.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from davae.backbones import backbone_of
+from davae.errors import CheckpointError, SettingsError, StorageError
+
+INDEX = "adapter.json"
+PORTS = "transformer_ports.safetensors"
+LORA = "transformer_lora.safetensors"
+VAE = "vae"
+
+
+class LoraFacts(BaseModel):
+    """What peft needs to know to put the LoRA tensors back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    """Inner width of each pair of matrices."""
+    alpha: float
+    """The product of a pair is scaled by alpha / rank."""
+    targets: tuple[str, ...]
+    """The layers, named as peft matches them."""
+
+
+class AdapterIndex(BaseModel):
+    """What `adapter.json` says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    """Of the folder's layout."""
+    base: str
+    """Name or path of the base pipeline, for people."""
+    base_sha256: str
+    """`base_digest` of the base transformer, for the check."""
+    transformer: str
+    """Class name of the transformer."""
+    base_channels: int
+    """C."""
+    detail_channels: int
+    """D."""
+    lora: LoraFacts | None
+    """None if only the ports were trained."""
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, these in bfloat16: the same for every precision they are loaded in."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+    return sha256.hexdigest()
+
+
+def base_digest(transformer: ModelMixin) -> str:
+    """`tensors_digest` of everything but the two latent ports, which an adapter replaces, and LoRA layers.
+
+    So a base transformer, its widened form, and that form with LoRA in training all have the same.
+    """
+    ports = backbone_of(transformer).ports
+    return tensors_digest(
+        {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in transformer.state_dict().items()
+            if not name.startswith((f"{ports.input}.", f"{ports.output}.")) and ".lora_" not in name
+        }
+    )
+
+
+def add_lora(
+    transformer: ModelMixin, rank: int, alpha: float, targets: Sequence[str], *, seed: int = 0
+) -> list[nn.Parameter]:
+    """Freeze a widened transformer but for new LoRA layers on `targets` and both ports in full.
+
+    Args:
+        transformer: of a known family; changed in place.
+        rank: inner width of each LoRA pair, 1 or more.
+        alpha: the pair's product is scaled by alpha / rank.
+        targets: ends of the dotted names of linear layers; `BACKBONES[...].lora_targets` has the reference's.
+        seed: of the first matrix of each pair; the second is zero, so that nothing changes at the start.
+
+    Returns:
+        The trainable parameters, all float32. If the transformer is in half precision, run it under autocast.
+
+    Raises:
+        SettingsError: if `rank` is below 1, or a target is a port or no layer at all.
+    """
+    ports = backbone_of(transformer).ports
+    if rank < 1:
+        raise SettingsError(f"rank={rank} must be 1 or more")
+    layers = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        matched = {name for name in layers if name == target or name.endswith(f".{target}")}
+        if not matched:
+            ends = sorted({".".join(part for part in name.split(".")[-2:] if part) for name in layers})
+            raise SettingsError(
+                f"LoRA target {target!r} is no linear layer of this model; it has, for example, {ends[:12]}"
+            )
+        if matched & {ports.input, ports.output}:
+            raise SettingsError(f"LoRA target {target!r} is a latent port, and those are trained in full: leave it out")
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+        )
+    for name in (ports.input, ports.output):
+        transformer.get_submodule(name).requires_grad_(True)
+    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.float()
+    return trainable
+
+
+def save_adapter(folder: Path, pipeline: DiffusionPipeline, *, base: str) -> None:
+    """Write what training added to the base as an adapter folder: wholly, or not at all.
+
+    Args:
+        folder: where; an adapter folder there is replaced.
+        pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained ports only.
+        base: name or path of the base pipeline, kept for people to read.
+
+    Raises:
+        SettingsError: if `folder` holds something else than an adapter.
+        StorageError: if it cannot be written.
+    """
+    transformer, config = pipeline.transformer, pipeline.vae.config
+    ports = backbone_of(transformer).ports
+    lora = getattr(transformer, "peft_config", {}).get("default")
+    index = AdapterIndex(
+        base=base,
+        base_sha256=base_digest(transformer),
+        transformer=type(transformer).__name__,
+        base_channels=config.base_channels,
+        detail_channels=config.detail_channels,
+        lora=lora and LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules))),
+    )
+    with _replaced_whole(folder) as partial:
+        (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
+        save_file(_of_layers(transformer.state_dict(), ports.input, ports.output), partial / PORTS)
+        if lora:
+            save_file(_contiguous(get_peft_model_state_dict(transformer)), partial / LORA)
+        pipeline.vae.save_pretrained(partial / VAE)
+
+
+def read_index(folder: Path) -> AdapterIndex:
+    """What the adapter in `folder` says about itself.
+
+    Raises:
+        CheckpointError: if there is no adapter, or one of another format.
+    """
+    try:
+        return AdapterIndex.model_validate_json((folder / INDEX).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no adapter folder: {INDEX} cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged or of another format version: {error}") from error
+
+
+def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
+    """Put an adapter's ports and LoRA into a widened base transformer, in place.
+
+    Args:
+        transformer: widened by the adapter's `detail_channels`, otherwise its base.
+        folder: the adapter.
+        fuse: add the LoRA to the weights, so that a plain transformer results; otherwise LoRA layers stay.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or does not fit.
+    """
+    ports, index = backbone_of(transformer).ports, read_index(folder)
+    here = _of_layers(transformer.state_dict(), ports.input, ports.output)
+    _copy_into(here, _read_tensors(folder / PORTS, like=here))
+    if index.lora is None:
+        return
+    facts = index.lora
+    transformer.add_adapter(
+        LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=list(facts.targets), init_lora_weights=False)
+    )
+    tensors = _read_tensors(folder / LORA, like=get_peft_model_state_dict(transformer))
+    set_peft_model_state_dict(transformer, tensors)
+    if fuse:
+        transformer.fuse_lora(safe_fusing=True)  # "safe" also leaves the tensors alone that a base pipeline shares
+        transformer.unload_lora()
+        transformer.requires_grad_(True)
+
+
+def _of_layers(tensors: dict[str, Tensor], *layers: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in layers}
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _copy_into(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(sources[name])
+
+
+def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from error
+    want = {name: tuple(tensor.shape) for name, tensor in like.items()}
+    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if want != have:
+        name, shape = sorted(want.items() ^ have.items())[0]
+        raise CheckpointError(
+            f"{path} does not fit this transformer, first at {name} {list(shape)}: it is another base's"
+        )
+    return tensors
+
+
+@contextmanager
+def _replaced_whole(folder: Path) -> Iterator[Path]:
+    """A sibling folder to write into, which takes the place of `folder` only once that went well."""
+    if folder.exists() and not (folder / INDEX).is_file():
+        raise SettingsError(f"{folder} exists and is no adapter folder: choose another name, or remove it yourself")
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    try:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder} could not be written: {error}. Free some space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

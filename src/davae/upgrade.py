@@ -1,0 +1,139 @@
+"""Upgrade: a base pipeline and an AutoencoderDA become a stock pipeline of twice the side length, at equal tokens."""
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError
+
+from davae.adapter import VAE, base_digest, load_adapter, read_index, tensors_digest
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
+from davae.errors import CheckpointError, SettingsError
+
+
+def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPipeline:
+    """The same pipeline class with an AutoencoderDA for its VAE, and a widened transformer that starts as the base's.
+
+    The default size doubles by itself, since stock pipelines count the autoencoder's stages; the token count stays.
+    All other components, and all weights of the transformer but its two ports, are shared with `pipeline`, which is
+    left as it is: train a copy of it if you go on needing the base. Dtypes and devices stay as they are, too.
+
+    Raises:
+        SettingsError: if the transformer's family is unknown, or `autoencoder` was not made from this pipeline's VAE.
+    """
+    missing = {"vae", "transformer"} - pipeline.components.keys()
+    if missing:
+        raise SettingsError(
+            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded"
+        )
+    _check_autoencoder(pipeline, autoencoder)
+    transformer = widen_transformer(
+        pipeline.transformer,
+        base_channels=autoencoder.config.base_channels,
+        detail_channels=autoencoder.config.detail_channels,
+    )
+    settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
+    arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
+    return type(pipeline)(**{**arguments, "vae": autoencoder, "transformer": transformer})
+
+
+def load_pipeline(
+    path_or_base: str | Path,
+    *,
+    adapter: Path | None = None,
+    fuse: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> DiffusionPipeline:
+    """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
+
+    Args:
+        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
+            was saved are None again.
+        adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`.
+        fuse: add the adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays apart.
+        dtype: of all weights; float32 if None.
+        device: where the pipeline goes; the CPU if None.
+
+    Raises:
+        CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
+    """
+    folder = Path(path_or_base)
+    absent = {}
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
+        absent = {
+            name: None for name, entry in _read_json(folder / "model_index.json").items() if entry == [None, None]
+        }
+    settings = absent if dtype is None else {**absent, "dtype": dtype}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(path_or_base), **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    if adapter is not None:
+        pipeline = _with_adapter(pipeline, adapter, fuse=fuse)
+    return pipeline if device is None else pipeline.to(device)
+
+
+def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
+    index = read_index(folder)
+    digest = base_digest(pipeline.transformer)
+    if digest != index.base_sha256:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
+            f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}"
+        )
+    try:
+        autoencoder = AutoencoderDA.from_pretrained(folder / VAE, dtype=pipeline.vae.dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / VAE} cannot be loaded as an AutoencoderDA: {error}") from error
+    upgraded = upgrade(pipeline, autoencoder)
+    load_adapter(upgraded.transformer, folder, fuse=fuse)
+    return upgraded
+
+
+def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> None:
+    vae = pipeline.vae
+    if isinstance(vae, AutoencoderDA):
+        raise SettingsError("this pipeline is upgraded already: give upgrade() the base pipeline")
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
+        raise SettingsError(
+            f"the pipeline's VAE is a {type(vae).__name__}; allowed are AutoencoderKL and AutoencoderTiny"
+        )
+    if not isinstance(autoencoder, AutoencoderDA):
+        raise SettingsError(
+            f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"
+        )
+    config = autoencoder.config
+    for name, ours, theirs in (
+        ("base_channels", config.base_channels, vae.config.latent_channels),
+        ("scaling_factor", config.scaling_factor, vae.config.scaling_factor),
+        ("shift_factor", config.shift_factor, vae.config.shift_factor or 0.0),
+        ("stages before the detail's", len(config.block_out_channels) - 1, len(vae.config.block_out_channels)),
+    ):
+        if not math.isclose(ours, theirs, rel_tol=1e-6):
+            raise SettingsError(
+                f"the autoencoder is not of this pipeline: its {name} is {ours}, the pipeline's VAE has {theirs}. "
+                "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
+            )
+    for ours, name in ((autoencoder.base_encoder, "encoder"), (autoencoder.base_quant_conv, "quant_conv")):
+        theirs = getattr(vae, name, None)
+        digests = [None if module is None else tensors_digest(module.state_dict()) for module in (ours, theirs)]
+        if digests[0] != digests[1]:
+            raise SettingsError(
+                f"the autoencoder's frozen base {name} is not this pipeline's "
+                f"(SHA-256 {digests[0]} against {digests[1]}). "
+                "Use the pipeline that it was made from, or train one on this pipeline's VAE"
+            )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

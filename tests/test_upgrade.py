@@ -1,0 +1,275 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import tiny
+from davae.adapter import add_lora, save_adapter
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import BACKBONES
+from davae.errors import CheckpointError, SettingsError, StorageError
+from davae.upgrade import load_pipeline, upgrade
+
+TARGETS = BACKBONES["SD3Transformer2DModel"].lora_targets
+
+
+@pytest.fixture
+def base():
+    return tiny.tiny_sd3_pipeline()
+
+
+@pytest.fixture
+def autoencoder(base):
+    return AutoencoderDA.from_base(base.vae, detail_channels=4).eval()
+
+
+def generate(pipeline, **settings):
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = {"num_inference_steps": 2, "max_sequence_length": 8, "output_type": "np"}
+    return pipeline("red apple", generator=torch.Generator().manual_seed(0), **{**defaults, **settings}).images[0]
+
+
+def disturb(parameters):
+    """Stands for training: every trainable parameter moves."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_the_default_size_doubles_and_the_tokens_stay(base, autoencoder):
+    pipeline = upgrade(base, autoencoder)
+    tokens = []
+    for model in (base.transformer, pipeline.transformer):
+        model.transformer_blocks[0].register_forward_pre_hook(
+            lambda _, __, inputs: tokens.append(inputs["hidden_states"].shape[1]), with_kwargs=True
+        )
+    assert type(pipeline) is type(base)
+    assert generate(base).shape == (32, 32, 3)
+    assert generate(pipeline).shape == (64, 64, 3)
+    assert set(tokens) == {16}
+
+
+def test_the_base_half_of_the_latents_runs_as_in_the_base_pipeline(base, autoencoder):
+    pipeline = upgrade(base, autoencoder)
+    noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = generate(base, latents=noise[:, :4], output_type="latent")
+    latents = generate(pipeline, latents=noise, output_type="latent")
+    assert torch.equal(latents[:4], expected)
+    assert torch.equal(latents[4:], noise[0, 4:])  # no velocity: noise stays noise until it is trained
+
+
+def test_the_input_pipeline_is_left_as_it_is(base, autoencoder):
+    before, image = dict(base.components), generate(base)
+    pipeline = upgrade(base, autoencoder)
+    assert base.components == before
+    assert base.transformer.config.in_channels == 4
+    assert np.array_equal(generate(base), image)
+    shared = before.keys() - {"vae", "transformer"}
+    assert all(pipeline.components[name] is before[name] for name in shared)
+
+
+def test_a_saved_upgrade_loads_as_a_stock_pipeline_with_the_same_image(base, autoencoder, tmp_path):
+    pipeline = upgrade(base, autoencoder)
+    disturb(pipeline.transformer.parameters())
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["davae", "AutoencoderDA"]
+    for reloaded in (DiffusionPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)):
+        assert np.array_equal(generate(reloaded), generate(pipeline))
+
+
+def test_a_pipeline_without_t5_loads_without_being_told(base, autoencoder, tmp_path):
+    components = {**base.components, "text_encoder_3": None, "tokenizer_3": None}
+    pipeline = upgrade(type(base)(**components), autoencoder)
+    pipeline.save_pretrained(tmp_path)
+    reloaded = load_pipeline(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    assert reloaded.text_encoder_3 is None
+    assert reloaded.transformer.dtype == torch.bfloat16
+    assert np.isfinite(generate(reloaded)).all()
+
+
+def test_the_small_autoencoder_works_as_well():
+    base = tiny.tiny_sd3_pipeline(vae=tiny.tiny_taesd())
+    pipeline = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=4).eval())
+    assert generate(pipeline).shape == (64, 64, 3)
+
+
+def test_lora_starts_without_effect_and_trains_the_ports_in_full(base, autoencoder):
+    pipeline = upgrade(base, autoencoder)
+    before = generate(pipeline)
+    pipeline.transformer.to(torch.bfloat16)
+    parameters = add_lora(pipeline.transformer, 4, 4.0, TARGETS)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    pipeline.transformer.to(torch.float32)
+    names = {name for name, parameter in pipeline.transformer.named_parameters() if parameter.requires_grad}
+    ports = {name for name in names if ".lora_" not in name}
+    assert ports == {f"{port}.{kind}" for port in ("pos_embed.proj", "proj_out") for kind in ("weight", "bias")}
+    # per block 4 attention layers, the MLP's output and the modulation; 4 more where attention is dual (METHOD 5.3)
+    assert len(names - ports) == 2 * (2 * 6 + 4)
+    assert len(parameters) == len(names)
+    assert np.abs(generate(pipeline) - before).max() < 0.05  # the trip through bfloat16
+
+
+def test_lora_is_the_same_for_the_same_seed_and_leaves_the_global_stream_alone(base):
+    torch.manual_seed(0)
+    expected = torch.randn(1)
+    torch.manual_seed(0)
+    one, two = (add_lora(tiny.tiny_sd3(), 2, 2.0, ["to_q"], seed=5)[1:-2] for _ in range(2))
+    torch.manual_seed(0)
+    add_lora(base.transformer, 2, 2.0, ["to_q"])
+    assert torch.equal(torch.randn(1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.fixture
+def trained(base, autoencoder, tmp_path):
+    """A saved base, an adapter for it, and the image that the trained pipeline makes."""
+    base.save_pretrained(tmp_path / "base")
+    pipeline = upgrade(base, autoencoder)
+    disturb(add_lora(pipeline.transformer, 4, 8.0, TARGETS))
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base")
+    return tmp_path, generate(pipeline)
+
+
+def test_an_adapter_on_the_base_gives_the_trained_pipeline_in_plain_weights(trained, base):
+    folder, image = trained
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter")
+    assert np.allclose(generate(pipeline), image, atol=1e-4)
+    assert not np.allclose(generate(upgrade(load_pipeline(folder / "base"), pipeline.vae)), image, atol=1e-2)
+    assert not any("lora" in name or "base_layer" in name for name in pipeline.transformer.state_dict())
+    type(base.transformer).from_config(pipeline.transformer.config).load_state_dict(pipeline.transformer.state_dict())
+    pipeline.save_pretrained(folder / "fused")
+    assert np.array_equal(generate(DiffusionPipeline.from_pretrained(folder / "fused")), generate(pipeline))
+
+
+def test_an_adapter_can_stay_apart_from_the_weights(trained):
+    folder, image = trained
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", fuse=False)
+    assert np.array_equal(generate(pipeline), image)
+    assert any(".lora_A." in name for name in pipeline.transformer.state_dict())
+
+
+def test_an_adapter_for_half_precision_is_recognised(trained):
+    folder, _ = trained
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
+    assert pipeline.vae.dtype == torch.bfloat16
+    assert np.isfinite(generate(pipeline)).all()
+
+
+def test_an_adapter_of_the_ports_alone_is_exact(base, autoencoder, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    pipeline = upgrade(base, autoencoder)
+    disturb([*pipeline.transformer.pos_embed.proj.parameters(), *pipeline.transformer.proj_out.parameters()])
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base")
+    reloaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert np.array_equal(generate(reloaded), generate(pipeline))
+
+
+def test_an_adapter_on_another_base_is_refused_with_both_hashes(trained):
+    folder, _ = trained
+    other = tiny.tiny_sd3_pipeline()
+    with torch.no_grad():
+        other.transformer.transformer_blocks[0].attn.to_q.weight.mul_(1.1)
+    other.save_pretrained(folder / "other")
+    with pytest.raises(CheckpointError, match=r"tiny/base with SHA-256 [0-9a-f]{64}, but this .* is [0-9a-f]{64}"):
+        load_pipeline(folder / "other", adapter=folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.json", "transformer_ports.safetensors", "transformer_lora.safetensors", "vae/config.json"]
+)
+def test_a_damaged_or_missing_file_of_an_adapter_is_named(trained, name):
+    folder, _ = trained
+    file = folder / "adapter" / name
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=name.split("/")[0]):
+        load_pipeline(folder / "base", adapter=folder / "adapter")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=name.split("/")[0]):
+        load_pipeline(folder / "base", adapter=folder / "adapter")
+
+
+def test_saving_again_replaces_an_adapter_and_nothing_else(trained, base, autoencoder):
+    folder, _ = trained
+    pipeline = upgrade(base, autoencoder)
+    save_adapter(folder / "adapter", pipeline, base="tiny/base")
+    assert not (folder / "adapter" / "transformer_lora.safetensors").exists()
+    with pytest.raises(SettingsError, match="is no adapter folder"):
+        save_adapter(folder / "base", pipeline, base="tiny/base")
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+
+
+def test_a_failed_save_leaves_the_old_adapter_and_nothing_half_written(trained, base, autoencoder):
+    folder, _ = trained
+    before = {path.name: path.read_bytes() for path in (folder / "adapter").iterdir() if path.is_file()}
+    pipeline = upgrade(base, autoencoder)
+    pipeline.vae.save_pretrained = None  # the last of the files cannot be written
+    with pytest.raises(TypeError):
+        save_adapter(folder / "adapter", pipeline, base="tiny/base")
+    assert before == {path.name: path.read_bytes() for path in (folder / "adapter").iterdir() if path.is_file()}
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+    with pytest.raises(StorageError, match="could not be written"):
+        save_adapter(folder / "adapter" / "adapter.json" / "inside", upgrade(base, autoencoder), base="tiny/base")
+
+
+def test_an_autoencoder_of_another_vae_is_refused(base):
+    other = tiny.tiny_vae()
+    with torch.no_grad():
+        other.encoder.conv_in.weight.mul_(1.1)
+    with pytest.raises(SettingsError, match="frozen base encoder is not this pipeline's"):
+        upgrade(base, AutoencoderDA.from_base(other, detail_channels=4))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"scaling_factor": 1.0}, "scaling_factor is 1.0, the pipeline's VAE has 1.5"),
+        ({"shift_factor": 0.0}, "shift_factor is 0.0, the pipeline's VAE has 0.1"),
+    ],
+)
+def test_an_autoencoder_with_other_scalars_is_refused(base, autoencoder, setting, message):
+    autoencoder.register_to_config(**setting)
+    with pytest.raises(SettingsError, match=message):
+        upgrade(base, autoencoder)
+
+
+def test_an_autoencoder_with_other_channels_is_refused(base):
+    with pytest.raises(SettingsError, match="base_channels is 8, the pipeline's VAE has 4"):
+        upgrade(base, AutoencoderDA.from_base(tiny.tiny_vae(8), detail_channels=8))
+
+
+def test_what_is_no_pair_is_refused(base, autoencoder):
+    upgraded = upgrade(base, autoencoder)
+    with pytest.raises(SettingsError, match="upgraded already"):
+        upgrade(upgraded, autoencoder)
+    with pytest.raises(SettingsError, match="AutoencoderKL is no AutoencoderDA"):
+        upgrade(base, base.vae)
+    base.transformer = base.text_encoder_3
+    with pytest.raises(SettingsError, match="T5EncoderModel is of no family that davae knows"):
+        upgrade(base, autoencoder)
+
+
+def test_lora_targets_that_are_no_layers_or_ports_are_refused(base):
+    with pytest.raises(SettingsError, match="'to_z' is no linear layer"):
+        add_lora(base.transformer, 4, 4.0, ["to_q", "to_z"])
+    with pytest.raises(SettingsError, match="'proj_out' is a latent port"):
+        add_lora(base.transformer, 4, 4.0, ["proj_out"])
+    with pytest.raises(SettingsError, match="rank=0"):
+        add_lora(base.transformer, 0, 4.0, ["to_q"])
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(base, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no model_index\.json"):
+        load_pipeline(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
+        load_pipeline(tmp_path / "not_there")
+    with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
+        load_pipeline("nobody/nothing")
+    base.save_pretrained(tmp_path)
+    weights = next((tmp_path / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
+        load_pipeline(tmp_path)
