@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from davae import AutoencoderDA, upgrade
+from davae.inspection import describe
+from tiny import tiny_sd3_pipeline
+
 VERBS = ["demo", "inspect", "train-autoencoder", "upgrade", "finetune", "generate", "reconstruct", "evaluate"]
 
 
@@ -82,6 +86,36 @@ def test_a_missing_pipeline_is_one_error_without_a_traceback(tmp_path: Path) -> 
     assert answer.returncode in {2, 4}
     assert "nowhere" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_inspect_tells_what_a_pipeline_is_and_what_an_upgrade_would_change(tmp_path: Path) -> None:
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+    answer = davae("inspect", str(tmp_path / "base"))
+    assert answer.returncode == 0, answer.stderr
+    facts = json.loads(answer.stdout)
+    assert not facts["upgraded"]
+    assert (facts["downsample_factor"], facts["latent_channels"], facts["default_size"]) == (4, 4, 32)
+    assert facts["tokens"] == {"16": 4, "32": 16, "64": 64}
+    assert facts["upgrade"]["default_size"] == [32, 64]
+    assert facts["upgrade"]["tokens_at_default_size"] == [16, 16]
+
+
+def test_inspect_knows_an_upgraded_pipeline() -> None:
+    base = tiny_sd3_pipeline()
+    upgraded = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=8))
+    before, after = describe(base), describe(upgraded)
+    assert after["upgraded"]
+    assert after["upgrade"] is None
+    assert (after["base_channels"], after["detail_channels"], after["latent_channels"]) == (4, 8, 12)
+    assert after["tokens"]["64"] == before["tokens"]["32"]
+    assert after["default_size"] == 2 * before["default_size"]
+
+
+def test_inspect_predicts_the_parameters_that_an_upgrade_adds() -> None:
+    base = tiny_sd3_pipeline()
+    upgraded = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels))
+    added = describe(upgraded)["transformer_parameters"] - describe(base)["transformer_parameters"]
+    assert describe(base)["upgrade"]["added_transformer_parameters"] == added
 
 
 RECIPES = {"train-autoencoder": "davae.training.autoencoder", "finetune": "davae.training.finetune"}

@@ -18,6 +18,7 @@ LAYERS = [
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator"},
     {"backbones", "closed_form"},
+    {"adapter"},
     {"data", "record", "recipe", "upgrade", "inspection", "figures"},
     {"training", "evaluation", "benchmark", "report"},
     {"demo"},

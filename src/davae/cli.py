@@ -32,6 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of t
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
+Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
 Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
 
 
@@ -73,14 +74,14 @@ def demo(
 
 
 @app.command()
-def inspect(pipeline: PipelinePath, dry_run: DryRun = False) -> None:
+def inspect(pipeline: PipelinePath, adapter: Adapter = None, dry_run: DryRun = False) -> None:
     """Print factor, channels, tokens per size and ports of a pipeline, and what an upgrade would change."""
     if dry_run:
-        return _show({"pipeline": pipeline})
+        return _show({"pipeline": pipeline, "adapter": adapter})
     from davae.inspection import describe
     from davae.upgrade import load_pipeline
 
-    _show(describe(load_pipeline(pipeline)))
+    _show(describe(load_pipeline(pipeline, adapter=adapter)))
 
 
 @app.command()
@@ -143,15 +144,17 @@ def generate(
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; by default the pipeline's.")] = None,
     seed: Seed = 0,
+    adapter: Adapter = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
     settings = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
     if dry_run:
-        return _show({"pipeline": pipeline, "prompts": prompts, "out": out, **settings})
+        return _show({"pipeline": pipeline, "adapter": adapter, "prompts": prompts, "out": out, **settings})
     from davae.evaluation.generation import generate
+    from davae.upgrade import load_pipeline
 
-    _say(generate(pipeline, prompts, out, **settings))
+    _say(generate(load_pipeline(pipeline, adapter=adapter), prompts, out, **settings))
 
 
 @app.command()
@@ -167,9 +170,10 @@ def reconstruct(
     settings = {"size": size, "limit": limit}
     if dry_run:
         return _show({"autoencoder": autoencoder, "pictures": pictures, "out": out, **settings})
+    from davae.autoencoder_da import AutoencoderDA
     from davae.evaluation.reconstruction import reconstruct
 
-    _say(reconstruct(autoencoder, pictures, out, **settings))
+    _say(reconstruct(AutoencoderDA.from_pretrained(autoencoder), pictures, out, **settings))
 
 
 @app.command()
@@ -181,15 +185,17 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
     seed: Seed = 0,
+    adapter: Adapter = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
     settings = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
     if dry_run:
-        return _show({"pipeline": pipeline, "pictures": pictures, "out": out, **settings})
+        return _show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
+    from davae.upgrade import load_pipeline
 
-    _say(evaluate(pipeline, pictures, out, **settings))
+    _say(evaluate(load_pipeline(pipeline, adapter=adapter), pictures, out, **settings))
 
 
 def _say(text: object) -> None:
