@@ -124,7 +124,7 @@ class LPIPS(nn.Module):
         for stage in self.stages:
             hidden = stage(hidden)
             vectors = hidden.float()
-            # The reference divides by (length + 1e-10), which has no finite gradient where a vector is zero. This has,
-            # and agrees with it to float32 precision: measured lengths are 1 and more.
+            # The reference adds 1e-10 to the length; here the constant is under the root, which bounds the gradient of
+            # a short vector. Both agree to float32 precision: measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
