@@ -1,0 +1,511 @@
+"""AutoencoderDA: a frozen base autoencoder with a detail encoder beside it and a joint decoder behind both.
+
+Imports torch and diffusers only, so that this one file can lie beside weights.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that all of torch's users know)
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import (
+    AutoencoderMixin,
+    DecoderOutput,
+    DecoderTiny,
+    DiagonalGaussianDistribution,
+    EncoderTiny,
+)
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+RESOLUTION_FACTOR = 2
+DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True}
+"""`base_downsample` of the config -> torch's `antialias`. The reference code uses "bicubic"."""
+DETERMINISTIC = -30.0
+"""Log-variance of the base latents: the floor of diffusers' Gaussian, a standard deviation of 3e-7."""
+
+
+class DetailDownsample(nn.Module):
+    """Space-to-channel block at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/2, W/2] (METHOD 2.1).
+
+    A 3x3 convolution and a pixel unshuffle, beside a shortcut that unshuffles and averages groups of consecutive
+    channels; where 4 Ci is no multiple of Co the shortcut is a 1x1 convolution that starts at zero, without bias.
+    With `linear_shortcut` it is always a 1x1 convolution, with bias: the place of the closed-form start.
+
+    Raises:
+        ValueError: `out_channels` is no multiple of 4.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, linear_shortcut: bool = False) -> None:
+        super().__init__()
+        if out_channels % 4:
+            raise ValueError(f"out_channels={out_channels} must be a multiple of 4: a pixel unshuffle makes 4 of each.")
+        self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
+        self.out_channels = out_channels
+        self.shortcut: nn.Conv2d | None = None
+        if linear_shortcut:
+            self.shortcut = nn.Conv2d(4 * in_channels, out_channels, 1)
+        elif 4 * in_channels % out_channels:
+            self.shortcut = nn.Conv2d(4 * in_channels, out_channels, 1, bias=False)
+            nn.init.zeros_(self.shortcut.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        main = F.pixel_unshuffle(self.conv(hidden), 2)
+        folded = F.pixel_unshuffle(hidden, 2)
+        if self.shortcut is not None:
+            return main + self.shortcut(folded)
+        return main + folded.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+
+
+class DetailUpsample(nn.Module):
+    """Channel-to-space block before the joint decoder: [B, Ci, h, w] -> [B, Co, 2h, 2w] (METHOD 2.1).
+
+    A 3x3 convolution and a pixel shuffle, beside a shortcut that repeats each channel 4 Co / Ci times and shuffles.
+    With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
+
+    Raises:
+        ValueError: without `linear_shortcut`, 4 `out_channels` is no multiple of `in_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, linear_shortcut: bool = False) -> None:
+        super().__init__()
+        if not linear_shortcut and 4 * out_channels % in_channels:
+            raise ValueError(
+                f"in_channels={in_channels} must divide 4 * out_channels={4 * out_channels}: the shortcut repeats "
+                "each channel a whole number of times. Choose detail_channels accordingly, or linear_shortcut=True."
+            )
+        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+        self.repeats = 4 * out_channels // in_channels
+        self.shortcut = nn.Conv2d(in_channels, 4 * out_channels, 1) if linear_shortcut else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shortcut = self.shortcut(hidden) if self.shortcut is not None else hidden.repeat_interleave(self.repeats, 1)
+        return F.pixel_shuffle(self.conv(hidden) + shortcut, 2)
+
+
+class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """Base latents of the picture at half size, and detail latents of the picture itself, on one grid.
+
+    Pictures are [B, 3, H, W] in [-1, 1], H and W multiples of s * f (resolution factor, base downsample factor);
+    latents are [B, C + D, H / (s f), W / (s f)], base first. A stock pipeline brings them to the transformer's unit
+    scale with the base's own two scalars, (latents - shift_factor) * scaling_factor; below, "units" are those.
+    Per-channel statistics of the detail latents live in two buffers, so that in units each has mean 0 and deviation 1.
+
+    Args:
+        base_config: the config of the base autoencoder (AutoencoderKL or AutoencoderTiny).
+        base_channels: C, the base's latent channels.
+        detail_channels: D, a multiple of C.
+        latent_channels: C + D; img2img pipelines read it.
+        block_out_channels: the base's, with one entry more; stock pipelines count it to find the downsample factor.
+        resolution_factor: s = 2.
+        base_downsample: the filter that makes the base picture, a key of DOWNSAMPLE_FILTERS.
+        scaling_factor: the base's, as in diffusers.
+        shift_factor: the base's, as in diffusers; 0 where the base has none.
+        linear_blocks: the two new blocks work on latents through 1x1 shortcuts (the closed-form start), and the base's
+            last encoder and first decoder layers stay; otherwise both are skipped, as in the paper.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        base_config: dict,
+        base_channels: int,
+        detail_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        resolution_factor: int = RESOLUTION_FACTOR,
+        base_downsample: str = "bicubic-antialias",
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        linear_blocks: bool = True,
+    ) -> None:
+        super().__init__()
+        check_channels(base_channels, detail_channels)
+        if resolution_factor != RESOLUTION_FACTOR:
+            raise ValueError(f"resolution_factor={resolution_factor}: only {RESOLUTION_FACTOR} is built.")
+        if base_downsample not in DOWNSAMPLE_FILTERS:
+            raise ValueError(f"base_downsample={base_downsample!r}: allowed are {', '.join(DOWNSAMPLE_FILTERS)}.")
+        base = _base_class(base_config["_class_name"]).from_config(dict(base_config))
+        self.base_encoder = base.encoder
+        self.base_quant_conv = getattr(base, "quant_conv", None)
+        self.detail_encoder = copy.deepcopy(base.encoder)
+        self.detail_quant_conv = copy.deepcopy(self.base_quant_conv) if linear_blocks else None
+        self.joint_post_quant_conv = getattr(base, "post_quant_conv", None) if linear_blocks else None
+        self.joint_decoder = base.decoder
+        features, decoder_features = _feature_channels(base)
+        if not linear_blocks:
+            _drop_latent_layers(self.detail_encoder, self.joint_decoder)
+        self.detail_downsample = DetailDownsample(
+            base_channels if linear_blocks else features, 2 * detail_channels, linear_shortcut=linear_blocks
+        )
+        self.detail_upsample = DetailUpsample(
+            latent_channels, base_channels if linear_blocks else decoder_features, linear_shortcut=linear_blocks
+        )
+        self.register_buffer("detail_mean", torch.zeros(detail_channels))
+        self.register_buffer("detail_std", torch.ones(detail_channels))
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_size = 1024
+        """Side of a tile in pixels of the picture; pictures no larger are never tiled."""
+        self.tile_overlap = 0.25
+        """Part of a tile's side that it shares with its neighbour and that is feathered."""
+        self._freeze_base()
+
+    @classmethod
+    def from_base(
+        cls,
+        vae: AutoencoderKL | AutoencoderTiny,
+        *,
+        detail_channels: int,
+        base_downsample: str = "bicubic-antialias",
+        linear_blocks: bool = True,
+    ) -> "AutoencoderDA":
+        """An untrained AutoencoderDA on a pretrained autoencoder, whose weights all three of its parts start from.
+
+        With `linear_blocks` the latents of the full picture are replaced by the base latents, each repeated on 2x2
+        positions, and the detail latents have no effect, until `closed_form.fit_closed_form` or training sets them;
+        without, the new blocks start as in the paper, the 3x3 convolutions at random.
+
+        Raises:
+            ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
+        """
+        _base_class(type(vae).__name__)
+        base_channels = vae.config.latent_channels
+        check_channels(base_channels, detail_channels)
+        autoencoder = cls(
+            base_config={"_class_name": type(vae).__name__, **_init_config(vae)},
+            base_channels=base_channels,
+            detail_channels=detail_channels,
+            latent_channels=base_channels + detail_channels,
+            block_out_channels=(*_block_out_channels(vae), _block_out_channels(vae)[-1]),
+            base_downsample=base_downsample,
+            scaling_factor=vae.config.scaling_factor,
+            shift_factor=vae.config.shift_factor or 0.0,
+            linear_blocks=linear_blocks,
+        )
+        autoencoder._copy_base(vae)
+        if linear_blocks:
+            autoencoder._start_linear_blocks()
+        return autoencoder.to(dtype=vae.dtype, device=vae.device)
+
+    # ------------------------------------------------------------------------------------------ the method
+
+    def base_picture(self, sample: Tensor) -> Tensor:
+        """The picture at 1/s of its size, [B, 3, H/s, W/s] in [-1, 1]; in float32, for CPUs cannot filter in less."""
+        small = F.interpolate(
+            sample.float(),
+            scale_factor=1 / self.config.resolution_factor,
+            mode="bicubic",
+            align_corners=False,
+            antialias=DOWNSAMPLE_FILTERS[self.config.base_downsample],
+        )
+        return small.clamp(-1, 1).to(sample.dtype)
+
+    @torch.no_grad()
+    def encode_base(self, sample: Tensor) -> Tensor:
+        """Base latents z = E(downsample(picture)) in units, [B, C, h, w]: the mode, without a gradient."""
+        return self.encode_pretrained(self.base_picture(sample))
+
+    def encode_pretrained(self, sample: Tensor) -> Tensor:
+        """The base encoder on a picture as it is, in units: the mode, [B, C, H / f, W / f]."""
+        return self.to_units(_encode(self.base_encoder, self.base_quant_conv, sample))
+
+    def encode_detail(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the detail latents before standardisation, each [B, D, h, w]."""
+        if self.config.linear_blocks:
+            hidden = self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
+        else:
+            hidden = _features(self.detail_encoder, sample)
+        mean, log_variance = self.detail_downsample(hidden).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30.0, 20.0)
+
+    def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
+        """The joint decoder: base latents in units and detail latents before standardisation -> [B, 3, H, W]."""
+        hidden = self.detail_upsample(torch.cat([base, detail], dim=1))
+        return self.decode_full(hidden) if self.config.linear_blocks else _pixels(self.joint_decoder, hidden)
+
+    def decode_full(self, latents: Tensor) -> Tensor:
+        """The joint decoder behind its first block: latents of the full picture in units -> [B, 3, H, W].
+
+        Before training this is the base autoencoder's own decoder. Only with linear blocks.
+        """
+        hidden = self.from_units(latents)
+        if self.joint_post_quant_conv is not None:
+            hidden = self.joint_post_quant_conv(hidden)
+        if isinstance(self.joint_decoder, DecoderTiny):
+            hidden = torch.tanh(hidden / 3) * 3
+        return _pixels(self.joint_decoder, hidden)
+
+    # ------------------------------------------------------------------------------------------ the diffusers contract
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Posterior over the C + D latents; the base half is deterministic.
+
+        Raises:
+            ValueError: a side of the picture is no multiple of the downsample factor.
+        """
+        self._check_sample(x)
+        moments = _in_slices(self._moments, x) if self.use_slicing else self._moments(x)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput:
+        """Pictures [B, 3, H, W], about [-1, 1], of latents [B, C + D, h, w]; `generator` is unused, as in diffusers.
+
+        Raises:
+            ValueError: the latents have not C + D channels.
+        """
+        if z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents have {z.shape[1]} channels; this autoencoder's have {self.latent_brief}.")
+        sample = _in_slices(self._decode, z) if self.use_slicing else self._decode(z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput:
+        """Encode and decode, with the posterior's mode or a sample of it."""
+        posterior = self.encode(sample).latent_dist
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
+
+    def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Base and detail half of the channel axis, in the units of `latents`."""
+        return latents[:, : self.config.base_channels], latents[:, self.config.base_channels :]
+
+    def to_units(self, latents: Tensor) -> Tensor:
+        """(latents - shift_factor) * scaling_factor: from the autoencoder's scale to the transformer's."""
+        return (latents - self.config.shift_factor) * self.config.scaling_factor
+
+    def from_units(self, latents: Tensor) -> Tensor:
+        """latents / scaling_factor + shift_factor: the inverse of `to_units`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure mean and deviation of every detail channel over `batches` of pictures (float64) and keep them.
+
+        Raises:
+            ValueError: no batches, or a channel that does not vary.
+        """
+        count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+        for batch in batches:
+            mean = self.encode_detail(batch.to(self.device, self.dtype))[0].double().cpu()
+            count += mean[:, 0].numel()
+            total = total + mean.sum(dim=(0, 2, 3))
+            squares = squares + mean.square().sum(dim=(0, 2, 3))
+        if count == 0:
+            raise ValueError("calibrate() was given no pictures; it needs some hundred of the training set.")
+        deviation = (squares / count - (total / count).square()).clamp_min(0).sqrt()
+        if bool((deviation < 1e-6).any()):
+            flat = (deviation < 1e-6).nonzero().flatten().tolist()
+            raise ValueError(f"detail channels {flat} do not vary over {count} positions: train the detail encoder.")
+        self.detail_mean.copy_(total / count)
+        self.detail_std.copy_(deviation)
+
+    def detail_parameters(self) -> list[nn.Parameter]:
+        """What stage 1 trains: detail encoder, joint decoder and the two new blocks; not the base encoder."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @property
+    def downsample_factor(self) -> int:
+        """Side of the picture / side of the latents: s * f."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def latent_brief(self) -> str:
+        """Channels in words, for messages."""
+        c, d = self.config.base_channels, self.config.detail_channels
+        return f"{c + d} ({c} base + {d} detail)"
+
+    def train(self, mode: bool = True) -> "AutoencoderDA":
+        """Training mode for all but the frozen base encoder."""
+        super().train(mode)
+        self.base_encoder.eval()
+        return self
+
+    # ------------------------------------------------------------------------------------------ the parts
+
+    def _moments(self, sample: Tensor) -> Tensor:
+        if self.use_tiling and max(sample.shape[-2:]) > self.tile_sample_size:
+            return self._tiled(self._moments_of_tile, sample, self.tile_sample_size, 1, self.downsample_factor)
+        return self._moments_of_tile(sample)
+
+    def _moments_of_tile(self, sample: Tensor) -> Tensor:
+        base = self.from_units(self.encode_base(sample))
+        mean, log_variance = self.encode_detail(sample)
+        scale, shift = self._detail_affine(mean)
+        # log|1 / scale| twice, because a variance scales with the square.
+        log_variance = log_variance - 2 * (scale.abs() * self.config.scaling_factor).log()
+        mean = self.from_units((mean - shift) / scale)
+        return torch.cat([base, mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        tile = self.tile_sample_size // self.downsample_factor
+        if self.use_tiling and max(latents.shape[-2:]) > tile:
+            return self._tiled(self._decode_tile, latents, tile, self.downsample_factor, 1)
+        return self._decode_tile(latents)
+
+    def _decode_tile(self, latents: Tensor) -> Tensor:
+        base, detail = self.split(self.to_units(latents))
+        scale, shift = self._detail_affine(detail)
+        return self.reconstruct(base, detail * scale + shift)
+
+    def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(b.to(like.dtype).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
+
+    def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int, up: int, down: int) -> Tensor:
+        """Run `run` on overlapping tiles and average them with weights that fall smoothly to the tile's border.
+
+        `up` / `down` is the size of an output position in input positions; `down` keeps the tiles' corners on the grid.
+        """
+        height, width = x.shape[-2:]
+        stride = max(down, int(tile * (1 - self.tile_overlap)) // down * down)
+        total = weights = None
+        for top in _tile_starts(height, tile, stride):
+            for left in _tile_starts(width, tile, stride):
+                piece = run(x[..., top : top + tile, left : left + tile])
+                weight = _feather(piece.shape[-2], piece)[:, None] * _feather(piece.shape[-1], piece)[None, :]
+                if total is None:
+                    total = piece.new_zeros(
+                        *piece.shape[:2], height * up // down, width * up // down, dtype=torch.float32
+                    )
+                    weights = torch.zeros_like(total[:1, :1])
+                rows = slice(top * up // down, top * up // down + piece.shape[-2])
+                columns = slice(left * up // down, left * up // down + piece.shape[-1])
+                total[..., rows, columns] += piece * weight
+                weights[..., rows, columns] += weight
+        return (total / weights).to(x.dtype)
+
+    def _check_sample(self, sample: Tensor) -> None:
+        height, width = sample.shape[-2:]
+        if height % self.downsample_factor or width % self.downsample_factor:
+            raise ValueError(
+                f"a picture of {width}x{height} px: both sides must be multiples of {self.downsample_factor}, the "
+                "downsample factor. Crop or resize it."
+            )
+
+    def _freeze_base(self) -> None:
+        for module in (self.base_encoder, self.base_quant_conv):
+            if module is not None:
+                module.requires_grad_(False)
+        self.base_encoder.eval()
+
+    def _copy_base(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+        encoder, decoder = vae.encoder.state_dict(), vae.decoder.state_dict()
+        self.base_encoder.load_state_dict(encoder)
+        # Without linear blocks the layers next to the latents are not there, and only they may be missing.
+        self.detail_encoder.load_state_dict(_only(encoder, self.detail_encoder))
+        self.joint_decoder.load_state_dict(_only(decoder, self.joint_decoder))
+        for ours, theirs in (
+            (self.base_quant_conv, "quant_conv"),
+            (self.detail_quant_conv, "quant_conv"),
+            (self.joint_post_quant_conv, "post_quant_conv"),
+        ):
+            if ours is not None:
+                ours.load_state_dict(getattr(vae, theirs).state_dict())
+
+    @torch.no_grad()
+    def _start_linear_blocks(self) -> None:
+        down, up, channels = self.detail_downsample, self.detail_upsample, self.config.base_channels
+        for parameter in (*down.parameters(), *up.parameters()):
+            parameter.zero_()
+        down.shortcut.bias[self.config.detail_channels :] = -5.0
+        # Every base channel onto its own four places of the pixel shuffle.
+        up.shortcut.weight[:, :channels, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=0)
+
+
+def check_channels(base_channels: int, detail_channels: int) -> None:
+    """Raise a ValueError unless the detail channels fall into equal groups, one for each base channel."""
+    if detail_channels <= 0 or detail_channels % base_channels:
+        nearest = max(1, round(detail_channels / base_channels)) * base_channels
+        raise ValueError(
+            f"detail_channels={detail_channels} must be a positive multiple of base_channels={base_channels}: the "
+            f"alignment loss averages groups. The nearest is {nearest}."
+        )
+
+
+def _base_class(name: str) -> type[AutoencoderKL] | type[AutoencoderTiny]:
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if name not in classes:
+        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {', '.join(classes)}.")
+    return classes[name]
+
+
+def _init_config(vae: ModelMixin) -> dict:
+    names = inspect.signature(type(vae).__init__).parameters
+    return {key: value for key, value in dict(vae.config).items() if key in names}
+
+
+def _block_out_channels(vae: AutoencoderKL | AutoencoderTiny) -> tuple[int, ...]:
+    return tuple(vae.config.block_out_channels)
+
+
+def _feature_channels(base: AutoencoderKL | AutoencoderTiny) -> tuple[int, int]:
+    """Channels of the layer before the encoder's last, and of the layer after the decoder's first."""
+    if isinstance(base, AutoencoderTiny):
+        return base.encoder.layers[-1].in_channels, base.decoder.layers[0].out_channels
+    return base.encoder.conv_out.in_channels, base.decoder.conv_in.out_channels
+
+
+def _drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> None:
+    if isinstance(encoder, EncoderTiny):
+        encoder.layers[-1], decoder.layers[0] = nn.Identity(), nn.Identity()
+    else:
+        encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
+
+
+def _features(encoder: nn.Module, sample: Tensor) -> Tensor:
+    """What the encoder's last layer returns, or what it is given where that layer was dropped."""
+    # AutoencoderTiny's networks see pictures in [0, 1]; calling its layers leaves that to us.
+    return encoder.layers(sample.add(1).div(2)) if isinstance(encoder, EncoderTiny) else encoder(sample)
+
+
+def _encode(encoder: nn.Module, quant_conv: nn.Module | None, sample: Tensor) -> Tensor:
+    """The mode of the posterior, in the autoencoder's own scale."""
+    hidden = _features(encoder, sample)
+    if isinstance(encoder, EncoderTiny):
+        return hidden
+    return (hidden if quant_conv is None else quant_conv(hidden)).chunk(2, dim=1)[0]
+
+
+def _pixels(decoder: nn.Module, hidden: Tensor) -> Tensor:
+    """The decoder's layers, and pictures in [-1, 1]."""
+    return decoder.layers(hidden).mul(2).sub(1) if isinstance(decoder, DecoderTiny) else decoder(hidden)
+
+
+def _only(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    wanted = module.state_dict().keys()
+    return {key: value for key, value in state.items() if key in wanted}
+
+
+def _in_slices(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([run(one) for one in x.split(1)])
+
+
+def _tile_starts(length: int, tile: int, stride: int) -> list[int]:
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def _feather(length: int, like: Tensor) -> Tensor:
+    """Weights [length] that rise as a squared sine from each border and never reach zero."""
+    position = (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / length
+    return torch.sin(torch.pi * position).square() + 1e-4
+
+
+if __name__ == "davae.autoencoder_da":
+    # model_index.json stores the module path: "davae" is the frozen public one (docs/formats.md).
+    AutoencoderDA.__module__ = "davae"

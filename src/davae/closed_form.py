@@ -1,0 +1,145 @@
+"""A start for the detail half without training: least squares and principal components in the decoder's metric.
+
+The pretrained autoencoder already knows how to encode the full picture: its full-size latents, unshuffled onto the
+base grid, are 4 C channels. The base latents predict part of them; the rest is projected on the D directions that cost
+the decoder most pixels. Encoder and decoder maps are the two 1x1 shortcuts of `AutoencoderDA` (METHOD section 10).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from davae.autoencoder_da import AutoencoderDA
+from davae.errors import DataError, SettingsError
+from davae.seeds import generator
+
+LOG_VARIANCE = -6.0
+"""Of the code's posterior at the start: deviation 0.05 beside the code's 1."""
+PROBES = 2
+
+
+@torch.no_grad()
+def fit_closed_form(
+    autoencoder: AutoencoderDA,
+    pictures: Tensor,
+    *,
+    seed: int = 0,
+    metric_pictures: int = 24,
+    residual_code: bool = False,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """Set the two linear blocks of an untrained `autoencoder` from `pictures`, [N, 3, H, W] in [-1, 1], 100 to 200.
+
+    With Zb the base latents and Zf the unshuffled latents of the full picture (both in units):
+    Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
+    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S U^T W Zf, with unit variance and zero mean, and
+    the decoder reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U S^-1 z_d. All of it in float64.
+
+    Args:
+        autoencoder: from `AutoencoderDA.from_base(..., linear_blocks=True)`; changed in place.
+        pictures: the training pictures that are fitted.
+        seed: of the probes of the metric.
+        metric_pictures: how many of the pictures the decoder's metric is measured on, with two probes each.
+        residual_code: make the code of the part of Zf that Zf itself cannot tell about the base latents,
+            Zf - A (B Zf + b) with Zb ~ B Zf + b, so that it is hardly correlated with them.
+        batch_size: pictures at a time.
+        progress: called with batches done and in all.
+
+    Returns:
+        The spectrum of W E[R R^T] W as "eigenvalues", and "unexplained": the part of its trace that D leaves out.
+
+    Raises:
+        SettingsError: the autoencoder has no linear blocks.
+        DataError: fewer positions than unknowns.
+    """
+    if not autoencoder.config.linear_blocks:
+        raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
+    base, full = _latents(autoencoder, pictures, batch_size, progress)
+    if base.shape[1] < 4 * full.shape[0]:
+        raise DataError(f"{base.shape[1]} latent positions for {full.shape[0]} channels: give more or larger pictures.")
+    prediction, offset = _least_squares(base, full)
+    residual = full - prediction @ base - offset
+    root, inverse = _roots(_decoder_metric(autoencoder, pictures[:metric_pictures], seed))
+    spectrum, vectors = torch.linalg.eigh(root @ (residual @ residual.T / residual.shape[1]) @ root)
+    detail_channels = autoencoder.config.detail_channels
+    directions = vectors.flip(1)[:, :detail_channels]
+
+    encode, project = directions.T @ root, inverse @ directions
+    if residual_code:
+        back, back_offset = _least_squares(full, base)
+        encode_map = encode @ (torch.eye(len(full)).double() - prediction @ back)
+        encode_offset = -encode @ (prediction @ back_offset + offset)
+        decode_base, decode_offset = prediction, offset
+    else:
+        encode_map, encode_offset = encode, torch.zeros(detail_channels, 1).double()
+        keep = torch.eye(len(full)).double() - project @ encode
+        decode_base, decode_offset = keep @ prediction, keep @ offset
+    code = encode_map @ full + encode_offset
+    mean, deviation = code.mean(dim=1, keepdim=True), code.std(dim=1, keepdim=True)
+
+    down, up = autoencoder.detail_downsample, autoencoder.detail_upsample
+    for convolution in (down.conv, up.conv, down.shortcut):
+        convolution.weight.zero_()
+        convolution.bias.zero_()
+    down.shortcut.weight[:detail_channels, :, 0, 0] = encode_map / deviation
+    down.shortcut.bias[:detail_channels] = ((encode_offset - mean) / deviation)[:, 0]
+    down.shortcut.bias[detail_channels:] = LOG_VARIANCE
+    up.shortcut.weight[:, :, 0, 0] = torch.cat([decode_base, project * deviation.T], dim=1)
+    up.shortcut.bias.copy_((decode_offset + project @ mean)[:, 0])
+    eigenvalues = spectrum.flip(0).clamp_min(0)
+    unexplained = (eigenvalues[detail_channels:].sum() / eigenvalues.sum()).item()
+    return {"eigenvalues": eigenvalues.tolist(), "unexplained": [unexplained]}
+
+
+def _latents(
+    autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int, progress: Callable[[int, int], None]
+) -> tuple[Tensor, Tensor]:
+    """Base latents [C, positions] and unshuffled full latents [4 C, positions], float64."""
+    base, full = [], []
+    batches = pictures.split(batch_size)
+    for index, batch in enumerate(batches):
+        batch = batch.to(autoencoder.device, autoencoder.dtype)
+        base.append(autoencoder.encode_base(batch))
+        full.append(F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2))
+        progress(index + 1, len(batches))
+    return _positions(torch.cat(base)), _positions(torch.cat(full))
+
+
+def _positions(latents: Tensor) -> Tensor:
+    return latents.double().cpu().transpose(0, 1).flatten(1)
+
+
+def _least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A and a of target ~ A source + a; rows are channels, columns positions."""
+    source_mean, target_mean = source.mean(dim=1, keepdim=True), target.mean(dim=1, keepdim=True)
+    centred = source - source_mean
+    gram = centred @ centred.T
+    gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram)).double()
+    weights = torch.linalg.solve(gram, centred @ (target - target_mean).T).T
+    return weights, target_mean - weights @ source_mean
+
+
+def _decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
+    """M = E[J^T J], [4C, 4C]: what an error of the unshuffled latents costs in pixels, by random +-1 probes."""
+    metric, count = 0.0, 0
+    for index, picture in enumerate(pictures.split(1)):
+        latents = autoencoder.encode_pretrained(picture.to(autoencoder.device, autoencoder.dtype)).detach()
+        for probe in range(PROBES):
+            signs = torch.randint(2, picture.shape, generator=generator(seed, "metric probe", index, probe))
+            with torch.enable_grad():
+                latents.requires_grad_(True)
+                pixels = autoencoder.decode_full(latents)
+                (gradient,) = torch.autograd.grad(pixels, latents, (signs * 2.0 - 1.0).to(pixels))
+            columns = _positions(F.pixel_unshuffle(gradient, 2))
+            metric, count = metric + columns @ columns.T, count + columns.shape[1]
+    return metric / count
+
+
+def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """M^(1/2) and its inverse, eigenvalues floored at 1e-6 of the largest."""
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(1e-6 * values.max()).sqrt()
+    return vectors * values @ vectors.T, vectors / values @ vectors.T
