@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 
 import tiny
-from davae.adapter import add_lora, save_adapter
+from davae.adapter import add_lora, load_adapter, save_adapter
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
@@ -96,6 +96,31 @@ def test_the_small_autoencoder_works_as_well():
     assert generate(pipeline).shape == (64, 64, 3)
 
 
+def test_a_flux_pipeline_is_upgraded_as_well(base):
+    flux = FluxPipeline(
+        scheduler=base.scheduler,
+        vae=base.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=tiny.tiny_flux(4),
+    )
+    pipeline = upgrade(flux, AutoencoderDA.from_base(flux.vae, detail_channels=4).eval())
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    image = pipeline(
+        prompt_embeds=embeds,
+        pooled_prompt_embeds=embeds[:, 0],
+        num_inference_steps=2,
+        height=64,
+        width=64,
+        output_type="np",
+    ).images[0]
+    assert type(pipeline) is FluxPipeline
+    assert image.shape == (64, 64, 3)
+
+
 def test_lora_starts_without_effect_and_trains_the_ports_in_full(base, autoencoder):
     pipeline = upgrade(base, autoencoder)
     before = generate(pipeline)
@@ -142,6 +167,15 @@ def test_an_adapter_on_the_base_gives_the_trained_pipeline_in_plain_weights(trai
     type(base.transformer).from_config(pipeline.transformer.config).load_state_dict(pipeline.transformer.state_dict())
     pipeline.save_pretrained(folder / "fused")
     assert np.array_equal(generate(DiffusionPipeline.from_pretrained(folder / "fused")), generate(pipeline))
+
+
+def test_fusing_an_adapter_leaves_the_base_alone_that_shares_its_weights(trained, base, autoencoder):
+    folder, image = trained
+    before = generate(base)
+    pipeline = upgrade(base, autoencoder)
+    load_adapter(pipeline.transformer, folder / "adapter", fuse=True)
+    assert np.allclose(generate(pipeline), image, atol=1e-4)
+    assert np.array_equal(generate(base), before)
 
 
 def test_an_adapter_can_stay_apart_from_the_weights(trained):
