@@ -343,6 +343,13 @@ def test_a_hostile_member_condemns_the_shard(tmp_path, member):
     assert [item.name for item in tmp_path.iterdir()] == ["a.tar"]
 
 
+def test_a_sparse_member_condemns_the_shard(tmp_path):
+    member = odd("000.json", size=512)
+    member.pax_headers = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": f"0,512,{1 << 40},0"}
+    with pytest.raises(DataError, match="no plain file"):
+        open_pictures(tar(tmp_path / "a.tar", captioned(1), member), size=32)
+
+
 def test_a_key_in_two_shards_is_an_error(tmp_path):
     for name in ("0.tar", "1.tar"):
         tar(tmp_path / name, captioned(1))
