@@ -281,8 +281,8 @@ def test_what_is_no_pair_is_refused(base, autoencoder):
         upgrade(upgraded, autoencoder)
     with pytest.raises(SettingsError, match="AutoencoderKL is no AutoencoderDA"):
         upgrade(base, base.vae)
-    base.transformer = base.text_encoder_3
-    with pytest.raises(SettingsError, match="T5EncoderModel is of no family that davae knows"):
+    base.transformer = tiny.tiny_vae()
+    with pytest.raises(SettingsError, match="AutoencoderKL is of no family that davae knows"):
         upgrade(base, autoencoder)
 
 
