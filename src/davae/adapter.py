@@ -71,7 +71,7 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {list(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        sha256.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return sha256.hexdigest()
 
 
