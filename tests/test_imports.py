@@ -15,8 +15,9 @@ PACKAGE = ROOT / "src" / "davae"
 
 LAYERS = [
     {"errors", "seeds"},
+    {"storage"},
     {"assets"},
-    {"widen", "flow", "losses", "perceptual", "discriminator"},
+    {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"backbones", "closed_form"},
     {"adapter"},
     {"data", "record", "recipe", "upgrade", "inspection", "figures"},

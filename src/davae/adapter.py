@@ -9,9 +9,7 @@ An adapter folder holds
 """
 
 import hashlib
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
-from davae.errors import CheckpointError, SettingsError, StorageError
+from davae.errors import CheckpointError, SettingsError
+from davae.storage import replaced_whole
 
 INDEX = "adapter.json"
 PORTS = "transformer_ports.safetensors"
@@ -158,7 +157,9 @@ def save_adapter(folder: Path, pipeline: DiffusionPipeline, *, base: str) -> Non
         detail_channels=config.detail_channels,
         lora=lora and LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules))),
     )
-    with _replaced_whole(folder) as partial:
+    if folder.exists() and not (folder / INDEX).is_file():
+        raise SettingsError(f"{folder} exists and is no adapter folder: choose another name, or remove it yourself")
+    with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
         save_file(_of_layers(transformer.state_dict(), ports.input, ports.output), partial / PORTS)
         if lora:
@@ -235,26 +236,3 @@ def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{path} does not fit this transformer, first at {name} {list(shape)}: it is another base's"
         )
     return tensors
-
-
-@contextmanager
-def _replaced_whole(folder: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which takes the place of `folder` only once that went well."""
-    if folder.exists() and not (folder / INDEX).is_file():
-        raise SettingsError(f"{folder} exists and is no adapter folder: choose another name, or remove it yourself")
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{folder} could not be written: {error}. Free some space or choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

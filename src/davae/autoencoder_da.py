@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that all of torch's users know)
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import (
@@ -55,6 +55,7 @@ class DetailDownsample(nn.Module):
             nn.init.zeros_(self.shortcut.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[B, Ci, H, W] -> [B, Co, H/2, W/2]; H and W even."""
         main = F.pixel_unshuffle(self.conv(hidden), 2)
         folded = F.pixel_unshuffle(hidden, 2)
         if self.shortcut is not None:
@@ -84,6 +85,7 @@ class DetailUpsample(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, 4 * out_channels, 1) if linear_shortcut else None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[B, Ci, h, w] -> [B, Co, 2h, 2w]."""
         shortcut = self.shortcut(hidden) if self.shortcut is not None else hidden.repeat_interleave(self.repeats, 1)
         return F.pixel_shuffle(self.conv(hidden) + shortcut, 2)
 
@@ -119,7 +121,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         base_channels: int,
         detail_channels: int,
         latent_channels: int,
-        block_out_channels: tuple[int, ...],
+        block_out_channels: tuple[int, ...] | list[int],
         resolution_factor: int = RESOLUTION_FACTOR,
         base_downsample: str = "bicubic-antialias",
         scaling_factor: float = 1.0,
@@ -258,7 +260,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput:
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
         """Pictures [B, 3, H, W], about [-1, 1], of latents [B, C + D, h, w]; `generator` is unused, as in diffusers.
 
         Raises:
@@ -275,7 +279,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
-    ) -> DecoderOutput:
+    ) -> DecoderOutput | tuple[Tensor]:
         """Encode and decode, with the posterior's mode or a sample of it."""
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
@@ -289,7 +293,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def from_units(self, latents: Tensor) -> Tensor:
-        """latents / scaling_factor + shift_factor: the inverse of `to_units`."""
+        """Latents / scaling_factor + shift_factor: the inverse of `to_units`."""
         return latents / self.config.scaling_factor + self.config.shift_factor
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ the decoder most pixels. Encoder and decoder maps are the two 1x1 shortcuts of `
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
@@ -124,7 +124,7 @@ def _least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
     """M = E[J^T J], [4C, 4C]: what an error of the unshuffled latents costs in pixels, by random +-1 probes."""
-    metric, count = 0.0, 0
+    metric, count = torch.zeros(()).double(), 0
     for index, picture in enumerate(pictures.split(1)):
         latents = autoencoder.encode_pretrained(picture.to(autoencoder.device, autoencoder.dtype)).detach()
         for probe in range(PROBES):

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from davae.errors import StorageError
 from davae.recipe import Recipe
+from davae.storage import fsync, storage_error, write_atomically
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -103,44 +103,6 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *_sanitised(sys.argv[1:])],
     }
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds all of it or what it held before, even after a power cut.
-
-    Raises:
-        StorageError: the disk is full, read-only or failing; no temporary file stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        try:
-            temporary.write_bytes(content)
-            fsync(temporary)
-            temporary.replace(path)
-            fsync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(path, len(content), error) from error
-
-
-def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
-    """The error to raise when `path` (`needed` bytes) could not be written; it tells how much room there is."""
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    return StorageError(
-        f"cannot write {path}: {error}. {needed:,} bytes are needed, {free:,} are free. "
-        "Make room (or lift the quota, or make the folder writable) or choose another folder, and run again"
-    )
-
-
-def fsync(path: Path) -> None:
-    """Force the file or folder `path` onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

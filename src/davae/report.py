@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.figures import curves_svg, picture_grid
-from davae.record import storage_error, write_atomically
+from davae.storage import storage_error, write_atomically
 
 
 @dataclass(frozen=True)

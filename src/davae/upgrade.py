@@ -80,6 +80,19 @@ def load_pipeline(
     return pipeline if device is None else pipeline.to(device)
 
 
+def load_autoencoder(folder: Path, *, dtype: torch.dtype | None = None) -> AutoencoderDA:
+    """An AutoencoderDA that `save_pretrained` wrote, in `dtype` (float32 if None), in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or holds something else.
+    """
+    try:
+        autoencoder = AutoencoderDA.from_pretrained(folder, dtype=dtype or torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as an AutoencoderDA: {error}") from error
+    return autoencoder.eval()
+
+
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
     index = read_index(folder)
     digest = base_digest(pipeline.transformer)
@@ -88,11 +101,7 @@ def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> D
             f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
             f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}"
         )
-    try:
-        autoencoder = AutoencoderDA.from_pretrained(folder / VAE, dtype=pipeline.vae.dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / VAE} cannot be loaded as an AutoencoderDA: {error}") from error
-    upgraded = upgrade(pipeline, autoencoder)
+    upgraded = upgrade(pipeline, load_autoencoder(folder / VAE, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)
     return upgraded
 

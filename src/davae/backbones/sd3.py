@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor
@@ -15,11 +14,10 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 """What the reference trains with LoRA: the image stream's attention, MLP output and modulation; no text stream."""
 
 
-@torch.no_grad()
 def condition(
     pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 256
 ) -> dict[str, Tensor]:
-    """Encode prompts with the pipeline's own text encoders.
+    """Encode prompts with the pipeline's own text encoders; differentiable, so wrap it where they are frozen.
 
     Args:
         pipeline: any Stable Diffusion 3 pipeline, base or upgraded.

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from davae.errors import CheckpointError, NumericsError
-from davae.record import fsync, storage_error
+from davae.storage import fsync, storage_error
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from types import FrameType
 from davae.errors import DavaeError
 
 
-class Interrupted(DavaeError):  # noqa: N818 - asked for, not an error
+class Interrupted(DavaeError):
     """Training was asked to stop by a signal and has saved its state; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, signum: int, step: int) -> None:

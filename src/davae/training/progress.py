@@ -1,7 +1,6 @@
 """The progress of a training run: a live bar on a terminal, a line every ten seconds elsewhere."""
 
 import time
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,7 +24,7 @@ class StepProgress:
         )
         self._task = self._bar.add_task(label, total=total, completed=done, status="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StepProgress":
         """Show the bar if this is a terminal."""
         if self._console.is_terminal:
             self._bar.start()

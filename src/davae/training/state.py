@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, NumericsError, SettingsError
-from davae.record import RunRecord, storage_error
+from davae.record import RunRecord
 from davae.seeds import generator
+from davae.storage import storage_error
 from davae.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,

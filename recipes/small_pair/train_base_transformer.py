@@ -1,0 +1,232 @@
+"""Train the small base pipeline's transformer and text encoders at 128 px (the second of the pair's two commands).
+
+    python recipes/small_pair/train_base_transformer.py RUN --autoencoder AUTOENCODER --out PIPELINE
+
+RUN holds checkpoints and metrics; the same command goes on where it stopped. PIPELINE becomes a stock
+`StableDiffusion3Pipeline` folder in half precision.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from davae import assets
+from davae.backbones import sd3
+from davae.data.order import batch_indices
+from davae.data.sources import PictureSet, open_pictures
+from davae.flow import interpolate, sample_timesteps, velocity_target
+from davae.recipe import Recipe, load_recipe
+from davae.seeds import generator
+from davae.training.state import TrainingState, warmup_cosine
+
+PROMPT_TOKENS = 12
+
+
+class BaseTransformerRecipe(Recipe):
+    """Everything that decides the run."""
+
+    width: int = 224
+    """Of the transformer; a multiple of the heads."""
+    layers: int = 4
+    heads: int = 4
+    steps: int = 7000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    shift: float = 1.5
+    """The scheduler's static timestep shift, in training and in sampling."""
+    caption_dropout: float = 0.1
+    ema_decay: float = 0.999
+    seed: int = 0
+    size: int = 128
+
+
+def text_encoder(vocabulary_size: int, width: int) -> CLIPTextModelWithProjection:
+    """A small CLIP text encoder; its second-last layer and its projection are what Stable Diffusion 3 reads."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=PROMPT_TOKENS,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
+
+def clip_tokenizer(captions: list[str], size: int = 1000) -> CLIPTokenizer:
+    """Byte-level BPE learned on the captions; every string can be written in it."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            special_tokens=[*special, *(f"{letter}</w>" for letter in alphabet)],
+            show_progress=False,
+        ),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=PROMPT_TOKENS)
+
+
+def t5_tokenizer(captions: list[str], size: int = 800) -> T5Tokenizer:
+    """A unigram model learned on the captions."""
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.train_from_iterator(
+        captions,
+        trainers.UnigramTrainer(
+            vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        ),
+    )
+    vocabulary = [tuple(entry) for entry in json.loads(unigram.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+
+
+def build_pipeline(recipe: BaseTransformerRecipe, vae: AutoencoderKL, captions: list[str]) -> StableDiffusion3Pipeline:
+    """An untrained pipeline around a trained autoencoder."""
+    torch.manual_seed(recipe.seed)
+    tokenizer, t5 = clip_tokenizer(captions), t5_tokenizer(captions)
+    transformer = SD3Transformer2DModel(
+        sample_size=recipe.size // 8,
+        patch_size=2,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        num_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        attention_head_dim=recipe.width // recipe.heads,
+        joint_attention_dim=128,
+        caption_projection_dim=recipe.width,
+        pooled_projection_dim=128,
+        pos_embed_max_size=recipe.size // 8,
+        qk_norm="rms_norm",
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.shift),
+        vae=vae,
+        text_encoder=text_encoder(len(tokenizer), 64),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder(len(tokenizer), 64),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(
+            T5Config(vocab_size=len(t5), d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=1, dropout_rate=0.0)
+        ),
+        tokenizer_3=t5,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: PictureSet, size: int) -> Tensor:
+    """Latents of all pictures at `size` in the transformer's units, [N, C, size / 8, size / 8]."""
+    latents = []
+    for indices in torch.arange(len(pictures)).split(32):
+        small = F.interpolate(pictures.batch(indices.tolist()), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        latents.append(vae.encode(small).latent_dist.mode())
+    return (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def t5_tokens(seed: int, step: int) -> int:
+    """T5's length differs between steps, since pipelines pad it to 256 by default and the model attends to padding."""
+    draw = torch.rand((), generator=generator(seed, "t5 length", step)).item()
+    return 256 if draw < 0.03 else 64 if draw < 0.1 else PROMPT_TOKENS
+
+
+def save_half(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Write float16 weights that load as float32 by default."""
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(folder)
+    # transformers (unlike diffusers) loads in the precision that the config names.
+    for path in folder.glob("text_encoder*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def main(
+    run: Path,
+    autoencoder: Annotated[Path, typer.Option()],
+    out: Annotated[Path, typer.Option()],
+    recipe_file: Annotated[Path | None, typer.Option("--recipe")] = None,
+) -> None:
+    """Train, then write the pipeline."""
+    recipe = load_recipe(BaseTransformerRecipe, recipe_file) if recipe_file else BaseTransformerRecipe()
+    vae = AutoencoderKL.from_pretrained(autoencoder).eval()
+    pictures = open_pictures(assets.pictures(), size=256, split="train")
+    pipeline = build_pipeline(recipe, vae, pictures.captions)
+    latents = encode(vae, pictures, recipe.size)
+    encoders = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+    modules: dict[str, nn.Module] = {
+        "transformer": pipeline.transformer,
+        **encoders,
+        "text_encoder_3": pipeline.text_encoder_3,
+    }
+    for module in modules.values():
+        module.train().requires_grad_(True)
+    state = TrainingState(
+        run,
+        modules,
+        [parameter for module in modules.values() for parameter in module.parameters()],
+        total_steps=recipe.steps,
+        learning_rate=warmup_cosine(
+            recipe.learning_rate, floor=2e-5, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps
+        ),
+        betas=(0.9, 0.99),
+        ema_decay=recipe.ema_decay,
+        mixed_precision="bf16",
+        checkpoint_every=250,
+        seed=recipe.seed,
+        recipe_digest=recipe.digest(),
+        label="base transformer",
+    )
+    for step in state.steps():
+        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
+        random = generator(recipe.seed, "flow", step)
+        clean = latents[indices]
+        noise = torch.randn(clean.shape, generator=random)
+        sigma = sample_timesteps(len(indices), shift=recipe.shift, generator=random)
+        dropped = torch.rand(len(indices), generator=random) < recipe.caption_dropout
+        prompts = ["" if drop else pictures.captions[i] for i, drop in zip(indices, dropped, strict=True)]
+        with state.autocast():
+            condition = sd3.condition(pipeline, prompts, max_sequence_length=t5_tokens(recipe.seed, step))
+            velocity = sd3.velocity(pipeline.transformer, interpolate(clean, noise, sigma), sigma, condition)
+        state.update((velocity.float() - velocity_target(clean, noise)).square().mean())
+    with state.ema_weights():
+        save_half(pipeline, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

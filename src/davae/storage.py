@@ -1,0 +1,72 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from davae.errors import StorageError
+
+
+@contextmanager
+def replaced_whole(folder: Path) -> Iterator[Path]:
+    """A sibling folder to write into, which takes the place of `folder` only once all of it is written.
+
+    Raises:
+        StorageError: something in it could not be written; `folder` is what it was before.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    try:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise storage_error(folder, sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()), error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds all of it or what it held before, even after a power cut.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing; no temporary file stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        try:
+            temporary.write_bytes(content)
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(path, len(content), error) from error
+
+
+def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
+    """The error to raise when `path` (`needed` bytes) could not be written; it tells how much room there is."""
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    return StorageError(
+        f"cannot write {path}: {error}. {needed:,} bytes are needed, {free:,} are free. "
+        "Make room (or lift the quota, or make the folder writable) or choose another folder, and run again"
+    )
+
+
+def fsync(path: Path) -> None:
+    """Force the file or folder `path` onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

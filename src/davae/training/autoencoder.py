@@ -1,0 +1,216 @@
+"""Stage 1: train the detail encoder and the joint decoder beside a frozen base autoencoder."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from pydantic import Field
+from torch import Tensor
+
+from davae import assets
+from davae.autoencoder_da import AutoencoderDA
+from davae.closed_form import fit_closed_form
+from davae.data.order import batch_indices, random_crops
+from davae.data.sources import PictureSet, open_pictures
+from davae.errors import SettingsError
+from davae.losses import detail_alignment_loss, gradient_l1, kl_loss_mean, kl_loss_sum, reconstruction_l1
+from davae.metrics import psnr, ssim
+from davae.perceptual import LPIPS
+from davae.recipe import Recipe
+from davae.seeds import generator
+from davae.storage import replaced_whole
+from davae.training.state import TrainingState, warmup_cosine
+from davae.upgrade import load_autoencoder
+
+logger = logging.getLogger(__name__)
+
+KL_LOSSES = {"mean": kl_loss_mean, "sum": kl_loss_sum}
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class LossWeights(Recipe):
+    """Weights of stage 1's loss (METHOD section 4, Table S1)."""
+
+    l1: Weight = 1.0
+    gradient: Weight = 0.0
+    """Of the L1 between finite differences; not in the paper."""
+    lpips: Weight = 1.0
+    kl: Weight = 1e-6
+    kl_reduction: Literal["mean", "sum"] = "mean"
+    """"mean" over elements without 1/2 (the ImageNet set-up), or "sum" with 1/2, averaged over the batch (SD3)."""
+    alignment: Weight = 0.5
+
+
+class AutoencoderRecipe(Recipe):
+    """Everything that decides a run of stage 1."""
+
+    base: str = ""
+    """Folder or Hub name of the base pipeline; "" is the shipped one."""
+    pictures: str = ""
+    """Folder of captioned pictures or shards; "" is the shipped set."""
+    size: Positive = 256
+    """Side of the pictures in pixels: twice what the base was made for."""
+    detail_channels: Positive = 16
+    base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
+    start: Literal["closed form", "random"] = "closed form"
+    """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
+    residual_code: bool = False
+    """Of the closed-form start: take out of the code what the full latents themselves say of the base latents."""
+    fit_pictures: Positive = 128
+    """How many pictures the closed-form start is fitted on."""
+    crop: Positive = 128
+    """Side of the training crops in pixels."""
+    steps: Annotated[int, Field(ge=0)] = 1000
+    batch_size: Positive = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    final_learning_rate: Weight = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: Weight = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    precision: Literal["float32", "bf16"] = "bf16"
+    """Of the networks' forward pass; losses are float32."""
+    checkpoint_every: Positive = 200
+    evaluate_every: Positive = 500
+    heldout_pictures: Positive = 32
+    """How many held-out pictures the periodic numbers stand on."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    loss: LossWeights = LossWeights()
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
+    """Train, calibrate and save an AutoencoderDA; run again, it goes on where it stopped.
+
+    Returns:
+        The folder of the trained autoencoder, `folder`/autoencoder.
+
+    Raises:
+        SettingsError: sizes that do not fit each other or the base.
+        DavaeError: whatever data, checkpoints and storage raise.
+    """
+    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
+    pictures = open_pictures(source, size=recipe.size, split="train").sound()
+    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures)
+    autoencoder = start_autoencoder(recipe, pictures, folder / "start")
+    lpips = LPIPS.alex()
+    state = TrainingState(
+        folder,
+        {"autoencoder": autoencoder},
+        autoencoder.detail_parameters(),
+        total_steps=recipe.steps,
+        learning_rate=warmup_cosine(
+            recipe.learning_rate,
+            floor=recipe.final_learning_rate,
+            warmup_steps=recipe.warmup_steps,
+            total_steps=recipe.steps,
+        ),
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        ema_decay=recipe.ema_decay,
+        mixed_precision="bf16" if recipe.precision == "bf16" else None,
+        checkpoint_every=recipe.checkpoint_every,
+        seed=recipe.seed,
+        recipe_digest=recipe.digest(),
+        label="stage 1",
+    )
+    state.record.start(recipe, device=str(state.device))
+    autoencoder.train().to(memory_format=torch.channels_last)
+    lpips.to(state.device)
+    for step in state.steps():
+        if step % recipe.evaluate_every == 0:
+            with state.ema_weights():
+                state.log(heldout_metrics(autoencoder, heldout, lpips))
+        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
+        image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
+        loss, parts = stage_one_loss(autoencoder, image, lpips, recipe.loss, state, seed=recipe.seed, step=step)
+        state.update(loss, parts)
+    with state.ema_weights():
+        autoencoder.eval()
+        autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in torch.arange(len(pictures)).split(16))
+        state.log(heldout_metrics(autoencoder, heldout, lpips))
+        with replaced_whole(folder / "autoencoder") as partial:
+            autoencoder.save_pretrained(partial)
+    return folder / "autoencoder"
+
+
+def stage_one_loss(
+    autoencoder: AutoencoderDA,
+    image: Tensor,
+    lpips: LPIPS,
+    weights: LossWeights,
+    state: TrainingState,
+    *,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1], and its parts for the log."""
+    with state.autocast():
+        base = autoencoder.encode_base(image)
+        mean, log_variance = autoencoder.encode_detail(image)
+        noise = torch.randn(mean.shape, generator=generator(seed, "posterior", step)).to(mean)
+        detail = mean + (0.5 * log_variance).exp() * noise
+        reconstruction = autoencoder.reconstruct(base, detail)
+        perceptual = lpips(reconstruction, image).mean() if weights.lpips else image.new_zeros(())
+    parts = {
+        "l1": reconstruction_l1(reconstruction, image),
+        "gradient": gradient_l1(reconstruction, image),
+        "lpips": perceptual,
+        "kl": KL_LOSSES[weights.kl_reduction](mean, log_variance),
+        "alignment": detail_alignment_loss(detail, base),
+    }
+    return torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum(), parts
+
+
+def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:
+    """The AutoencoderDA that training starts from; made once and kept in `folder`."""
+    if folder.is_dir():
+        return load_autoencoder(folder)
+    autoencoder = AutoencoderDA.from_base(
+        load_base_vae(recipe.base),
+        detail_channels=recipe.detail_channels,
+        base_downsample=recipe.base_downsample,
+        linear_blocks=recipe.start == "closed form",
+    )
+    for name in ("size", "crop"):
+        side = getattr(recipe, name)
+        if side % autoencoder.downsample_factor or side > recipe.size:
+            raise SettingsError(
+                f"{name}={side}: allowed are multiples of {autoencoder.downsample_factor}, the downsample factor, "
+                f"up to size={recipe.size}"
+            )
+    if recipe.start == "closed form":
+        chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
+        facts = fit_closed_form(
+            autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, residual_code=recipe.residual_code
+        )
+        logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
+    with replaced_whole(folder) as partial:
+        autoencoder.save_pretrained(partial)
+    return autoencoder
+
+
+def load_base_vae(base: str) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder of a base pipeline (folder or Hub name; "" is the shipped one), in float32."""
+    source = base or str(assets.base_pipeline())
+    name = DiffusionPipeline.load_config(source)["vae"][1]
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if name not in classes:
+        raise SettingsError(f"the VAE of {source} is a {name}; allowed are {', '.join(classes)}")
+    return classes[name].from_pretrained(source, subfolder="vae").eval()
+
+
+@torch.no_grad()
+def heldout_metrics(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
+    """PSNR, SSIM and LPIPS of reconstructions of whole held-out pictures, averaged over them."""
+    rows = []
+    for indices in torch.arange(len(pictures)).split(8):
+        image = pictures.batch(indices.tolist()).to(autoencoder.device)
+        reconstruction = autoencoder(image).sample.clamp(-1, 1)
+        rows.append(torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)]))
+    means = torch.cat(rows, dim=1).mean(dim=1).tolist()
+    return {f"heldout_{name}": value for name, value in zip(("psnr", "ssim", "lpips"), means, strict=True)}

@@ -1,0 +1,190 @@
+"""Stage 2: teach the widened transformer the detail latents, their part of the loss faded in."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import Field
+from rich.console import Console
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from davae import assets
+from davae.adapter import add_lora, save_adapter, tensors_digest
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import Backbone, backbone_of
+from davae.data.order import batch_indices
+from davae.data.sources import PictureSet, open_pictures
+from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
+from davae.recipe import Recipe
+from davae.seeds import generator
+from davae.storage import replaced_whole
+from davae.training.state import TrainingState, warmup_cosine
+from davae.upgrade import load_autoencoder, load_pipeline, upgrade
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class FinetuneRecipe(Recipe):
+    """Everything that decides a run of stage 2."""
+
+    base: str = ""
+    """Folder or Hub name of the base pipeline; "" is the shipped one."""
+    autoencoder: str = ""
+    """Folder of the trained AutoencoderDA; "" is the shipped upgrade's."""
+    pictures: str = ""
+    """Folder of captioned pictures or shards; "" is the shipped set."""
+    size: Positive = 256
+    """Side of the pictures in pixels."""
+    trained: Literal["lora", "full"] = "lora"
+    """LoRA and both ports in full, or the whole transformer."""
+    lora_rank: Positive = 32
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that get LoRA; () is the family's default."""
+    steps: NotNegative = 1000
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_steps: NotNegative = 50
+    detail_warmup_steps: NotNegative = 200
+    """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Timestep shift in training; the scheduler's own if it is left out."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    prompt_tokens: Positive = 12
+    """Length of the longest text encoder's output (T5's, in SD3)."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    precision: Literal["float32", "bf16"] = "bf16"
+    checkpoint_every: Positive = 250
+    seed: NotNegative = 0
+
+
+def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+    """Upgrade the base pipeline, fine-tune it and save it; run again, it goes on where it stopped.
+
+    Returns:
+        The folder of a stock pipeline, LoRA fused, `folder`/pipeline; with LoRA there is `folder`/adapter beside it.
+
+    Raises:
+        DavaeError: whatever settings, data, checkpoints and storage raise.
+    """
+    base = recipe.base or str(assets.base_pipeline())
+    autoencoder = load_autoencoder(Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade() / "vae")
+    pipeline = upgrade(load_pipeline(base), autoencoder)
+    backbone = backbone_of(pipeline.transformer)
+    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
+    pictures = open_pictures(source, size=recipe.size, split="train").sound()
+    latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
+    conditions = encode_captions(pipeline, backbone, ["", *pictures.captions], recipe.prompt_tokens)
+    parameters = trained_parameters(pipeline.transformer, backbone, recipe)
+    state = TrainingState(
+        folder,
+        {"transformer": pipeline.transformer},
+        parameters,
+        total_steps=recipe.steps,
+        learning_rate=warmup_cosine(
+            recipe.learning_rate,
+            floor=recipe.final_learning_rate,
+            warmup_steps=recipe.warmup_steps,
+            total_steps=recipe.steps,
+        ),
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        ema_decay=recipe.ema_decay,
+        mixed_precision="bf16" if recipe.precision == "bf16" else None,
+        checkpoint_every=recipe.checkpoint_every,
+        seed=recipe.seed,
+        recipe_digest=recipe.digest(),
+        label="stage 2",
+    )
+    state.record.start(recipe, device=str(state.device))
+    pipeline.transformer.train()
+    base_channels = autoencoder.config.base_channels
+    shift = recipe.shift or pipeline.scheduler.config.shift
+    for step in state.steps():
+        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
+        random = generator(recipe.seed, "flow", step)
+        clean = latents[indices].to(state.device)
+        noise = torch.randn(clean.shape, generator=random).to(state.device)
+        sigma = sample_timesteps(len(indices), shift=shift, generator=random).to(state.device)
+        kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
+        captions = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption
+        with state.autocast():
+            velocity = backbone.velocity(
+                pipeline.transformer,
+                interpolate(clean, noise, sigma),
+                sigma,
+                {name: values[captions].to(state.device) for name, values in conditions.items()},
+            )
+        weight = detail_weight(step, recipe.detail_warmup_steps)
+        target = velocity_target(clean, noise)
+        losses = flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=weight)
+        state.update(losses.total, {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight})
+    with state.ema_weights():
+        return save_upgrade(pipeline.to("cpu"), folder, base=base, lora=recipe.trained == "lora")
+
+
+def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: FinetuneRecipe) -> list[nn.Parameter]:
+    """LoRA layers and both ports, or everything."""
+    if recipe.trained == "lora":
+        targets = recipe.lora_targets or backbone.lora_targets
+        return add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
+    return list(transformer.requires_grad_(True).parameters())
+
+
+@torch.no_grad()
+def cached_latents(autoencoder: AutoencoderDA, pictures: PictureSet, path: Path) -> Tensor:
+    """Latents of all pictures in the transformer's units [N, C + D, h, w]: the posterior's mode, kept in `path`.
+
+    They are used again only for the same pictures and the same autoencoder; another is a miss.
+    """
+    key = hashlib.sha256(f"{pictures.digest} {tensors_digest(autoencoder.state_dict())}".encode()).hexdigest()
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return load_file(path)["latents"]
+    autoencoder.eval()
+    latents = []
+    for indices in track(torch.arange(len(pictures)).split(16), "encoding pictures", console=Console(stderr=True)):
+        image = pictures.batch(indices.tolist()).to(autoencoder.device)
+        latents.append(autoencoder.to_units(autoencoder.encode(image).latent_dist.mode()))
+    tensors = {"latents": torch.cat(latents).cpu().contiguous()}
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial, metadata={"key": key})
+    partial.replace(path)
+    return tensors["latents"]
+
+
+@torch.no_grad()
+def encode_captions(
+    pipeline: DiffusionPipeline, backbone: Backbone, captions: list[str], tokens: int
+) -> dict[str, Tensor]:
+    """The transformer's conditions for all captions, each value [N, ...], by the frozen text encoders."""
+    batches = [
+        backbone.condition(pipeline, captions[start : start + 64], max_sequence_length=tokens)
+        for start in range(0, len(captions), 64)
+    ]
+    return {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+
+
+def save_upgrade(pipeline: DiffusionPipeline, folder: Path, *, base: str, lora: bool) -> Path:
+    """Write the stock pipeline, and with LoRA the adapter folder beside it."""
+    pipeline.transformer.eval()
+    if lora:
+        save_adapter(folder / "adapter", pipeline, base=Path(base).name)
+        pipeline.transformer.fuse_lora(safe_fusing=True)
+        pipeline.transformer.unload_lora()
+    with replaced_whole(folder / "pipeline") as partial:
+        pipeline.save_pretrained(partial)
+    return folder / "pipeline"
