@@ -44,7 +44,7 @@ class BaseTransformerRecipe(Recipe):
     """Of the transformer; a multiple of the heads."""
     layers: int = 4
     heads: int = 4
-    steps: int = 7000
+    steps: int = 5500
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 200

@@ -111,10 +111,12 @@ def upgrade(
     """Write the upgraded pipeline, warm-started: a stock pipeline for twice the side length at the same tokens."""
     if dry_run:
         return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
-    from davae.autoencoder_da import AutoencoderDA
-    from davae.upgrade import load_pipeline, upgrade
+    from davae.storage import replaced_whole
+    from davae.upgrade import load_autoencoder, load_pipeline, upgrade
 
-    upgrade(load_pipeline(pipeline), AutoencoderDA.from_pretrained(autoencoder)).save_pretrained(out)
+    upgraded = upgrade(load_pipeline(pipeline), load_autoencoder(autoencoder))
+    with replaced_whole(out) as partial:
+        upgraded.save_pretrained(partial)
     _say(out)
 
 
@@ -148,7 +150,7 @@ def generate(
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
-    settings = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "prompts": prompts, "out": out, **settings})
     from davae.evaluation.generation import generate
@@ -164,16 +166,18 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/reconstruct"),
     size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base pipeline, for the bounds that it sets.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Encode and decode held-out pictures, and measure PSNR, SSIM and LPIPS against base + bicubic."""
-    settings = {"size": size, "limit": limit}
+    settings: dict[str, Any] = {"size": size, "limit": limit}
     if dry_run:
-        return _show({"autoencoder": autoencoder, "pictures": pictures, "out": out, **settings})
-    from davae.autoencoder_da import AutoencoderDA
+        return _show({"autoencoder": autoencoder, "pictures": pictures, "out": out, "base": base, **settings})
     from davae.evaluation.reconstruction import reconstruct
+    from davae.upgrade import load_autoencoder, load_base_vae
 
-    _say(reconstruct(AutoencoderDA.from_pretrained(autoencoder), pictures, out, **settings))
+    vae = None if base is None else load_base_vae(base)
+    _say(reconstruct(load_autoencoder(autoencoder), pictures, out, base=vae, **settings))
 
 
 @app.command()
@@ -189,7 +193,7 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
-    settings = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate

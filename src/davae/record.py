@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from davae.recipe import Recipe
-from davae.storage import fsync, storage_error, write_atomically
+from davae.storage import finite, fsync, storage_error, write_atomically, write_json
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -38,11 +38,11 @@ class RunRecord:
     def start(self, recipe: Recipe, *, device: str) -> None:
         """Write recipe.toml (readable by `load_recipe`) and environment.json (machine, versions, commit, command)."""
         write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
-        _write_json(self.folder / "environment.json", {**environment(), "device": device})
+        write_json(self.folder / "environment.json", {**environment(), "device": device})
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
-        line = (json.dumps(_finite(dict(metrics)), allow_nan=False) + "\n").encode()
+        line = (json.dumps(finite(dict(metrics)), allow_nan=False) + "\n").encode()
         try:
             with self.metrics_path.open("ab") as file:
                 file.write(line)
@@ -84,7 +84,7 @@ class RunRecord:
             "command": where["command"],
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        _write_json(self.folder / "result.json", result)
+        write_json(self.folder / "result.json", result)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,10 +103,6 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *_sanitised(sys.argv[1:])],
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(_finite(dict(value)), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _version(package: str) -> str | None:
@@ -133,15 +129,6 @@ def _commit() -> str | None:
         return None
     commit = answer("rev-parse", "HEAD")
     return f"{commit}-dirty" if answer("status", "--porcelain", "--untracked-files=no", ".") else commit
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every non-finite float inside replaced by None, which JSON can say."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not -sys.float_info.max <= value <= sys.float_info.max else value
 
 
 def _sanitised(value: Any) -> Any:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.figures import curves_svg, picture_grid
-from davae.storage import storage_error, write_atomically
+from davae.storage import write_atomically
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def write_page(path: Path, report: Report) -> None:
         footer=f"<footer>{_paragraphs(report.footer)}</footer>" if report.footer else "",
         style=_STYLE,
     )
-    _write_whole(path, page.encode())
+    write_atomically(path, page.encode())
 
 
 def write_figure(path: Path, pictures: Pictures, *, title: str = "") -> None:
@@ -132,15 +132,7 @@ def write_figure(path: Path, pictures: Pictures, *, title: str = "") -> None:
     image = picture_grid(pictures.columns, pictures.notes, pictures.rows, pictures.cells, title=title)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    _write_whole(path, buffer.getvalue())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(path, len(content), error) from error
-    write_atomically(path, content)
+    write_atomically(path, buffer.getvalue())
 
 
 def _paragraphs(text: str) -> str:

@@ -1,10 +1,13 @@
 """Files and folders that are written whole or not at all."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -35,13 +38,14 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds all of it or what it held before, even after a power cut.
+    """Write `content` so that `path` holds all of it or what it held before, even after a power cut; make its folder.
 
     Raises:
         StorageError: the disk is full, read-only or failing; no temporary file stays.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
             fsync(temporary)
@@ -70,3 +74,17 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON, whole or not at all; numbers that are not finite become null."""
+    write_atomically(path, (json.dumps(finite(dict(value)), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with every non-finite float inside replaced by None, which JSON can say."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not -sys.float_info.max <= value <= sys.float_info.max else value

@@ -93,6 +93,23 @@ def load_autoencoder(folder: Path, *, dtype: torch.dtype | None = None) -> Autoe
     return autoencoder.eval()
 
 
+def load_base_vae(base: str) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
+
+    Raises:
+        CheckpointError: there is no pipeline.
+        SettingsError: its VAE is of a class that cannot be upgraded.
+    """
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    try:
+        name = DiffusionPipeline.load_config(base)["vae"][1]
+        if name not in classes:
+            raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(classes)}")
+        return classes[name].from_pretrained(base, subfolder="vae", dtype=torch.float32).eval()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
+
+
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
     index = read_index(folder)
     digest = base_digest(pipeline.transformer)

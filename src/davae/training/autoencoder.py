@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from pydantic import Field
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from davae.recipe import Recipe
 from davae.seeds import generator
 from davae.storage import replaced_whole
 from davae.training.state import TrainingState, warmup_cosine
-from davae.upgrade import load_autoencoder
+from davae.upgrade import load_autoencoder, load_base_vae
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     if folder.is_dir():
         return load_autoencoder(folder)
     autoencoder = AutoencoderDA.from_base(
-        load_base_vae(recipe.base),
+        load_base_vae(recipe.base or str(assets.base_pipeline())),
         detail_channels=recipe.detail_channels,
         base_downsample=recipe.base_downsample,
         linear_blocks=recipe.start == "closed form",
@@ -192,16 +191,6 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     with replaced_whole(folder) as partial:
         autoencoder.save_pretrained(partial)
     return autoencoder
-
-
-def load_base_vae(base: str) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder of a base pipeline (folder or Hub name; "" is the shipped one), in float32."""
-    source = base or str(assets.base_pipeline())
-    name = DiffusionPipeline.load_config(source)["vae"][1]
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if name not in classes:
-        raise SettingsError(f"the VAE of {source} is a {name}; allowed are {', '.join(classes)}")
-    return classes[name].from_pretrained(source, subfolder="vae").eval()
 
 
 @torch.no_grad()

@@ -1,0 +1,209 @@
+"""Pictures out of a pipeline, with noise that base and upgraded pipelines share; and KID of many of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from jaxtyping import Float, UInt8
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from davae.autoencoder_da import AutoencoderDA
+from davae.data.sources import PictureSet, open_pictures
+from davae.errors import DataError, SettingsError
+from davae.evaluation.reconstruction import to_bytes
+from davae.metrics import EfficientNetLite0Features, kid_full
+from davae.report import Pictures, Report, Section, Table, write_page
+from davae.seeds import generator
+from davae.storage import write_json
+
+PROMPT_TOKENS = 12
+"""T5 tokens; pipelines pad to 256 by default, and short prompts need few."""
+
+
+def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, side: int) -> Tensor:
+    """Starting noise [B, channels, side, side], keyed by (seed, index): an upgraded pipeline's base half is the base's.
+
+    So base and upgraded pictures of one index begin alike, and can be compared side by side.
+    """
+    vae = pipeline.vae
+    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else vae.config.latent_channels
+    extra = vae.config.latent_channels - channels
+    rows = []
+    for index in indices:
+        base = torch.randn(channels, side, side, generator=generator(seed, "base noise", index))
+        detail = torch.randn(extra, side, side, generator=generator(seed, "detail noise", index))
+        rows.append(torch.cat([base, detail]))
+    return torch.stack(rows)
+
+
+def sample(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    steps: int = 28,
+    guidance_scale: float = 4.0,
+    size: int | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
+    first_index: int = 0,
+) -> UInt8[Tensor, "b 3 size size"]:
+    """One picture for each prompt.
+
+    Args:
+        pipeline: a Stable Diffusion 3 pipeline, base or upgraded.
+        prompts: B of them, in one batch.
+        seed: of the noise, together with each picture's index.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 or less turns it off.
+        size: side in pixels; the pipeline's default if None.
+        prompt_tokens: length that T5 pads to.
+        first_index: index of the first prompt, for the noise.
+
+    Raises:
+        SettingsError: a size that the pipeline cannot make.
+    """
+    factor = pipeline.vae_scale_factor
+    size = size or pipeline.transformer.config.sample_size * factor
+    patch = pipeline.transformer.config.patch_size
+    if size % (factor * patch):
+        raise SettingsError(f"size={size}: allowed are multiples of {factor * patch}, downsample factor x patch size")
+    noise = shared_noise(pipeline, range(first_index, first_index + len(prompts)), seed=seed, side=size // factor).to(
+        pipeline.device, pipeline.transformer.dtype
+    )
+    pictures = pipeline(
+        list(prompts),
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        latents=noise,
+        max_sequence_length=prompt_tokens,
+        output_type="pt",
+    ).images
+    return to_bytes(pictures * 2 - 1)
+
+
+def sample_many(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, *, label: str, batch_size: int = 16, **settings
+) -> list[UInt8[Tensor, "3 size size"]]:
+    """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing."""
+    pipeline.set_progress_bar_config(disable=True)
+    starts = range(0, len(prompts), batch_size)
+    for start in track(starts, label, console=Console(stderr=True)):
+        batch = prompts[start : start + batch_size]
+        paths = [folder / f"{index:05d}.png" for index in range(start, start + len(batch))]
+        if all(path.is_file() for path in paths):
+            continue
+        made = sample(pipeline, batch, first_index=start, **settings)
+        for path, picture in zip(paths, made, strict=True):
+            write_png(path, picture)
+    return [read_png(folder / f"{index:05d}.png") for index in range(len(prompts))]
+
+
+def evaluation_prompts(pictures: PictureSet, count: int) -> list[str]:
+    """`count` captions: every picture's, again and again; with other noise each time."""
+    if not len(pictures):
+        raise DataError("there are no captions to generate from: the set of pictures is empty")
+    return [pictures.captions[index % len(pictures)] for index in range(count)]
+
+
+def features_of(pictures: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:
+    """EfficientNet-Lite0 features of pictures, enlarged with bicubic to `side` px where they are smaller."""
+    extract = EfficientNetLite0Features()
+    rows = []
+    for start in range(0, len(pictures), 64):
+        batch = torch.stack(list(pictures[start : start + 64])).float() / 127.5 - 1
+        if batch.shape[-1] < side:
+            batch = F.interpolate(batch, size=(side, side), mode="bicubic").clamp(-1, 1)
+        rows.append(extract(batch))
+    return torch.cat(rows)
+
+
+def kid_with_error(made: Tensor, real: Tensor, *, seed: int, resamples: int = 50) -> tuple[float, float]:
+    """KID of two sets of features, over all of both, and its standard error by bootstrap over the made ones."""
+    value = kid_full(made, real)
+    estimates = []
+    for index in range(resamples):
+        rows = torch.randperm(len(made), generator=generator(seed, "kid half", index))[: len(made) // 2]
+        estimates.append(kid_full(made[rows], real))
+    # Halves drawn without replacement vary by about the standard error of the whole.
+    return value, torch.tensor(estimates).std().item()
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    steps: int = 28,
+    guidance_scale: float = 4.0,
+    size: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Pictures for prompts: PNG files in `out`, and a page of them.
+
+    Returns:
+        The path of the page.
+    """
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
+    pictures = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
+    side = pictures[0].shape[-1]
+    grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])
+    lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
+    write_page(out / "index.html", Report("Generated pictures", lead, [Section("Pictures", "", grid)]))
+    return out / "index.html"
+
+
+def evaluate(
+    pipeline: DiffusionPipeline,
+    pictures: Path,
+    out: Path,
+    *,
+    count: int = 1000,
+    steps: int = 28,
+    guidance_scale: float = 4.0,
+    seed: int = 0,
+) -> Path:
+    """KID of `count` pictures made from a set's captions against the set; `out`/result.json and a page.
+
+    Returns:
+        The path of the page.
+    """
+    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    real = open_pictures(pictures, size=side)
+    prompts = evaluation_prompts(real, count)
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    made = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
+    references = features_of([real.image(index) for index in range(len(real))], side=side)
+    value, error = kid_with_error(features_of(made, side=side), references, seed=seed)
+    result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
+    write_json(out / "result.json", {**result, "real": len(real), **settings})
+    table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
+    shown = min(16, count)
+    grid = Pictures([f"{side} px"], prompts[:shown], [[picture] for picture in made[:shown]])
+    lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones."
+    write_page(
+        out / "index.html", Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
+    )
+    return out / "index.html"
+
+
+def write_png(path: Path, picture: UInt8[Tensor, "3 h w"]) -> None:
+    """Write one picture, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:
+    """Read a picture that `write_png` wrote."""
+    with Image.open(path) as image:
+        data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        return data.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
