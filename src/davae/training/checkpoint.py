@@ -49,13 +49,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         NumericsError: a tensor holds a number that is not finite; nothing is written.
         StorageError: the disk is full, read-only or failing; nothing of the new checkpoint stays, the old ones do.
     """
-    for group, tensors in checkpoint.groups.items():
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise NumericsError(
-                    f"step {checkpoint.step}: {group} tensor {name} holds numbers that are not finite, so no checkpoint"
-                    " is written. The older ones are sound: lower the learning rate and start a new run from there"
-                )
     target = folder / f"step-{checkpoint.step:08d}"
     temporary = folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
     needed = sum(t.numel() * t.element_size() for tensors in checkpoint.groups.values() for t in tensors.values())
@@ -63,6 +56,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _check_finite(checkpoint)
         temporary.mkdir()
         _write_files(temporary, checkpoint, recipe_digest)
         fsync(temporary)
@@ -164,6 +158,16 @@ def remove_litter(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def _check_finite(checkpoint: Checkpoint) -> None:
+    for group, tensors in checkpoint.groups.items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise NumericsError(
+                    f"step {checkpoint.step}: {group} tensor {name} holds numbers that are not finite, so no checkpoint"
+                    " is written. The older ones are sound: lower the learning rate and start a new run"
+                )
+
+
 def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> None:
     for group, tensors in checkpoint.groups.items():
         save_file(dict(tensors), folder / f"{group}.safetensors")
@@ -183,7 +187,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> No
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders below `folder`, oldest first, sound or not."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _remove(path: Path) -> None:

@@ -216,8 +216,7 @@ class TrainingState:
         self.skipped += not finite
         if not finite or self.step % self.log_every == 0 or self.step == self.total_steps - 1:
             line = {"loss": self._loss, "loss_hex": self._loss.hex(), "learning_rate": rate, "grad_norm": norm}
-            line |= {name: float(value) for name, value in (logs or {}).items()}
-            self.log(line if finite else line | {"skipped": True})
+            self.log({**line, **(logs or {}), **({} if finite else {"skipped": True})})
         if not finite:
             logger.warning("step %d skipped: loss %g, gradient norm %g", self.step, self._loss, norm)
         if self._streak == MAX_SKIPPED_IN_A_ROW:

@@ -1,0 +1,188 @@
+import errno
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae.errors import CheckpointError, NumericsError, StorageError
+from davae.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_litter,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+DIGEST = "c0ffee" * 10 + "beef"
+
+
+def sample(step: int) -> Checkpoint:
+    numbers = torch.Generator().manual_seed(step)
+    weights = {"conv.weight": torch.randn(4, 3, generator=numbers), "conv.bias": torch.randn(4, generator=numbers)}
+    moments = {"conv.weight/step": torch.tensor(float(step)), "half": torch.ones(3, dtype=torch.bfloat16)}
+    counts = {"batches": torch.tensor(step), "none": torch.zeros(0)}
+    return Checkpoint(step, {"model": weights | counts, "optimizer": moments}, {"skipped": step, "seconds": 0.1})
+
+
+def save(folder: Path, *steps: int, keep: int = 3) -> None:
+    for step in steps:
+        save_checkpoint(folder, sample(step), recipe_digest=DIGEST, keep=keep)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
+    path = save_checkpoint(tmp_path / "new" / "folder", sample(100), recipe_digest=DIGEST, keep=1)
+    assert path.name == "step-00000100"
+    assert names(path) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    back, original = load_checkpoint(path, recipe_digest=DIGEST), sample(100)
+    assert (back.step, back.values, list(back.groups)) == (original.step, original.values, list(original.groups))
+    for group, tensors in original.groups.items():
+        assert back.groups[group].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert back.groups[group][name].dtype == tensor.dtype
+            assert torch.equal(back.groups[group][name], tensor)
+
+
+def test_the_newest_is_found_and_the_newest_few_are_kept(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    save(tmp_path, 9, 10, 100, 99_999_999, 100_000_000)
+    assert names(tmp_path) == ["step-00000100", "step-100000000", "step-99999999"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-100000000"
+
+
+def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path):
+    save(tmp_path, 1)
+    for name in ("step-00000005.tmp-deadbeef", "step-latest", "samples", "damaged-step-00000003-aa"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 2, keep=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000002"
+    remove_litter(tmp_path)
+    assert names(tmp_path) == ["damaged-step-00000003-aa", "samples", "step-00000002", "step-latest"]
+
+
+def flip_a_bit(path: Path, chance: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(path: Path, chance: random.Random) -> None:
+    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+
+
+def append(path: Path, chance: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + chance.randbytes(3))
+
+
+def delete(path: Path, _chance: random.Random) -> None:
+    path.unlink()
+
+
+def swap(path: Path, _chance: random.Random) -> None:
+    shutil.copy(path.parent.with_name("step-00000001") / path.name, path)
+
+
+@pytest.mark.parametrize(("damage", "times"), [(flip_a_bit, 60), (truncate, 30), (append, 8), (delete, 4), (swap, 4)])
+def test_every_damage_is_found_and_an_older_checkpoint_is_used(
+    tmp_path, caplog, damage: Callable[[Path, random.Random], None], times: int
+):
+    source = tmp_path / "source"
+    save(source, 1, 2)
+    chance = random.Random(5)
+    files = names(source / "step-00000002")
+    for trial in range(times):
+        folder = tmp_path / str(trial)
+        shutil.copytree(source, folder)
+        victim = folder / "step-00000002" / files[trial % len(files)]
+        damage(victim, chance)
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(folder / "step-00000002", recipe_digest=DIGEST)
+        assert isinstance(caught.value, DamagedCheckpointError)
+        caplog.clear()
+        assert latest_checkpoint(folder) == folder / "step-00000001"
+        message = caplog.records[0].getMessage()
+        assert caplog.records[0].levelno == logging.WARNING
+        assert "step-00000002" in message
+        assert victim.name in message or damage is swap  # a foreign manifest shows in the first file it does not fit
+        kept = next(folder.glob("damaged-step-00000002-*"))
+        assert set(names(kept)) >= set(files) - {victim.name}
+
+
+def test_all_damaged_means_none(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / f"step-0000000{step}" / "state.json").write_text("{}")
+    assert latest_checkpoint(tmp_path) is None
+    assert len(list(tmp_path.glob("damaged-*"))) == 2
+
+
+def test_a_renamed_checkpoint_is_damaged(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
+    with pytest.raises(DamagedCheckpointError, match="holds step 1"):
+        verify_checkpoint(tmp_path / "step-00000009")
+
+
+def test_a_newer_format_is_refused_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("davae.training.checkpoint.FORMAT_VERSION", 2)
+    save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="format version 2") as caught:
+        latest_checkpoint(tmp_path)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_another_recipe_is_refused(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"c0ffeec0ffee.*123456789abc.*new folder") as caught:
+        load_checkpoint(tmp_path / "step-00000001", recipe_digest="123456789abcdef")
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_never_written(tmp_path, number):
+    save(tmp_path, 1, keep=1)
+    bad = sample(2)
+    bad.groups["model"]["conv.bias"][3] = number
+    with pytest.raises(NumericsError, match=r"step 2: model tensor conv\.bias"):
+        save_checkpoint(tmp_path, bad, recipe_digest=DIGEST, keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_what_cannot_be_written_leaves_the_old_checkpoints_and_no_litter(tmp_path):
+    save(tmp_path, 1, keep=1)
+    name_too_long = Checkpoint(2, {"x" * 300: {"weight": torch.ones(2)}}, {})
+    with pytest.raises(StorageError, match=r"step-00000002.* 8 bytes are needed, [\d,]+ are free") as caught:
+        save_checkpoint(tmp_path, name_too_long, recipe_digest=DIGEST, keep=1)
+    assert caught.value.exit_code == 5
+    assert names(tmp_path) == ["step-00000001"]
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        save_checkpoint(tmp_path / "file" / "below", sample(2), recipe_digest=DIGEST, keep=1)
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path):
+    vast = torch.empty(1).expand(shutil.disk_usage(tmp_path).free // 4 + 1024)
+    with pytest.raises(StorageError, match=f"Errno {errno.ENOSPC}"):
+        save_checkpoint(tmp_path / "run", Checkpoint(1, {"model": {"vast": vast}}, {}), recipe_digest=DIGEST, keep=1)
+    assert names(tmp_path / "run") == []
+
+
+def test_the_manifest_names_every_file(tmp_path):
+    save(tmp_path, 7)
+    manifest = json.loads((tmp_path / "step-00000007" / "manifest.json").read_text())
+    assert manifest["step"] == 7
+    assert sorted(manifest["files"]) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    for name, entry in manifest["files"].items():
+        assert entry["bytes"] == (tmp_path / "step-00000007" / name).stat().st_size
