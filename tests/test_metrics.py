@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from davae.errors import SettingsError
-from davae.evaluation.metrics import EfficientNetLite0Features, kid, kid_full, psnr, ssim
+from davae.metrics import EfficientNetLite0Features, kid, kid_full, psnr, ssim
 
 
 def uniform(*shape, seed=0):
