@@ -1,6 +1,7 @@
 """The command line: verbs that parse, call and print. What they do is in the modules that they import when called."""
 
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ def demo(
     """Do the whole main job on the shipped pair and pictures, and write a page to look at."""
     if dry_run:
         return _show({"out": out, "budget": budget, "seed": seed})
+    _quiet()
     from davae.demo import run_demo
 
     _say(run_demo(out, budget, seed))
@@ -92,6 +94,7 @@ def train_autoencoder(
     dry_run: DryRun = False,
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
+    _quiet()
     from davae.recipe import load_recipe
     from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 
@@ -128,6 +131,7 @@ def finetune(
     dry_run: DryRun = False,
 ) -> None:
     """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, or all of it)."""
+    _quiet()
     from davae.recipe import load_recipe
     from davae.training.finetune import FinetuneRecipe, finetune
 
@@ -200,6 +204,12 @@ def evaluate(
     from davae.upgrade import load_pipeline
 
     _say(evaluate(load_pipeline(pipeline, adapter=adapter), pictures, out, **settings))
+
+
+def _quiet() -> None:
+    """Keep the libraries' notes on torchvision, casts and cut captions out of a run's progress; errors are shown."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _say(text: object) -> None:

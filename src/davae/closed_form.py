@@ -27,7 +27,7 @@ def fit_closed_form(
     *,
     seed: int = 0,
     metric_pictures: int = 24,
-    residual_code: bool = False,
+    aligned: bool = True,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[float]]:
@@ -35,16 +35,16 @@ def fit_closed_form(
 
     With Zb the base latents and Zf the unshuffled latents of the full picture (both in units):
     Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
-    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S U^T W Zf, with unit variance and zero mean, and
-    the decoder reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U S^-1 z_d. All of it in float64.
+    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S (U^T W Zf - mean) in coordinates S (see `aligned`),
+    and the decoder reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (S^-1 z_d + mean). All of it in float64.
 
     Args:
         autoencoder: from `AutoencoderDA.from_base(..., linear_blocks=True)`; changed in place.
         pictures: the training pictures that are fitted.
         seed: of the probes of the metric.
         metric_pictures: how many of the pictures the decoder's metric is measured on, with two probes each.
-        residual_code: make the code of the part of Zf that Zf itself cannot tell about the base latents,
-            Zf - A (B Zf + b) with Zb ~ B Zf + b, so that it is hardly correlated with them.
+        aligned: turn the code to where its channel groups' means are nearest to the base latents, and scale it as a
+            whole, so that distances in it are distances in pixels; otherwise every component has unit variance.
         batch_size: pictures at a time.
         progress: called with batches done and in all.
 
@@ -68,27 +68,21 @@ def fit_closed_form(
     directions = vectors.flip(1)[:, :detail_channels]
 
     encode, project = directions.T @ root, inverse @ directions
-    if residual_code:
-        back, back_offset = _least_squares(full, base)
-        encode_map = encode @ (torch.eye(len(full)).double() - prediction @ back)
-        encode_offset = -encode @ (prediction @ back_offset + offset)
-        decode_base, decode_offset = prediction, offset
-    else:
-        encode_map, encode_offset = encode, torch.zeros(detail_channels, 1).double()
-        keep = torch.eye(len(full)).double() - project @ encode
-        decode_base, decode_offset = keep @ prediction, keep @ offset
-    code = encode_map @ full + encode_offset
-    mean, deviation = code.mean(dim=1, keepdim=True), code.std(dim=1, keepdim=True)
+    keep = torch.eye(len(full)).double() - project @ encode
+    code = encode @ full
+    mean = code.mean(dim=1, keepdim=True)
+    coordinates = _aligned_coordinates(code - mean, base) if aligned else torch.diag(1 / code.std(dim=1))
+    inverse_coordinates = torch.linalg.inv(coordinates)
 
     down, up = autoencoder.detail_downsample, autoencoder.detail_upsample
     for convolution in (down.conv, up.conv, down.shortcut):
         convolution.weight.zero_()
         convolution.bias.zero_()
-    down.shortcut.weight[:detail_channels, :, 0, 0] = encode_map / deviation
-    down.shortcut.bias[:detail_channels] = ((encode_offset - mean) / deviation)[:, 0]
+    down.shortcut.weight[:detail_channels, :, 0, 0] = coordinates @ encode
+    down.shortcut.bias[:detail_channels] = -(coordinates @ mean)[:, 0]
     down.shortcut.bias[detail_channels:] = LOG_VARIANCE
-    up.shortcut.weight[:, :, 0, 0] = torch.cat([decode_base, project * deviation.T], dim=1)
-    up.shortcut.bias.copy_((decode_offset + project @ mean)[:, 0])
+    up.shortcut.weight[:, :, 0, 0] = torch.cat([keep @ prediction, project @ inverse_coordinates], dim=1)
+    up.shortcut.bias.copy_((keep @ offset + project @ mean)[:, 0])
     eigenvalues = spectrum.flip(0).clamp_min(0)
     unexplained = (eigenvalues[detail_channels:].sum() / eigenvalues.sum()).item()
     return {"eigenvalues": eigenvalues.tolist(), "unexplained": [unexplained]}
@@ -106,6 +100,16 @@ def _latents(
         full.append(F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2))
         progress(index + 1, len(batches))
     return _positions(torch.cat(base)), _positions(torch.cat(full))
+
+
+def _aligned_coordinates(code: Tensor, base: Tensor) -> Tensor:
+    """The rotation of a centred code [D, N] nearest to the base latents [C, N], each repeated D / C times; over its rms.
+
+    An orthogonal Procrustes problem: of all rotations this one has the smallest alignment loss up to the scale.
+    """
+    target = (base - base.mean(dim=1, keepdim=True)).repeat_interleave(len(code) // len(base), dim=0)
+    left, _, right = torch.linalg.svd(target @ code.T)
+    return left @ right / code.square().mean().sqrt()
 
 
 def _positions(latents: Tensor) -> Tensor:

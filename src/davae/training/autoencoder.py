@@ -56,8 +56,8 @@ class AutoencoderRecipe(Recipe):
     base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
-    residual_code: bool = False
-    """Of the closed-form start: take out of the code what the full latents themselves say of the base latents."""
+    aligned_start: bool = True
+    """Of the closed-form start: turn the code towards the base latents; otherwise each component has unit variance."""
     fit_pictures: Positive = 128
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128
@@ -75,6 +75,8 @@ class AutoencoderRecipe(Recipe):
     """Of the networks' forward pass; losses are float32."""
     checkpoint_every: Positive = 200
     evaluate_every: Positive = 500
+    calibration_pictures: Positive = 512
+    """How many pictures the latent statistics are measured on at the end."""
     heldout_pictures: Positive = 32
     """How many held-out pictures the periodic numbers stand on."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -130,7 +132,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         state.update(loss, parts)
     with state.ema_weights():
         autoencoder.eval()
-        autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in torch.arange(len(pictures)).split(16))
+        chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
+        chunks = chosen[: recipe.calibration_pictures].split(16)
+        autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
         state.log(heldout_metrics(autoencoder, heldout, lpips))
         with replaced_whole(folder / "autoencoder") as partial:
             autoencoder.save_pretrained(partial)
@@ -185,7 +189,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     if recipe.start == "closed form":
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
         facts = fit_closed_form(
-            autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, residual_code=recipe.residual_code
+            autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, aligned=recipe.aligned_start
         )
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     with replaced_whole(folder) as partial:
