@@ -81,7 +81,7 @@ def test_a_recipe_is_frozen_and_documented(tmp_path):
         ("steps = 3\n[optimiser]\nbetas = [0.5]", r'key "optimiser.betas'),
         ("steps = 2026-11-24", 'key "steps" = '),
         ("steps = ", "no valid TOML: Invalid value"),
-        ("steps = 3\nsteps = 4", "no valid TOML.*line 2"),
+        ("steps = 3\nsteps = 4\ntitle = 0\n", "no valid TOML.*line 2"),
     ],
 )
 def test_mistakes_are_named_with_key_value_and_way_out(tmp_path, text, message):

@@ -7,7 +7,8 @@ import pytest
 
 from davae.errors import StorageError
 from davae.recipe import Recipe, load_recipe
-from davae.record import RunRecord, environment, read_metrics, write_atomically
+from davae.record import RunRecord, environment, read_metrics
+from davae.storage import write_atomically
 
 
 class Sample(Recipe):

@@ -35,7 +35,7 @@ def fit_closed_form(
 
     With Zb the base latents and Zf the unshuffled latents of the full picture (both in units):
     Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
-    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S (U^T W Zf - mean) in coordinates S (see `aligned`),
+    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S (U^T W Zf - mean), S its coordinates (see `aligned`),
     and the decoder reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (S^-1 z_d + mean). All of it in float64.
 
     Args:
@@ -103,7 +103,7 @@ def _latents(
 
 
 def _aligned_coordinates(code: Tensor, base: Tensor) -> Tensor:
-    """The rotation of a centred code [D, N] nearest to the base latents [C, N], each repeated D / C times; over its rms.
+    """The rotation of a centred code [D, N] nearest to the base latents [C, N], each repeated; over its rms.
 
     An orthogonal Procrustes problem: of all rotations this one has the smallest alignment loss up to the scale.
     """

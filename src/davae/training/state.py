@@ -19,7 +19,6 @@ from davae.errors import CheckpointError, NumericsError, SettingsError
 from davae.record import RunRecord
 from davae.seeds import generator
 from davae.storage import storage_error
-from davae.storage import storage_error
 from davae.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
