@@ -35,7 +35,7 @@ def fit_closed_form(
 
     With Zb the base latents and Zf the unshuffled latents of the full picture (both in units):
     Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
-    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S (U^T W Zf - mean), S its coordinates (see `aligned`),
+    U = the first D eigenvectors of W E[R R^T] W. The code is z_d = S (U^T W Zf - mean), see `aligned` for S,
     and the decoder reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (S^-1 z_d + mean). All of it in float64.
 
     Args:
