@@ -1,6 +1,45 @@
-"""What holds for every test: no network."""
+"""What holds for every test: no network. And what takes a moment to make: a tiny pair and its pictures, on disk."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 pictures of 64 px to train on and 4 held out, captioned."""
+    from scenes import fill_with_scenes
+
+    return fill_with_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 3 pipeline: f4, 4 channels, 32 px, 16 tokens."""
+    from tiny import tiny_sd3_pipeline
+
+    folder = tmp_path_factory.mktemp("base")
+    tiny_sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, picture_folder: Path) -> Path:
+    """An AutoencoderDA of that pipeline with 8 detail channels: the closed-form start, calibrated."""
+    from davae.autoencoder_da import AutoencoderDA
+    from davae.closed_form import fit_closed_form
+    from davae.data.sources import open_pictures
+    from davae.upgrade import load_base_vae
+
+    folder = tmp_path_factory.mktemp("autoencoder")
+    autoencoder = AutoencoderDA.from_base(load_base_vae(str(base_folder)), detail_channels=8).eval()
+    pictures = open_pictures(picture_folder, size=64, split="train")
+    images = pictures.batch(range(len(pictures)))
+    fit_closed_form(autoencoder, images, metric_pictures=4)
+    autoencoder.calibrate([images])
+    autoencoder.save_pretrained(folder)
+    return folder

@@ -23,6 +23,7 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
     """
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     try:
+        _put_back(old, folder)  # if the last process died between the two renames below
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -31,10 +32,16 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
+        _put_back(old, folder)
         raise storage_error(folder, sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()), error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

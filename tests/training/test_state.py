@@ -7,8 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +21,7 @@ from davae.seeds import generator
 from davae.training.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
 from davae.training.state import TrainingState, warmup_constant, warmup_cosine
+from forks import exit_code, forked
 
 DIGEST = "a" * 64
 STEPS = 40
@@ -95,30 +94,6 @@ def outcome(folder: Path) -> tuple[dict[str, str], list[dict]]:
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
     lines = read_metrics(folder / "metrics.jsonl")
     return digests, [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def forked(program: Callable[[], object]) -> int:
-    """Run `program` in a fork of this process, which has imported everything already; returns its process id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            torch.set_num_threads(1)
-            program()
-            code = 0
-        except (Interrupted, StorageError) as error:
-            code = error.exit_code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
-
-
-def exit_code(pid: int) -> int:
-    """Wait for a fork; negative when a signal killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """Pictures out of a pipeline, with noise that base and upgraded pipelines share; and KID of many of them."""
 
+import hashlib
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
@@ -20,10 +24,12 @@ from davae.evaluation.reconstruction import to_bytes
 from davae.metrics import EfficientNetLite0Features, kid_full
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.seeds import generator
-from davae.storage import write_json
+from davae.storage import write_atomically, write_json
 
 PROMPT_TOKENS = 12
 """T5 tokens; pipelines pad to 256 by default, and short prompts need few."""
+ORIGIN = "davae-origin"
+"""Name of the text in a PNG file that says what it was made from."""
 
 
 def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, side: int) -> Tensor:
@@ -92,17 +98,22 @@ def sample(
 def sample_many(
     pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, *, label: str, batch_size: int = 16, **settings
 ) -> list[UInt8[Tensor, "3 size size"]]:
-    """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing."""
+    """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing.
+
+    Each file says what it was made from: weights, prompt, index and settings. One that differs is made anew.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    origin = [_weights_digest(pipeline), settings]
     starts = range(0, len(prompts), batch_size)
     for start in track(starts, label, console=Console(stderr=True)):
         batch = prompts[start : start + batch_size]
         paths = [folder / f"{index:05d}.png" for index in range(start, start + len(batch))]
-        if all(path.is_file() for path in paths):
+        origins = [_origin([*origin, prompt, index]) for index, prompt in enumerate(batch, start)]
+        if all(_is_from(path, here) for path, here in zip(paths, origins, strict=True)):
             continue
         made = sample(pipeline, batch, first_index=start, **settings)
-        for path, picture in zip(paths, made, strict=True):
-            write_png(path, picture)
+        for path, picture, here in zip(paths, made, origins, strict=True):
+            write_png(path, picture, origin=here)
     return [read_png(folder / f"{index:05d}.png") for index in range(len(prompts))]
 
 
@@ -174,9 +185,18 @@ def evaluate(
 
     Returns:
         The path of the page.
+
+    Raises:
+        SettingsError: fewer than 4 pictures, or the extra `davae[eval]` is not installed.
+        DataError: fewer than 2 real pictures.
     """
+    if count < 4:
+        raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
+    EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
     side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    real = open_pictures(pictures, size=side)
+    real = open_pictures(pictures, size=side).sound()
+    if len(real) < 2:
+        raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
     prompts = evaluation_prompts(real, count)
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
     made = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
@@ -194,12 +214,16 @@ def evaluate(
     return out / "index.html"
 
 
-def write_png(path: Path, picture: UInt8[Tensor, "3 h w"]) -> None:
-    """Write one picture, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="PNG")
-    partial.replace(path)
+def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> None:
+    """Write one picture, whole or not at all; `origin` goes into its metadata.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    text, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text(ORIGIN, origin)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG", pnginfo=text)
+    write_atomically(path, stream.getvalue())
 
 
 def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:
@@ -207,3 +231,19 @@ def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:
     with Image.open(path) as image:
         data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         return data.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _weights_digest(pipeline: DiffusionPipeline) -> str:
+    models = (pipeline.transformer, pipeline.vae)
+    return _origin([*(tensors_digest(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
+
+
+def _origin(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_from(path: Path, origin: str) -> bool:
+    if not path.is_file():
+        return False
+    with Image.open(path) as image:
+        return image.info.get(ORIGIN) == origin

@@ -13,13 +13,13 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices, random_crops
 from davae.data.sources import PictureSet, open_pictures
-from davae.errors import SettingsError
+from davae.errors import CheckpointError, SettingsError
 from davae.losses import detail_alignment_loss, gradient_l1, kl_loss_mean, kl_loss_sum, reconstruction_l1
 from davae.metrics import psnr, ssim
 from davae.perceptual import LPIPS
 from davae.recipe import Recipe
 from davae.seeds import generator
-from davae.storage import replaced_whole
+from davae.storage import replaced_whole, write_atomically
 from davae.training.state import TrainingState, warmup_cosine
 from davae.upgrade import load_autoencoder, load_base_vae
 
@@ -91,11 +91,13 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
 
     Raises:
         SettingsError: sizes that do not fit each other or the base.
+        CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever data, checkpoints and storage raise.
     """
+    _claim(folder, recipe)
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train").sound()
-    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures)
+    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures).sound()
     autoencoder = start_autoencoder(recipe, pictures, folder / "start")
     lpips = LPIPS.alex()
     state = TrainingState(
@@ -120,7 +122,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         label="stage 1",
     )
     state.record.start(recipe, device=str(state.device))
-    autoencoder.train().to(memory_format=torch.channels_last)
+    autoencoder.train()
     lpips.to(state.device)
     for step in state.steps():
         if step % recipe.evaluate_every == 0:
@@ -169,16 +171,32 @@ def stage_one_loss(
     return torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum(), parts
 
 
+def _claim(folder: Path, recipe: AutoencoderRecipe) -> None:
+    """Refuse a folder of another recipe before any checkpoint does: the start in it is that recipe's."""
+    kept = folder / "recipe.toml"
+    if kept.is_file() and kept.read_text() != recipe.to_toml():
+        raise CheckpointError(
+            f"{folder} holds a run of another recipe, see {kept}. Give that recipe to go on with it, or a new folder"
+        )
+    write_atomically(kept, recipe.to_toml().encode())
+
+
 def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:
     """The AutoencoderDA that training starts from; made once and kept in `folder`."""
     if folder.is_dir():
         return load_autoencoder(folder)
-    autoencoder = AutoencoderDA.from_base(
-        load_base_vae(recipe.base or str(assets.base_pipeline())),
-        detail_channels=recipe.detail_channels,
-        base_downsample=recipe.base_downsample,
-        linear_blocks=recipe.start == "closed form",
-    )
+    vae = load_base_vae(recipe.base or str(assets.base_pipeline()))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(recipe.seed, "start").initial_seed())  # for the random one
+            autoencoder = AutoencoderDA.from_base(
+                vae,
+                detail_channels=recipe.detail_channels,
+                base_downsample=recipe.base_downsample,
+                linear_blocks=recipe.start == "closed form",
+            )
+    except ValueError as error:  # that file knows no davae and its errors
+        raise SettingsError(str(error)) from error
     for name in ("size", "crop"):
         side = getattr(recipe, name)
         if side % autoencoder.downsample_factor or side > recipe.size:

@@ -10,7 +10,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from davae import assets
@@ -19,10 +19,11 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
+from davae.errors import SettingsError
 from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
 from davae.recipe import Recipe
 from davae.seeds import generator
-from davae.storage import replaced_whole
+from davae.storage import replaced_whole, write_atomically
 from davae.training.state import TrainingState, warmup_cosine
 from davae.upgrade import load_autoencoder, load_pipeline, upgrade
 
@@ -75,12 +76,16 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         The folder of a stock pipeline, LoRA fused, `folder`/pipeline; with LoRA there is `folder`/adapter beside it.
 
     Raises:
+        SettingsError: a size that the upgraded pipeline cannot make.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     base = recipe.base or str(assets.base_pipeline())
     autoencoder = load_autoencoder(Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade() / "vae")
     pipeline = upgrade(load_pipeline(base), autoencoder)
     backbone = backbone_of(pipeline.transformer)
+    unit = autoencoder.downsample_factor * pipeline.transformer.config.patch_size
+    if recipe.size % unit:
+        raise SettingsError(f"size={recipe.size}: allowed are multiples of {unit}, downsample factor x patch size")
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train").sound()
     latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
@@ -159,10 +164,7 @@ def cached_latents(autoencoder: AutoencoderDA, pictures: PictureSet, path: Path)
         image = pictures.batch(indices.tolist()).to(autoencoder.device)
         latents.append(autoencoder.to_units(autoencoder.encode(image).latent_dist.mode()))
     tensors = {"latents": torch.cat(latents).cpu().contiguous()}
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata={"key": key})
-    partial.replace(path)
+    write_atomically(path, save(tensors, metadata={"key": key}))
     return tensors["latents"]
 
 

@@ -1,0 +1,34 @@
+"""Programs in forks of the test's process, which has imported everything already: cheap to start and to kill."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from davae.errors import DavaeError
+
+
+def forked(program: Callable[[], object]) -> int:
+    """Run `program` in a fork of this process; returns its process id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            torch.set_num_threads(1)
+            program()
+            code = 0
+        except DavaeError as error:
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    """Wait for a fork; negative when a signal killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

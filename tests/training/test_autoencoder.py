@@ -1,0 +1,298 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+
+from davae.autoencoder_da import AutoencoderDA
+from davae.data.sources import PictureSet, open_pictures
+from davae.errors import CheckpointError, DataError, SettingsError
+from davae.evaluation.reconstruction import measure, upgraded
+from davae.perceptual import LPIPS
+from davae.recipe import load_recipe
+from davae.record import read_metrics
+from davae.seeds import generator
+from davae.training.autoencoder import (
+    AutoencoderRecipe,
+    LossWeights,
+    heldout_metrics,
+    stage_one_loss,
+    start_autoencoder,
+    train_autoencoder,
+)
+from davae.training.state import TrainingState, warmup_constant
+from davae.upgrade import load_autoencoder, load_base_vae
+from hashes import digests
+from scenes import fill_with_scenes
+
+STEPS = 41
+
+
+def recipe_for(base: Path, pictures: Path, **changes: object) -> AutoencoderRecipe:
+    settings = {
+        "base": str(base),
+        "pictures": str(pictures),
+        "size": 64,
+        "crop": 32,
+        "detail_channels": 12,
+        "fit_pictures": 8,
+        "steps": STEPS,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "ema_decay": 0.8,
+        "precision": "float32",
+        "checkpoint_every": 20,
+        "evaluate_every": 20,
+        "heldout_pictures": 3,
+        "calibration_pictures": 100,
+    }
+    return AutoencoderRecipe(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def recipe(base_folder: Path, picture_folder: Path) -> AutoencoderRecipe:
+    return recipe_for(base_folder, picture_folder)
+
+
+@pytest.fixture(scope="module", params=["closed form", "random"])
+def trained(request: pytest.FixtureRequest, recipe: AutoencoderRecipe, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run from either start."""
+    folder = tmp_path_factory.mktemp("stage1")
+    made = train_autoencoder(recipe.model_copy(update={"start": request.param}), folder)
+    assert made == folder / "autoencoder"
+    return folder, request.param
+
+
+@pytest.fixture(scope="module")
+def train_pictures(picture_folder: Path) -> PictureSet:
+    return open_pictures(picture_folder, size=64, split="train")
+
+
+@pytest.fixture(scope="module")
+def lpips() -> LPIPS:
+    return LPIPS.alex()
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_the_loss_falls_and_heldout_pictures_profit(trained: tuple[Path, str]) -> None:
+    folder, _ = trained
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 5
+    assert sum(losses[-2:]) < 0.85 * sum(losses[:2])
+    heldout = [line["heldout_psnr"] for line in lines if "heldout_psnr" in line]
+    assert len(heldout) == 4  # before steps 0, 20, 40, and at the end
+    assert heldout[-1] > heldout[0] + 0.5
+
+
+def test_the_base_encoder_stays_bit_for_bit_and_everything_else_moves(
+    trained: tuple[Path, str], base_folder: Path
+) -> None:
+    start, end = (AutoencoderDA.from_pretrained(trained[0] / name) for name in ("start", "autoencoder"))
+    base = load_base_vae(str(base_folder)).encoder.state_dict()
+    assert all(torch.equal(tensor, end.base_encoder.state_dict()[name]) for name, tensor in base.items())
+    before = {id(p): q for p, q in zip(end.parameters(), start.parameters(), strict=True)}
+    moved = end.detail_parameters()
+    still = [p for p in end.parameters() if not p.requires_grad]
+    assert len(moved) > len(still) > 0
+    assert not any(torch.equal(p, before[id(p)]) for p in moved)
+    assert all(torch.equal(p, before[id(p)]) for p in still)
+
+
+def test_either_start_is_what_its_name_says(trained: tuple[Path, str], base_folder: Path) -> None:
+    folder, start = trained
+    autoencoder = AutoencoderDA.from_pretrained(folder / "start")
+    assert autoencoder.config.linear_blocks == (start == "closed form")
+    convolution = autoencoder.detail_downsample.conv.weight
+    assert bool(convolution.any()) == (start == "random")
+    base = load_base_vae(str(base_folder))
+    for ours, theirs in ((autoencoder.detail_encoder, base.encoder), (autoencoder.joint_decoder, base.decoder)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name])
+
+
+@pytest.mark.parametrize("start", ["closed form", "random"])
+def test_the_start_is_a_function_of_the_seed(recipe, train_pictures, tmp_path, start) -> None:
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        chosen = recipe.model_copy(update={"start": start, "seed": seed})
+        start_autoencoder(chosen, train_pictures, tmp_path / name)
+        weights.append(digests(tmp_path / name))
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_what_is_saved_is_the_ema_and_it_is_calibrated(trained: tuple[Path, str], train_pictures: PictureSet) -> None:
+    folder, _ = trained
+    autoencoder = AutoencoderDA.from_pretrained(folder / "autoencoder").eval()
+    shadows = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors")
+    live = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "autoencoder.safetensors")
+    for name, parameter in autoencoder.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, shadows[f"autoencoder.{name}"])
+    assert any(not torch.equal(live[name.removeprefix("autoencoder.")], shadow) for name, shadow in shadows.items())
+    with torch.no_grad():
+        latents = autoencoder.encode(train_pictures.batch(range(len(train_pictures)))).latent_dist.mode()
+    detail = autoencoder.split(autoencoder.to_units(latents))[1].double()
+    assert detail.mean((0, 2, 3)) == pytest.approx(torch.zeros(12), abs=1e-4)
+    assert detail.std((0, 2, 3), correction=0) == pytest.approx(torch.ones(12), abs=1e-4)
+
+
+def test_the_same_command_again_returns_the_same_and_trains_nothing(
+    trained: tuple[Path, str], recipe: AutoencoderRecipe
+) -> None:
+    folder, start = trained
+    before, lines = digests(folder), read_metrics(folder / "metrics.jsonl")
+    inodes = {path: path.stat().st_ino for path in (folder / "checkpoints").rglob("*")}
+    train_autoencoder(recipe.model_copy(update={"start": start}), folder)
+    assert digests(folder) == before
+    assert {path: path.stat().st_ino for path in (folder / "checkpoints").rglob("*")} == inodes
+    after = read_metrics(folder / "metrics.jsonl")
+    without_time = [[{k: v for k, v in line.items() if k != "seconds"} for line in run] for run in (lines, after)]
+    assert without_time[0] == without_time[1]
+    assert {path.name for path in folder.iterdir()} == {
+        *("recipe.toml", "environment.json", "metrics.jsonl", "checkpoints", "start", "autoencoder", ".lock")
+    }
+
+
+def test_another_recipe_in_the_same_folder_is_refused(trained: tuple[Path, str], recipe: AutoencoderRecipe) -> None:
+    folder, start = trained
+    before = digests(folder, "*")
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train_autoencoder(recipe.model_copy(update={"start": start, "learning_rate": 1e-3}), folder)
+    assert digests(folder, "*") == before
+
+
+def test_another_recipe_is_refused_even_before_the_first_checkpoint(
+    trained: tuple[Path, str], recipe: AutoencoderRecipe, tmp_path: Path
+) -> None:
+    folder, start = trained
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "autoencoder"))
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train_autoencoder(recipe.model_copy(update={"start": start, "detail_channels": 4}), tmp_path / "run")
+
+
+def test_a_run_without_steps_is_the_start_calibrated(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    folder = train_autoencoder(recipe.model_copy(update={"steps": 0}), tmp_path)
+    start, end = load_autoencoder(tmp_path / "start"), load_autoencoder(folder)
+    assert all(torch.equal(p, q) for p, q in zip(start.parameters(), end.parameters(), strict=True))
+    assert not torch.equal(start.detail_std, end.detail_std)
+
+
+# ------------------------------------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"size": 60, "crop": 32}, r"size=60.*multiples of 8"),
+        ({"crop": 36}, r"crop=36.*multiples of 8.*size=64"),
+        ({"crop": 72}, r"crop=72.*size=64"),
+        ({"detail_channels": 6}, r"detail_channels=6 must be a positive multiple of base_channels=4"),
+        ({"detail_channels": 8, "start": "random"}, r"in_channels=12 must divide .* Choose detail_channels"),
+    ],
+    ids=["size", "crop", "crop above size", "channels", "channels of the random start"],
+)
+def test_settings_that_do_not_fit_are_named(
+    recipe: AutoencoderRecipe, tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    with pytest.raises(SettingsError, match=named):
+        train_autoencoder(recipe.model_copy(update=changes), tmp_path)
+    assert not (tmp_path / "start").exists()
+
+
+def test_pictures_without_a_heldout_one_are_a_data_error(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    pictures = fill_with_scenes(tmp_path / "pictures", train=2, held=0)
+    with pytest.raises(DataError, match="heldout"):
+        train_autoencoder(recipe.model_copy(update={"pictures": str(pictures)}), tmp_path / "run")
+
+
+def test_a_damaged_heldout_picture_is_left_out(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    pictures = fill_with_scenes(tmp_path / "pictures", held=2)
+    damaged = pictures / f"{open_pictures(pictures, size=64, split='heldout').keys[0]}.png"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    train_autoencoder(recipe.model_copy(update={"pictures": str(pictures), "steps": 1}), tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").rglob("stage1*.toml")), ids=str)
+def test_shipped_recipes_fit(path: Path) -> None:
+    recipe = load_recipe(AutoencoderRecipe, path)
+    assert recipe.crop <= recipe.size
+    assert recipe.crop % 16 == recipe.size % 16 == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.fixture
+def autoencoder(autoencoder_folder: Path) -> AutoencoderDA:
+    return load_autoencoder(autoencoder_folder)
+
+
+@pytest.fixture
+def state(autoencoder: AutoencoderDA, tmp_path: Path) -> TrainingState:
+    rate = warmup_constant(1e-3, warmup_steps=0)
+    parameters = autoencoder.detail_parameters()
+    return TrainingState(
+        tmp_path, {"a": autoencoder}, parameters, total_steps=1, learning_rate=rate, seed=0, recipe_digest="0" * 64
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_parts_are_what_they_are_called_and_add_up(autoencoder, state, train_pictures, lpips, reduction) -> None:
+    weights = LossWeights(l1=0.7, gradient=0.3, lpips=0.2, kl=1e-3, kl_reduction=reduction, alignment=0.4)
+    image = train_pictures.batch([0, 1])
+    loss, parts = stage_one_loss(autoencoder, image, lpips, weights, state, seed=5, step=3)
+    assert loss.requires_grad
+    assert set(parts) == {"l1", "gradient", "lpips", "kl", "alignment"}
+    total = sum(getattr(weights, name) * part.item() for name, part in parts.items())
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+
+    with torch.no_grad():
+        base = autoencoder.encode_base(image)
+        mean, log_variance = autoencoder.encode_detail(image)
+        noise = torch.randn(mean.shape, generator=generator(5, "posterior", 3))
+        detail = mean + log_variance.exp().sqrt() * noise
+        error = autoencoder.reconstruct(base, detail) - image
+        divergence = kl_divergence(Normal(mean, log_variance.exp().sqrt()), Normal(0.0, 1.0))
+        pairs = (detail[:, 0::2] + detail[:, 1::2]) / 2  # 8 detail channels on 4 of the base
+    expected = {
+        "l1": error.abs().mean(),
+        "gradient": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
+        "lpips": lpips(image + error, image).mean(),
+        "kl": 2 * divergence.mean() if reduction == "mean" else divergence.sum() / len(image),
+        "alignment": (pairs - base).square().mean(),
+    }
+    for name, part in expected.items():
+        assert parts[name].item() == pytest.approx(part.item(), rel=1e-4), name
+
+
+def test_gradients_reach_all_that_is_trained_and_nothing_else(autoencoder, state, train_pictures, lpips) -> None:
+    loss, _ = stage_one_loss(autoencoder, train_pictures.batch([0]), lpips, LossWeights(), state, seed=0, step=0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in autoencoder.detail_parameters())
+    assert all(p.grad is None for p in autoencoder.base_encoder.parameters())
+    assert all(p.grad is None for p in lpips.parameters())
+
+
+def test_the_posterior_noise_is_a_function_of_seed_and_step(autoencoder, state, train_pictures, lpips) -> None:
+    image, weights = train_pictures.batch([0]), LossWeights(lpips=0)
+    losses = [
+        stage_one_loss(autoencoder, image, lpips, weights, state, seed=seed, step=step)[0].item()
+        for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+def test_heldout_numbers_are_those_of_the_evaluation(autoencoder, picture_folder, lpips) -> None:
+    heldout = open_pictures(picture_folder, size=64, split="heldout")
+    expected = measure(heldout, {"davae": upgraded(autoencoder)}, lpips=lpips)["davae"]
+    found = heldout_metrics(autoencoder, heldout, lpips)
+    assert found == pytest.approx({f"heldout_{name}": value for name, value in expected.items()})
