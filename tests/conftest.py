@@ -19,11 +19,18 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Stable Diffusion 3 pipeline: f4, 4 channels, 32 px, 16 tokens."""
+    """A tiny Stable Diffusion 3 pipeline: f4, 4 channels, 32 px, 16 tokens; wide enough to learn what a token holds."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
     from tiny import tiny_sd3_pipeline
 
-    folder = tmp_path_factory.mktemp("base")
-    tiny_sd3_pipeline().save_pretrained(folder)
+    folder, pipeline = tmp_path_factory.mktemp("base"), tiny_sd3_pipeline()
+    wider = {"num_attention_heads": 8, "caption_projection_dim": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        pipeline.transformer = SD3Transformer2DModel.from_config({**pipeline.transformer.config, **wider})
+    pipeline.save_pretrained(folder)
     return folder
 
 
