@@ -1,0 +1,237 @@
+import json
+from html import unescape
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from davae.data.sources import open_pictures
+from davae.errors import DataError, SettingsError, StorageError
+from davae.evaluation.generation import (
+    evaluate,
+    evaluation_prompts,
+    generate,
+    kid_with_error,
+    read_png,
+    sample,
+    sample_many,
+    shared_noise,
+    write_png,
+)
+from davae.metrics import kid_full
+from davae.seeds import generator
+from davae.upgrade import load_autoencoder, load_pipeline, upgrade
+from hashes import digests
+from scenes import fill_with_scenes
+
+QUICK = {"steps": 2, "prompt_tokens": 8}
+PROMPTS = ["red ball", "green box", "blue tree", "grey fish", "red fish"]
+
+
+@pytest.fixture(scope="module")
+def base(base_folder: Path) -> DiffusionPipeline:
+    pipeline = load_pipeline(base_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def upgraded(base: DiffusionPipeline, autoencoder_folder: Path) -> DiffusionPipeline:
+    pipeline = upgrade(base, load_autoencoder(autoencoder_folder))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
+
+
+def test_base_and_upgraded_pipelines_share_the_noise_of_the_base_channels(base, upgraded) -> None:
+    first, second = (shared_noise(pipeline, [5, 7], seed=3, side=8) for pipeline in (base, upgraded))
+    assert (first.shape, second.shape) == ((2, 4, 8, 8), (2, 12, 8, 8))
+    assert torch.equal(second[:, :4], first)
+    assert not torch.equal(second[:, 4:8], first)
+
+
+def test_noise_is_keyed_by_seed_and_index_not_by_the_place_in_the_batch(upgraded) -> None:
+    together = shared_noise(upgraded, range(4), seed=3, side=8)
+    for index in range(4):
+        assert torch.equal(shared_noise(upgraded, [index], seed=3, side=8)[0], together[index])
+    assert len({row.sum().item() for row in together}) == 4
+    assert not torch.equal(shared_noise(upgraded, range(4), seed=4, side=8), together)
+    large = shared_noise(upgraded, range(64), seed=3, side=8)
+    assert large.mean().item() == pytest.approx(0, abs=0.02)
+    assert large.std().item() == pytest.approx(1, abs=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------------- sample
+
+
+def test_the_same_seed_makes_the_same_bytes_and_another_seed_others(upgraded) -> None:
+    first = sample(upgraded, PROMPTS[:2], seed=1, **QUICK)
+    assert (first.shape, first.dtype) == ((2, 3, 64, 64), torch.uint8)
+    assert torch.equal(sample(upgraded, PROMPTS[:2], seed=1, **QUICK), first)
+    assert not torch.equal(sample(upgraded, PROMPTS[:2], seed=2, **QUICK), first)
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(upgraded) -> None:
+    together = sample(upgraded, PROMPTS[:3], seed=1, **QUICK)
+    for index, prompt in enumerate(PROMPTS[:3]):
+        alone = sample(upgraded, [prompt], seed=1, first_index=index, **QUICK)[0]
+        # Matrix products of other shapes are summed in another order: a last bit, and seldom a rounding of it.
+        assert (alone.int() - together[index].int()).abs().max() <= 1
+        assert (alone != together[index]).float().mean() < 0.01
+
+
+def test_a_warm_started_upgrade_follows_the_base_on_the_base_channels(base, upgraded) -> None:
+    latents = []
+    for pipeline, side in ((base, 32), (upgraded, 64)):
+        noise = shared_noise(pipeline, [0], seed=2, side=8)
+        settings = {"num_inference_steps": 2, "max_sequence_length": 8, "output_type": "latent"}
+        latents.append(pipeline("red ball", height=side, width=side, latents=noise, **settings).images)
+    torch.testing.assert_close(latents[1][:, :4], latents[0], atol=1e-5, rtol=0)
+
+
+def test_the_prompt_and_the_guidance_matter(upgraded) -> None:
+    first = sample(upgraded, ["red ball"], seed=1, **QUICK)
+    assert not torch.equal(sample(upgraded, ["blue tree"], seed=1, **QUICK), first)
+    unguided = sample(upgraded, ["red ball"], seed=1, guidance_scale=1.0, **QUICK)
+    assert not torch.equal(unguided, first)
+    assert torch.equal(sample(upgraded, ["red ball"], seed=1, guidance_scale=0.0, **QUICK), unguided)
+
+
+@pytest.mark.parametrize("size", [40, 60, 63])
+def test_a_size_that_the_pipeline_cannot_make_is_refused(upgraded, size) -> None:
+    with pytest.raises(SettingsError, match=rf"size={size}: allowed are multiples of 16"):
+        sample(upgraded, ["red ball"], seed=0, size=size, **QUICK)
+    assert sample(upgraded, ["red ball"], seed=0, size=48, **QUICK).shape == (1, 3, 48, 48)
+
+
+# --------------------------------------------------------------------------------------------------------- sample_many
+
+
+def make(pipeline: DiffusionPipeline, folder: Path, prompts: list[str] = PROMPTS, **changes: object):
+    settings = {"seed": 1, **QUICK, **changes}
+    return sample_many(pipeline, prompts, folder, label="test", batch_size=2, **settings)
+
+
+def test_many_are_kept_and_only_what_is_missing_is_made_again(upgraded, tmp_path) -> None:
+    made = make(upgraded, tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"{index:05d}.png" for index in range(5)]
+    assert torch.equal(torch.stack(made[2:4]), sample(upgraded, PROMPTS[2:4], seed=1, first_index=2, **QUICK))
+    before = digests(tmp_path, "*")
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    (tmp_path / "00003.png").unlink()
+    again = make(upgraded, tmp_path)
+    assert digests(tmp_path, "*") == before
+    anew = {path.name for path in tmp_path.iterdir() if path.stat().st_ino != inodes[path.name]}
+    assert anew - {"00003.png"} == {"00002.png"}, "the whole batch of what is missing, and no other"
+    assert all(torch.equal(first, second) for first, second in zip(made, again, strict=True))
+
+
+def test_pictures_of_other_prompts_settings_or_weights_are_not_taken_for_these(upgraded, base, tmp_path) -> None:
+    first = make(upgraded, tmp_path, ["red ball"])[0]
+    for changes in ({"seed": 2}, {"steps": 3}, {"guidance_scale": 2.0}, {"size": 48}, {"prompts": ["blue tree"]}):
+        other = make(upgraded, tmp_path, **{"prompts": ["red ball"], **changes})[0]
+        assert other.shape != first.shape or not torch.equal(other, first), changes
+        assert torch.equal(make(upgraded, tmp_path, ["red ball"])[0], first)
+    assert make(base, tmp_path, ["red ball"])[0].shape == (3, 32, 32)
+    with torch.no_grad():
+        bias = upgraded.transformer.proj_out.bias
+        bias.add_(0.5)
+        other = make(upgraded, tmp_path, ["red ball"])[0]
+        bias.sub_(0.5)
+    assert not torch.equal(other, first)
+
+
+def test_a_picture_survives_the_disk(tmp_path) -> None:
+    picture = torch.randint(256, (3, 5, 7), dtype=torch.uint8, generator=generator(0, "test"))
+    write_png(tmp_path / "deep" / "a.png", picture, origin="here")
+    assert torch.equal(read_png(tmp_path / "deep" / "a.png"), picture)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
+    with Image.open(tmp_path / "deep" / "a.png") as image:
+        assert image.size == (7, 5)
+
+
+def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError):
+        write_png(tmp_path / "file" / "a.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+
+# ----------------------------------------------------------------------------------------------------------------- KID
+
+
+def test_kid_of_equal_distributions_is_about_zero_and_of_others_is_not() -> None:
+    real = torch.randn(400, 16, generator=generator(0, "real"))
+    made = torch.randn(200, 16, generator=generator(0, "made"))
+    value, error = kid_with_error(made, real, seed=0)
+    assert value == pytest.approx(kid_full(made, real))
+    assert 0 < error < 0.1
+    assert abs(value) < 3 * error
+    shifted, error = kid_with_error(made + 0.5, real, seed=0)
+    assert shifted > 10 * error
+    assert kid_with_error(made, real, seed=0)[1] == kid_with_error(made, real, seed=0)[1]
+
+
+def test_the_error_of_kid_is_about_the_spread_over_independent_draws() -> None:
+    real = torch.randn(300, 8, generator=generator(0, "real"))
+    draws = [0.3 + torch.randn(100, 8, generator=generator(index, "draw")) for index in range(60)]
+    spread = torch.tensor([kid_full(draw, real) for draw in draws]).std().item()
+    errors = [kid_with_error(draw, real, seed=0)[1] for draw in draws[:8]]
+    assert 0.6 < sum(errors) / 8 / spread < 1.6
+
+
+# -------------------------------------------------------------------------------------------------- generate, evaluate
+
+
+def test_generate_writes_pictures_and_a_page_that_is_safe(upgraded, tmp_path) -> None:
+    prompts = ["red ball", "<b>blue</b> & tree"]
+    page = generate(upgraded, prompts, tmp_path / "out", steps=2, seed=4)
+    assert {path.name for path in page.parent.iterdir()} == {"index.html", "pictures"}
+    assert len(list((page.parent / "pictures").iterdir())) == 2
+    text = page.read_text()
+    assert "<b>blue" not in text
+    assert "<b>blue</b> & tree" in unescape(text)
+    assert "2 pictures, 2 steps, guidance 4.0, seed 4." in text
+    assert text.count("data:image/") == 2
+
+
+def test_generate_into_the_same_folder_shows_the_new_prompts(upgraded, tmp_path) -> None:
+    pages = [generate(upgraded, [prompt], tmp_path, steps=2).read_text() for prompt in ("red ball", "blue tree")]
+    pictures = [page[page.index("data:image/") :].split('"')[0] for page in pages]
+    assert pictures[0] != pictures[1]
+
+
+def test_prompts_of_an_evaluation_are_the_captions_again_and_again(picture_folder) -> None:
+    pictures = open_pictures(picture_folder, size=64, limit=3)
+    assert evaluation_prompts(pictures, 7) == [*pictures.captions, *pictures.captions, pictures.captions[0]]
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite_pytorch") is None, reason="needs davae[eval]")
+class TestEvaluate:
+    def test_it_writes_kid_and_a_page(self, upgraded, picture_folder, tmp_path) -> None:
+        page = evaluate(upgraded, picture_folder, tmp_path / "out", count=6, steps=2, seed=1)
+        assert {path.name for path in page.parent.iterdir()} == {"index.html", "result.json", "pictures"}
+        result = json.loads((page.parent / "result.json").read_text())
+        assert (result["count"], result["real"], result["steps"], result["seed"]) == (6, 16, 2, 1)
+        assert result["features"] == "EfficientNet-Lite0"
+        assert result["kid"] > 0  # made by random weights
+        assert result["kid_error"] > 0
+        text = unescape(page.read_text())
+        assert "KID (EfficientNet-Lite0) of 6 pictures against 16 real ones" in text
+        assert f"{1000 * result['kid']:.2f}" in text
+
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_too_few_pictures_are_refused_before_any_is_made(self, upgraded, picture_folder, tmp_path, count) -> None:
+        with pytest.raises(SettingsError, match=f"count={count}: allowed is 4 or more"):
+            evaluate(upgraded, picture_folder, tmp_path / "out", count=count)
+        assert not (tmp_path / "out").exists()
+
+    def test_one_real_picture_is_refused_before_any_is_made(self, upgraded, tmp_path) -> None:
+        pictures = fill_with_scenes(tmp_path / "pictures", train=1, held=0)
+        with pytest.raises(DataError, match="2 real pictures at least"):
+            evaluate(upgraded, pictures, tmp_path / "out", count=4)
+        assert not (tmp_path / "out").exists()
