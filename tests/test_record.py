@@ -52,10 +52,10 @@ def test_truncation_drops_later_steps_and_a_line_cut_short(tmp_path):
 
 def test_the_result_says_where_its_numbers_are_from_and_holds_no_absolute_path(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["/usr/lib/davae", "evaluate", "--out=/home/somebody/runs/x", str(Path.cwd() / "a" / "b.toml")]
+        sys, "argv", ["/usr/lib/davae", "evaluate", "--out=/srv/somebody/runs/x", str(Path.cwd() / "a" / "b.toml")]
     )
     record = RunRecord(tmp_path)
-    values = {"psnr": 30.5, "kid": math.nan, "model": Path("/home/somebody/model"), "ratio": "3/4", "list": ["/etc/a"]}
+    values = {"psnr": 30.5, "kid": math.nan, "model": Path("/srv/somebody/model"), "ratio": "3/4", "list": ["/etc/a"]}
     record.finish(values, recipe=Sample(), device="cpu", seed=7, counts={"pictures": 185})
     text = (tmp_path / "result.json").read_text()
     result = json.loads(text)
@@ -63,7 +63,7 @@ def test_the_result_says_where_its_numbers_are_from_and_holds_no_absolute_path(t
     assert result["command"] == ["davae", "evaluate", "--out=x", "a/b.toml"]
     assert (result["recipe_digest"], result["seed"], result["counts"]) == (Sample().digest(), 7, {"pictures": 185})
     assert {"commit", "versions", "device", "finished"} <= result.keys()
-    assert "/home" not in text
+    assert "/srv" not in text
 
 
 def test_web_addresses_and_relative_paths_stay(tmp_path):
