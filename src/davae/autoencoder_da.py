@@ -195,7 +195,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         autoencoder._copy_base(vae)
         if linear_blocks:
             autoencoder._start_linear_blocks()
-        return autoencoder.to(dtype=vae.dtype, device=vae.device)
+        nn.Module.to(autoencoder, dtype=vae.dtype, device=vae.device)  # diffusers' own `to` warns without a reason
+        return autoencoder
 
     # ------------------------------------------------------------------------------------------ the method
 
@@ -376,20 +377,19 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         height, width = x.shape[-2:]
         stride = max(down, int(tile * (1 - self.tile_overlap)) // down * down)
-        total = weights = None
+        pieces = []
         for top in _tile_starts(height, tile, stride):
             for left in _tile_starts(width, tile, stride):
                 piece = run(x[..., top : top + tile, left : left + tile])
                 weight = _feather(piece.shape[-2], piece)[:, None] * _feather(piece.shape[-1], piece)[None, :]
-                if total is None:
-                    total = piece.new_zeros(
-                        *piece.shape[:2], height * up // down, width * up // down, dtype=torch.float32
-                    )
-                    weights = torch.zeros_like(total[:1, :1])
-                rows = slice(top * up // down, top * up // down + piece.shape[-2])
-                columns = slice(left * up // down, left * up // down + piece.shape[-1])
-                total[..., rows, columns] += piece * weight
-                weights[..., rows, columns] += weight
+                pieces.append((top * up // down, left * up // down, piece, weight))
+        channels = pieces[0][2].shape[:2]
+        total = torch.zeros(*channels, height * up // down, width * up // down, device=x.device)
+        weights = torch.zeros_like(total[:1, :1])
+        for top, left, piece, weight in pieces:
+            rows, columns = slice(top, top + piece.shape[-2]), slice(left, left + piece.shape[-1])
+            total[..., rows, columns] += piece * weight
+            weights[..., rows, columns] += weight
         return (total / weights).to(x.dtype)
 
     def _check_sample(self, sample: Tensor) -> None:
@@ -465,7 +465,8 @@ def _feature_channels(base: AutoencoderKL | AutoencoderTiny) -> tuple[int, int]:
 
 def _drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> None:
     if isinstance(encoder, EncoderTiny):
-        encoder.layers[-1], decoder.layers[0] = nn.Identity(), nn.Identity()
+        encoder.layers[-1] = nn.Identity()
+        decoder.layers[0] = nn.Identity()  # type: ignore[assignment]
     else:
         encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
 

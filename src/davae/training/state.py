@@ -298,7 +298,10 @@ class TrainingState:
         positions = {name: position for position, name in enumerate(self._trained)}
         for full_name, tensor in groups["optimizer"].items():
             name, key = full_name.rsplit("/", 1)
-            state.setdefault(positions[name], {})[key] = tensor
+            weight = self._trained[name]
+            # The fused optimiser pairs memory, not indices: moments must lie in memory as their weight does.
+            alike = torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
+            state.setdefault(positions[name], {})[key] = alike
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = checkpoint.step
         self._ema.optimization_step = checkpoint.values["ema_steps"]
