@@ -22,9 +22,9 @@ def test_condition_is_what_the_pipeline_itself_encodes(pipeline):
     assert condition["encoder_hidden_states"].shape == (2, 77 + 16, 32)
 
 
-def test_condition_needs_no_gradient(pipeline):
+def test_condition_has_a_gradient_for_text_encoders_that_are_trained(pipeline):
     condition = backbone_of(pipeline.transformer).condition(pipeline, ["a"], max_sequence_length=16)
-    assert not any(tensor.requires_grad for tensor in condition.values())
+    assert all(tensor.requires_grad for tensor in condition.values())
 
 
 @torch.no_grad()

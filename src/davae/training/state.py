@@ -32,8 +32,7 @@ from davae.training.progress import StepProgress
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 5
-EMA_WARMUP_POWER = 0.75
-"""The EMA averages over about step ** 0.75 steps until its decay is reached: 178 of 1,000, 1,000 of 10,000."""
+EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until its decay is reached
 
 
 def warmup_constant(peak: float, *, warmup_steps: int) -> Callable[[int], float]:
