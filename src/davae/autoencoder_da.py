@@ -6,6 +6,7 @@ Imports torch and diffusers only, so that this one file can lie beside weights.
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-RESOLUTION_FACTOR = 2
+BASE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True}
 """`base_downsample` of the config -> torch's `antialias`. The reference code uses "bicubic"."""
 DETERMINISTIC = -30.0
@@ -46,7 +47,6 @@ class DetailDownsample(nn.Module):
         if out_channels % 4:
             raise ValueError(f"out_channels={out_channels} must be a multiple of 4: a pixel unshuffle makes 4 of each.")
         self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
-        self.out_channels = out_channels
         self.shortcut: nn.Conv2d | None = None
         if linear_shortcut:
             self.shortcut = nn.Conv2d(4 * in_channels, out_channels, 1)
@@ -60,7 +60,7 @@ class DetailDownsample(nn.Module):
         folded = F.pixel_unshuffle(hidden, 2)
         if self.shortcut is not None:
             return main + self.shortcut(folded)
-        return main + folded.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+        return main + folded.unflatten(1, (main.shape[1], -1)).mean(dim=2)
 
 
 class DetailUpsample(nn.Module):
@@ -81,13 +81,14 @@ class DetailUpsample(nn.Module):
                 "each channel a whole number of times. Choose detail_channels accordingly, or linear_shortcut=True."
             )
         self.conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
-        self.repeats = 4 * out_channels // in_channels
         self.shortcut = nn.Conv2d(in_channels, 4 * out_channels, 1) if linear_shortcut else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, Ci, h, w] -> [B, Co, 2h, 2w]."""
-        shortcut = self.shortcut(hidden) if self.shortcut is not None else hidden.repeat_interleave(self.repeats, 1)
-        return F.pixel_shuffle(self.conv(hidden) + shortcut, 2)
+        main = self.conv(hidden)
+        if self.shortcut is not None:
+            return F.pixel_shuffle(main + self.shortcut(hidden), 2)
+        return F.pixel_shuffle(main + hidden.repeat_interleave(main.shape[1] // hidden.shape[1], dim=1), 2)
 
 
 class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -122,34 +123,28 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_channels: int,
         latent_channels: int,
         block_out_channels: tuple[int, ...] | list[int],
-        resolution_factor: int = RESOLUTION_FACTOR,
+        resolution_factor: int = 2,
         base_downsample: str = "bicubic-antialias",
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         linear_blocks: bool = True,
     ) -> None:
         super().__init__()
-        check_channels(base_channels, detail_channels)
-        if resolution_factor != RESOLUTION_FACTOR:
-            raise ValueError(f"resolution_factor={resolution_factor}: only {RESOLUTION_FACTOR} is built.")
-        if base_downsample not in DOWNSAMPLE_FILTERS:
-            raise ValueError(f"base_downsample={base_downsample!r}: allowed are {', '.join(DOWNSAMPLE_FILTERS)}.")
-        base = _base_class(base_config["_class_name"]).from_config(dict(base_config))
-        self.base_encoder = base.encoder
+        _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
+        base = BASE_CLASSES[base_config["_class_name"]].from_config(dict(base_config))
+        self.base_encoder = base.encoder.requires_grad_(False).eval()
         self.base_quant_conv = getattr(base, "quant_conv", None)
-        self.detail_encoder = copy.deepcopy(base.encoder)
+        self.detail_encoder = copy.deepcopy(base.encoder).requires_grad_(True)
         self.detail_quant_conv = copy.deepcopy(self.base_quant_conv) if linear_blocks else None
         self.joint_post_quant_conv = getattr(base, "post_quant_conv", None) if linear_blocks else None
         self.joint_decoder = base.decoder
-        features, decoder_features = _feature_channels(base)
+        if self.base_quant_conv is not None:
+            self.base_quant_conv.requires_grad_(False)
+        into_down = out_of_up = base_channels
         if not linear_blocks:
-            _drop_latent_layers(self.detail_encoder, self.joint_decoder)
-        self.detail_downsample = DetailDownsample(
-            base_channels if linear_blocks else features, 2 * detail_channels, linear_shortcut=linear_blocks
-        )
-        self.detail_upsample = DetailUpsample(
-            latent_channels, base_channels if linear_blocks else decoder_features, linear_shortcut=linear_blocks
-        )
+            into_down, out_of_up = _drop_latent_layers(self.detail_encoder, self.joint_decoder)
+        self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, linear_shortcut=linear_blocks)
+        self.detail_upsample = DetailUpsample(latent_channels, out_of_up, linear_shortcut=linear_blocks)
         self.register_buffer("detail_mean", torch.zeros(detail_channels))
         self.register_buffer("detail_std", torch.ones(detail_channels))
         self.use_slicing = False
@@ -158,7 +153,6 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Side of a tile in pixels of the picture; pictures no larger are never tiled."""
         self.tile_overlap = 0.25
         """Part of a tile's side that it shares with its neighbour and that is feathered."""
-        self._freeze_base()
 
     @classmethod
     def from_base(
@@ -178,32 +172,30 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
         """
-        _base_class(type(vae).__name__)
-        base_channels = vae.config.latent_channels
-        check_channels(base_channels, detail_channels)
+        _check_class(type(vae).__name__)
+        stages = tuple(vae.config.block_out_channels)
+        settings = inspect.signature(type(vae).__init__).parameters.keys() & vae.config.keys()
         autoencoder = cls(
-            base_config={"_class_name": type(vae).__name__, **_init_config(vae)},
-            base_channels=base_channels,
+            base_config={"_class_name": type(vae).__name__, **{name: vae.config[name] for name in sorted(settings)}},
+            base_channels=vae.config.latent_channels,
             detail_channels=detail_channels,
-            latent_channels=base_channels + detail_channels,
-            block_out_channels=(*_block_out_channels(vae), _block_out_channels(vae)[-1]),
+            latent_channels=vae.config.latent_channels + detail_channels,
+            block_out_channels=(*stages, stages[-1]),
             base_downsample=base_downsample,
             scaling_factor=vae.config.scaling_factor,
             shift_factor=vae.config.shift_factor or 0.0,
             linear_blocks=linear_blocks,
         )
-        autoencoder._copy_base(vae)
-        if linear_blocks:
-            autoencoder._start_linear_blocks()
+        autoencoder._start_from(vae)
         nn.Module.to(autoencoder, dtype=vae.dtype, device=vae.device)  # diffusers' own `to` warns without a reason
-        return autoencoder
+        return autoencoder.train(vae.training)
 
     # ------------------------------------------------------------------------------------------ the method
 
     def base_picture(self, sample: Tensor) -> Tensor:
-        """The picture at 1/s of its size, [B, 3, H/s, W/s] in [-1, 1]; in float32, for CPUs cannot filter in less."""
+        """The picture at 1/s of its size, [B, 3, H/s, W/s] in [-1, 1]; CPUs cannot filter in less than float32."""
         small = F.interpolate(
-            sample.float(),
+            sample.to(torch.promote_types(sample.dtype, torch.float32)),
             scale_factor=1 / self.config.resolution_factor,
             mode="bicubic",
             align_corners=False,
@@ -256,7 +248,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: a side of the picture is no multiple of the downsample factor.
         """
         self._check_sample(x)
-        moments = _in_slices(self._moments, x) if self.use_slicing else self._moments(x)
+        channels = 2 * self.config.latent_channels
+        moments = self._in_pieces(self._moments, x, channels=channels, up=1, down=self.downsample_factor)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -269,9 +262,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: the latents have not C + D channels.
         """
-        if z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents have {z.shape[1]} channels; this autoencoder's have {self.latent_brief}.")
-        sample = _in_slices(self._decode, z) if self.use_slicing else self._decode(z)
+        c, d = self.config.base_channels, self.config.detail_channels
+        if z.shape[1] != c + d:
+            raise ValueError(f"latents of {z.shape[1]} channels; this decoder reads {c + d} ({c} base + {d} detail).")
+        sample = self._in_pieces(self._pictures, z, channels=3, up=self.downsample_factor, down=1)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -302,10 +296,11 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Measure mean and deviation of every detail channel over `batches` of pictures (float64) and keep them.
 
         Raises:
-            ValueError: no batches, or a channel that does not vary.
+            ValueError: no batches, or a channel that does not vary or is not finite.
         """
         count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
         for batch in batches:
+            self._check_sample(batch)
             mean = self.encode_detail(batch.to(self.device, self.dtype))[0].double().cpu()
             count += mean[:, 0].numel()
             total = total + mean.sum(dim=(0, 2, 3))
@@ -313,9 +308,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         if count == 0:
             raise ValueError("calibrate() was given no pictures; it needs some hundred of the training set.")
         deviation = (squares / count - (total / count).square()).clamp_min(0).sqrt()
-        if bool((deviation < 1e-6).any()):
-            flat = (deviation < 1e-6).nonzero().flatten().tolist()
-            raise ValueError(f"detail channels {flat} do not vary over {count} positions: train the detail encoder.")
+        useless = (~(deviation > 1e-6)).nonzero().flatten().tolist()  # a deviation that is no number compares false
+        if useless:
+            raise ValueError(f"detail channels {useless} are constant or not finite: train the detail encoder.")
         self.detail_mean.copy_(total / count)
         self.detail_std.copy_(deviation)
 
@@ -328,12 +323,6 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Side of the picture / side of the latents: s * f."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    @property
-    def latent_brief(self) -> str:
-        """Channels in words, for messages."""
-        c, d = self.config.base_channels, self.config.detail_channels
-        return f"{c + d} ({c} base + {d} detail)"
-
     def train(self, mode: bool = True) -> "AutoencoderDA":
         """Training mode for all but the frozen base encoder."""
         super().train(mode)
@@ -343,26 +332,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------ the parts
 
     def _moments(self, sample: Tensor) -> Tensor:
-        if self.use_tiling and max(sample.shape[-2:]) > self.tile_sample_size:
-            return self._tiled(self._moments_of_tile, sample, self.tile_sample_size, 1, self.downsample_factor)
-        return self._moments_of_tile(sample)
-
-    def _moments_of_tile(self, sample: Tensor) -> Tensor:
         base = self.from_units(self.encode_base(sample))
         mean, log_variance = self.encode_detail(sample)
         scale, shift = self._detail_affine(mean)
         # log|1 / scale| twice, because a variance scales with the square.
-        log_variance = log_variance - 2 * (scale.abs() * self.config.scaling_factor).log()
+        log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
         mean = self.from_units((mean - shift) / scale)
         return torch.cat([base, mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        tile = self.tile_sample_size // self.downsample_factor
-        if self.use_tiling and max(latents.shape[-2:]) > tile:
-            return self._tiled(self._decode_tile, latents, tile, self.downsample_factor, 1)
-        return self._decode_tile(latents)
-
-    def _decode_tile(self, latents: Tensor) -> Tensor:
+    def _pictures(self, latents: Tensor) -> Tensor:
         base, detail = self.split(self.to_units(latents))
         scale, shift = self._detail_affine(detail)
         return self.reconstruct(base, detail * scale + shift)
@@ -370,24 +348,27 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(b.to(like.dtype).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
 
-    def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int, up: int, down: int) -> Tensor:
-        """Run `run` on overlapping tiles and average them with weights that fall smoothly to the tile's border.
+    def _in_pieces(self, run: Callable[[Tensor], Tensor], x: Tensor, *, channels: int, up: int, down: int) -> Tensor:
+        """Run `run` on single pictures if slicing is on, and on overlapping tiles if tiling is.
 
-        `up` / `down` is the size of an output position in input positions; `down` keeps the tiles' corners on the grid.
+        Tiles are averaged with weights that fall smoothly to their borders. A latent position is `down` positions of
+        `x` and `up` positions of the output, which has `channels` channels.
         """
-        height, width = x.shape[-2:]
-        stride = max(down, int(tile * (1 - self.tile_overlap)) // down * down)
-        pieces = []
-        for top in _tile_starts(height, tile, stride):
-            for left in _tile_starts(width, tile, stride):
-                piece = run(x[..., top : top + tile, left : left + tile])
-                weight = _feather(piece.shape[-2], piece)[:, None] * _feather(piece.shape[-1], piece)[None, :]
-                pieces.append((top * up // down, left * up // down, piece, weight))
-        channels = pieces[0][2].shape[:2]
-        total = torch.zeros(*channels, height * up // down, width * up // down, device=x.device)
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([self._in_pieces(run, one, channels=channels, up=up, down=down) for one in x.split(1)])
+        height, width = (length // down for length in x.shape[-2:])  # these and all below in latent positions
+        tile = max(1, self.tile_sample_size // self.downsample_factor)
+        if not self.use_tiling or max(height, width) <= tile:
+            return run(x)
+        stride = max(1, int(tile * (1 - self.tile_overlap)))
+        tops, lefts = ([*range(0, length - tile, stride), max(0, length - tile)] for length in (height, width))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros(len(x), channels, height * up, width * up, dtype=dtype, device=x.device)
         weights = torch.zeros_like(total[:1, :1])
-        for top, left, piece, weight in pieces:
-            rows, columns = slice(top, top + piece.shape[-2]), slice(left, left + piece.shape[-1])
+        for top, left in product(tops, lefts):
+            piece = run(x[..., top * down : (top + tile) * down, left * down : (left + tile) * down])
+            weight = torch.outer(*(_feather(length, total) for length in piece.shape[-2:]))
+            rows, columns = (slice(at * up, at * up + n) for at, n in zip((top, left), weight.shape, strict=True))
             total[..., rows, columns] += piece * weight
             weights[..., rows, columns] += weight
         return (total / weights).to(x.dtype)
@@ -400,75 +381,53 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
                 "downsample factor. Crop or resize it."
             )
 
-    def _freeze_base(self) -> None:
-        for module in (self.base_encoder, self.base_quant_conv):
-            if module is not None:
-                module.requires_grad_(False)
-        self.base_encoder.eval()
-
-    def _copy_base(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
-        encoder, decoder = vae.encoder.state_dict(), vae.decoder.state_dict()
-        self.base_encoder.load_state_dict(encoder)
-        # Without linear blocks the layers next to the latents are not there, and only they may be missing.
-        self.detail_encoder.load_state_dict(_only(encoder, self.detail_encoder))
-        self.joint_decoder.load_state_dict(_only(decoder, self.joint_decoder))
-        for ours, theirs in (
-            (self.base_quant_conv, "quant_conv"),
-            (self.detail_quant_conv, "quant_conv"),
-            (self.joint_post_quant_conv, "post_quant_conv"),
-        ):
-            if ours is not None:
-                ours.load_state_dict(getattr(vae, theirs).state_dict())
-
     @torch.no_grad()
-    def _start_linear_blocks(self) -> None:
-        down, up, channels = self.detail_downsample, self.detail_upsample, self.config.base_channels
-        for parameter in (*down.parameters(), *up.parameters()):
-            parameter.zero_()
-        down.shortcut.bias[self.config.detail_channels :] = -5.0
-        # Every base channel onto its own four places of the pixel shuffle.
-        up.shortcut.weight[:, :channels, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=0)
+    def _start_from(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+        theirs = vae.state_dict()
+        for name, tensor in self.state_dict().items():
+            pretrained = name.partition("_")[2]  # base_encoder, detail_encoder and joint_decoder are named after theirs
+            if pretrained in theirs:
+                tensor.copy_(theirs[pretrained])
+        if self.config.linear_blocks:
+            down, up, channels = self.detail_downsample, self.detail_upsample, self.config.base_channels
+            for parameter in (*down.parameters(), *up.parameters()):
+                parameter.zero_()
+            down.shortcut.bias[self.config.detail_channels :] = -5.0
+            # Every base channel onto its own four places of the pixel shuffle.
+            up.shortcut.weight[:, :channels, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=0)
 
 
-def check_channels(base_channels: int, detail_channels: int) -> None:
-    """Raise a ValueError unless the detail channels fall into equal groups, one for each base channel."""
+def _check_class(name: str) -> None:
+    if name not in BASE_CLASSES:
+        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {', '.join(BASE_CLASSES)}.")
+
+
+def _check_settings(
+    base_config: dict, base_channels: int, detail_channels: int, resolution_factor: int, base_downsample: str
+) -> None:
+    _check_class(base_config["_class_name"])
     if detail_channels <= 0 or detail_channels % base_channels:
         nearest = max(1, round(detail_channels / base_channels)) * base_channels
         raise ValueError(
             f"detail_channels={detail_channels} must be a positive multiple of base_channels={base_channels}: the "
             f"alignment loss averages groups. The nearest is {nearest}."
         )
+    if resolution_factor != 2:
+        raise ValueError(f"resolution_factor={resolution_factor}: only 2 is built.")
+    if base_downsample not in DOWNSAMPLE_FILTERS:
+        raise ValueError(f"base_downsample={base_downsample!r}: allowed are {', '.join(DOWNSAMPLE_FILTERS)}.")
 
 
-def _base_class(name: str) -> type[AutoencoderKL] | type[AutoencoderTiny]:
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if name not in classes:
-        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {', '.join(classes)}.")
-    return classes[name]
-
-
-def _init_config(vae: ModelMixin) -> dict:
-    names = inspect.signature(type(vae).__init__).parameters
-    return {key: value for key, value in dict(vae.config).items() if key in names}
-
-
-def _block_out_channels(vae: AutoencoderKL | AutoencoderTiny) -> tuple[int, ...]:
-    return tuple(vae.config.block_out_channels)
-
-
-def _feature_channels(base: AutoencoderKL | AutoencoderTiny) -> tuple[int, int]:
-    """Channels of the layer before the encoder's last, and of the layer after the decoder's first."""
-    if isinstance(base, AutoencoderTiny):
-        return base.encoder.layers[-1].in_channels, base.decoder.layers[0].out_channels
-    return base.encoder.conv_out.in_channels, base.decoder.conv_in.out_channels
-
-
-def _drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> None:
+def _drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> tuple[int, int]:
+    """Take away the encoder's last and the decoder's first layer; channels before the one and behind the other."""
     if isinstance(encoder, EncoderTiny):
+        last, first = encoder.layers[-1], decoder.layers[0]
         encoder.layers[-1] = nn.Identity()
         decoder.layers[0] = nn.Identity()  # type: ignore[assignment]
     else:
+        last, first = encoder.conv_out, decoder.conv_in
         encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
+    return last.in_channels, first.out_channels
 
 
 def _features(encoder: nn.Module, sample: Tensor) -> Tensor:
@@ -490,24 +449,9 @@ def _pixels(decoder: nn.Module, hidden: Tensor) -> Tensor:
     return decoder.layers(hidden).mul(2).sub(1) if isinstance(decoder, DecoderTiny) else decoder(hidden)
 
 
-def _only(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    wanted = module.state_dict().keys()
-    return {key: value for key, value in state.items() if key in wanted}
-
-
-def _in_slices(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([run(one) for one in x.split(1)])
-
-
-def _tile_starts(length: int, tile: int, stride: int) -> list[int]:
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, stride), length - tile]
-
-
 def _feather(length: int, like: Tensor) -> Tensor:
     """Weights [length] that rise as a squared sine from each border and never reach zero."""
-    position = (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / length
+    position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length
     return torch.sin(torch.pi * position).square() + 1e-4
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
-from davae.errors import DataError, SettingsError
+from davae.errors import DataError, NumericsError, SettingsError
 from davae.seeds import generator
 
 LOG_VARIANCE = -6.0
@@ -52,37 +52,35 @@ def fit_closed_form(
         The spectrum of W E[R R^T] W as "eigenvalues", and "unexplained": the part of its trace that D leaves out.
 
     Raises:
-        SettingsError: the autoencoder has no linear blocks.
-        DataError: fewer positions than unknowns.
+        SettingsError: the autoencoder has no linear blocks, or more detail channels than the code can have, 4 C.
+        DataError: fewer positions than four for each channel of the full latents.
+        NumericsError: latents that are not finite.
     """
+    detail_channels, most = autoencoder.config.detail_channels, 4 * autoencoder.config.base_channels
     if not autoencoder.config.linear_blocks:
         raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
+    if detail_channels > most:
+        raise SettingsError(f"detail_channels={detail_channels}: the full latents have but {most}; give at most these.")
     base, full = _latents(autoencoder, pictures, batch_size, progress)
-    if base.shape[1] < 4 * full.shape[0]:
-        raise DataError(f"{base.shape[1]} latent positions for {full.shape[0]} channels: give more or larger pictures.")
     prediction, offset = _least_squares(base, full)
     residual = full - prediction @ base - offset
-    root, inverse = _roots(_decoder_metric(autoencoder, pictures[:metric_pictures], seed))
+    root, inverse = _roots(decoder_metric(autoencoder, pictures[:metric_pictures], seed))
     spectrum, vectors = torch.linalg.eigh(root @ (residual @ residual.T / residual.shape[1]) @ root)
-    detail_channels = autoencoder.config.detail_channels
     directions = vectors.flip(1)[:, :detail_channels]
 
     encode, project = directions.T @ root, inverse @ directions
     keep = torch.eye(len(full)).double() - project @ encode
     code = encode @ full
     mean = code.mean(dim=1, keepdim=True)
-    coordinates = _aligned_coordinates(code - mean, base) if aligned else torch.diag(1 / code.std(dim=1))
-    inverse_coordinates = torch.linalg.inv(coordinates)
-
-    down, up = autoencoder.detail_downsample, autoencoder.detail_upsample
-    for convolution in (down.conv, up.conv, down.shortcut):
-        convolution.weight.zero_()
-        convolution.bias.zero_()
-    down.shortcut.weight[:detail_channels, :, 0, 0] = coordinates @ encode
-    down.shortcut.bias[:detail_channels] = -(coordinates @ mean)[:, 0]
-    down.shortcut.bias[detail_channels:] = LOG_VARIANCE
-    up.shortcut.weight[:, :, 0, 0] = torch.cat([keep @ prediction, project @ inverse_coordinates], dim=1)
-    up.shortcut.bias.copy_((keep @ offset + project @ mean)[:, 0])
+    coordinates = _aligned_coordinates(code - mean, base) if aligned else torch.diag(1 / code.std(dim=1, correction=0))
+    _set_linear_blocks(
+        autoencoder,
+        encoder_map=(coordinates @ encode, -coordinates @ mean),
+        decoder_map=(
+            torch.cat([keep @ prediction, project @ torch.linalg.inv(coordinates)], dim=1),
+            keep @ offset + project @ mean,
+        ),
+    )
     eigenvalues = spectrum.flip(0).clamp_min(0)
     unexplained = (eigenvalues[detail_channels:].sum() / eigenvalues.sum()).item()
     return {"eigenvalues": eigenvalues.tolist(), "unexplained": [unexplained]}
@@ -99,7 +97,25 @@ def _latents(
         base.append(autoencoder.encode_base(batch))
         full.append(F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2))
         progress(index + 1, len(batches))
-    return _positions(torch.cat(base)), _positions(torch.cat(full))
+    base, full = _positions(torch.cat(base)), _positions(torch.cat(full))
+    if full.shape[1] < 4 * len(full):
+        raise DataError(f"{full.shape[1]} latent positions, {4 * len(full)} are needed: give more or larger pictures.")
+    if not full.isfinite().all():
+        raise NumericsError("latents of the pictures are not finite: the base autoencoder is damaged, or they are.")
+    return base, full
+
+
+def _set_linear_blocks(
+    autoencoder: AutoencoderDA, encoder_map: tuple[Tensor, Tensor], decoder_map: tuple[Tensor, Tensor]
+) -> None:
+    """Weights and biases of full latents -> code, and of base latents and code -> full latents, each [rows, columns]."""
+    down, up, channels = autoencoder.detail_downsample, autoencoder.detail_upsample, len(encoder_map[0])
+    for convolution in (down.conv, up.conv, down.shortcut):
+        convolution.weight.zero_()
+        convolution.bias.zero_()
+    down.shortcut.weight[:channels, :, 0, 0], down.shortcut.bias[:channels] = encoder_map[0], encoder_map[1][:, 0]
+    down.shortcut.bias[channels:] = LOG_VARIANCE
+    up.shortcut.weight[:, :, 0, 0], up.shortcut.bias[:] = decoder_map[0], decoder_map[1][:, 0]
 
 
 def _aligned_coordinates(code: Tensor, base: Tensor) -> Tensor:
@@ -126,8 +142,12 @@ def _least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return weights, target_mean - weights @ source_mean
 
 
-def _decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
-    """M = E[J^T J], [4C, 4C]: what an error of the unshuffled latents costs in pixels, by random +-1 probes."""
+def decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
+    """M = E[J^T J], [4C, 4C] in float64, over the positions of `pictures` [N, 3, H, W] in [-1, 1].
+
+    What an error of the unshuffled latents, in units, costs in pixels: J is the decoder's Jacobian, and J^T J is
+    estimated from two random +-1 pictures v for each picture, whose g = J^T v one backward pass gives.
+    """
     metric, count = torch.zeros(()).double(), 0
     for index, picture in enumerate(pictures.split(1)):
         latents = autoencoder.encode_pretrained(picture.to(autoencoder.device, autoencoder.dtype)).detach()

@@ -33,6 +33,7 @@ BASE, NATIVE, ENLARGED = "base, 128 px", "base, run at 256 px", "base + bicubic"
 THIS_RUN, SHIPPED = "this run", "shipped upgrade"
 CLOSED_FORM, FULL = "closed-form start", "base at full size"
 SIZE = 256
+SMALL_PAIR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Budget:
 
     stage_one_steps: int
     stage_two_steps: int
+    pictures: int
+    """Training pictures."""
     heldout: int
     """Held-out pictures that are reconstructed."""
     shown: int
@@ -53,16 +56,18 @@ class Budget:
 
 
 BUDGETS = {
-    "tiny": Budget(4, 4, heldout=8, shown=2, generated=8, sampling_steps=4, repeats=2),
-    "short": Budget(300, 300, heldout=64, shown=8, generated=128, sampling_steps=20, repeats=5),
+    "tiny": Budget(4, 4, pictures=32, heldout=8, shown=2, generated=8, sampling_steps=4, repeats=2),
+    "short": Budget(200, 300, pictures=512, heldout=32, shown=8, generated=64, sampling_steps=16, repeats=3),
 }
 
 
 def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
     """The demo's stage 1: from the closed-form start."""
     return AutoencoderRecipe(
+        limit=budget.pictures,
         steps=budget.stage_one_steps,
         fit_pictures=64,
+        calibration_pictures=256,
         crop=128,
         batch_size=4,
         learning_rate=3e-4,
@@ -71,14 +76,16 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
         checkpoint_every=50,
         ema_decay=0.99,
         seed=seed,
-        loss=LossWeights(gradient=0.5, lpips=0.2, kl=1e-6, alignment=0.05),
+        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.02),
     )
 
 
 def stage_two_recipe(budget: Budget, seed: int, autoencoder: Path) -> FinetuneRecipe:
     """The demo's stage 2: LoRA and ports."""
     return FinetuneRecipe(
+        limit=budget.pictures,
         autoencoder=str(autoencoder),
+        lora_targets=SMALL_PAIR_TARGETS,
         steps=budget.stage_two_steps,
         learning_rate=1e-3,
         warmup_steps=20,

@@ -50,6 +50,8 @@ class AutoencoderRecipe(Recipe):
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
     pictures: str = ""
     """Folder of captioned pictures or shards; "" is the shipped set."""
+    limit: Positive | None = None
+    """At most so many of them, evenly spread."""
     size: Positive = 256
     """Side of the pictures in pixels: twice what the base was made for."""
     detail_channels: Positive = 16
@@ -96,7 +98,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     """
     _claim(folder, recipe)
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train").sound()
+    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit).sound()
     heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures).sound()
     autoencoder = start_autoencoder(recipe, pictures, folder / "start")
     lpips = LPIPS.alex()

@@ -40,6 +40,8 @@ class FinetuneRecipe(Recipe):
     """Folder of the trained AutoencoderDA; "" is the shipped upgrade's."""
     pictures: str = ""
     """Folder of captioned pictures or shards; "" is the shipped set."""
+    limit: Positive | None = None
+    """At most so many of them, evenly spread."""
     size: Positive = 256
     """Side of the pictures in pixels."""
     trained: Literal["lora", "full"] = "lora"
@@ -87,7 +89,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     if recipe.size % unit:
         raise SettingsError(f"size={recipe.size}: allowed are multiples of {unit}, downsample factor x patch size")
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train").sound()
+    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit).sound()
     latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
     conditions = encode_captions(pipeline, backbone, ["", *pictures.captions], recipe.prompt_tokens)
     parameters = trained_parameters(pipeline.transformer, backbone, recipe)

@@ -1,0 +1,73 @@
+"""Measure the shipped pair: reconstruction of all held-out pictures, KID of many prompts, speed.
+
+    python recipes/small_pair/measure.py runs/measure --count 1000
+
+writes RUN/result.json (copied into experiments/results/) and RUN/samples.png, a grid of 32 base samples. Pictures that
+are there already are not made again, so two processes may make one pipeline's each with --only first.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from davae import assets, demo
+from davae.data.sources import open_pictures
+from davae.evaluation import generation, reconstruction
+from davae.perceptual import LPIPS
+from davae.record import environment
+from davae.storage import write_json
+from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline
+
+SEED, STEPS, GUIDANCE = 0, 20, 2.5
+GRID = 8
+
+
+def main(
+    run: Path,
+    count: Annotated[int, typer.Option(help="Prompts, evenly spread over all captions.")] = 1000,
+    only: Annotated[str | None, typer.Option(help="Make the pictures of this pipeline and leave.")] = None,
+) -> None:
+    """Measure, and write the numbers."""
+    pipelines = {
+        demo.BASE: lambda: load_pipeline(assets.base_pipeline()),
+        demo.SHIPPED: lambda: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
+    }
+    real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
+    prompts = generation.evaluation_prompts(real, count)
+    made = {}
+    for name, load in pipelines.items():
+        if only in (None, name):
+            settings = {"seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE}
+            made[name] = generation.sample_many(load(), prompts, run / name, label=name, **settings)
+    if only:
+        return
+    rows = [torch.cat(made[demo.BASE][count * row // 4 :][:GRID], dim=2) for row in range(4)]
+    generation.write_png(run / "samples.png", torch.cat(rows, dim=1))
+    made[demo.ENLARGED] = [demo.enlarged(picture) for picture in made.pop(demo.BASE)]
+    heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
+    vae, autoencoder = load_base_vae(str(assets.base_pipeline())), load_autoencoder(assets.upgrade() / "vae")
+    ways = {
+        demo.ENLARGED: reconstruction.base_enlarged(vae, autoencoder),
+        demo.SHIPPED: reconstruction.upgraded(autoencoder),
+        demo.FULL: reconstruction.base_at_full_size(vae),
+    }
+    small = open_pictures(assets.pictures(), size=demo.SIZE // 2, split="heldout")
+    lpips = LPIPS.alex()
+    kid = demo.measure_kid(made, real, SEED)
+    speed = demo.measure_speed({name: load() for name, load in pipelines.items()}, demo.BUDGETS["short"], SEED)
+    result = {
+        "reconstruction_256": reconstruction.measure(heldout, ways, lpips=lpips),
+        "base_reconstruction_128": reconstruction.measure(small, {demo.BASE: lambda x: vae(x).sample}, lpips=lpips),
+        "kid": kid,
+        "kid_ratio": kid[demo.SHIPPED][0] / kid[demo.ENLARGED][0],
+        "speed": speed,
+        "counts": {"heldout": len(heldout), "generated": count, "real": len(real)},
+        "sampling": {"seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE},
+    }
+    write_json(run / "result.json", {**result, "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)
