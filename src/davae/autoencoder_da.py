@@ -310,7 +310,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         deviation = (squares / count - (total / count).square()).clamp_min(0).sqrt()
         useless = (~(deviation > 1e-6)).nonzero().flatten().tolist()  # a deviation that is no number compares false
         if useless:
-            raise ValueError(f"detail channels {useless} are constant or not finite: train the detail encoder.")
+            raise ValueError(f"detail channels {useless} do not vary, or are not finite: train the detail encoder.")
         self.detail_mean.copy_(total / count)
         self.detail_std.copy_(deviation)
 

@@ -90,14 +90,14 @@ def _latents(
     autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int, progress: Callable[[int, int], None]
 ) -> tuple[Tensor, Tensor]:
     """Base latents [C, positions] and unshuffled full latents [4 C, positions], float64."""
-    base, full = [], []
+    rows = []
     batches = pictures.split(batch_size)
     for index, batch in enumerate(batches):
         batch = batch.to(autoencoder.device, autoencoder.dtype)
-        base.append(autoencoder.encode_base(batch))
-        full.append(F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2))
+        full = F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2)
+        rows.append((_positions(autoencoder.encode_base(batch)), _positions(full)))
         progress(index + 1, len(batches))
-    base, full = _positions(torch.cat(base)), _positions(torch.cat(full))
+    base, full = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
     if full.shape[1] < 4 * len(full):
         raise DataError(f"{full.shape[1]} latent positions, {4 * len(full)} are needed: give more or larger pictures.")
     if not full.isfinite().all():
@@ -108,7 +108,7 @@ def _latents(
 def _set_linear_blocks(
     autoencoder: AutoencoderDA, encoder_map: tuple[Tensor, Tensor], decoder_map: tuple[Tensor, Tensor]
 ) -> None:
-    """Weights and biases of full latents -> code, and of base latents and code -> full latents, each [rows, columns]."""
+    """Weight and bias of full latents -> code, and of base latents and code -> full latents; the 3x3 paths are zero."""
     down, up, channels = autoencoder.detail_downsample, autoencoder.detail_upsample, len(encoder_map[0])
     for convolution in (down.conv, up.conv, down.shortcut):
         convolution.weight.zero_()
