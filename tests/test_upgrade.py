@@ -10,7 +10,7 @@ from davae.adapter import add_lora, load_adapter, save_adapter
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
-from davae.upgrade import load_pipeline, upgrade
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 
 TARGETS = BACKBONES["SD3Transformer2DModel"].lora_targets
 
@@ -307,3 +307,15 @@ def test_a_folder_that_is_no_pipeline_is_refused(base, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
         load_pipeline(tmp_path)
+
+
+def test_a_saved_pipeline_replaces_a_pipeline_and_nothing_else(base, autoencoder, tmp_path):
+    upgraded = upgrade(base, autoencoder)
+    for _ in range(2):
+        save_pipeline(upgraded, tmp_path / "upgraded")
+    assert (tmp_path / "upgraded" / "model_index.json").is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SettingsError, match="holds no pipeline"):
+        save_pipeline(upgraded, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

@@ -114,12 +114,9 @@ def upgrade(
     """Write the upgraded pipeline, warm-started: a stock pipeline for twice the side length at the same tokens."""
     if dry_run:
         return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
-    from davae.storage import replaced_whole
-    from davae.upgrade import load_autoencoder, load_pipeline, upgrade
+    from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
-    upgraded = upgrade(load_pipeline(pipeline), load_autoencoder(autoencoder))
-    with replaced_whole(out) as partial:
-        upgraded.save_pretrained(partial)
+    save_pipeline(upgrade(load_pipeline(pipeline), load_autoencoder(autoencoder)), out)
     _say(out)
 
 
@@ -189,7 +186,7 @@ def evaluate(
     pipeline: PipelinePath,
     pictures: Pictures,
     out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/evaluate"),
-    count: Annotated[int, typer.Option(min=2, help="Pictures to generate, from as many captions.")] = 1000,
+    count: Annotated[int, typer.Option(min=4, help="Pictures to generate, from as many captions.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
     seed: Seed = 0,

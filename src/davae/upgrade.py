@@ -13,6 +13,7 @@ from davae.adapter import VAE, base_digest, load_adapter, read_index, tensors_di
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.errors import CheckpointError, SettingsError
+from davae.storage import replaced_whole
 
 
 def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPipeline:
@@ -78,6 +79,19 @@ def load_pipeline(
     if adapter is not None:
         pipeline = _with_adapter(pipeline, adapter, fuse=fuse)
     return pipeline if device is None else pipeline.to(device)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """`pipeline.save_pretrained(folder)`, whole or not at all; a pipeline that is there already is replaced.
+
+    Raises:
+        SettingsError: `folder` holds something else than a pipeline.
+        StorageError: it cannot be written.
+    """
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise SettingsError(f"{folder} exists and holds no pipeline: choose another folder, or remove it yourself")
+    with replaced_whole(folder) as partial:
+        pipeline.save_pretrained(partial)
 
 
 def load_autoencoder(folder: Path, *, dtype: torch.dtype | None = None) -> AutoencoderDA:

@@ -23,9 +23,9 @@ from davae.errors import SettingsError
 from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
 from davae.recipe import Recipe
 from davae.seeds import generator
-from davae.storage import replaced_whole, write_atomically
+from davae.storage import write_atomically
 from davae.training.state import TrainingState, warmup_cosine
-from davae.upgrade import load_autoencoder, load_pipeline, upgrade
+from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -189,6 +189,5 @@ def save_upgrade(pipeline: DiffusionPipeline, folder: Path, *, base: str, lora: 
         save_adapter(folder / "adapter", pipeline, base=Path(base).name)
         pipeline.transformer.fuse_lora(safe_fusing=True)
         pipeline.transformer.unload_lora()
-    with replaced_whole(folder / "pipeline") as partial:
-        pipeline.save_pretrained(partial)
+    save_pipeline(pipeline, folder / "pipeline")
     return folder / "pipeline"
