@@ -2,10 +2,9 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from davae import assets
@@ -20,14 +19,13 @@ from davae.perceptual import LPIPS
 from davae.recipe import Recipe
 from davae.seeds import generator
 from davae.storage import replaced_whole, write_atomically
-from davae.training.state import TrainingState, warmup_cosine
+from davae.training.optimisation import OptimisationRecipe, Positive, Weight
+from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_base_vae
 
 logger = logging.getLogger(__name__)
 
 KL_LOSSES = {"mean": kl_loss_mean, "sum": kl_loss_sum}
-Positive = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
 
 
 class LossWeights(Recipe):
@@ -43,7 +41,7 @@ class LossWeights(Recipe):
     alignment: Weight = 0.5
 
 
-class AutoencoderRecipe(Recipe):
+class AutoencoderRecipe(OptimisationRecipe):
     """Everything that decides a run of stage 1."""
 
     base: str = ""
@@ -64,24 +62,12 @@ class AutoencoderRecipe(Recipe):
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128
     """Side of the training crops in pixels."""
-    steps: Annotated[int, Field(ge=0)] = 1000
     batch_size: Positive = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    final_learning_rate: Weight = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: Weight = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    precision: Literal["float32", "bf16"] = "bf16"
-    """Of the networks' forward pass; losses are float32."""
-    checkpoint_every: Positive = 200
     evaluate_every: Positive = 500
     calibration_pictures: Positive = 512
     """How many pictures the latent statistics are measured on at the end."""
     heldout_pictures: Positive = 32
     """How many held-out pictures the periodic numbers stand on."""
-    seed: Annotated[int, Field(ge=0)] = 0
     loss: LossWeights = LossWeights()
 
 
@@ -102,28 +88,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures).sound()
     autoencoder = start_autoencoder(recipe, pictures, folder / "start")
     lpips = LPIPS.alex()
-    state = TrainingState(
-        folder,
-        {"autoencoder": autoencoder},
-        autoencoder.detail_parameters(),
-        total_steps=recipe.steps,
-        learning_rate=warmup_cosine(
-            recipe.learning_rate,
-            floor=recipe.final_learning_rate,
-            warmup_steps=recipe.warmup_steps,
-            total_steps=recipe.steps,
-        ),
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-        ema_decay=recipe.ema_decay,
-        mixed_precision="bf16" if recipe.precision == "bf16" else None,
-        checkpoint_every=recipe.checkpoint_every,
-        seed=recipe.seed,
-        recipe_digest=recipe.digest(),
-        label="stage 1",
+    state = recipe.training_state(
+        folder, {"autoencoder": autoencoder}, autoencoder.detail_parameters(), label="stage 1"
     )
-    state.record.start(recipe, device=str(state.device))
     autoencoder.train()
     lpips.to(state.device)
     for step in state.steps():

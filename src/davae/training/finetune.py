@@ -21,17 +21,13 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
-from davae.recipe import Recipe
 from davae.seeds import generator
 from davae.storage import write_atomically
-from davae.training.state import TrainingState, warmup_cosine
+from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
 
-
-class FinetuneRecipe(Recipe):
+class FinetuneRecipe(OptimisationRecipe):
     """Everything that decides a run of stage 2."""
 
     base: str = ""
@@ -50,11 +46,7 @@ class FinetuneRecipe(Recipe):
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers that get LoRA; () is the family's default."""
-    steps: NotNegative = 1000
     batch_size: Positive = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
-    warmup_steps: NotNegative = 50
     detail_warmup_steps: NotNegative = 200
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
     shift: Annotated[float, Field(gt=0)] | None = None
@@ -62,13 +54,6 @@ class FinetuneRecipe(Recipe):
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     prompt_tokens: Positive = 12
     """Length of the longest text encoder's output (T5's, in SD3)."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    precision: Literal["float32", "bf16"] = "bf16"
-    checkpoint_every: Positive = 250
-    seed: NotNegative = 0
 
 
 def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
@@ -93,28 +78,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
     conditions = encode_captions(pipeline, backbone, ["", *pictures.captions], recipe.prompt_tokens)
     parameters = trained_parameters(pipeline.transformer, backbone, recipe)
-    state = TrainingState(
-        folder,
-        {"transformer": pipeline.transformer},
-        parameters,
-        total_steps=recipe.steps,
-        learning_rate=warmup_cosine(
-            recipe.learning_rate,
-            floor=recipe.final_learning_rate,
-            warmup_steps=recipe.warmup_steps,
-            total_steps=recipe.steps,
-        ),
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-        ema_decay=recipe.ema_decay,
-        mixed_precision="bf16" if recipe.precision == "bf16" else None,
-        checkpoint_every=recipe.checkpoint_every,
-        seed=recipe.seed,
-        recipe_digest=recipe.digest(),
-        label="stage 2",
-    )
-    state.record.start(recipe, device=str(state.device))
+    state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
     pipeline.transformer.train()
     base_channels = autoencoder.config.base_channels
     shift = recipe.shift or pipeline.scheduler.config.shift

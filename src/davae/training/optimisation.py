@@ -1,0 +1,61 @@
+"""What both stages say about their optimiser, and the training state that follows from it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from davae.recipe import Recipe
+from davae.training.state import TrainingState, warmup_cosine
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class OptimisationRecipe(Recipe):
+    """AdamW with a linear warm-up and a half cosine, clipped gradients, an EMA, checkpoints."""
+
+    steps: NotNegative = 1000
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak, reached after `warmup_steps`."""
+    final_learning_rate: Weight = 1e-5
+    warmup_steps: NotNegative = 50
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: Weight = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    precision: Literal["float32", "bf16"] = "bf16"
+    """Of the networks' forward pass; losses are float32."""
+    checkpoint_every: Positive = 250
+    seed: NotNegative = 0
+
+    def training_state(
+        self, folder: Path, models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter], *, label: str
+    ) -> TrainingState:
+        """The state of a run with these settings in `folder`, resumed if there is one, its recipe on record."""
+        state = TrainingState(
+            folder,
+            models,
+            parameters,
+            total_steps=self.steps,
+            learning_rate=warmup_cosine(
+                self.learning_rate,
+                floor=self.final_learning_rate,
+                warmup_steps=self.warmup_steps,
+                total_steps=self.steps,
+            ),
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            ema_decay=self.ema_decay,
+            mixed_precision="bf16" if self.precision == "bf16" else None,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+            recipe_digest=self.digest(),
+            label=label,
+        )
+        state.record.start(self, device=str(state.device))
+        return state
