@@ -366,7 +366,7 @@ class SomebodysOwn(AutoencoderKL):
 
 
 def test_bases_and_factors_that_are_refused() -> None:
-    config = trained("kl").config
+    config = json.loads(trained("kl").to_json_string())
     with pytest.raises(ValueError, match="AutoencoderDC is not supported; allowed are AutoencoderKL, AutoencoderTiny"):
         AutoencoderDA.from_config({**config, "base_config": {"_class_name": "AutoencoderDC"}})
     with pytest.raises(ValueError, match="SomebodysOwn is not supported"):
@@ -419,7 +419,7 @@ def pointwise() -> AutoencoderDA:
     return autoencoder
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 104), (40, 136), (16, 88)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (56, 72), (24, 104)])
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 0.25), (32, 0.0), (44, 0.5), (40, 0.9), (4, 0.5)])
 def test_tiles_cover_every_size_and_weigh_one(height: int, width: int, tile: int, overlap: float) -> None:
     autoencoder = pointwise()
@@ -469,9 +469,12 @@ def test_tiles_join_without_a_seam() -> None:
     whole = autoencoder.decode(latents).sample
     autoencoder.enable_tiling()
     autoencoder.tile_sample_size, errors = 64, {}
-    for overlap in (0.0, 0.5):  # tiles side by side, and sharing 32 px
+    for overlap in (0.0, 0.5):  # side by side, and sharing 32 px: the decoder sees half of that around a pixel
         autoencoder.tile_overlap = overlap
-        errors[overlap] = (autoencoder.decode(latents).sample - whole).abs().max().item()
-        tiled = autoencoder.encode(image).latent_dist.mode()
-        print(overlap, errors, (tiled - latents).abs().max(), whole.std())
+        tiled = autoencoder.decode(latents).sample
+        errors[overlap] = (tiled - whole).abs().max().item()
     assert errors[0.5] < 1 / 255
+    assert errors[0.0] > 50 * errors[0.5]
+    again = autoencoder.encode(image).latent_dist.mode()
+    assert again.shape == latents.shape
+    assert (again - latents).abs().max() < 0.1

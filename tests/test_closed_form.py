@@ -1,95 +1,237 @@
 """The start without training: what is exact about it, and that its coordinates do what they are for."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import tiny
 from davae.autoencoder_da import AutoencoderDA
-from davae.closed_form import fit_closed_form
-from davae.errors import DataError, SettingsError
+from davae.closed_form import LOG_VARIANCE, decoder_metric, fit_closed_form
+from davae.errors import DataError, NumericsError, SettingsError
 from davae.losses import detail_alignment_loss
 
+METRIC_PICTURES = 4
 
-def pictures() -> torch.Tensor:
+
+@functools.cache
+def pictures() -> Tensor:
     """Smooth noise: neighbouring pixels are alike, as in pictures."""
-    coarse = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
-    return F.interpolate(coarse, size=48, mode="bicubic").clamp(-1, 1)
+    coarse = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    return F.interpolate(coarse, size=32, mode="bicubic").clamp(-1, 1)
 
 
-def fitted(detail_channels: int, **settings) -> tuple[AutoencoderDA, dict[str, list[float]]]:
+def untrained(detail_channels: int) -> AutoencoderDA:
+    """C = 4, with scalars that bring its latents to unit scale, as a real one's do."""
     vae = tiny.tiny_taesd().double()
     with torch.no_grad():
         latents = vae.encode(pictures()).latents
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    autoencoder = AutoencoderDA.from_base(vae, detail_channels=detail_channels)
-    return autoencoder, fit_closed_form(autoencoder, pictures(), metric_pictures=4, **settings)
+    return AutoencoderDA.from_base(vae, detail_channels=detail_channels)
+
+
+@functools.cache
+def fitted(detail_channels: int, *, aligned: bool = True, seed: int = 0) -> tuple[AutoencoderDA, dict]:
+    autoencoder = untrained(detail_channels)
+    facts = fit_closed_form(
+        autoencoder, pictures(), metric_pictures=METRIC_PICTURES, aligned=aligned, seed=seed, batch_size=10
+    )
+    return autoencoder, facts
+
+
+def rows(latents: Tensor) -> Tensor:
+    """[B, channels, h, w] -> [positions, channels]."""
+    return latents.movedim(1, -1).flatten(0, -2)
+
+
+@functools.cache
+def latents() -> tuple[Tensor, Tensor]:
+    """Base latents [positions, C], and the unshuffled ones of the full pictures [positions, 4 C]."""
+    autoencoder = untrained(4)
+    with torch.no_grad():
+        full = F.pixel_unshuffle(autoencoder.encode_pretrained(pictures()), 2)
+        return rows(autoencoder.encode_base(pictures())), rows(full)
+
+
+@functools.cache
+def prediction() -> Tensor:
+    """A Zb + a by an ordinary least-squares solver."""
+    base, full = latents()
+    source = torch.cat([base, torch.ones(len(base), 1).double()], dim=1)
+    return source @ torch.linalg.lstsq(source, full).solution
 
 
 @torch.no_grad()
-def full_latents_error(autoencoder: AutoencoderDA) -> float:
-    """Mean squared error of the full picture's latents, as the joint decoder's first block rebuilds them."""
+def rebuilt(autoencoder: AutoencoderDA) -> Tensor:
+    """Zf^ [positions, 4 C], as the joint decoder's first block makes it."""
     image = pictures()
     joined = torch.cat([autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]], dim=1)
-    return (autoencoder.detail_upsample(joined) - autoencoder.encode_pretrained(image)).square().mean().item()
+    return rows(F.pixel_unshuffle(autoencoder.detail_upsample(joined), 2))
+
+
+def projection(autoencoder: AutoencoderDA) -> Tensor:
+    """P = W^-1 U U^T W: the encoder's map to the code and the decoder's map back."""
+    config = autoencoder.config
+    encode = autoencoder.detail_downsample.shortcut.weight[: config.detail_channels, :, 0, 0]
+    decode = autoencoder.detail_upsample.shortcut.weight[:, config.base_channels :, 0, 0]
+    return (decode @ encode).detach()
+
+
+# --------------------------------------------------------------------------------------------------- what is exact
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_decoder_map_undoes_the_encoder_map_on_the_kept_directions(aligned: bool) -> None:
+@pytest.mark.parametrize("detail_channels", [4, 8, 12])
+def test_the_code_holds_its_directions_and_the_base_predicts_the_rest(detail_channels: int, aligned: bool) -> None:
+    autoencoder, _ = fitted(detail_channels, aligned=aligned)
+    p = projection(autoencoder)
+    assert torch.allclose(p @ p, p, atol=1e-10)
+    assert p.trace().item() == pytest.approx(detail_channels, abs=1e-10)
+    rest = torch.eye(16).double() - p
+    assert torch.allclose(rebuilt(autoencoder), prediction() @ rest.T + latents()[1] @ p.T, atol=1e-7)
+
+
+def test_with_all_directions_it_is_the_pretrained_autoencoder_at_full_size() -> None:
+    autoencoder, facts = fitted(16)
+    assert facts["unexplained"] == [0]
+    assert torch.allclose(rebuilt(autoencoder), latents()[1], atol=1e-9)
+    image = pictures()[:4]
+    with torch.no_grad():
+        expected = autoencoder.decode_full(autoencoder.encode_pretrained(image))
+        assert torch.allclose(autoencoder(image).sample, expected, atol=1e-9)
+
+
+def test_the_error_in_the_metric_is_the_tail_of_the_spectrum() -> None:
+    metric = decoder_metric(untrained(4), pictures()[:METRIC_PICTURES], seed=0)
+    errors = []
+    for detail_channels in (4, 8, 12):
+        autoencoder, facts = fitted(detail_channels)
+        values = torch.tensor(facts["eigenvalues"])
+        assert len(values) == 16
+        assert facts["eigenvalues"] == sorted(facts["eigenvalues"], reverse=True)
+        error = latents()[1] - rebuilt(autoencoder)
+        errors.append((error @ metric * error).sum(dim=1).mean().item())
+        assert errors[-1] == pytest.approx(values[detail_channels:].sum().item(), rel=1e-4)
+        assert facts["unexplained"][0] == pytest.approx((values[detail_channels:].sum() / values.sum()).item())
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_scale_of_the_code(aligned: bool) -> None:
     autoencoder, _ = fitted(8, aligned=aligned)
     with torch.no_grad():
-        image = pictures()[:4]
-        base, code = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
-        rebuilt = autoencoder.detail_upsample(torch.cat([base, code], dim=1))
-        # Encoding the rebuilt latents gives the code again: what the D directions hold is kept exactly.
-        again = autoencoder.detail_downsample(rebuilt)[:, :8]
-    assert torch.allclose(again, code, atol=1e-8)
+        code, log_variance = autoencoder.encode_detail(pictures())
+    assert code.mean((0, 2, 3)).abs().max() < 1e-9
+    deviation = code.std((0, 2, 3), correction=0)
+    if aligned:  # one scale for all, the components' own proportions
+        assert code.square().mean().item() == pytest.approx(1, abs=1e-9)
+        assert deviation.max() > 1.2 * deviation.min()
+    else:
+        assert torch.allclose(deviation, torch.ones(8).double(), atol=1e-9)
+    assert torch.equal(log_variance, torch.full_like(log_variance, LOG_VARIANCE))
 
 
-def test_error_falls_with_the_number_of_channels() -> None:
-    errors = [full_latents_error(fitted(detail_channels)[0]) for detail_channels in (4, 8, 12)]
-    assert errors[0] > errors[1] > errors[2]
+def test_only_the_two_blocks_are_set() -> None:
+    before, after = untrained(8).state_dict(), fitted(8)[0].state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {
+        f"detail_{block}.shortcut.{kind}" for block in ("downsample", "upsample") for kind in ("weight", "bias")
+    }
 
 
-def test_unexplained_part_is_the_tail_of_the_spectrum() -> None:
-    _, facts = fitted(8)
-    values = facts["eigenvalues"]
-    assert len(values) == 16
-    assert values == sorted(values, reverse=True)
-    assert facts["unexplained"][0] == pytest.approx(sum(values[8:]) / sum(values), rel=1e-9)
+def test_it_is_a_function_of_pictures_and_seed() -> None:
+    once, again, other = fitted(4, seed=3)[0], untrained(4), fitted(4, seed=4)[0]
+    fit_closed_form(again, pictures(), metric_pictures=METRIC_PICTURES, seed=3, batch_size=10)
+    for name, tensor in once.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert not torch.equal(projection(once), projection(other))
 
 
-def test_unit_variance_or_one_scale() -> None:
-    for aligned in (True, False):
-        autoencoder, _ = fitted(8, aligned=aligned)
-        with torch.no_grad():
-            code = autoencoder.encode_detail(pictures())[0]
-        assert torch.allclose(code.mean((0, 2, 3)), torch.zeros(8).double(), atol=1e-9)
-        if aligned:
-            assert code.square().mean().item() == pytest.approx(1, rel=1e-6)
-        else:
-            assert torch.allclose(code.std((0, 2, 3), correction=0), torch.ones(8).double(), atol=1e-6)
+# ----------------------------------------------------------------------------------------------------------- the metric
 
 
-def test_aligned_code_is_nearer_to_the_base_and_rebuilds_the_same() -> None:
-    (aligned, _), (plain, _) = fitted(8, aligned=True), fitted(8, aligned=False)
+def test_metric_is_symmetric_positive_and_keyed_by_the_seed() -> None:
+    autoencoder = untrained(4)
+    metric = decoder_metric(autoencoder, pictures()[:METRIC_PICTURES], seed=0)
+    assert torch.allclose(metric, metric.T, rtol=1e-10, atol=0)
+    assert torch.linalg.eigvalsh(metric).min() > 0
+    assert torch.equal(metric, decoder_metric(autoencoder, pictures()[:METRIC_PICTURES], seed=0))
+    assert not torch.equal(metric, decoder_metric(autoencoder, pictures()[:METRIC_PICTURES], seed=1))
+
+
+def test_metric_is_the_jacobians_in_expectation() -> None:
+    autoencoder, image = untrained(4), pictures()[:1, :, :8, :8]  # one position of the latents
+    full = F.pixel_unshuffle(autoencoder.encode_pretrained(image), 2).detach()
+
+    def pixels(vector: Tensor) -> Tensor:
+        return autoencoder.decode_full(F.pixel_shuffle(vector.view(full.shape), 2)).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(pixels, full.flatten())
+    exact = jacobian.T @ jacobian
+    estimate = decoder_metric(autoencoder, image.expand(250, -1, -1, -1), seed=0)
+    assert (estimate - exact).norm() < 0.15 * exact.norm()
+
+
+# ------------------------------------------------------------------------------------------------------- what it is for
+
+
+@torch.no_grad()
+def test_it_starts_nearer_to_the_autoencoder_at_full_size_than_enlarged_base_latents() -> None:
+    image, start = pictures()[:8], untrained(4)
+    full = start.decode_full(start.encode_pretrained(image))
+    starts = (start, fitted(4)[0], fitted(8)[0])
+    errors = [(autoencoder(image).sample - full).square().mean().item() for autoencoder in starts]
+    assert errors[0] > 2 * errors[1] > 2 * errors[2]
+
+
+@pytest.mark.parametrize("detail_channels", [4, 8])
+@torch.no_grad()
+def test_aligned_code_is_nearest_to_the_base_and_rebuilds_the_same(detail_channels: int) -> None:
+    (aligned, _), (plain, _) = fitted(detail_channels), fitted(detail_channels, aligned=False)
     image = pictures()
-    with torch.no_grad():
-        losses = [detail_alignment_loss(a.encode_detail(image)[0], a.encode_base(image)) for a in (aligned, plain)]
-        assert torch.allclose(aligned(image).sample, plain(image).sample, atol=1e-8)
-    assert losses[0] < losses[1]
+    assert torch.allclose(aligned(image[:4]).sample, plain(image[:4]).sample, atol=1e-8)
+    base, code = aligned.encode_base(image), aligned.encode_detail(image)[0]
+    assert detail_alignment_loss(code, base) < detail_alignment_loss(plain.encode_detail(image)[0], base)
+    repeated = base.repeat_interleave(detail_channels // 4, dim=1)
+    distance = (code - repeated).square().mean()
+    for seed in range(20):  # of all rotations of it, no other one is nearer
+        generator = torch.Generator().manual_seed(seed)
+        skew = torch.randn(detail_channels, detail_channels, generator=generator).double()
+        rotation = torch.linalg.matrix_exp((0.1 if seed % 2 else 1.0) * (skew - skew.T))
+        assert (torch.einsum("ij,bjhw->bihw", rotation, code) - repeated).square().mean() > distance
 
 
-def test_same_seed_same_start() -> None:
-    (first, _), (second, _) = fitted(4, seed=3), fitted(4, seed=3)
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
+@torch.no_grad()
+def test_calibration_standardises_it_and_leaves_the_picture() -> None:
+    autoencoder, image = untrained(8), pictures()[:8]
+    fit_closed_form(autoencoder, image, metric_pictures=1)
+    before = autoencoder(image).sample
+    autoencoder.calibrate(image.split(3))
+    assert torch.allclose(autoencoder(image).sample, before, atol=1e-10)
+    detail = autoencoder.split(autoencoder.to_units(autoencoder.encode(image).latent_dist.mode()))[1]
+    assert torch.allclose(detail.std((0, 2, 3), correction=0), torch.ones(8).double(), atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------- the border
+
+
+def test_progress_counts_batches() -> None:
+    seen = []
+    fit_closed_form(
+        untrained(4), pictures(), metric_pictures=1, batch_size=10, progress=lambda *done: seen.append(done)
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_refusals() -> None:
-    autoencoder = AutoencoderDA.from_base(tiny.tiny_taesd(), detail_channels=4)
-    with pytest.raises(DataError, match="latent positions"):
-        fit_closed_form(autoencoder, pictures()[:1, :, :8, :8].float())
-    paper = AutoencoderDA.from_base(tiny.tiny_taesd(), detail_channels=4, linear_blocks=False)
+    with pytest.raises(DataError, match="8 latent positions, 64 are needed"):
+        fit_closed_form(untrained(4), pictures()[:8, :, :8, :8])
+    with pytest.raises(SettingsError, match=r"detail_channels=20.*16"):
+        fit_closed_form(untrained(20), pictures())
+    paper = AutoencoderDA.from_base(tiny.tiny_taesd().double(), detail_channels=4, linear_blocks=False)
     with pytest.raises(SettingsError, match="linear_blocks"):
-        fit_closed_form(paper, pictures().float())
+        fit_closed_form(paper, pictures())
+    with pytest.raises(NumericsError, match="not finite"):
+        fit_closed_form(untrained(4), pictures() * torch.nan)

@@ -43,7 +43,7 @@ def fit_closed_form(
         pictures: the training pictures that are fitted.
         seed: of the probes of the metric.
         metric_pictures: how many of the pictures the decoder's metric is measured on, with two probes each.
-        aligned: turn the code to where its channel groups' means are nearest to the base latents, and scale it as a
+        aligned: turn the code to where its channels are nearest to their group's base latents, and scale it as a
             whole, so that distances in it are distances in pixels; otherwise every component has unit variance.
         batch_size: pictures at a time.
         progress: called with batches done and in all.
@@ -121,7 +121,8 @@ def _set_linear_blocks(
 def _aligned_coordinates(code: Tensor, base: Tensor) -> Tensor:
     """The rotation of a centred code [D, N] nearest to the base latents [C, N], each repeated; over its rms.
 
-    An orthogonal Procrustes problem: of all rotations this one has the smallest alignment loss up to the scale.
+    An orthogonal Procrustes problem. With one channel to a group (D = C) the distance is the alignment loss; with more
+    of them it also holds the channels of a group together, so a rotation of smaller alignment loss may exist.
     """
     target = (base - base.mean(dim=1, keepdim=True)).repeat_interleave(len(code) // len(base), dim=0)
     left, _, right = torch.linalg.svd(target @ code.T)
