@@ -44,8 +44,8 @@ def render(result: dict) -> str:
             *costs,
             f"\n*`python recipes/small_pair/measure.py RUN --count {counts['generated']}`, commit "
             f"{str(where['commit'])[:10]}, {where['cpu_count']} CPU cores, {sampling['steps']} steps, guidance "
-            f"{sampling['guidance_scale']}, seed {sampling['seed']}; times are of 16 steps, medians of interleaved runs, "
-            "one thread.*\n",
+            f"{sampling['guidance_scale']}, seed {sampling['seed']}; times are of 16 steps, medians of interleaved "
+            "runs, one thread.*\n",
         ]
     )
 
