@@ -21,7 +21,7 @@ from davae.storage import write_json
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline
 
 SEED, STEPS, GUIDANCE = 0, 20, 2.5
-GRID = 8
+GRID = (4, 8)
 
 
 def main(
@@ -43,7 +43,8 @@ def main(
             made[name] = generation.sample_many(load(), prompts, run / name, label=name, **settings)
     if only:
         return
-    rows = [torch.cat(made[demo.BASE][count * row // 4 :][:GRID], dim=2) for row in range(4)]
+    shown = [made[demo.BASE][count * position // GRID[0] // GRID[1]] for position in range(GRID[0] * GRID[1])]
+    rows = [torch.cat(shown[start : start + GRID[1]], dim=2) for start in range(0, len(shown), GRID[1])]
     generation.write_png(run / "samples.png", torch.cat(rows, dim=1))
     made[demo.ENLARGED] = [demo.enlarged(picture) for picture in made.pop(demo.BASE)]
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
