@@ -6,6 +6,7 @@ First all of it, then, with the encoder frozen, the decoder alone with a percept
 metrics; the same command goes on where it stopped. About an hour on one CPU core.
 """
 
+import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -136,7 +137,9 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
             "squared": recipe.squared_weight * decoder_only * (made.float() - image).square().mean(),
         }
         state.update(torch.stack(list(parts.values())).sum(), parts)
-    state._ema.copy_to(vae.parameters() if not decoder_only else vae.decoder.parameters())
+    with state.ema_weights():
+        averaged = copy.deepcopy(vae.state_dict())
+    vae.load_state_dict(averaged)
 
 
 @torch.no_grad()
