@@ -38,8 +38,8 @@ def render(result: dict) -> str:
             "|---|---:|---:|---:|",
             *rows,
             f"\nThe base autoencoder at its own 128 px: {base['psnr']:.2f} dB, LPIPS {base['lpips']:.4f}.\n",
-            f"**Generation**, {counts['generated']} prompts and seeds, against {counts['real']} real pictures, both spread "
-            "over the whole set, training pictures included:\n",
+            f"**Generation**, {counts['generated']} prompts and seeds, against {counts['real']} real pictures, both "
+            "spread over the whole set, training pictures included:\n",
             "| | tokens | KID x 1000 (EfficientNet-Lite0) | transformer, ms a step | s a picture |",
             "|---|---:|---:|---:|---:|",
             *costs,
