@@ -2,8 +2,9 @@
 
     python recipes/small_pair/train_base_autoencoder.py RUN --out AUTOENCODER
 
-First all of it, then, with the encoder frozen, the decoder alone with a perceptual loss. RUN holds checkpoints and
-metrics; the same command goes on where it stopped. About an hour on one CPU core.
+First all of it, then, with the encoder frozen, the decoder alone with a perceptual loss and noise on its latents, so
+that it forgives a transformer's small errors. `--start OLD` takes the encoder and decoder of OLD and does the second
+phase only. RUN holds checkpoints and metrics; the same command goes on where it stopped. About an hour on one CPU core.
 """
 
 import copy
@@ -46,6 +47,8 @@ class BaseAutoencoderRecipe(Recipe):
     """Of the mean squared error, in the decoder's steps only."""
     lpips_weight: float = 0.1
     """In the decoder's steps only."""
+    latent_noise: float = 0.3
+    """In the decoder's steps only: each picture's latents get noise of deviation |N(0, 1)| times this, in units."""
     seed: int = 0
 
 
@@ -126,8 +129,12 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
         image = image.to(memory_format=torch.channels_last)
         with state.autocast():
             posterior = vae.encode(image).latent_dist
+            spread = posterior.std
+            if decoder_only:
+                level = torch.randn(len(image), 1, 1, 1, generator=random).abs() * recipe.latent_noise
+                spread = (spread.square() + (level / vae.config.scaling_factor).square()).sqrt()
             noise = torch.randn(posterior.mean.shape, generator=random)
-            made = vae.decode(posterior.mean + posterior.std * noise).sample
+            made = vae.decode(posterior.mean + spread * noise).sample
             distance = lpips(made, image).mean() if decoder_only else image.new_zeros(())
         parts = {
             "l1": reconstruction_l1(made, image),
@@ -153,13 +160,23 @@ def with_scalars(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def main(run: Path, out: Annotated[Path, typer.Option()]) -> None:
-    """Train both phases, then write the autoencoder in half precision."""
+def main(
+    run: Path,
+    out: Annotated[Path, typer.Option()],
+    start: Annotated[
+        Path | None, typer.Option(help="An autoencoder of this script whose decoder to train again.")
+    ] = None,
+) -> None:
+    """Train both phases, or the second, then write the autoencoder in half precision."""
     recipe = BaseAutoencoderRecipe()
-    vae = untrained(recipe)
-    train(recipe, vae, run / "all", decoder_only=False)
+    if start:
+        vae = AutoencoderKL.from_pretrained(start).to(memory_format=torch.channels_last)
+    else:
+        vae = untrained(recipe)
+        train(recipe, vae, run / "all", decoder_only=False)
+        vae = with_scalars(vae)
     train(recipe, vae, run / "decoder", decoder_only=True)
-    with_scalars(vae.eval()).half().save_pretrained(out)
+    vae.eval().half().save_pretrained(out)
 
 
 if __name__ == "__main__":

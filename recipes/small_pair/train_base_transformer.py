@@ -3,7 +3,7 @@
     python recipes/small_pair/train_base_transformer.py RUN --autoencoder AUTOENCODER --out PIPELINE
 
 RUN holds checkpoints and metrics; the same command goes on where it stopped. PIPELINE becomes a stock
-`StableDiffusion3Pipeline` folder in half precision.
+`StableDiffusion3Pipeline` folder in half precision. `--start OLD` begins from that pipeline's weights, not at random.
 """
 
 import json
@@ -32,7 +32,9 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.flow import interpolate, sample_timesteps, velocity_target
 from davae.recipe import Recipe, load_recipe
 from davae.seeds import generator
+from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState, warmup_cosine
+from davae.upgrade import load_pipeline
 
 PROMPT_TOKENS = 12
 
@@ -181,12 +183,13 @@ def main(
     autoencoder: Annotated[Path, typer.Option()],
     out: Annotated[Path, typer.Option()],
     recipe_file: Annotated[Path | None, typer.Option("--recipe")] = None,
+    start: Annotated[Path | None, typer.Option(help="A pipeline of this script to go on from.")] = None,
 ) -> None:
     """Train, then write the pipeline."""
     recipe = load_recipe(BaseTransformerRecipe, recipe_file) if recipe_file else BaseTransformerRecipe()
     vae = AutoencoderKL.from_pretrained(autoencoder).eval()
     pictures = open_pictures(assets.pictures(), size=256, split="train")
-    pipeline = build_pipeline(recipe, vae, pictures.captions)
+    pipeline = load_pipeline(start) if start else build_pipeline(recipe, vae, pictures.captions)
     latents = encode(vae, pictures, recipe.size)
     encoders = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
     modules: dict[str, nn.Module] = {
@@ -220,7 +223,7 @@ def main(
         sigma = sample_timesteps(len(indices), shift=recipe.shift, generator=random)
         dropped = torch.rand(len(indices), generator=random) < recipe.caption_dropout
         prompts = ["" if drop else pictures.captions[i] for i, drop in zip(indices, dropped, strict=True)]
-        with state.autocast():
+        with state.autocast(), attention_on(state.device):
             condition = sd3.condition(pipeline, prompts, max_sequence_length=t5_tokens(recipe.seed, step))
             velocity = sd3.velocity(pipeline.transformer, interpolate(clean, noise, sigma), sigma, condition)
         state.update((velocity.float() - velocity_target(clean, noise)).square().mean())

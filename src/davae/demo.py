@@ -71,6 +71,7 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
         crop=128,
         batch_size=4,
         learning_rate=3e-4,
+        latent_noise=0.3,
         evaluate_every=100,
         heldout_pictures=budget.heldout,
         checkpoint_every=50,

@@ -9,7 +9,6 @@ from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from davae.errors import SettingsError
-from davae.seeds import generator
 
 DATA_RANGE = 2.0  # pictures are in [-1, 1]
 
@@ -42,51 +41,11 @@ def ssim(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Fl
     return cast(Tensor, similarity)
 
 
-def kid(
-    features_a: Float[Tensor, "a width"],
-    features_b: Float[Tensor, "b width"],
-    *,
-    subsets: int,
-    subset_size: int,
-    seed: int,
-) -> tuple[float, float]:
-    """Kernel distance of two sets of pictures (Binkowski et al. 2018): mean and spread over random subsets.
+def kid(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width"]) -> float:
+    """Kernel distance of two sets of pictures (Binkowski et al. 2018), over all pairs, in float64.
 
-    Name the features wherever the number is shown, such as "KID (EfficientNet-Lite0)"; it is not comparable across
-    features, and never an FID.
-
-    Args:
-        features_a: one row per picture of the first set.
-        features_b: one row per picture of the second set.
-        subsets: number of subsets drawn, each without replacement.
-        subset_size: pictures per subset, taken from both sets.
-        seed: keys the subsets; equal seeds give equal numbers.
-
-    Returns:
-        The mean of the unbiased estimates, which may be slightly negative, and their standard deviation.
-
-    Raises:
-        SettingsError: a subset is larger than a set or too small, or there is none.
-    """
-    smaller = min(len(features_a), len(features_b))
-    if not 2 <= subset_size <= smaller:
-        raise SettingsError(
-            f"subset_size={subset_size} does not fit sets of {len(features_a)} and {len(features_b)} pictures: "
-            f"choose 2 to {smaller}, or give more pictures (2 at least in each set)"
-        )
-    if subsets < 1:
-        raise SettingsError(f"subsets={subsets}: KID needs at least 1 subset")
-    estimates = torch.empty(subsets, dtype=torch.float64)
-    for index in range(subsets):
-        draw = generator(seed, "kid", index)
-        rows_a = torch.randperm(len(features_a), generator=draw)[:subset_size].to(features_a.device)
-        rows_b = torch.randperm(len(features_b), generator=draw)[:subset_size].to(features_b.device)
-        estimates[index] = kid_full(features_a[rows_a], features_b[rows_b])
-    return estimates.mean().item(), estimates.std(correction=0).item()
-
-
-def kid_full(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width"]) -> float:
-    """The unbiased squared maximum mean discrepancy of two whole sets, kernel (x.y / width + 1)^3, in float64.
+    The unbiased squared maximum mean discrepancy with the kernel (x.y / width + 1)^3. Name the features wherever the
+    number is shown, such as "KID (EfficientNet-Lite0)"; it is not comparable across features, and never an FID.
 
     Args:
         features_a: one row per picture of the first set, at least 2.

@@ -21,7 +21,7 @@ from davae.evaluation.generation import (
     shared_noise,
     write_png,
 )
-from davae.metrics import kid_full
+from davae.metrics import kid
 from davae.seeds import generator
 from davae.upgrade import load_autoencoder, load_pipeline, upgrade
 from hashes import digests
@@ -168,7 +168,7 @@ def test_kid_of_equal_distributions_is_about_zero_and_of_others_is_not() -> None
     real = torch.randn(400, 16, generator=generator(0, "real"))
     made = torch.randn(200, 16, generator=generator(0, "made"))
     value, error = kid_with_error(made, real, seed=0)
-    assert value == pytest.approx(kid_full(made, real))
+    assert value == pytest.approx(kid(made, real))
     assert 0 < error < 0.1
     assert abs(value) < 3 * error
     shifted, error = kid_with_error(made + 0.5, real, seed=0)
@@ -179,7 +179,7 @@ def test_kid_of_equal_distributions_is_about_zero_and_of_others_is_not() -> None
 def test_the_error_of_kid_is_about_the_spread_over_independent_draws() -> None:
     real = torch.randn(300, 8, generator=generator(0, "real"))
     draws = [0.3 + torch.randn(100, 8, generator=generator(index, "draw")) for index in range(60)]
-    spread = torch.tensor([kid_full(draw, real) for draw in draws]).std().item()
+    spread = torch.tensor([kid(draw, real) for draw in draws]).std().item()
     errors = [kid_with_error(draw, real, seed=0)[1] for draw in draws[:8]]
     assert 0.6 < sum(errors) / 8 / spread < 1.6
 

@@ -21,6 +21,7 @@ from davae.training.autoencoder import (
     stage_one_loss,
     start_autoencoder,
     train_autoencoder,
+    with_latent_noise,
 )
 from davae.training.state import TrainingState, warmup_constant
 from davae.upgrade import load_autoencoder, load_base_vae
@@ -289,6 +290,30 @@ def test_the_posterior_noise_is_a_function_of_seed_and_step(autoencoder, state, 
     ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
+
+
+def test_latent_noise_has_its_level_in_each_channels_own_deviations() -> None:
+    shift = torch.arange(1.0, 5.0).view(1, 4, 1, 1)
+    base, detail = torch.randn(64, 4, 16, 16), shift * torch.randn(64, 4, 16, 16) + shift
+    noisy = with_latent_noise(base, detail, 0.5, generator(0, "latent noise", 0))
+    level = 0.5 * torch.randn(64, generator=generator(0, "latent noise", 0)).abs()
+    for half, clean in zip(noisy, (base, detail), strict=True):
+        found = (half - clean).std(dim=(2, 3)) / clean.std(dim=(0, 2, 3))
+        torch.testing.assert_close(found, level[:, None].expand(-1, 4), rtol=0.2, atol=1e-3)
+    assert not torch.equal(noisy[0] - base, (noisy[1] - detail) / shift)
+    assert with_latent_noise(base, detail, 0.0, generator(0, "latent noise", 0)) == (base, detail)
+
+
+def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(
+    autoencoder, state, train_pictures, lpips
+) -> None:
+    image, weights = train_pictures.batch([0, 1]), LossWeights(lpips=0)
+    (_, quiet), (_, noisy) = (
+        stage_one_loss(autoencoder, image, lpips, weights, state, seed=0, step=0, latent_noise=scale)
+        for scale in (0.0, 1.0)
+    )
+    assert noisy["l1"] > quiet["l1"]
+    assert noisy["alignment"] == quiet["alignment"]
 
 
 def test_heldout_numbers_are_those_of_the_evaluation(autoencoder, picture_folder, lpips) -> None:

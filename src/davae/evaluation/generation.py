@@ -21,7 +21,7 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.reconstruction import to_bytes
-from davae.metrics import EfficientNetLite0Features, kid_full
+from davae.metrics import EfficientNetLite0Features, kid
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.seeds import generator
 from davae.storage import write_atomically, write_json
@@ -138,11 +138,11 @@ def features_of(pictures: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Flo
 
 def kid_with_error(made: Tensor, real: Tensor, *, seed: int, resamples: int = 50) -> tuple[float, float]:
     """KID of two sets of features, over all of both, and its standard error by bootstrap over the made ones."""
-    value = kid_full(made, real)
+    value = kid(made, real)
     estimates = []
     for index in range(resamples):
         rows = torch.randperm(len(made), generator=generator(seed, "kid half", index))[: len(made) // 2]
-        estimates.append(kid_full(made[rows], real))
+        estimates.append(kid(made[rows], real))
     # Halves drawn without replacement vary by about the standard error of the whole.
     return value, torch.tensor(estimates).std().item()
 

@@ -63,6 +63,9 @@ class AutoencoderRecipe(OptimisationRecipe):
     crop: Positive = 128
     """Side of the training crops in pixels."""
     batch_size: Positive = 8
+    latent_noise: Weight = 0.0
+    """Noise on what the joint decoder reads, so that it forgives a transformer's small errors: of deviation |N(0, 1)|
+    times this for each picture, in each latent channel's own deviations. Not in the paper; RAE, arXiv 2510.11690."""
     evaluate_every: Positive = 500
     calibration_pictures: Positive = 512
     """How many pictures the latent statistics are measured on at the end."""
@@ -99,7 +102,16 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
                 state.log(heldout_metrics(autoencoder, heldout, lpips))
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
-        loss, parts = stage_one_loss(autoencoder, image, lpips, recipe.loss, state, seed=recipe.seed, step=step)
+        loss, parts = stage_one_loss(
+            autoencoder,
+            image,
+            lpips,
+            recipe.loss,
+            state,
+            seed=recipe.seed,
+            step=step,
+            latent_noise=recipe.latent_noise,
+        )
         state.update(loss, parts)
     with state.ema_weights():
         autoencoder.eval()
@@ -121,6 +133,7 @@ def stage_one_loss(
     *,
     seed: int,
     step: int,
+    latent_noise: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1], and its parts for the log."""
     with state.autocast():
@@ -128,7 +141,9 @@ def stage_one_loss(
         mean, log_variance = autoencoder.encode_detail(image)
         noise = torch.randn(mean.shape, generator=generator(seed, "posterior", step)).to(mean)
         detail = mean + (0.5 * log_variance).exp() * noise
-        reconstruction = autoencoder.reconstruct(base, detail)
+        reconstruction = autoencoder.reconstruct(
+            *with_latent_noise(base, detail, latent_noise, generator(seed, "latent noise", step))
+        )
         perceptual = lpips(reconstruction, image).mean() if weights.lpips else image.new_zeros(())
     parts = {
         "l1": reconstruction_l1(reconstruction, image),
@@ -138,6 +153,19 @@ def stage_one_loss(
         "alignment": detail_alignment_loss(detail, base),
     }
     return torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum(), parts
+
+
+def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both halves [B, C or D, h, w] with noise of |N(0, 1)| x `scale` of their channels' deviations over the batch."""
+    if not scale:
+        return base, detail
+    level = scale * torch.randn(len(base), 1, 1, 1, generator=random).abs()
+    noisy = []
+    for half in (base, detail):
+        noise = level * torch.randn(half.shape, generator=random)
+        # A deviation that the detail encoder got gradients through could shrink away the noise.
+        noisy.append(half + noise.to(half) * half.detach().float().std(dim=(0, 2, 3), keepdim=True).to(half))
+    return noisy[0], noisy[1]
 
 
 def _claim(folder: Path, recipe: AutoencoderRecipe) -> None:

@@ -23,7 +23,7 @@ from davae.errors import SettingsError
 from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
 from davae.seeds import generator
 from davae.storage import write_atomically
-from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive
+from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, attention_on
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
 
@@ -90,7 +90,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         sigma = sample_timesteps(len(indices), shift=shift, generator=random).to(state.device)
         kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
         captions = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption
-        with state.autocast():
+        with state.autocast(), attention_on(state.device):
             velocity = backbone.velocity(
                 pipeline.transformer,
                 interpolate(clean, noise, sigma),

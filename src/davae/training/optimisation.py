@@ -1,11 +1,14 @@
 """What both stages say about their optimiser, and the training state that follows from it."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from davae.recipe import Recipe
 from davae.training.state import TrainingState, warmup_cosine
@@ -59,3 +62,11 @@ class OptimisationRecipe(Recipe):
         )
         state.record.start(self, device=str(state.device))
         return state
+
+
+def attention_on(device: torch.device) -> AbstractContextManager[None]:
+    """Attention as plain products on a CPU, whose fused kernel's backward pass is slower (benchmarks/attention.py)."""
+    if device.type != "cpu":
+        return nullcontext()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # holds for CPUs, too, whatever its name says
+    return sdpa_kernel(SDPBackend.MATH)
