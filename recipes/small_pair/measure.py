@@ -13,6 +13,7 @@ import torch
 import typer
 
 from davae import assets, demo
+from davae.data.png import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.perceptual import LPIPS
@@ -45,7 +46,7 @@ def main(
         return
     shown = [made[demo.BASE][count * position // GRID[0] // GRID[1]] for position in range(GRID[0] * GRID[1])]
     rows = [torch.cat(shown[start : start + GRID[1]], dim=2) for start in range(0, len(shown), GRID[1])]
-    generation.write_png(run / "samples.png", torch.cat(rows, dim=1))
+    write_png(run / "samples.png", torch.cat(rows, dim=1))
     made[demo.ENLARGED] = [demo.enlarged(picture) for picture in made.pop(demo.BASE)]
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
     vae, autoencoder = load_base_vae(str(assets.base_pipeline())), load_autoencoder(assets.upgrade() / "vae")

@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from davae import assets
+from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation import generation, reconstruction
@@ -162,7 +163,7 @@ def reconstruction_ways(start: Path, trained: Path) -> dict[str, reconstruction.
 def enlarged(picture: Tensor) -> Tensor:
     """A picture of half the size, uint8 [3, H, W], enlarged with bicubic."""
     image = F.interpolate(picture[None].float() / 127.5 - 1, scale_factor=2, mode="bicubic")
-    return reconstruction.to_bytes(image[0])
+    return to_bytes(image[0])
 
 
 def measure_kid(made: dict[str, list[Tensor]], real: PictureSet, seed: int) -> dict[str, list[float]]:

@@ -6,20 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from davae.data.sources import open_pictures
-from davae.errors import DataError, SettingsError, StorageError
+from davae.errors import DataError, SettingsError
 from davae.evaluation.generation import (
     evaluate,
     evaluation_prompts,
     generate,
     kid_with_error,
-    read_png,
     sample,
     sample_many,
     shared_noise,
-    write_png,
 )
 from davae.metrics import kid
 from davae.seeds import generator
@@ -144,21 +141,6 @@ def test_pictures_of_other_prompts_settings_or_weights_are_not_taken_for_these(u
         other = make(upgraded, tmp_path, ["red ball"])[0]
         bias.sub_(0.5)
     assert not torch.equal(other, first)
-
-
-def test_a_picture_survives_the_disk(tmp_path) -> None:
-    picture = torch.randint(256, (3, 5, 7), dtype=torch.uint8, generator=generator(0, "test"))
-    write_png(tmp_path / "deep" / "a.png", picture, origin="here")
-    assert torch.equal(read_png(tmp_path / "deep" / "a.png"), picture)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
-    with Image.open(tmp_path / "deep" / "a.png") as image:
-        assert image.size == (7, 5)
-
-
-def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError):
-        write_png(tmp_path / "file" / "a.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
 # ----------------------------------------------------------------------------------------------------------------- KID

@@ -18,7 +18,6 @@ from davae.evaluation.reconstruction import (
     measure,
     reconstruct,
     table,
-    to_bytes,
     upgraded,
 )
 from davae.metrics import psnr, ssim
@@ -94,12 +93,6 @@ def test_ours_is_encode_and_decode(pictures, autoencoder) -> None:
     latents = autoencoder.encode(image).latent_dist.mode()
     assert latents.shape == (2, 12, 8, 8)
     torch.testing.assert_close(upgraded(autoencoder)(image), autoencoder.decode(latents).sample)
-
-
-def test_bytes_and_back() -> None:
-    every = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1)
-    assert torch.equal(to_bytes(every.float() / 127.5 - 1), every)
-    assert to_bytes(torch.tensor([-7.0, 0.0, 7.0]).expand(2, 3, 1, 3))[0, 0, 0].tolist() == [0, 128, 255]
 
 
 def test_a_gallery_shows_originals_ways_and_errors(pictures) -> None:

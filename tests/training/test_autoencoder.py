@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 from davae.autoencoder_da import AutoencoderDA
+from davae.data.png import read_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, DataError, SettingsError
 from davae.evaluation.reconstruction import measure, upgraded
@@ -87,6 +88,11 @@ def test_the_loss_falls_and_heldout_pictures_profit(trained: tuple[Path, str]) -
     assert len(losses) == 5
     assert sum(losses[-2:]) < 0.85 * sum(losses[:2])
     heldout = [line["heldout_psnr"] for line in lines if "heldout_psnr" in line]
+    drawn = sorted((folder / "pictures").iterdir())
+    assert len(drawn) == len(heldout)
+    originals, reconstructions = read_png(drawn[-1]).chunk(2, dim=1)
+    assert originals.shape == reconstructions.shape == (3, 64, 64 * 3)  # as many as are held out
+    assert 0 < (originals.float() - reconstructions.float()).abs().mean() < 64
     assert len(heldout) == 4  # before steps 0, 20, 40, and at the end
     assert heldout[-1] > heldout[0] + 0.5
 
@@ -156,7 +162,16 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(
     without_time = [[{k: v for k, v in line.items() if k != "seconds"} for line in run] for run in (lines, after)]
     assert without_time[0] == without_time[1]
     assert {path.name for path in folder.iterdir()} == {
-        *("recipe.toml", "environment.json", "metrics.jsonl", "checkpoints", "start", "autoencoder", ".lock")
+        *(
+            "recipe.toml",
+            "environment.json",
+            "metrics.jsonl",
+            "checkpoints",
+            "start",
+            "autoencoder",
+            "pictures",
+            ".lock",
+        )
     }
 
 

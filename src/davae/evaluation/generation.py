@@ -1,7 +1,6 @@
 """Pictures out of a pipeline, with noise that base and upgraded pipelines share; and KID of many of them."""
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +10,23 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
+from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.evaluation.reconstruction import to_bytes
 from davae.metrics import EfficientNetLite0Features, kid
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.seeds import generator
-from davae.storage import write_atomically, write_json
+from davae.storage import write_json
 
 PROMPT_TOKENS = 12
 """T5 tokens; pipelines pad to 256 by default, and short prompts need few."""
-ORIGIN = "davae-origin"
-"""Name of the text in a PNG file that says what it was made from."""
 
 
 def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, side: int) -> Tensor:
@@ -212,25 +209,6 @@ def evaluate(
         out / "index.html", Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
     )
     return out / "index.html"
-
-
-def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> None:
-    """Write one picture, whole or not at all; `origin` goes into its metadata.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    text, stream = PngImagePlugin.PngInfo(), io.BytesIO()
-    text.add_text(ORIGIN, origin)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG", pnginfo=text)
-    write_atomically(path, stream.getvalue())
-
-
-def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:
-    """Read a picture that `write_png` wrote."""
-    with Image.open(path) as image:
-        data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        return data.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _weights_digest(pipeline: DiffusionPipeline) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
-from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
+from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.metrics import psnr, ssim
@@ -70,11 +70,6 @@ def gallery(
         cells=[[to_bytes(column[row]) for column in columns.values()] for row in range(len(indices))],
         caption=f"Held-out pictures at {pictures.size} px.",
     )
-
-
-def to_bytes(image: Float[Tensor, "*batch 3 h w"]) -> UInt8[Tensor, "*batch 3 h w"]:
-    """Pictures in [-1, 1] as bytes."""
-    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def table(values: Mapping[str, Mapping[str, float]], *, caption: str = "") -> Table:

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from einops import rearrange
+from jaxtyping import UInt8
 from torch import Tensor
 
 from davae import assets
 from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices, random_crops
+from davae.data.png import to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.losses import detail_alignment_loss, gradient_l1, kl_loss_mean, kl_loss_sum, reconstruction_l1
@@ -100,6 +103,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         if step % recipe.evaluate_every == 0:
             with state.ema_weights():
                 state.log(heldout_metrics(autoencoder, heldout, lpips))
+                write_png(folder / "pictures" / f"{step:08d}.png", heldout_picture(autoencoder, heldout))
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
         loss, parts = stage_one_loss(
@@ -119,6 +123,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         chunks = chosen[: recipe.calibration_pictures].split(16)
         autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
         state.log(heldout_metrics(autoencoder, heldout, lpips))
+        write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
         with replaced_whole(folder / "autoencoder") as partial:
             autoencoder.save_pretrained(partial)
     return folder / "autoencoder"
@@ -222,3 +227,11 @@ def heldout_metrics(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPI
         rows.append(torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)]))
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
     return {f"heldout_{name}": value for name, value in zip(("psnr", "ssim", "lpips"), means, strict=True)}
+
+
+@torch.no_grad()
+def heldout_picture(autoencoder: AutoencoderDA, pictures: PictureSet) -> UInt8[Tensor, "3 h w"]:
+    """The first eight held-out pictures side by side, their reconstructions below them."""
+    image = pictures.batch(range(min(8, len(pictures)))).to(autoencoder.device)
+    rows = torch.stack([image, autoencoder(image).sample.float()])
+    return to_bytes(rearrange(rows, "rows columns c h w -> c (rows h) (columns w)").cpu())
