@@ -1,7 +1,7 @@
 """Upgrade a pipeline: python examples/upgrade_pipeline.py BASE OUT.
 
-BASE is a pipeline's folder or its name on the Hub. The detail half is untrained: what OUT makes is the base's picture,
-at twice the side length, until both stages of training have run.
+BASE is a pipeline's folder or its name on the Hub. The detail half is untrained: what OUT makes is a coarse version of
+the base's picture, at twice the side length, until both stages of training have run.
 """
 
 import sys

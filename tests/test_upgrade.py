@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from safetensors.torch import load_file, save_file
 
 import tiny
 from davae.adapter import add_lora, load_adapter, save_adapter
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, save_pipeline, upgrade
 
 TARGETS = BACKBONES["SD3Transformer2DModel"].lora_targets
 
@@ -319,3 +320,65 @@ def test_a_saved_pipeline_replaces_a_pipeline_and_nothing_else(base, autoencoder
     with pytest.raises(SettingsError, match="holds no pipeline"):
         save_pipeline(upgraded, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+# ------------------------------------------------------------------------------------------------------------- borders
+
+
+def test_a_pipeline_that_was_saved_in_half_precision_loads_in_float32_throughout(base, tmp_path):
+    base.to(torch.float16).save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    models = (loaded.transformer, loaded.vae, loaded.text_encoder, loaded.text_encoder_2, loaded.text_encoder_3)
+    assert {model.dtype for model in models} == {torch.float32}
+    assert np.isfinite(generate(loaded)).all()
+
+
+def test_an_upgrade_brings_the_autoencoder_to_the_precision_of_the_pipeline(base, autoencoder):
+    pipeline = upgrade(base.to(torch.bfloat16), autoencoder)
+    assert pipeline.vae.dtype == torch.bfloat16
+    assert np.isfinite(generate(pipeline)).all()
+
+
+@pytest.mark.parametrize("name", ["detail_mean", "detail_upsample.shortcut.weight"])
+def test_an_autoencoder_without_some_of_its_weights_is_refused(autoencoder, tmp_path, name):
+    autoencoder.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks the weights {name}"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_pipeline_without_some_of_its_weights_is_refused(base, tmp_path, part):
+    base.save_pretrained(tmp_path)
+    path = tmp_path / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        load_pipeline(tmp_path)
+    if part == "vae":
+        with pytest.raises(CheckpointError, match=name):
+            load_base_vae(str(tmp_path))
+
+
+def test_pickled_weights_are_never_read(base, autoencoder, tmp_path):
+    base.save_pretrained(tmp_path / "base", safe_serialization=False)
+    autoencoder.save_pretrained(tmp_path / "autoencoder", safe_serialization=False)
+    with pytest.raises(CheckpointError):
+        load_pipeline(tmp_path / "base")
+    with pytest.raises(CheckpointError):
+        load_base_vae(str(tmp_path / "base"))
+    with pytest.raises(CheckpointError):
+        load_autoencoder(tmp_path / "autoencoder")
+
+
+def test_another_models_folder_is_a_typed_refusal(base, tmp_path):
+    base.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be loaded as an AutoencoderDA"):
+        load_autoencoder(tmp_path / "vae")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
+    with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
+        load_pipeline(tmp_path)

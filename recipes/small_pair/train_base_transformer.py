@@ -170,12 +170,15 @@ def t5_tokens(seed: int, step: int) -> int:
 
 
 def save_half(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write float16 weights that load as float32 by default."""
+    """Write float16 weights that load as float32 by default, and no path of this machine."""
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder)
-    # transformers (unlike diffusers) loads in the precision that the config names.
-    for path in folder.glob("text_encoder*/config.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        if "dtype" in config:  # transformers (unlike diffusers) loads in the precision that the config names
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main(
@@ -190,6 +193,7 @@ def main(
     vae = AutoencoderKL.from_pretrained(autoencoder).eval()
     pictures = open_pictures(assets.pictures(), size=256, split="train")
     pipeline = load_pipeline(start) if start else build_pipeline(recipe, vae, pictures.captions)
+    pipeline.register_modules(vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.shift))
     latents = encode(vae, pictures, recipe.size)
     encoders = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
     modules: dict[str, nn.Module] = {

@@ -66,7 +66,10 @@ class AdapterIndex(BaseModel):
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, these in bfloat16: the same for every precision they are loaded in."""
+    """SHA-256 over names, shapes and values, these in bfloat16: the same for weights loaded in float32 and bfloat16.
+
+    In float16, too, if float16 can hold them: others are rounded twice.
+    """
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {list(tensor.shape)}\n".encode())

@@ -34,6 +34,11 @@ Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
 Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
+Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
+PromptTokens = Annotated[
+    int | None, typer.Option(min=1, help="Length that T5 pads to; by default the pipeline's own, 256.")
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
 Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
 
 
@@ -72,7 +77,9 @@ def demo(
     _quiet()
     from davae.demo import run_demo
 
-    _say(run_demo(out, budget, seed))
+    page = run_demo(out, budget, seed)
+    _say(page)
+    _say(page.with_name("figure.png"))
 
 
 @app.command()
@@ -145,19 +152,23 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their page.")] = Path("runs/generate"),
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
-    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; by default the pipeline's.")] = None,
+    size: Size = None,
+    prompt_tokens: PromptTokens = None,
     seed: Seed = 0,
     adapter: Adapter = None,
+    device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
+    settings["prompt_tokens"] = prompt_tokens
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "prompts": prompts, "out": out, **settings})
     from davae.evaluation.generation import generate
     from davae.upgrade import load_pipeline
 
-    _say(generate(load_pipeline(pipeline, adapter=adapter), prompts, out, **settings))
+    loaded = load_pipeline(pipeline, adapter=adapter, device=_device(device))
+    _say(generate(loaded, prompts, out, **settings))
 
 
 @app.command()
@@ -167,18 +178,21 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/reconstruct"),
     size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base pipeline, for the bounds that it sets.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base pipeline, for the two bounds that it sets.")] = None,
+    device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Encode and decode held-out pictures, and measure PSNR, SSIM and LPIPS against base + bicubic."""
+    """Measure PSNR, SSIM and LPIPS on held-out pictures; with --base beside base + bicubic and base at full size."""
     settings: dict[str, Any] = {"size": size, "limit": limit}
     if dry_run:
         return _show({"autoencoder": autoencoder, "pictures": pictures, "out": out, "base": base, **settings})
     from davae.evaluation.reconstruction import reconstruct
     from davae.upgrade import load_autoencoder, load_base_vae
 
-    vae = None if base is None else load_base_vae(base)
-    _say(reconstruct(load_autoencoder(autoencoder), pictures, out, base=vae, **settings))
+    where = _device(device)
+    loaded = load_autoencoder(autoencoder, device=where)
+    vae = None if base is None else load_base_vae(base, device=where)
+    _say(reconstruct(loaded, pictures, out, base=vae, **settings))
 
 
 @app.command()
@@ -189,18 +203,31 @@ def evaluate(
     count: Annotated[int, typer.Option(min=4, help="Pictures to generate, from as many captions.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
+    prompt_tokens: PromptTokens = None,
     seed: Seed = 0,
     adapter: Adapter = None,
+    device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
     settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    settings["prompt_tokens"] = prompt_tokens
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
     from davae.upgrade import load_pipeline
 
-    _say(evaluate(load_pipeline(pipeline, adapter=adapter), pictures, out, **settings))
+    loaded = load_pipeline(pipeline, adapter=adapter, device=_device(device))
+    _say(evaluate(loaded, pictures, out, **settings))
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name is not None and name.partition(":")[0] not in allowed:
+        raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
+    return name or allowed[-1]
 
 
 def _quiet() -> None:

@@ -34,6 +34,8 @@ BASE, NATIVE, ENLARGED = "base, 128 px", "base, run at 256 px", "base + bicubic"
 THIS_RUN, SHIPPED = "this run", "shipped upgrade"
 CLOSED_FORM, FULL = "closed-form start", "base at full size"
 SIZE = 256
+PROMPT_TOKENS = 12
+"""Length that the small base was trained with, most of the time."""
 SMALL_PAIR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
 
 
@@ -93,6 +95,7 @@ def stage_two_recipe(budget: Budget, seed: int, autoencoder: Path) -> FinetuneRe
         warmup_steps=20,
         detail_warmup_steps=budget.stage_two_steps // 4,
         batch_size=16,
+        prompt_tokens=PROMPT_TOKENS,
         checkpoint_every=50,
         ema_decay=0.99,
         seed=seed,
@@ -130,7 +133,7 @@ def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
         SHIPPED: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
     }
     real = open_pictures(source, size=SIZE, limit=plan.generated)
-    settings = {"steps": plan.sampling_steps, "seed": seed}
+    settings = {"steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS, "seed": seed}
     made = {
         name: generation.sample_many(pipeline, real.captions, folder / "pictures" / _slug(name), label=name, **settings)
         for name, pipeline in pipelines.items()
@@ -180,13 +183,12 @@ def measure_kid(made: dict[str, list[Tensor]], real: PictureSet, seed: int) -> d
 def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: int) -> dict[str, dict[str, float]]:
     """Tokens, parameters, seconds per picture and milliseconds per transformer step: medians of interleaved runs."""
     cases = {BASE: (pipelines[BASE], SIZE // 2), SHIPPED: (pipelines[SHIPPED], SIZE), NATIVE: (pipelines[BASE], SIZE)}
+    settings = {"seed": seed, "steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     steps: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in track(range(plan.repeats + 1), "timing", console=Console(stderr=True)):
         for name, (pipeline, size) in cases.items():
-            picture = _seconds(
-                lambda: generation.sample(pipeline, ["red apple"], seed=seed, size=size, steps=plan.sampling_steps)  # noqa: B023
-            )
+            picture = _seconds(lambda: generation.sample(pipeline, ["red apple"], size=size, **settings))  # noqa: B023
             step = min(_seconds(lambda: transformer_step(pipeline, size)) for _ in range(5))  # noqa: B023
             if repeat:  # the first is the warm-up
                 seconds[name].append(picture)
@@ -213,7 +215,7 @@ def transformer_step(pipeline: DiffusionPipeline, size: int) -> None:
     config, side = pipeline.transformer.config, size // pipeline.vae_scale_factor
     pipeline.transformer(
         torch.zeros(2, config.in_channels, side, side),
-        torch.zeros(2, 2 * generation.PROMPT_TOKENS, config.joint_attention_dim),
+        torch.zeros(2, 2 * PROMPT_TOKENS, config.joint_attention_dim),
         torch.zeros(2, config.pooled_projection_dim),
         torch.zeros(2),
         return_dict=False,
@@ -302,9 +304,12 @@ def _series(metrics: list[dict[str, Any]], names: Sequence[str]) -> list[Series]
 
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, out of `path` if an earlier run has written it there."""
+    """What `make` returns, out of `path` if an earlier run has written it there; nothing is not kept."""
     if not path.is_file():
-        write_json(path, make())
+        found = make()
+        if not found:
+            return found
+        write_json(path, found)
     return json.loads(path.read_bytes())
 
 

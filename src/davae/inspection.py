@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import backbone_of
+from davae.errors import SettingsError
 from davae.widen import LatentPorts
 
 _RESOLUTION_FACTOR = 2
@@ -17,15 +18,17 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
     (as many detail channels as base channels, twice the side length) would change.
 
     Raises:
-        SettingsError: if the transformer's family is unknown.
+        SettingsError: if there is no transformer or no autoencoder, or the transformer's family is unknown.
     """
+    if missing := {"vae", "transformer"} - pipeline.components.keys():
+        raise SettingsError(f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: nothing to upgrade")
     transformer, autoencoder = pipeline.transformer, pipeline.vae
     ports = backbone_of(transformer).ports
     patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
     factor = _downsample_factor(pipeline)
     channels = transformer.config.in_channels // ports.packed**2
     detail_channels = autoencoder.config.get("detail_channels", 0)
-    side = (transformer.config.get("sample_size") or 64) * factor
+    side = (getattr(pipeline, "default_sample_size", None) or transformer.config.sample_size) * factor
     sizes = sorted({side // 2, side, 2 * side})
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
+from torch import nn
 
 from davae.adapter import VAE, base_digest, load_adapter, read_index, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
-from davae.errors import CheckpointError, SettingsError
+from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
+
+LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, SafetensorError)
+"""What diffusers raises for a folder of something else, or a damaged one."""
 
 
 def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPipeline:
@@ -21,7 +25,8 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
 
     The default size doubles by itself, since stock pipelines count the autoencoder's stages; the token count stays.
     All other components, and all weights of the transformer but its two ports, are shared with `pipeline`, which is
-    left as it is: train a copy of it if you go on needing the base. Dtypes and devices stay as they are, too.
+    left as it is: train a copy of it if you go on needing the base. `autoencoder` is moved to the dtype and device of
+    the VAE whose place it takes.
 
     Raises:
         SettingsError: if the transformer's family is unknown, or `autoencoder` was not made from this pipeline's VAE.
@@ -32,6 +37,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
             f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded"
         )
     _check_autoencoder(pipeline, autoencoder)
+    nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' `to` warns for nothing
     transformer = widen_transformer(
         pipeline.transformer,
         base_channels=autoencoder.config.base_channels,
@@ -71,11 +77,14 @@ def load_pipeline(
         absent = {
             name: None for name, entry in _read_json(folder / "model_index.json").items() if entry == [None, None]
         }
-    settings = absent if dtype is None else {**absent, "dtype": dtype}
+    settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(path_or_base), **settings)
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            _check_whole(module, f"{name} of {path_or_base}")
     if adapter is not None:
         pipeline = _with_adapter(pipeline, adapter, fuse=fuse)
     return pipeline if device is None else pipeline.to(device)
@@ -91,23 +100,35 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise SettingsError(f"{folder} exists and holds no pipeline: choose another folder, or remove it yourself")
     with replaced_whole(folder) as partial:
-        pipeline.save_pretrained(partial)
+        try:
+            pipeline.save_pretrained(partial)
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers raise no other class, on a full disk, too
+            raise StorageError(f"{folder} was not written: {error}. Free space, or choose another folder") from error
 
 
-def load_autoencoder(folder: Path, *, dtype: torch.dtype | None = None) -> AutoencoderDA:
+def load_autoencoder(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> AutoencoderDA:
     """An AutoencoderDA that `save_pretrained` wrote, in `dtype` (float32 if None), in evaluation mode.
 
     Raises:
         CheckpointError: the folder is missing, damaged or holds something else.
     """
     try:
-        autoencoder = AutoencoderDA.from_pretrained(folder, dtype=dtype or torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+        autoencoder, found = AutoencoderDA.from_pretrained(
+            folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded as an AutoencoderDA: {error}") from error
-    return autoencoder.eval()
+    if found["missing_keys"]:
+        lacking = ", ".join(sorted(found["missing_keys"])[:3])
+        raise CheckpointError(f"{folder} lacks the weights {lacking}: copy it anew")
+    return autoencoder.to(device).eval()
 
 
-def load_base_vae(base: str) -> AutoencoderKL | AutoencoderTiny:
+def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> AutoencoderKL | AutoencoderTiny:
     """The autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
 
     Raises:
@@ -117,11 +138,22 @@ def load_base_vae(base: str) -> AutoencoderKL | AutoencoderTiny:
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
         name = DiffusionPipeline.load_config(base)["vae"][1]
-        if name not in classes:
-            raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(classes)}")
-        return classes[name].from_pretrained(base, subfolder="vae", dtype=torch.float32).eval()
-    except (OSError, KeyError, SafetensorError) as error:
+        kind = classes.get(name)
+        if kind is not None:
+            vae = kind.from_pretrained(base, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+    except (KeyError, *LOADING_ERRORS) as error:
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
+    if kind is None:
+        raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(classes)}")
+    _check_whole(vae, f"VAE of {base}")
+    return vae.to(device).eval()
+
+
+def _check_whole(module: nn.Module, name: str) -> None:
+    """Refuse a model some of whose weights were not in its file: diffusers leaves them on "meta"."""
+    lacking = [key for key, parameter in module.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise CheckpointError(f"the {name} lacks the weights {', '.join(lacking[:3])}: copy the folder anew")
 
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
@@ -130,7 +162,7 @@ def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> D
     if digest != index.base_sha256:
         raise CheckpointError(
             f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
-            f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}"
+            f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}, in float32 or bfloat16"
         )
     upgraded = upgrade(pipeline, load_autoencoder(folder / VAE, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)

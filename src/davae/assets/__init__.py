@@ -21,7 +21,7 @@ def base_pipeline() -> Path:
 
 
 def upgrade() -> Path:
-    """Folder of the shipped upgraded pipeline, fully trained."""
+    """Adapter folder of the shipped upgrade: `load_pipeline(base_pipeline(), adapter=upgrade())`."""
     return _folder("upgrade")
 
 

@@ -27,7 +27,7 @@ def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") 
     """
     text, stream = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_text(ORIGIN, origin)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG", pnginfo=text)
+    Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(stream, format="PNG", pnginfo=text)
     write_atomically(path, stream.getvalue())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from jaxtyping import Float, UInt8
 from PIL import Image
 from rich.console import Console
@@ -21,12 +21,10 @@ from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.metrics import EfficientNetLite0Features, kid
+from davae.record import environment
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.seeds import generator
 from davae.storage import write_json
-
-PROMPT_TOKENS = 12
-"""T5 tokens; pipelines pad to 256 by default, and short prompts need few."""
 
 
 def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, side: int) -> Tensor:
@@ -45,6 +43,26 @@ def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: i
     return torch.stack(rows)
 
 
+def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
+    """`size` in pixels, or the pipeline's default if it is None.
+
+    Raises:
+        SettingsError: a pipeline of another family than Stable Diffusion 3, or a size that it cannot make.
+    """
+    if not isinstance(pipeline, StableDiffusion3Pipeline):
+        raise SettingsError(
+            f"a {type(pipeline).__name__} was given; allowed is StableDiffusion3Pipeline; call others yourself"
+        )
+    config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+    unit = factor * config.patch_size
+    side, largest = config.sample_size * factor if size is None else size, config.pos_embed_max_size * unit
+    if side not in range(unit, largest + 1, unit):
+        raise SettingsError(
+            f"size={side}: allowed are multiples of {unit}, downsample factor x patch size, up to {largest}"
+        )
+    return side
+
+
 def sample(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -53,7 +71,7 @@ def sample(
     steps: int = 28,
     guidance_scale: float = 4.0,
     size: int | None = None,
-    prompt_tokens: int = PROMPT_TOKENS,
+    prompt_tokens: int | None = None,
     first_index: int = 0,
 ) -> UInt8[Tensor, "b 3 size size"]:
     """One picture for each prompt.
@@ -65,28 +83,23 @@ def sample(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 or less turns it off.
         size: side in pixels; the pipeline's default if None.
-        prompt_tokens: length that T5 pads to.
+        prompt_tokens: length that T5 pads to; the pipeline's own default, 256, if None.
         first_index: index of the first prompt, for the noise.
 
     Raises:
-        SettingsError: a size that the pipeline cannot make.
+        SettingsError: a pipeline of another family, or a size that it cannot make.
     """
-    factor = pipeline.vae_scale_factor
-    size = size or pipeline.transformer.config.sample_size * factor
-    patch = pipeline.transformer.config.patch_size
-    if size % (factor * patch):
-        raise SettingsError(f"size={size}: allowed are multiples of {factor * patch}, downsample factor x patch size")
-    noise = shared_noise(pipeline, range(first_index, first_index + len(prompts)), seed=seed, side=size // factor).to(
-        pipeline.device, pipeline.transformer.dtype
-    )
+    side = picture_side(pipeline, size)
+    indices = range(first_index, first_index + len(prompts))
+    noise = shared_noise(pipeline, indices, seed=seed, side=side // pipeline.vae_scale_factor)
     pictures = pipeline(
         list(prompts),
-        height=size,
-        width=size,
+        height=side,
+        width=side,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        latents=noise,
-        max_sequence_length=prompt_tokens,
+        latents=noise.to(pipeline.device, pipeline.transformer.dtype),
+        max_sequence_length=prompt_tokens or 256,
         output_type="pt",
     ).images
     return to_bytes(pictures * 2 - 1)
@@ -134,7 +147,7 @@ def features_of(pictures: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Flo
 
 
 def kid_with_error(made: Tensor, real: Tensor, *, seed: int, resamples: int = 50) -> tuple[float, float]:
-    """KID of two sets of features, over all of both, and its standard error by bootstrap over the made ones."""
+    """KID of two sets of features, over all of both, and its standard error out of halves of the made ones."""
     value = kid(made, real)
     estimates = []
     for index in range(resamples):
@@ -152,6 +165,7 @@ def generate(
     steps: int = 28,
     guidance_scale: float = 4.0,
     size: int | None = None,
+    prompt_tokens: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Pictures for prompts: PNG files in `out`, and a page of them.
@@ -160,6 +174,7 @@ def generate(
         The path of the page.
     """
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
+    settings["prompt_tokens"] = prompt_tokens
     pictures = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
     side = pictures[0].shape[-1]
     grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])
@@ -176,6 +191,7 @@ def evaluate(
     count: int = 1000,
     steps: int = 28,
     guidance_scale: float = 4.0,
+    prompt_tokens: int | None = None,
     seed: int = 0,
 ) -> Path:
     """KID of `count` pictures made from a set's captions against the set; `out`/result.json and a page.
@@ -184,27 +200,29 @@ def evaluate(
         The path of the page.
 
     Raises:
-        SettingsError: fewer than 4 pictures, or the extra `davae[eval]` is not installed.
+        SettingsError: fewer than 4 pictures, a pipeline that `sample` refuses, or no extra `davae[eval]`.
         DataError: fewer than 2 real pictures.
     """
     if count < 4:
         raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
-    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    side = picture_side(pipeline, None)
     real = open_pictures(pictures, size=side).sound()
     if len(real) < 2:
         raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
     prompts = evaluation_prompts(real, count)
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    settings["prompt_tokens"] = prompt_tokens
     made = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
     references = features_of([real.image(index) for index in range(len(real))], side=side)
     value, error = kid_with_error(features_of(made, side=side), references, seed=seed)
     result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
-    write_json(out / "result.json", {**result, "real": len(real), **settings})
+    write_json(out / "result.json", {**result, "real": len(real), **settings, "environment": environment()})
     table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
     grid = Pictures([f"{side} px"], prompts[:shown], [[picture] for picture in made[:shown]])
-    lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones."
+    lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones. "
+    lead += real.refusals_summary()
     write_page(
         out / "index.html", Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
     )

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
+from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.metrics import psnr, ssim
 from davae.perceptual import LPIPS
+from davae.record import environment
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.storage import write_json
 
@@ -46,7 +48,7 @@ def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> d
     """Means over all pictures of PSNR (dB), SSIM and LPIPS, by the name of the way."""
     rows: dict[str, list[Tensor]] = {name: [] for name in ways}
     for indices in torch.arange(len(pictures)).split(BATCH):
-        image = pictures.batch(indices.tolist())
+        image = pictures.batch(indices.tolist()).to(lpips.shift.device)
         for name, way in ways.items():
             made = way(image).float().clamp(-1, 1)
             rows[name].append(torch.stack([metric(made, image) for metric in (psnr, ssim, lpips)]))
@@ -56,18 +58,23 @@ def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> d
 
 @torch.no_grad()
 def gallery(
-    pictures: PictureSet, indices: Iterable[int], ways: Mapping[str, Way], *, differences: Iterable[str] = ()
+    pictures: PictureSet,
+    indices: Iterable[int],
+    ways: Mapping[str, Way],
+    *,
+    differences: Iterable[str] = (),
+    device: torch.device | str = "cpu",
 ) -> Pictures:
     """Originals, their reconstructions by every way, and for the ways in `differences` 4 times the error on grey."""
     indices = list(indices)
-    image = pictures.batch(indices)
+    image = pictures.batch(indices).to(device)
     columns = {"original": image} | {name: way(image).float().clamp(-1, 1) for name, way in ways.items()}
     for name in differences:
         columns[f"4 x error, {name}"] = (2 * (columns[name] - image)).clamp(-1, 1)
     return Pictures(
         columns=list(columns),
         rows=[pictures.captions[index] for index in indices],
-        cells=[[to_bytes(column[row]) for column in columns.values()] for row in range(len(indices))],
+        cells=[[to_bytes(column[row]).cpu() for column in columns.values()] for row in range(len(indices))],
         caption=f"Held-out pictures at {pictures.size} px.",
     )
 
@@ -104,9 +111,13 @@ def reconstruct(
         The path of the page.
 
     Raises:
-        SettingsError: the factor does not divide `size`.
+        SettingsError: the factor does not divide `size`, or `base` is another autoencoder's.
         DataError: no usable pictures.
     """
+    if base is not None and tensors_digest(base.encoder.state_dict()) != tensors_digest(
+        autoencoder.base_encoder.state_dict()
+    ):
+        raise SettingsError("the base pipeline is not the one that this autoencoder was made from: give that one")
     if size % autoencoder.downsample_factor:
         raise SettingsError(f"size={size} must be a multiple of {autoencoder.downsample_factor}, the downsample factor")
     heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound()
@@ -114,16 +125,18 @@ def reconstruct(
     if base is not None:
         bounds = (base_enlarged(base, autoencoder), base_at_full_size(base))
         ways = {"base at half size, bicubic": bounds[0], **ways, "base at full size": bounds[1]}
-    values = measure(heldout, ways, lpips=LPIPS.alex())
+    values = measure(heldout, ways, lpips=LPIPS.alex().to(autoencoder.device))
     shown = range(min(8, len(heldout)))
-    write_json(out / "result.json", {"values": values, "count": len(heldout), "size": size})
+    drawn = gallery(heldout, shown, ways, differences=["davae"], device=autoencoder.device)
+    facts = {"values": values, "count": len(heldout), "size": size, "environment": environment()}
+    write_json(out / "result.json", facts)
     lead = f"{len(heldout)} held-out pictures at {size} px through f{autoencoder.downsample_factor} latents."
     page = Report(
         "Reconstruction",
         lead,
         [
             Section("Numbers", heldout.refusals_summary(), table(values)),
-            Section("Pictures", "", gallery(heldout, shown, ways, differences=["davae"])),
+            Section("Pictures", "", drawn),
         ],
     )
     write_page(out / "index.html", page)
