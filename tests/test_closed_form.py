@@ -217,14 +217,6 @@ def test_calibration_standardises_it_and_leaves_the_picture() -> None:
 # ---------------------------------------------------------------------------------------------------------- the border
 
 
-def test_progress_counts_batches() -> None:
-    seen = []
-    fit_closed_form(
-        untrained(4), pictures(), metric_pictures=1, batch_size=10, progress=lambda *done: seen.append(done)
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-
-
 def test_refusals() -> None:
     with pytest.raises(DataError, match="8 latent positions, 64 are needed"):
         fit_closed_form(untrained(4), pictures()[:8, :, :8, :8])

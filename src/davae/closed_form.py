@@ -5,8 +5,6 @@ base grid, are 4 C channels. The base latents predict part of them; the rest is 
 the decoder most pixels. Encoder and decoder maps are the two 1x1 shortcuts of `AutoencoderDA` (METHOD section 10).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +27,6 @@ def fit_closed_form(
     metric_pictures: int = 24,
     aligned: bool = True,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[float]]:
     """Set the two linear blocks of an untrained `autoencoder` from `pictures`, [N, 3, H, W] in [-1, 1], 100 to 200.
 
@@ -46,7 +43,6 @@ def fit_closed_form(
         aligned: turn the code to where its channels are nearest to their group's base latents, and scale it as a
             whole, so that distances in it are distances in pixels; otherwise every component has unit variance.
         batch_size: pictures at a time.
-        progress: called with batches done and in all.
 
     Returns:
         The spectrum of W E[R R^T] W as "eigenvalues", and "unexplained": the part of its trace that D leaves out.
@@ -61,7 +57,7 @@ def fit_closed_form(
         raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
     if detail_channels > most:
         raise SettingsError(f"detail_channels={detail_channels}: the full latents have but {most}; give at most these.")
-    base, full = _latents(autoencoder, pictures, batch_size, progress)
+    base, full = _latents(autoencoder, pictures, batch_size)
     prediction, offset = _least_squares(base, full)
     residual = full - prediction @ base - offset
     root, inverse = _roots(decoder_metric(autoencoder, pictures[:metric_pictures], seed))
@@ -73,30 +69,24 @@ def fit_closed_form(
     code = encode @ full
     mean = code.mean(dim=1, keepdim=True)
     coordinates = _aligned_coordinates(code - mean, base) if aligned else torch.diag(1 / code.std(dim=1, correction=0))
+    back = project @ torch.linalg.inv(coordinates)
     _set_linear_blocks(
         autoencoder,
         encoder_map=(coordinates @ encode, -coordinates @ mean),
-        decoder_map=(
-            torch.cat([keep @ prediction, project @ torch.linalg.inv(coordinates)], dim=1),
-            keep @ offset + project @ mean,
-        ),
+        decoder_map=(torch.cat([keep @ prediction, back], dim=1), keep @ offset + project @ mean),
     )
     eigenvalues = spectrum.flip(0).clamp_min(0)
     unexplained = (eigenvalues[detail_channels:].sum() / eigenvalues.sum()).item()
     return {"eigenvalues": eigenvalues.tolist(), "unexplained": [unexplained]}
 
 
-def _latents(
-    autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int, progress: Callable[[int, int], None]
-) -> tuple[Tensor, Tensor]:
+def _latents(autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Base latents [C, positions] and unshuffled full latents [4 C, positions], float64."""
     rows = []
-    batches = pictures.split(batch_size)
-    for index, batch in enumerate(batches):
+    for batch in pictures.split(batch_size):
         batch = batch.to(autoencoder.device, autoencoder.dtype)
         full = F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2)
         rows.append((_positions(autoencoder.encode_base(batch)), _positions(full)))
-        progress(index + 1, len(batches))
     base, full = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
     if full.shape[1] < 4 * len(full):
         raise DataError(f"{full.shape[1]} latent positions, {4 * len(full)} are needed: give more or larger pictures.")

@@ -35,10 +35,10 @@ class RunRecord:
         except OSError as error:
             raise storage_error(self.folder, 0, error) from error
 
-    def start(self, recipe: Recipe, *, device: str) -> None:
+    def start(self, recipe: Recipe, *, device: str, precision: str) -> None:
         """Write recipe.toml (readable by `load_recipe`) and environment.json (machine, versions, commit, command)."""
         write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
-        write_json(self.folder / "environment.json", {**environment(), "device": device})
+        write_json(self.folder / "environment.json", {**environment(), "device": device, "precision": precision})
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""

@@ -36,7 +36,7 @@ def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
         "sub/c.json": b'{"caption": "from json", "group": "things"}',
         "d.png": picture(4),
         "d.txt": b"from txt",
-        "d.json": b'{"caption": "from json", "group": 7}',
+        "d.json": b'{"caption": "from json"}',
         "notes.md": b"no picture",
         ".hidden.png": b"",
         ".git/e.png": b"",
@@ -44,7 +44,6 @@ def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
     pictures = open_pictures(fill(tmp_path, files), size=32)
     assert pictures.keys == ["a", "b", "d", "sub/c"]
     assert pictures.captions == ["a caf\u00e9", "two words", "from txt", "from json"]
-    assert pictures.groups == [None, None, None, "things"]
     assert pictures.refused == []
     assert pictures.refusals_summary() == "0 refused"
     batch = pictures.batch([1, 0, 3])
@@ -128,7 +127,7 @@ def test_nothing_usable_says_what_was_looked_for(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"size": 8}, {"size": 32, "min_side": 31}, {"size": 32, "split": "test"}, {"size": 32, "limit": 0}],
+    [{"size": 8}, {"size": 32, "split": "test"}, {"size": 32, "limit": 0}],
 )
 def test_arguments_outside_their_range_are_refused(tmp_path, arguments):
     fill(tmp_path, captioned(1))
@@ -136,9 +135,12 @@ def test_arguments_outside_their_range_are_refused(tmp_path, arguments):
         open_pictures(tmp_path, **arguments)
 
 
-def test_a_wanted_side_above_the_size(tmp_path):
-    files = captioned(1) | {"large.png": picture(1, 64, 64), "large.txt": b"large"}
-    assert open_pictures(fill(tmp_path, files), size=32, min_side=64).keys == ["large"]
+def test_a_split_without_a_picture_says_the_rule_and_the_way_out(tmp_path):
+    fill(tmp_path, captioned(3))
+    with pytest.raises(
+        DataError, match=r"'heldout' \(about one key in ten is held out, by a hash.* give more pictures"
+    ):
+        open_pictures(tmp_path, size=32, split="heldout")
 
 
 def test_a_limit_takes_pictures_from_all_over(tmp_path):
@@ -147,7 +149,7 @@ def test_a_limit_takes_pictures_from_all_over(tmp_path):
     assert len(open_pictures(tmp_path, size=32, limit=11)) == 10
 
 
-def test_damage_behind_the_header_is_found_by_sound(tmp_path):
+def test_damage_behind_the_header_is_found_by_sound(tmp_path, caplog):
     files = captioned(3)
     files["001.png"] = files["001.png"][:-200]
     pictures = open_pictures(fill(tmp_path, files), size=32)
@@ -158,6 +160,7 @@ def test_damage_behind_the_header_is_found_by_sound(tmp_path):
     assert (sound.keys, sound.captions) == (["000", "002"], ["picture 0", "picture 2"])
     assert list(reasons(sound)) == ["001.png"]
     assert torch.equal(sound.image(1), pictures.image(2))
+    assert caplog.messages == [f"2 pictures are used, {sound.refusals_summary()}"]
     assert sound.sound() is sound
     assert sound.digest != pictures.digest
     (tmp_path / "000.png").write_bytes(files["000.png"][:-200])
@@ -256,9 +259,8 @@ def test_the_shipped_set():
     pictures = open_pictures(assets.pictures(), size=256)
     assert (len(pictures), len(pictures.refused)) == (1854, 0)
     assert sum(map(heldout, pictures.keys)) == 165
-    assert all(pictures.groups)
     index = pictures.captions.index("red apple")
-    assert (pictures.keys[index], pictures.groups[index]) == ("1f34e", "food & drink")
+    assert pictures.keys[index] == "1f34e"
     assert pictures.digest == "b590907a8f48cd81d830d6b786f27baa435c7324d5ebcb21aacad7684134daf1"
     apple = pictures.batch([index])
     assert apple.shape == (1, 3, 256, 256)

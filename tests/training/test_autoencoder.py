@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from davae.training.autoencoder import (
     train_autoencoder,
     with_latent_noise,
 )
-from davae.training.state import TrainingState, warmup_constant
+from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_base_vae
 from hashes import digests
 from scenes import fill_with_scenes
@@ -78,6 +79,12 @@ def lpips() -> LPIPS:
     return LPIPS.alex()
 
 
+def outcome(folder: Path) -> dict[str, object]:
+    """What result.json says, without when and how."""
+    result = json.loads((folder / "result.json").read_text())
+    return {key: value for key, value in result.items() if key not in ("finished", "command", "commit")}
+
+
 # ------------------------------------------------------------------------------------------------------- a whole run
 
 
@@ -95,6 +102,17 @@ def test_the_loss_falls_and_heldout_pictures_profit(trained: tuple[Path, str]) -
     assert 0 < (originals.float() - reconstructions.float()).abs().mean() < 64
     assert len(heldout) == 4  # before steps 0, 20, 40, and at the end
     assert heldout[-1] > heldout[0] + 0.5
+
+
+def test_the_result_is_the_last_heldout_numbers(trained: tuple[Path, str], recipe: AutoencoderRecipe) -> None:
+    folder, start = trained
+    result, last = outcome(folder), read_metrics(folder / "metrics.jsonl")[-1]
+    numbers = {name: value for name, value in last.items() if name.startswith("heldout_")}
+    assert result["values"] == {**numbers, "autoencoder": "autoencoder"}
+    assert result["counts"] == {"pictures": 12, "heldout_pictures": 3, "steps": STEPS, "skipped_steps": 0}
+    assert result["recipe_digest"] == recipe.model_copy(update={"start": start}).digest()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["precision"] == "float32"
 
 
 def test_the_base_encoder_stays_bit_for_bit_and_everything_else_moves(
@@ -153,12 +171,13 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(
     trained: tuple[Path, str], recipe: AutoencoderRecipe
 ) -> None:
     folder, start = trained
-    before, lines = digests(folder), read_metrics(folder / "metrics.jsonl")
+    before, lines, result = digests(folder), read_metrics(folder / "metrics.jsonl"), outcome(folder)
     inodes = {path: path.stat().st_ino for path in (folder / "checkpoints").rglob("*")}
     train_autoencoder(recipe.model_copy(update={"start": start}), folder)
     assert digests(folder) == before
     assert {path: path.stat().st_ino for path in (folder / "checkpoints").rglob("*")} == inodes
     after = read_metrics(folder / "metrics.jsonl")
+    assert outcome(folder) == result
     without_time = [[{k: v for k, v in line.items() if k != "seconds"} for line in run] for run in (lines, after)]
     assert without_time[0] == without_time[1]
     assert {path.name for path in folder.iterdir()} == {
@@ -166,6 +185,7 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(
             "recipe.toml",
             "environment.json",
             "metrics.jsonl",
+            "result.json",
             "checkpoints",
             "start",
             "autoencoder",
@@ -218,7 +238,21 @@ def test_settings_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(SettingsError, match=named):
         train_autoencoder(recipe.model_copy(update=changes), tmp_path)
-    assert not (tmp_path / "start").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_recipe_can_be_mended_in_the_same_folder(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="detail_channels=17"):
+        train_autoencoder(recipe.model_copy(update={"detail_channels": 17, "steps": 0}), tmp_path)
+    train_autoencoder(recipe.model_copy(update={"steps": 0}), tmp_path)
+    assert load_recipe(AutoencoderRecipe, tmp_path / "recipe.toml").detail_channels == recipe.detail_channels
+
+
+@pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.9]"])
+def test_betas_outside_their_range_are_refused(tmp_path: Path, betas: str) -> None:
+    (tmp_path / "recipe.toml").write_text(f"betas = {betas}\n")
+    with pytest.raises(SettingsError, match=r'key "betas\.[01]"'):
+        load_recipe(AutoencoderRecipe, tmp_path / "recipe.toml")
 
 
 def test_pictures_without_a_heldout_one_are_a_data_error(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
@@ -227,13 +261,14 @@ def test_pictures_without_a_heldout_one_are_a_data_error(recipe: AutoencoderReci
         train_autoencoder(recipe.model_copy(update={"pictures": str(pictures)}), tmp_path / "run")
 
 
-def test_a_damaged_heldout_picture_is_left_out(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+def test_a_damaged_heldout_picture_is_left_out_and_said(recipe: AutoencoderRecipe, tmp_path: Path, caplog) -> None:
     pictures = fill_with_scenes(tmp_path / "pictures", held=2)
     damaged = pictures / f"{open_pictures(pictures, size=64, split='heldout').keys[0]}.png"
     content = damaged.read_bytes()
     damaged.write_bytes(content[: len(content) // 2])
     train_autoencoder(recipe.model_copy(update={"pictures": str(pictures), "steps": 1}), tmp_path / "run")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert [message for message in caplog.messages if f"1 refused: {damaged.name}: damaged" in message]
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").rglob("stage1*.toml")), ids=str)
@@ -253,10 +288,14 @@ def autoencoder(autoencoder_folder: Path) -> AutoencoderDA:
 
 @pytest.fixture
 def state(autoencoder: AutoencoderDA, tmp_path: Path) -> TrainingState:
-    rate = warmup_constant(1e-3, warmup_steps=0)
-    parameters = autoencoder.detail_parameters()
     return TrainingState(
-        tmp_path, {"a": autoencoder}, parameters, total_steps=1, learning_rate=rate, seed=0, recipe_digest="0" * 64
+        tmp_path,
+        {"a": autoencoder},
+        autoencoder.detail_parameters(),
+        total_steps=1,
+        learning_rate=lambda step: 1e-3,
+        seed=0,
+        recipe_digest="0" * 64,
     )
 
 

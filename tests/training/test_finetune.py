@@ -1,10 +1,12 @@
+import inspect
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.adapter import base_digest, read_index
 from davae.autoencoder_da import AutoencoderDA
@@ -161,13 +163,20 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
     assert [path.stat().st_ino for path in watched] == inodes
     made = {"pipeline", "adapter"} if recipe.trained == "lora" else {"pipeline"}
     files = {"recipe.toml", "environment.json", "metrics.jsonl", "latents.safetensors", "checkpoints", ".lock"}
-    assert {path.name for path in folder.iterdir()} == made | files
+    assert {path.name for path in folder.iterdir()} == made | files | {"result.json"}
+    result = json.loads((folder / "result.json").read_text())
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert result["values"] == {name: last[name] for name in ("loss", "base_loss", "detail_loss")}
+    assert result["counts"] == {"pictures": 12, "batch_size": 6, "steps": STEPS, "skipped_steps": 0}
+    assert result["recipe_digest"] == recipe.digest()
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
     folder, recipe = tuned
+    before = digests(folder, "*")
     with pytest.raises(CheckpointError, match="new folder"):
-        finetune(recipe.model_copy(update={"learning_rate": 1e-3}), folder)
+        finetune(recipe.model_copy(update={"learning_rate": 1e-3, "limit": 3}), folder)
+    assert digests(folder, "*") == before
 
 
 def test_plain_diffusers_loads_the_result_and_it_is_the_ema(tuned: Run) -> None:
@@ -294,10 +303,48 @@ def test_a_recalibrated_autoencoder_is_a_miss(autoencoder_folder, train_pictures
     torch.testing.assert_close(second[:, CHANNELS:], first[:, CHANNELS:] / 2)
 
 
+def test_another_size_is_a_miss(autoencoder_folder, picture_folder, train_pictures, tmp_path) -> None:
+    autoencoder, path = load_autoencoder(autoencoder_folder), tmp_path / "latents.safetensors"
+    assert cached_latents(autoencoder, train_pictures, path).shape[2:] == (8, 8)
+    smaller = open_pictures(picture_folder, size=32, split="train")
+    assert cached_latents(autoencoder, smaller, path).shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_damaged_cache_is_made_again_and_said(autoencoder_folder, train_pictures, tmp_path, caplog, kept) -> None:
+    autoencoder, path = load_autoencoder(autoencoder_folder), tmp_path / "latents.safetensors"
+    first = cached_latents(autoencoder, train_pictures, path)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:kept])
+    assert torch.equal(cached_latents(autoencoder, train_pictures, path), first)
+    assert path.read_bytes() == sound
+    assert "latents.safetensors is damaged" in caplog.text
+
+
 def test_a_cache_that_cannot_be_written_is_a_storage_error(autoencoder_folder, train_pictures, tmp_path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError):
         cached_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path / "file" / "latents.safetensors")
+
+
+def test_captions_are_as_long_as_the_stock_pipeline_makes_them() -> None:
+    stock = inspect.signature(StableDiffusion3Pipeline.__call__).parameters["max_sequence_length"].default
+    assert FinetuneRecipe().prompt_tokens == stock
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no second device here")
+def test_pictures_and_captions_are_encoded_on_the_training_device(recipe, tmp_path) -> None:
+    used = set()
+
+    def note(module: nn.Module, _inputs: object, _output: object) -> None:
+        used.update(parameter.device.type for parameter in module.parameters(recurse=False))
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        finetune(recipe.model_copy(update={"steps": 1}), tmp_path)
+    finally:
+        handle.remove()
+    assert used == {"cuda"}
 
 
 def test_captions_are_encoded_in_batches_as_alone(base_folder: Path) -> None:

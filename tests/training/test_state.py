@@ -20,7 +20,7 @@ from davae.record import read_metrics
 from davae.seeds import generator
 from davae.training.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
-from davae.training.state import TrainingState, warmup_constant, warmup_cosine
+from davae.training.state import TrainingState, computes_bfloat16, warmup_cosine
 from forks import exit_code, forked
 
 DIGEST = "a" * 64
@@ -53,24 +53,22 @@ def tiny_state(folder: Path, model: nn.Module, **changes: object) -> TrainingSta
     return TrainingState(folder, {"mlp": model}, trained, **(settings | changes))
 
 
-def loss_of(state: TrainingState, model: nn.Module, step: int, part: int = 0) -> Tensor:
-    batch = torch.randn(8, 4, generator=generator(7, "batch", step, part)).to(state.device)
+def loss_of(state: TrainingState, model: nn.Module, step: int) -> Tensor:
+    batch = torch.randn(8, 4, generator=generator(7, "batch", step)).to(state.device)
     with state.autocast():
         prediction = model(batch)
     return (prediction.float() - batch.sum(1, keepdim=True)).square().mean()
 
 
 def train(folder: Path, **changes: object) -> TrainingState:
-    """The program that is killed and started again: two parts a step, bfloat16, an evaluation every ten steps."""
+    """The program that is killed and started again: bfloat16, an evaluation every ten steps."""
     model = tiny_model()
-    state = tiny_state(folder, model, accumulation=2, mixed_precision="bf16", **changes)
+    state = tiny_state(folder, model, mixed_precision="bf16", **changes)
     for step in state.steps():
         if step % 10 == 0:
             with state.ema_weights():
                 state.log({"heldout_norm": model[0].weight.norm()})
-        state.accumulate(loss_of(state, model, step, 0))
-        loss = loss_of(state, model, step, 1)
-        state.update(loss, {"weight": model[0].weight.norm()})
+        state.update(loss_of(state, model, step), {"weight": model[0].weight.norm()})
     return state
 
 
@@ -193,6 +191,18 @@ def test_a_signal_saves_at_the_step_boundary_and_leaves(tmp_path, signum):
     resumed = tiny_state(tmp_path, again)
     assert resumed.step == 8
     assert same(snapshot(resumed, again), snapshot(state, model))
+
+
+def test_a_signal_during_the_last_save_stops_the_program(tmp_path):
+    def learning_rate(step: int) -> float:
+        if step == STEPS:  # asked for by the last save alone
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1e-2
+
+    with pytest.raises(Interrupted, match=f"saved after {STEPS} steps") as caught:
+        train(tmp_path, learning_rate=learning_rate)
+    assert caught.value.exit_code == 143
+    assert tiny_state(tmp_path, tiny_model()).step == STEPS
 
 
 def test_a_run_stopped_by_a_signal_and_started_again_ends_with_the_same_bits(tmp_path, reference):
@@ -331,19 +341,18 @@ def test_ema_weights_are_the_average_and_the_trained_weights_come_back_exactly(t
     assert same(dict(model.named_parameters()), trained)
 
 
-def test_accumulated_parts_are_one_step_over_all_of_them(tmp_path):
-    whole, parts = tiny_model().eval(), tiny_model().eval()
-    one = tiny_state(tmp_path / "one", whole, total_steps=5)
-    for step in one.steps():
-        one.update((loss_of(one, whole, step, 0) + loss_of(one, whole, step, 1)) / 2)
-    two = tiny_state(tmp_path / "two", parts, total_steps=5, accumulation=2)
-    for step in two.steps():
-        two.accumulate(loss_of(two, parts, step, 0))
-        two.update(loss_of(two, parts, step, 1))
-    for first, second in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(first, second)
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1])
+def test_bfloat16_is_chosen_where_the_processor_has_it(tmp_path):
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert computes_bfloat16(torch.device("cpu")) == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    assert not computes_bfloat16(torch.device("meta"))
+    model = tiny_model()
+    for chosen in ("auto", "bf16", None):
+        state = tiny_state(tmp_path, model, mixed_precision=chosen)
+        expected = chosen if chosen != "auto" else "bf16" if computes_bfloat16(state.device) else None
+        assert state.mixed_precision == expected
+        loss_dtype = torch.bfloat16 if expected else torch.float32
+        with state.autocast():
+            assert model(torch.zeros(2, 4, device=state.device)).dtype == loss_dtype
 
 
 def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path):
@@ -364,19 +373,17 @@ def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path):
 
 
 def test_learning_rates_are_functions_of_the_step(tmp_path):
-    constant = warmup_constant(1.0, warmup_steps=4)
-    assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmup_constant(1.0, warmup_steps=0)(0) == 1.0
     cosine = warmup_cosine(1.0, floor=0.1, warmup_steps=4, total_steps=104)
     assert [cosine(step) for step in (0, 3, 4)] == [0.25, 1.0, 1.0]
     assert cosine(54) == pytest.approx(0.55)
     assert cosine(104) == cosine(1000) == pytest.approx(0.1)
+    assert warmup_cosine(1.0, floor=0.1, warmup_steps=0, total_steps=0)(0) == 1.0
     model = tiny_model()
-    state = tiny_state(tmp_path, model, total_steps=6, learning_rate=constant)
+    state = tiny_state(tmp_path, model, total_steps=6, learning_rate=cosine)
     for step in state.steps():
         state.update(loss_of(state, model, step))
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates == [cosine(step) for step in range(6)]
 
 
 def test_another_recipe_or_another_model_is_refused_with_the_way_out(tmp_path):
@@ -394,7 +401,7 @@ def test_another_recipe_or_another_model_is_refused_with_the_way_out(tmp_path):
 
 def test_parameters_of_no_model_and_reserved_names_are_refused(tmp_path):
     model = tiny_model()
-    settings = dict(total_steps=1, learning_rate=warmup_constant(1.0, warmup_steps=0), seed=0, recipe_digest=DIGEST)
+    settings = dict(total_steps=1, learning_rate=lambda step: 1.0, seed=0, recipe_digest=DIGEST)
     with pytest.raises(SettingsError, match="belong to the models"):
         TrainingState(tmp_path, {"mlp": model}, nn.Linear(2, 3).parameters(), **settings)
     with pytest.raises(SettingsError, match="cannot be called ema"):
@@ -420,7 +427,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_the_outcome_is_the_same(tmp_
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    assert tiny_state(tmp_path, tiny_model(), accumulation=2).step == 20
+    assert tiny_state(tmp_path, tiny_model()).step == 20
     assert "optimizer.safetensors is damaged: its SHA-256" in caplog.text
     assert exit_code(forked(lambda: train(tmp_path))) == 0
     assert outcome(tmp_path) == reference[0]

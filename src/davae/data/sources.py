@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from davae.data.listing import PICTURE_SUFFIXES, Refusal, Samples, StoredBytes, 
 from davae.data.pictures import MIN_SIDE, PictureRefused, check_picture, read_picture
 from davae.errors import DataError, SettingsError
 
+logger = logging.getLogger(__name__)
+
 MAX_FILE_BYTES = 512 << 20
 MAX_TEXT_BYTES = 1 << 20
 MEMORY_BYTES = 1 << 30
@@ -32,14 +35,13 @@ class Entry:
     key: str
     picture: StoredBytes
     caption: str
-    group: str | None
 
 
 class PictureSet:
     """Captioned pictures in the order of their keys, decoded when they are first used; made by `open_pictures`.
 
-    `keys`, `captions` and `groups` (None where the source names none) run in step with the pictures; `refused` lists
-    what the source holds and the set does not, with reasons.
+    `keys` and `captions` run in step with the pictures; `refused` lists what the source holds and the set does not,
+    with reasons.
     """
 
     def __init__(self, entries: Sequence[Entry], *, size: int, refused: Sequence[Refusal]) -> None:
@@ -48,7 +50,6 @@ class PictureSet:
         self.refused = list(refused)
         self.keys = [entry.key for entry in entries]
         self.captions = [entry.caption for entry in entries]
-        self.groups = [entry.group for entry in entries]
         kept = len(entries) * 3 * size * size <= MEMORY_BYTES
         self._memory = torch.empty(len(entries) if kept else 0, 3, size, size, dtype=torch.uint8)
         self._decoded: set[int] = set()
@@ -76,7 +77,7 @@ class PictureSet:
         return torch.stack([self.image(index) for index in indices]).float() / 127.5 - 1
 
     def sound(self) -> "PictureSet":
-        """The pictures that decode, after decoding each once; the others are refused.
+        """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
 
         Raises:
             DataError: none is left.
@@ -90,11 +91,13 @@ class PictureSet:
                 damaged.append(Refusal(error.name, error.reason))
             else:
                 usable.append(index)
-        if not damaged:
-            return self
         refused = self.refused + damaged
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
+        if refused:
+            logger.warning("%d pictures are used, %s", len(usable), summarise(refused))
+        if not damaged:
+            return self
         rest = PictureSet([self._entries[index] for index in usable], size=self.size, refused=refused)
         if len(self._memory):
             rest._memory.copy_(self._memory[usable])
@@ -115,9 +118,7 @@ class PictureSet:
         return summarise(self.refused)
 
 
-def open_pictures(
-    source: Path, *, size: int, split: str | None = None, min_side: int | None = None, limit: int | None = None
-) -> PictureSet:
+def open_pictures(source: Path, *, size: int, split: str | None = None, limit: int | None = None) -> PictureSet:
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
     Args:
@@ -126,16 +127,14 @@ def open_pictures(
             in place, never unpacked.
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
-        min_side: shortest side accepted, where more than `size` is wanted.
         limit: most pictures; so many are taken at equal distances in the list of keys, so that they are not all alike.
 
     Raises:
         SettingsError: an argument is outside its range.
         DataError: the source is missing, a shard is damaged or not to be trusted, or no picture is usable.
     """
-    shortest = size if min_side is None else min_side
-    if size < MIN_SIDE or shortest < size:
-        raise SettingsError(f"size={size}, min_side={min_side}: allowed is {MIN_SIDE} <= size <= min_side")
+    if size < MIN_SIDE:
+        raise SettingsError(f"size={size}: allowed is a side from {MIN_SIDE} pixels")
     if split not in (None, "train", "heldout"):
         raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
     if limit is not None and limit < 1:
@@ -147,13 +146,14 @@ def open_pictures(
             first, *others = samples[key].pictures
             refused += [Refusal(other.name, f"same name as {first.name}; rename one of them") for other in others]
             try:
-                entries.append(_entry(key, first, samples[key].texts, shortest))
+                entries.append(_entry(key, first, samples[key].texts, size))
             except PictureRefused as error:
                 refused.append(Refusal(error.name, error.reason))
     if not entries:
-        what = f"no usable picture{'' if split is None else f' of the split {split!r}'} in {source}"
+        rule = " (about one key in ten is held out, by a hash of its name: give more pictures)"
+        what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
-        looked = f"looked for {suffixes} of at least {shortest} pixels with captions beside them"
+        looked = f"looked for {suffixes} of at least {size} pixels with captions beside them"
         raise DataError(f"{what}; {looked}; {summarise(refused)}")
     if limit is not None and limit < len(entries):
         entries = [entries[index * len(entries) // limit] for index in range(limit)]
@@ -222,12 +222,12 @@ def _entry(key: str, picture: StoredBytes, texts: dict[str, StoredBytes], min_si
             check_picture(stream, picture.name, min_side=min_side)
     except OSError as error:
         raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
-    return Entry(key, picture, *_texts(picture.name, texts))
+    return Entry(key, picture, _caption(picture.name, texts))
 
 
-def _texts(name: str, texts: dict[str, StoredBytes]) -> tuple[str, str | None]:
-    """The caption, of the `.txt` or else of the `.json`, and the "group" of the `.json`."""
-    caption = group = None
+def _caption(name: str, texts: dict[str, StoredBytes]) -> str:
+    """The `.txt`, or else the "caption" of the `.json`."""
+    caption = None
     if ".json" in texts:
         try:
             metadata = json.loads(_text(texts[".json"]))
@@ -235,12 +235,12 @@ def _texts(name: str, texts: dict[str, StoredBytes]) -> tuple[str, str | None]:
         except (ValueError, RecursionError) as error:
             raise PictureRefused(name, f"its {texts['.json'].name} is no JSON ({error}); mend it") from error
         if isinstance(metadata, dict):
-            caption, group = metadata.get("caption"), metadata.get("group")
+            caption = metadata.get("caption")
     if ".txt" in texts:
         caption = _text(texts[".txt"])
     if not isinstance(caption, str) or not caption.strip():
         raise PictureRefused(name, 'no caption; put it beside the picture as .txt, or as "caption" in a .json')
-    return caption.strip(), group if isinstance(group, str) else None
+    return caption.strip()
 
 
 def _text(stored: StoredBytes) -> str:

@@ -88,7 +88,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever data, checkpoints and storage raise.
     """
-    _claim(folder, recipe)
+    _refuse_another(folder, recipe)
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit).sound()
     heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures).sound()
@@ -122,10 +122,16 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
         chunks = chosen[: recipe.calibration_pictures].split(16)
         autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
-        state.log(heldout_metrics(autoencoder, heldout, lpips))
+        values = heldout_metrics(autoencoder, heldout, lpips)
+        state.log(values)
         write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
         with replaced_whole(folder / "autoencoder") as partial:
             autoencoder.save_pretrained(partial)
+    recipe.finish(
+        state,
+        {**values, "autoencoder": folder / "autoencoder"},
+        counts={"pictures": len(pictures), "heldout_pictures": len(heldout)},
+    )
     return folder / "autoencoder"
 
 
@@ -173,18 +179,18 @@ def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.
     return noisy[0], noisy[1]
 
 
-def _claim(folder: Path, recipe: AutoencoderRecipe) -> None:
-    """Refuse a folder of another recipe before any checkpoint does: the start in it is that recipe's."""
+def _refuse_another(folder: Path, recipe: AutoencoderRecipe) -> None:
+    """Refuse a folder with another recipe's start or checkpoints in it, before the start is used."""
     kept = folder / "recipe.toml"
-    if kept.is_file() and kept.read_text() != recipe.to_toml():
+    begun = any((folder / name).is_dir() for name in ("start", "checkpoints"))
+    if begun and kept.is_file() and kept.read_text() != recipe.to_toml():
         raise CheckpointError(
             f"{folder} holds a run of another recipe, see {kept}. Give that recipe to go on with it, or a new folder"
         )
-    write_atomically(kept, recipe.to_toml().encode())
 
 
 def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:
-    """The AutoencoderDA that training starts from; made once and kept in `folder`."""
+    """The AutoencoderDA that training starts from; made once and kept in `folder`, the recipe beside it."""
     if folder.is_dir():
         return load_autoencoder(folder)
     vae = load_base_vae(recipe.base or str(assets.base_pipeline()))
@@ -212,6 +218,8 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
             autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, aligned=recipe.aligned_start
         )
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
+    # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
+    write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
     with replaced_whole(folder) as partial:
         autoencoder.save_pretrained(partial)
     return autoencoder

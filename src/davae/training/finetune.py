@@ -1,6 +1,7 @@
 """Stage 2: teach the widened transformer the detail latents, their part of the loss faded in."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,8 +10,8 @@ from diffusers import DiffusionPipeline
 from pydantic import Field
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from davae import assets
@@ -21,10 +22,14 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
+from davae.record import read_metrics
 from davae.seeds import generator
 from davae.storage import write_atomically
 from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, attention_on
+from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+
+logger = logging.getLogger(__name__)
 
 
 class FinetuneRecipe(OptimisationRecipe):
@@ -52,7 +57,7 @@ class FinetuneRecipe(OptimisationRecipe):
     shift: Annotated[float, Field(gt=0)] | None = None
     """Timestep shift in training; the scheduler's own if it is left out."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    prompt_tokens: Positive = 12
+    prompt_tokens: Positive = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""
 
 
@@ -75,10 +80,12 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         raise SettingsError(f"size={recipe.size}: allowed are multiples of {unit}, downsample factor x patch size")
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit).sound()
-    latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
-    conditions = encode_captions(pipeline, backbone, ["", *pictures.captions], recipe.prompt_tokens)
     parameters = trained_parameters(pipeline.transformer, backbone, recipe)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
+    move_frozen(pipeline, state.device)
+    latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
+    conditions = encode_captions(pipeline, backbone, ["", *pictures.captions], recipe.prompt_tokens)
+    move_frozen(pipeline, torch.device("cpu"))
     pipeline.transformer.train()
     base_channels = autoencoder.config.base_channels
     shift = recipe.shift or pipeline.scheduler.config.shift
@@ -102,7 +109,9 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         losses = flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=weight)
         state.update(losses.total, {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight})
     with state.ema_weights():
-        return save_upgrade(pipeline.to("cpu"), folder, base=base, lora=recipe.trained == "lora")
+        saved = save_upgrade(pipeline.to("cpu"), folder, base=base, lora=recipe.trained == "lora")
+    recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
+    return saved
 
 
 def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: FinetuneRecipe) -> list[nn.Parameter]:
@@ -113,17 +122,28 @@ def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: Finet
     return list(transformer.requires_grad_(True).parameters())
 
 
+def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    """Move everything but the transformer."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and name != "transformer":
+            component.to(device)
+
+
 @torch.no_grad()
 def cached_latents(autoencoder: AutoencoderDA, pictures: PictureSet, path: Path) -> Tensor:
     """Latents of all pictures in the transformer's units [N, C + D, h, w]: the posterior's mode, kept in `path`.
 
-    They are used again only for the same pictures and the same autoencoder; another is a miss.
+    They are used again only for the same pictures, size and autoencoder; another is a miss, and so is a damaged file.
     """
-    key = hashlib.sha256(f"{pictures.digest} {tensors_digest(autoencoder.state_dict())}".encode()).hexdigest()
+    parts = f"{pictures.digest} {pictures.size} {tensors_digest(autoencoder.state_dict())}"
+    key = hashlib.sha256(parts.encode()).hexdigest()
     if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return load_file(path)["latents"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    return file.get_tensor("latents")
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s); the pictures are encoded again", path, error)
     autoencoder.eval()
     latents = []
     for indices in track(torch.arange(len(pictures)).split(16), "encoding pictures", console=Console(stderr=True)):
@@ -144,6 +164,13 @@ def encode_captions(
         for start in range(0, len(captions), 64)
     ]
     return {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+
+
+def last_losses(state: TrainingState) -> dict[str, float | None]:
+    """Of the last step, out of metrics.jsonl: a finished run that is started again makes no step."""
+    path = state.record.metrics_path
+    lines = read_metrics(path) if path.exists() else []
+    return {name: value for line in lines[-1:] for name, value in line.items() if name.endswith("loss")}
 
 
 def save_upgrade(pipeline: DiffusionPipeline, folder: Path, *, base: str, lora: bool) -> Path:

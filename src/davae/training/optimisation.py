@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from davae.training.state import TrainingState, warmup_cosine
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimisationRecipe(Recipe):
@@ -26,12 +27,12 @@ class OptimisationRecipe(Recipe):
     """Peak, reached after `warmup_steps`."""
     final_learning_rate: Weight = 1e-5
     warmup_steps: NotNegative = 50
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Weight = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    precision: Literal["float32", "bf16"] = "bf16"
-    """Of the networks' forward pass; losses are float32."""
+    ema_decay: Decay = 0.999
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the networks' forward pass; losses are float32. "auto" is bf16 where the device computes in it."""
     checkpoint_every: Positive = 250
     seed: NotNegative = 0
 
@@ -54,14 +55,19 @@ class OptimisationRecipe(Recipe):
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             ema_decay=self.ema_decay,
-            mixed_precision="bf16" if self.precision == "bf16" else None,
+            mixed_precision=None if self.precision == "float32" else self.precision,
             checkpoint_every=self.checkpoint_every,
             seed=self.seed,
             recipe_digest=self.digest(),
             label=label,
         )
-        state.record.start(self, device=str(state.device))
+        state.record.start(self, device=str(state.device), precision=state.mixed_precision or "float32")
         return state
+
+    def finish(self, state: TrainingState, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:
+        """Write the run's result.json; `counts` are completed by those of the steps."""
+        steps = {"steps": state.step, "skipped_steps": state.skipped}
+        state.record.finish(values, recipe=self, device=str(state.device), seed=self.seed, counts={**counts, **steps})
 
 
 def attention_on(device: torch.device) -> AbstractContextManager[None]:

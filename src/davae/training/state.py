@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,11 +35,6 @@ MAX_SKIPPED_IN_A_ROW = 5
 EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until its decay is reached
 
 
-def warmup_constant(peak: float, *, warmup_steps: int) -> Callable[[int], float]:
-    """A learning rate that rises linearly to `peak` over `warmup_steps` steps and stays there."""
-    return lambda step: peak * min(1.0, (step + 1) / max(1, warmup_steps))
-
-
 def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """A learning rate that rises linearly to `peak`, then falls on a half cosine to `floor` at `total_steps`."""
 
@@ -50,6 +45,15 @@ def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: 
         return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     return learning_rate
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 by itself: where it is emulated, it only costs time and digits."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # older versions of torch cannot be asked
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
 
 
 class TrainingState:
@@ -83,8 +87,7 @@ class TrainingState:
         weight_decay: float = 0.0,
         clip_norm: float = 1.0,
         ema_decay: float = 0.999,
-        accumulation: int = 1,
-        mixed_precision: Literal["bf16"] | None = None,
+        mixed_precision: Literal["auto", "bf16"] | None = None,
         checkpoint_every: int = 100,
         keep: int = 3,
         log_every: int = 10,
@@ -98,7 +101,7 @@ class TrainingState:
             parameters: the parameters to train, all of them out of `models`. Only these and the models' buffers are
                 saved: frozen weights are the caller's to load again.
             total_steps: optimiser steps of the whole run.
-            learning_rate: the learning rate of a step, a pure function (`warmup_constant`, `warmup_cosine`).
+            learning_rate: the learning rate of a step, a pure function (`warmup_cosine`).
             seed: the seed of the run.
             recipe_digest: `Recipe.digest()`; a checkpoint of another recipe is refused.
             label: what is trained, for the progress bar.
@@ -106,8 +109,7 @@ class TrainingState:
             weight_decay: AdamW's, decoupled.
             clip_norm: the largest norm of all gradients together.
             ema_decay: the decay of the EMA after its warm-up.
-            accumulation: parts of a step: `accumulate` for all but the last, `update` for the last.
-            mixed_precision: what `autocast` does: nothing, or bfloat16.
+            mixed_precision: what `autocast` does: nothing, or bfloat16; "auto" is the latter where `computes_bfloat16`.
             checkpoint_every: steps between checkpoints.
             keep: how many of the newest checkpoints stay.
             log_every: steps between lines of metrics.jsonl.
@@ -126,7 +128,10 @@ class TrainingState:
         self.skipped = 0
         self.seconds = 0.0
         self.total_steps, self.learning_rate, self.seed, self.label = total_steps, learning_rate, seed, label
-        self.clip_norm, self.accumulation, self.mixed_precision = clip_norm, accumulation, mixed_precision
+        self.clip_norm = clip_norm
+        if mixed_precision == "auto":
+            mixed_precision = "bf16" if computes_bfloat16(self.device) else None
+        self.mixed_precision = mixed_precision
         self.checkpoint_every, self.keep, self.log_every = checkpoint_every, keep, log_every
         self.recipe_digest = recipe_digest
         self.record = RunRecord(folder)
@@ -143,7 +148,6 @@ class TrainingState:
         self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=True, power=EMA_WARMUP_POWER, foreach=True)
         self._streak = 0
         self._updated = False
-        self._parts: list[Tensor] = []
         self._loss = math.nan
         newest = latest_checkpoint(self._folder)
         if newest is not None:
@@ -177,14 +181,11 @@ class TrainingState:
                     self._save()
                 if stop:
                     raise Interrupted(stop, self.step)
-
-    def accumulate(self, loss: Tensor) -> None:
-        """Backward of one of the `accumulation` parts of a step; the step's loss is the mean of its parts' losses."""
-        self._parts.append(loss.detach().float())
-        self.accelerator.backward(loss / self.accumulation)
+            if request.signum:  # it came during the last save
+                raise Interrupted(request.signum, self.step)
 
     def update(self, loss: Tensor, logs: Mapping[str, Tensor | float] | None = None) -> None:
-        """Backward of the (last part of the) loss, then one step of optimiser, schedule and EMA, and a metrics line.
+        """Backward of the loss, then one step of optimiser, schedule and EMA, and a metrics line.
 
         If the loss or the norm of the gradients is not finite, the step is skipped: weights, optimiser and EMA stay
         bit for bit as they were, and the skip is counted and logged.
@@ -197,11 +198,9 @@ class TrainingState:
             NumericsError: five steps in a row were skipped.
         """
         assert not self._updated, "call update() once in every step, inside the loop over steps()"
-        self.accumulate(loss)
-        assert len(self._parts) == self.accumulation, f"{len(self._parts)} parts of {self.accumulation} in this step"
+        self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self._trained.values(), self.clip_norm)
-        self._loss, norm = torch.stack([torch.stack(self._parts).mean(), norm.float()]).tolist()
-        self._parts.clear()
+        self._loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
         self._updated = True
         rate = self.learning_rate(self.step)
         finite = math.isfinite(self._loss) and math.isfinite(norm)
