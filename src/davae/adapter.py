@@ -184,26 +184,44 @@ def read_index(folder: Path) -> AdapterIndex:
         raise CheckpointError(f"{folder / INDEX} is damaged or of another format version: {error}") from error
 
 
+def check_base(transformer: ModelMixin, folder: Path) -> AdapterIndex:
+    """The index of the adapter in `folder`, if it was trained on this transformer, widened or not.
+
+    Raises:
+        CheckpointError: if there is no adapter, or another base's.
+    """
+    index, digest = read_index(folder), base_digest(transformer)
+    if digest != index.base_sha256:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
+            f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}, in float32 or bfloat16"
+        )
+    return index
+
+
 def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     """Put an adapter's ports and LoRA into a widened base transformer, in place.
 
     Args:
-        transformer: widened by the adapter's `detail_channels`, otherwise its base.
+        transformer: widened by the adapter's `detail_channels`, otherwise its base; with LoRA layers of the adapter's
+            rank and targets on it (`add_lora`), these are filled.
         folder: the adapter.
         fuse: add the LoRA to the weights, so that a plain transformer results; otherwise LoRA layers stay.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit.
     """
-    ports, index = backbone_of(transformer).ports, read_index(folder)
+    ports, index = backbone_of(transformer).ports, check_base(transformer, folder)
     here = _of_layers(transformer.state_dict(), ports.input, ports.output)
     _copy_into(here, _read_tensors(folder / PORTS, like=here))
     if index.lora is None:
         return
     facts = index.lora
-    transformer.add_adapter(
-        LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=list(facts.targets), init_lora_weights=False)
-    )
+    if not getattr(transformer, "peft_config", None):
+        targets = list(facts.targets)
+        transformer.add_adapter(
+            LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=targets, init_lora_weights=False)
+        )
     tensors = _read_tensors(folder / LORA, like=get_peft_model_state_dict(transformer))
     set_peft_model_state_dict(transformer, tensors)
     if fuse:

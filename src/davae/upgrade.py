@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMi
 from safetensors import SafetensorError
 from torch import nn
 
-from davae.adapter import VAE, base_digest, load_adapter, read_index, tensors_digest
+from davae.adapter import VAE, check_base, load_adapter, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.errors import CheckpointError, SettingsError, StorageError
@@ -157,13 +157,7 @@ def _check_whole(module: nn.Module, name: str) -> None:
 
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
-    index = read_index(folder)
-    digest = base_digest(pipeline.transformer)
-    if digest != index.base_sha256:
-        raise CheckpointError(
-            f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
-            f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}, in float32 or bfloat16"
-        )
+    check_base(pipeline.transformer, folder)
     upgraded = upgrade(pipeline, load_autoencoder(folder / VAE, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)
     return upgraded

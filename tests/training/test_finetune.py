@@ -359,3 +359,29 @@ def test_captions_are_encoded_in_batches_as_alone(base_folder: Path) -> None:
         for name, values in together.items():
             torch.testing.assert_close(values[index], alone[name][0], atol=1e-5, rtol=1e-5)
             assert not values.requires_grad
+
+
+def test_training_goes_on_from_an_adapter(lora: Run, tmp_path) -> None:
+    folder, recipe = lora
+    update = {"adapter": str(folder / "adapter"), "detail_warmup_steps": 0}
+    finetune(recipe.model_copy(update={**update, "steps": 0}), tmp_path / "same")
+    for name in ("transformer_lora.safetensors", "transformer_ports.safetensors"):
+        before, after = (load_file(path / "adapter" / name) for path in (folder, tmp_path / "same"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    finetune(recipe.model_copy(update={**update, "steps": 2}), tmp_path / "on")
+    fresh, gone_on = (
+        next(line["detail_loss"] for line in read_metrics(path / "metrics.jsonl") if line["step"] == 0)
+        for path in (folder, tmp_path / "on")
+    )
+    assert gone_on < fresh  # the same pictures, noise and timesteps
+    ports = load_file(tmp_path / "on" / "adapter" / "transformer_ports.safetensors")
+    assert not any(torch.equal(ports[key], tensor) for key, tensor in before.items())
+
+
+def test_an_adapter_of_another_rank_is_refused(lora: Run, tmp_path) -> None:
+    folder, recipe = lora
+    with pytest.raises(CheckpointError, match="does not fit"):
+        finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "lora_rank": 3}), tmp_path / "run")
+    with pytest.raises(SettingsError, match='allowed is trained="lora"'):
+        finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "trained": "full"}), tmp_path / "run")

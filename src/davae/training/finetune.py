@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from davae import assets
-from davae.adapter import add_lora, save_adapter, tensors_digest
+from davae.adapter import add_lora, load_adapter, save_adapter, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of
 from davae.data.order import batch_indices
@@ -51,6 +51,8 @@ class FinetuneRecipe(OptimisationRecipe):
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers that get LoRA; () is the family's default."""
+    adapter: str = ""
+    """An adapter folder of the same base, rank and targets to go on from; "" starts from the plain upgrade."""
     batch_size: Positive = 32
     detail_warmup_steps: NotNegative = 200
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
@@ -118,7 +120,12 @@ def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: Finet
     """LoRA layers and both ports, or everything."""
     if recipe.trained == "lora":
         targets = recipe.lora_targets or backbone.lora_targets
-        return add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
+        parameters = add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
+        if recipe.adapter:
+            load_adapter(transformer, Path(recipe.adapter), fuse=False)
+        return parameters
+    if recipe.adapter:
+        raise SettingsError(f'adapter={recipe.adapter!r} goes on with LoRA: allowed is trained="lora"')
     return list(transformer.requires_grad_(True).parameters())
 
 
