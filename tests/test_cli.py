@@ -138,3 +138,12 @@ def test_missing_recipe_leaves_with_2(tmp_path: Path, verb: str) -> None:
     answer = davae(verb, str(tmp_path / "none.toml"))
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
+
+
+def test_an_upgrade_never_replaces_what_it_reads(tmp_path: Path) -> None:
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*"))
+    answer = davae("upgrade", str(tmp_path / "base"), str(tmp_path / "autoencoder"), str(tmp_path / "base"))
+    assert answer.returncode == 2
+    assert "would be replaced" in answer.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*")) == before

@@ -36,7 +36,7 @@ PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipelin
 Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[
-    int | None, typer.Option(min=1, help="Length that T5 pads to; by default the pipeline's own, 256.")
+    int | None, typer.Option(min=1, max=512, help="Length that T5 pads to; by default the pipeline's own, 256.")
 ]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
 Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments)
     except DavaeError as error:
         stopped = error.exit_code > 128  # by a signal, with everything saved
-        _stderr.print("[bold]stopped[/]" if stopped else "[bold red]error[/]", end=" ")
+        if not stopped:
+            _stderr.print("[bold red]error[/]", end=" ")
         _stderr.print(str(error), markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -123,6 +124,8 @@ def upgrade(
         return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
     from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
+    if out.resolve() in (Path(pipeline).resolve(), autoencoder.resolve()):
+        raise SettingsError(f"OUT={out} is what is read, and would be replaced: give another folder")
     save_pipeline(upgrade(load_pipeline(pipeline), load_autoencoder(autoencoder)), out)
     _say(out)
 

@@ -51,7 +51,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
 def load_pipeline(
     path_or_base: str | Path,
     *,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -86,7 +86,7 @@ def load_pipeline(
         if isinstance(module, nn.Module):
             _check_whole(module, f"{name} of {path_or_base}")
     if adapter is not None:
-        pipeline = _with_adapter(pipeline, adapter, fuse=fuse)
+        pipeline = _with_adapter(pipeline, Path(adapter), fuse=fuse)
     return pipeline if device is None else pipeline.to(device)
 
 
@@ -200,6 +200,9 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object: it is damaged, copy the folder anew")
+    return found

@@ -301,6 +301,21 @@ def test_five_skipped_steps_in_a_row_end_the_run_even_across_a_restart(tmp_path)
     assert tiny_state(tmp_path, tiny_model()).step == 6, "the last sound checkpoint stays"
 
 
+def test_a_run_that_ends_on_skipped_steps_has_no_result(tmp_path):
+    model = tiny_model()
+    state = tiny_state(tmp_path, model)
+
+    def run(state) -> None:
+        for step in state.steps():
+            state.update(loss_of(state, model, step) * (math.nan if step >= state.total_steps - 2 else 1.0))
+
+    for _ in range(2):  # the same command again does not pass it off as done
+        with pytest.raises(NumericsError, match="the last 2 steps of"):
+            run(state)
+        model = tiny_model()
+        state = tiny_state(tmp_path, model)
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = tiny_model()
     state = tiny_state(tmp_path, model)

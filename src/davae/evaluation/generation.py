@@ -175,6 +175,7 @@ def generate(
     """
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
     settings["prompt_tokens"] = prompt_tokens
+    picture_side(pipeline, size)  # refuses what it cannot make before anything is done
     pictures = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
     side = pictures[0].shape[-1]
     grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])

@@ -91,6 +91,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
                 path.rename(aside)
             except OSError as error:
                 raise storage_error(aside, 0, error) from error
+            if len(list(_checkpoints(folder))) == 0:
+                logger.warning("no sound checkpoint is left in %s: starting from step 0", folder)
         else:
             return path
     return None

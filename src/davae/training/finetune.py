@@ -59,7 +59,7 @@ class FinetuneRecipe(OptimisationRecipe):
     shift: Annotated[float, Field(gt=0)] | None = None
     """Timestep shift in training; the scheduler's own if it is left out."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    prompt_tokens: Positive = 256
+    prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""
 
 

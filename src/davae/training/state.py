@@ -163,6 +163,7 @@ class TrainingState:
             Interrupted: SIGINT or SIGTERM came; the state after the running step is saved.
             SettingsError: another process trains in the same folder.
             StorageError: a checkpoint or a metrics line cannot be written.
+            NumericsError: the last step was skipped, because its loss or gradients were not finite.
         """
         with self._alone(), stop_requests() as request, self._progress() as progress:
             remove_litter(self._folder)
@@ -183,6 +184,11 @@ class TrainingState:
                     raise Interrupted(stop, self.step)
             if request.signum:  # it came during the last save
                 raise Interrupted(request.signum, self.step)
+        if self._streak:
+            raise NumericsError(
+                f"the last {self._streak} steps of {self.label} were not finite and changed nothing, so there is no "
+                "result. Lower the learning rate, and give a new folder"
+            )
 
     def update(self, loss: Tensor, logs: Mapping[str, Tensor | float] | None = None) -> None:
         """Backward of the loss, then one step of optimiser, schedule and EMA, and a metrics line.
