@@ -25,7 +25,8 @@ from davae.metrics import psnr
 from davae.perceptual import LPIPS
 from davae.recipe import Recipe
 from davae.seeds import generator
-from davae.training.state import TrainingState, warmup_cosine
+from davae.training.optimisation import warmup_cosine
+from davae.training.state import TrainingState
 
 
 class BaseAutoencoderRecipe(Recipe):

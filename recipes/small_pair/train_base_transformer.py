@@ -32,8 +32,8 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.flow import interpolate, sample_timesteps, velocity_target
 from davae.recipe import Recipe, load_recipe
 from davae.seeds import generator
-from davae.training.optimisation import attention_on
-from davae.training.state import TrainingState, warmup_cosine
+from davae.training.optimisation import attention_on, warmup_cosine
+from davae.training.state import TrainingState
 from davae.upgrade import load_pipeline
 
 PROMPT_TOKENS = 12

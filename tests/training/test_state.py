@@ -20,7 +20,8 @@ from davae.record import read_metrics
 from davae.seeds import generator
 from davae.training.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
-from davae.training.state import TrainingState, computes_bfloat16, warmup_cosine
+from davae.training.optimisation import warmup_cosine
+from davae.training.state import TrainingState, computes_bfloat16
 from forks import exit_code, forked
 
 DIGEST = "a" * 64

@@ -1,6 +1,7 @@
 """What both stages say about their optimiser, and the training state that follows from it."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,12 +12,24 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from davae.recipe import Recipe
-from davae.training.state import TrainingState, warmup_cosine
+from davae.training.state import TrainingState
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """A learning rate that rises linearly to `peak`, then falls on a half cosine to `floor` at `total_steps`."""
+
+    def learning_rate(step: int) -> float:
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return learning_rate
 
 
 class OptimisationRecipe(Recipe):

@@ -35,18 +35,6 @@ MAX_SKIPPED_IN_A_ROW = 5
 EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until its decay is reached
 
 
-def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """A learning rate that rises linearly to `peak`, then falls on a half cosine to `floor` at `total_steps`."""
-
-    def learning_rate(step: int) -> float:
-        if step < warmup_steps:
-            return peak * (step + 1) / warmup_steps
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return learning_rate
-
-
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 by itself: where it is emulated, it only costs time and digits."""
     if device.type == "cuda":
