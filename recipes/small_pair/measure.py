@@ -21,7 +21,8 @@ from davae.record import environment
 from davae.storage import write_json
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline
 
-SEED, STEPS, GUIDANCE = 0, 20, 2.5
+SEED = 0
+SAMPLING = {"seed": SEED, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 GRID = (4, 8)
 
 
@@ -40,8 +41,7 @@ def main(
     made = {}
     for name, load in pipelines.items():
         if only in (None, name):
-            settings = {"seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE, "prompt_tokens": 12}
-            made[name] = generation.sample_many(load(), prompts, run / name, label=name, **settings)
+            made[name] = generation.sample_many(load(), prompts, run / name, label=name, **SAMPLING)
     if only:
         return
     shown = [made[demo.BASE][count * position // GRID[0] // GRID[1]] for position in range(GRID[0] * GRID[1])]
@@ -66,7 +66,7 @@ def main(
         "kid_ratio": kid[demo.SHIPPED][0] / kid[demo.ENLARGED][0],
         "speed": speed,
         "counts": {"heldout": len(heldout), "generated": count, "real": len(real)},
-        "sampling": {"seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE},
+        "sampling": SAMPLING,
     }
     write_json(run / "result.json", {**result, "environment": environment()})
 

@@ -184,8 +184,8 @@ def read_index(folder: Path) -> AdapterIndex:
         raise CheckpointError(f"{folder / INDEX} is damaged or of another format version: {error}") from error
 
 
-def check_base(transformer: ModelMixin, folder: Path) -> AdapterIndex:
-    """The index of the adapter in `folder`, if it was trained on this transformer, widened or not.
+def check_base(transformer: ModelMixin, folder: Path) -> None:
+    """Refuse the adapter in `folder` unless it was trained on this transformer, widened or not; hashes all weights.
 
     Raises:
         CheckpointError: if there is no adapter, or another base's.
@@ -196,11 +196,10 @@ def check_base(transformer: ModelMixin, folder: Path) -> AdapterIndex:
             f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
             f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}, in float32 or bfloat16"
         )
-    return index
 
 
 def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
-    """Put an adapter's ports and LoRA into a widened base transformer, in place.
+    """Put an adapter's ports and LoRA into a widened base transformer, in place; `check_base` says if it is the one.
 
     Args:
         transformer: widened by the adapter's `detail_channels`, otherwise its base; with LoRA layers of the adapter's
@@ -211,7 +210,7 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit.
     """
-    ports, index = backbone_of(transformer).ports, check_base(transformer, folder)
+    ports, index = backbone_of(transformer).ports, read_index(folder)
     here = _of_layers(transformer.state_dict(), ports.input, ports.output)
     _copy_into(here, _read_tensors(folder / PORTS, like=here))
     if index.lora is None:

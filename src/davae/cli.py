@@ -35,9 +35,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TO
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
 Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
-PromptTokens = Annotated[
-    int | None, typer.Option(min=1, max=512, help="Length that T5 pads to; by default the pipeline's own, 256.")
-]
+PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
 Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
 
@@ -156,15 +154,20 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
     size: Size = None,
-    prompt_tokens: PromptTokens = None,
+    prompt_tokens: PromptTokens = 256,
     seed: Seed = 0,
     adapter: Adapter = None,
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
-    settings["prompt_tokens"] = prompt_tokens
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "size": size,
+        "prompt_tokens": prompt_tokens,
+        "seed": seed,
+    }
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "prompts": prompts, "out": out, **settings})
     from davae.evaluation.generation import generate
@@ -206,15 +209,20 @@ def evaluate(
     count: Annotated[int, typer.Option(min=4, help="Pictures to generate, from as many captions.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
-    prompt_tokens: PromptTokens = None,
+    prompt_tokens: PromptTokens = 256,
     seed: Seed = 0,
     adapter: Adapter = None,
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
-    settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-    settings["prompt_tokens"] = prompt_tokens
+    settings: dict[str, Any] = {
+        "count": count,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "prompt_tokens": prompt_tokens,
+        "seed": seed,
+    }
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate

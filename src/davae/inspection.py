@@ -4,8 +4,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones import backbone_of
-from davae.errors import SettingsError
+from davae.backbones import backbone_of, check_parts
 from davae.widen import LatentPorts
 
 _RESOLUTION_FACTOR = 2
@@ -20,8 +19,7 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
     Raises:
         SettingsError: if there is no transformer or no autoencoder, or the transformer's family is unknown.
     """
-    if missing := {"vae", "transformer"} - pipeline.components.keys():
-        raise SettingsError(f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: nothing to upgrade")
+    check_parts(pipeline)
     transformer, autoencoder = pipeline.transformer, pipeline.vae
     ports = backbone_of(transformer).ports
     patch = ports.packed if ports.packed > 1 else transformer.config.patch_size

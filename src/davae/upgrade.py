@@ -12,6 +12,7 @@ from torch import nn
 
 from davae.adapter import VAE, check_base, load_adapter, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
@@ -31,11 +32,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     Raises:
         SettingsError: if the transformer's family is unknown, or `autoencoder` was not made from this pipeline's VAE.
     """
-    missing = {"vae", "transformer"} - pipeline.components.keys()
-    if missing:
-        raise SettingsError(
-            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded"
-        )
+    check_parts(pipeline)
     _check_autoencoder(pipeline, autoencoder)
     nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' `to` warns for nothing
     transformer = widen_transformer(
@@ -187,6 +184,15 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
                 f"the autoencoder is not of this pipeline: its {name} is {ours}, the pipeline's VAE has {theirs}. "
                 "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
             )
+    check_base_encoder(autoencoder, vae)
+
+
+def check_base_encoder(autoencoder: AutoencoderDA, vae: AutoencoderKL | AutoencoderTiny) -> None:
+    """Refuse an autoencoder that was made from another VAE.
+
+    Raises:
+        SettingsError: its frozen encoder, or what follows that, is not `vae`'s.
+    """
     for ours, name in ((autoencoder.base_encoder, "encoder"), (autoencoder.base_quant_conv, "quant_conv")):
         theirs = getattr(vae, name, None)
         digests = [None if module is None else tensors_digest(module.state_dict()) for module in (ours, theirs)]

@@ -143,6 +143,15 @@ def test_a_damaged_picture_is_listed_and_not_measured(autoencoder, tmp_path) -> 
     assert f"1 refused: {damaged.name}" in unescape(page.read_text())
 
 
+def test_the_bounds_of_another_base_are_refused(autoencoder, picture_folder, base_folder, tmp_path) -> None:
+    other = load_base_vae(str(base_folder))
+    with torch.no_grad():
+        other.encoder.conv_in.weight.mul_(1.1)
+    with pytest.raises(SettingsError, match="frozen base encoder is not this pipeline's"):
+        reconstruct(autoencoder, picture_folder, tmp_path / "out", base=other, size=64)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_size_that_the_factor_does_not_divide_is_refused(autoencoder, picture_folder, tmp_path) -> None:
     with pytest.raises(SettingsError, match=r"size=60 must be a multiple of 8"):
         reconstruct(autoencoder, picture_folder, tmp_path / "out", size=60)

@@ -358,6 +358,13 @@ def test_latent_noise_has_its_level_in_each_channels_own_deviations() -> None:
     assert with_latent_noise(base, detail, 0.0, generator(0, "latent noise", 0)) == (base, detail)
 
 
+def test_latent_noise_cannot_be_shrunk_away_through_its_deviation() -> None:
+    detail = torch.randn(2, 4, 8, 8, requires_grad=True)
+    upstream = torch.randn(2, 4, 8, 8)
+    noisy = with_latent_noise(torch.randn(2, 4, 8, 8), detail, 0.5, generator(0, "latent noise", 0))[1]
+    assert torch.equal(torch.autograd.grad(noisy, detail, upstream)[0], upstream)
+
+
 def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(
     autoencoder, state, train_pictures, lpips
 ) -> None:
@@ -368,6 +375,17 @@ def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(
     )
     assert noisy["l1"] > quiet["l1"]
     assert noisy["alignment"] == quiet["alignment"]
+
+
+def test_the_recipe_decides_the_latent_noise_of_a_run(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    first = {}
+    for scale in (0.0, 1.0):
+        update = {"latent_noise": scale, "steps": 1}
+        train_autoencoder(recipe.model_copy(update=update), tmp_path / str(scale))
+        lines = read_metrics(tmp_path / str(scale) / "metrics.jsonl")
+        first[scale] = next(line for line in lines if "loss" in line)
+    assert first[1.0]["l1"] != first[0.0]["l1"]  # an untrained decoder may gain or lose by it
+    assert first[1.0]["alignment"] == first[0.0]["alignment"]
 
 
 def test_heldout_numbers_are_those_of_the_evaluation(autoencoder, picture_folder, lpips) -> None:

@@ -118,12 +118,19 @@ def test_every_damage_is_found_and_an_older_checkpoint_is_used(
         assert set(names(kept)) >= set(files) - {victim.name}
 
 
-def test_all_damaged_means_none(tmp_path):
+def test_all_damaged_means_none_and_is_said(tmp_path, caplog):
     save(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / f"step-0000000{step}" / "state.json").write_text("{}")
     assert latest_checkpoint(tmp_path) is None
     assert len(list(tmp_path.glob("damaged-*"))) == 2
+    assert [record.getMessage().startswith("no sound checkpoint is left") for record in caplog.records] == [
+        *(False, False),
+        True,
+    ]
+    caplog.clear()
+    assert latest_checkpoint(tmp_path / "new") is None
+    assert not caplog.records
 
 
 def test_a_renamed_checkpoint_is_damaged(tmp_path):

@@ -385,3 +385,14 @@ def test_an_adapter_of_another_rank_is_refused(lora: Run, tmp_path) -> None:
         finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "lora_rank": 3}), tmp_path / "run")
     with pytest.raises(SettingsError, match='allowed is trained="lora"'):
         finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "trained": "full"}), tmp_path / "run")
+
+
+def test_an_adapter_of_another_base_is_refused(lora: Run, tmp_path) -> None:
+    folder, recipe = lora
+    other = load_pipeline(recipe.base)
+    with torch.no_grad():
+        next(other.transformer.transformer_blocks[0].parameters()).add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    update = {"adapter": str(folder / "adapter"), "base": str(tmp_path / "other")}
+    with pytest.raises(CheckpointError, match="trained on another base"):
+        finetune(recipe.model_copy(update=update), tmp_path / "run")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from davae.backbones import sd3
@@ -58,6 +58,18 @@ def backbone_of(transformer: ModelMixin) -> Backbone:
     if name not in BACKBONES:
         raise SettingsError(f"{name} is of no family that davae knows: {', '.join(BACKBONES)}")
     return BACKBONES[name]
+
+
+def check_parts(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline without a transformer or without an autoencoder.
+
+    Raises:
+        SettingsError: one of them is missing.
+    """
+    if missing := {"vae", "transformer"} - pipeline.components.keys():
+        raise SettingsError(
+            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded"
+        )
 
 
 def widen_transformer(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:

@@ -71,7 +71,7 @@ def sample(
     steps: int = 28,
     guidance_scale: float = 4.0,
     size: int | None = None,
-    prompt_tokens: int | None = None,
+    prompt_tokens: int = 256,
     first_index: int = 0,
 ) -> UInt8[Tensor, "b 3 size size"]:
     """One picture for each prompt.
@@ -83,7 +83,7 @@ def sample(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 or less turns it off.
         size: side in pixels; the pipeline's default if None.
-        prompt_tokens: length that T5 pads to; the pipeline's own default, 256, if None.
+        prompt_tokens: length that T5 pads to; 256 is the stock pipeline's default.
         first_index: index of the first prompt, for the noise.
 
     Raises:
@@ -99,7 +99,7 @@ def sample(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         latents=noise.to(pipeline.device, pipeline.transformer.dtype),
-        max_sequence_length=prompt_tokens or 256,
+        max_sequence_length=prompt_tokens,
         output_type="pt",
     ).images
     return to_bytes(pictures * 2 - 1)
@@ -165,7 +165,7 @@ def generate(
     steps: int = 28,
     guidance_scale: float = 4.0,
     size: int | None = None,
-    prompt_tokens: int | None = None,
+    prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
     """Pictures for prompts: PNG files in `out`, and a page of them.
@@ -173,11 +173,15 @@ def generate(
     Returns:
         The path of the page.
     """
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "seed": seed}
-    settings["prompt_tokens"] = prompt_tokens
-    picture_side(pipeline, size)  # refuses what it cannot make before anything is done
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "size": size,
+        "prompt_tokens": prompt_tokens,
+        "seed": seed,
+    }
+    side = picture_side(pipeline, size)
     pictures = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
-    side = pictures[0].shape[-1]
     grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
     write_page(out / "index.html", Report("Generated pictures", lead, [Section("Pictures", "", grid)]))
@@ -192,7 +196,7 @@ def evaluate(
     count: int = 1000,
     steps: int = 28,
     guidance_scale: float = 4.0,
-    prompt_tokens: int | None = None,
+    prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
     """KID of `count` pictures made from a set's captions against the set; `out`/result.json and a page.
@@ -212,8 +216,12 @@ def evaluate(
     if len(real) < 2:
         raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
     prompts = evaluation_prompts(real, count)
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-    settings["prompt_tokens"] = prompt_tokens
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "prompt_tokens": prompt_tokens,
+        "seed": seed,
+    }
     made = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
     references = features_of([real.image(index) for index in range(len(real))], side=side)
     value, error = kid_with_error(features_of(made, side=side), references, seed=seed)

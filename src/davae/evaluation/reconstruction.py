@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
@@ -18,6 +17,7 @@ from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.storage import write_json
+from davae.upgrade import check_base_encoder
 
 Way = Callable[[Tensor], Tensor]
 """Pictures [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""
@@ -114,10 +114,8 @@ def reconstruct(
         SettingsError: the factor does not divide `size`, or `base` is another autoencoder's.
         DataError: no usable pictures.
     """
-    if base is not None and tensors_digest(base.encoder.state_dict()) != tensors_digest(
-        autoencoder.base_encoder.state_dict()
-    ):
-        raise SettingsError("the base pipeline is not the one that this autoencoder was made from: give that one")
+    if base is not None:
+        check_base_encoder(autoencoder, base)
     if size % autoencoder.downsample_factor:
         raise SettingsError(f"size={size} must be a multiple of {autoencoder.downsample_factor}, the downsample factor")
     heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound()

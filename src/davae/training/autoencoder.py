@@ -242,4 +242,4 @@ def heldout_picture(autoencoder: AutoencoderDA, pictures: PictureSet) -> UInt8[T
     """The first eight held-out pictures side by side, their reconstructions below them."""
     image = pictures.batch(range(min(8, len(pictures)))).to(autoencoder.device)
     rows = torch.stack([image, autoencoder(image).sample.float()])
-    return to_bytes(rearrange(rows, "rows columns c h w -> c (rows h) (columns w)").cpu())
+    return to_bytes(rearrange(rows, "rows columns c h w -> c (rows h) (columns w)"))

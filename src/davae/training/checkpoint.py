@@ -81,7 +81,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
         CheckpointError: the newest checkpoint was written by a newer version of davae.
         StorageError: a damaged checkpoint cannot be moved aside.
     """
-    for path in reversed(_checkpoints(folder)):
+    found = _checkpoints(folder)
+    for path in reversed(found):
         try:
             verify_checkpoint(path)
         except DamagedCheckpointError as damage:
@@ -91,10 +92,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
                 path.rename(aside)
             except OSError as error:
                 raise storage_error(aside, 0, error) from error
-            if len(list(_checkpoints(folder))) == 0:
-                logger.warning("no sound checkpoint is left in %s: starting from step 0", folder)
         else:
             return path
+    if found:
+        logger.warning("no sound checkpoint is left in %s: starting from step 0", folder)
     return None
 
 

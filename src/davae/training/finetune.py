@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from davae import assets
-from davae.adapter import add_lora, load_adapter, save_adapter, tensors_digest
+from davae.adapter import add_lora, check_base, load_adapter, save_adapter, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of
 from davae.data.order import batch_indices
@@ -122,6 +122,7 @@ def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: Finet
         targets = recipe.lora_targets or backbone.lora_targets
         parameters = add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
         if recipe.adapter:
+            check_base(transformer, Path(recipe.adapter))
             load_adapter(transformer, Path(recipe.adapter), fuse=False)
         return parameters
     if recipe.adapter:
