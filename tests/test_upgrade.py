@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
-from davae.adapter import add_lora, load_adapter, save_adapter
+from davae.adapter import add_lora, extract_lora, load_adapter, save_adapter
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
@@ -147,6 +148,42 @@ def test_lora_is_the_same_for_the_same_seed_and_leaves_the_global_stream_alone(b
     add_lora(base.transformer, 2, 2.0, ["to_q"])
     assert torch.equal(torch.randn(1), expected)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 8.0])
+def test_a_change_of_low_rank_is_extracted_whole(base, autoencoder, alpha):
+    pipeline, plain = upgrade(base, autoencoder), copy.deepcopy(upgrade(base, autoencoder))
+    disturb(add_lora(pipeline.transformer, 2, 2.0, TARGETS))
+    pipeline.transformer.fuse_lora(safe_fusing=True)
+    pipeline.transformer.unload_lora()
+    lost = extract_lora(pipeline.transformer, plain.transformer, 2, alpha, TARGETS)
+    assert 0 <= lost < 1e-9
+    assert np.allclose(generate(plain), generate(pipeline), atol=1e-4)
+    assert not np.allclose(generate(upgrade(base, autoencoder)), generate(pipeline), atol=1e-2)
+
+
+def test_what_a_lower_rank_loses_is_told_and_the_least_possible(base, autoencoder):
+    trained = copy.deepcopy(upgrade(base, autoencoder)).transformer
+    weight = trained.transformer_blocks[0].attn.to_q.weight
+    before = weight.detach().clone()
+    disturb([weight])
+    told = []
+    for rank in (1, 3, 8):
+        transformer = copy.deepcopy(upgrade(base, autoencoder)).transformer
+        told.append(extract_lora(trained, transformer, rank, float(rank), ["transformer_blocks.0.attn.to_q"]))
+        transformer.fuse_lora()
+        transformer.unload_lora()
+        rest = weight - transformer.transformer_blocks[0].attn.to_q.weight
+        values = torch.linalg.svdvals((weight - before).double()).square()
+        assert told[-1] == pytest.approx((values[rank:].sum() / values.sum()).item(), rel=1e-4)
+        assert told[-1] == pytest.approx((rest.square().sum() / (weight - before).square().sum()).item(), rel=1e-3)
+    assert 0 < told[2] < told[1] < told[0] < 1
+
+
+def test_a_rank_above_the_narrowest_layer_is_refused(base, autoencoder):
+    transformer = upgrade(base, autoencoder).transformer
+    with pytest.raises(SettingsError, match="rank=99 is more than the 16 of the narrowest target layer"):
+        extract_lora(transformer, transformer, 99, 99.0, ["to_q"])
 
 
 @pytest.fixture

@@ -92,6 +92,28 @@ def base_digest(transformer: ModelMixin) -> str:
     )
 
 
+def target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose dotted names end in one of `targets`, by name.
+
+    Raises:
+        SettingsError: if a target is a port or no layer at all.
+    """
+    ports = backbone_of(transformer).ports
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    found: dict[str, nn.Linear] = {}
+    for target in targets:
+        matched = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
+        if not matched:
+            ends = sorted({".".join(part for part in name.split(".")[-2:] if part) for name in layers})
+            raise SettingsError(
+                f"LoRA target {target!r} is no linear layer of this model; it has, for example, {ends[:12]}"
+            )
+        if matched.keys() & {ports.input, ports.output}:
+            raise SettingsError(f"LoRA target {target!r} is a latent port, and those are trained in full: leave it out")
+        found |= matched
+    return found
+
+
 def add_lora(
     transformer: ModelMixin, rank: int, alpha: float, targets: Sequence[str], *, seed: int = 0
 ) -> list[nn.Parameter]:
@@ -113,16 +135,7 @@ def add_lora(
     ports = backbone_of(transformer).ports
     if rank < 1:
         raise SettingsError(f"rank={rank} must be 1 or more")
-    layers = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    for target in targets:
-        matched = {name for name in layers if name == target or name.endswith(f".{target}")}
-        if not matched:
-            ends = sorted({".".join(part for part in name.split(".")[-2:] if part) for name in layers})
-            raise SettingsError(
-                f"LoRA target {target!r} is no linear layer of this model; it has, for example, {ends[:12]}"
-            )
-        if matched & {ports.input, ports.output}:
-            raise SettingsError(f"LoRA target {target!r} is a latent port, and those are trained in full: leave it out")
+    target_layers(transformer, targets)
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,6 +148,50 @@ def add_lora(
     for parameter in trainable:
         parameter.data = parameter.data.float()
     return trainable
+
+
+@torch.no_grad()
+def extract_lora(
+    trained: ModelMixin, transformer: ModelMixin, rank: int, alpha: float, targets: Sequence[str], *, seed: int = 0
+) -> float:
+    """Give an untrained, widened transformer both ports of a trained one, and its other changes as LoRA (`add_lora`).
+
+    Each pair of matrices is the best approximation of its layer's change at that rank in the squared norm: the first
+    singular vectors, computed in float64. Changes outside of `targets` and ports are left behind.
+
+    Args:
+        trained: a plain transformer, without LoRA layers.
+        transformer: the same one before training; changed in place.
+        rank: inner width of each pair, at most the smaller side of every target layer.
+        alpha: as of `add_lora`.
+        targets: as of `add_lora`.
+        seed: as of `add_lora`; of no consequence for the result.
+
+    Returns:
+        The part of the target layers' change that is lost: squared norm of the rest over that of all, 0 to 1.
+
+    Raises:
+        SettingsError: as `add_lora`, and if `rank` is too large.
+    """
+    ports, sources = backbone_of(transformer).ports, target_layers(trained, targets)
+    narrowest = min(min(layer.weight.shape) for layer in sources.values())
+    if rank > narrowest:
+        raise SettingsError(f"rank={rank} is more than the {narrowest} of the narrowest target layer")
+    add_lora(transformer, rank, alpha, targets, seed=seed)
+    _copy_into(
+        _of_layers(transformer.state_dict(), ports.input, ports.output),
+        _of_layers(trained.state_dict(), ports.input, ports.output),
+    )
+    lost, total = 0.0, 0.0
+    for name, source in sources.items():
+        layer = transformer.get_submodule(name)
+        change = (source.weight.double() - layer.base_layer.weight.double()) * (rank / alpha)
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
+        root = values[:rank].sqrt()
+        layer.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
+        layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
+        lost, total = lost + values[rank:].square().sum().item(), total + values.square().sum().item()
+    return lost / total if total else 0.0
 
 
 def save_adapter(folder: Path, pipeline: DiffusionPipeline, *, base: str) -> None:

@@ -66,7 +66,16 @@ def full(recipe: FinetuneRecipe, tmp_path_factory) -> Run:
     return folder, chosen
 
 
-@pytest.fixture(params=["lora", "full"])
+@pytest.fixture(scope="module")
+def layers(recipe: FinetuneRecipe, tmp_path_factory) -> Run:
+    """Of the layers themselves, the adapter's rank the full one of the 64 x 64 attention matrices."""
+    chosen = recipe.model_copy(update={"trained": "layers", "lora_rank": 64, "lora_targets": ("to_q", "to_v")})
+    folder = tmp_path_factory.mktemp("layers")
+    assert finetune(chosen, folder) == folder / "pipeline"
+    return folder, chosen
+
+
+@pytest.fixture(params=["lora", "layers", "full"])
 def tuned(request: pytest.FixtureRequest) -> Run:
     return request.getfixturevalue(request.param)
 
@@ -161,7 +170,7 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
     finetune(recipe, folder)
     assert digests(folder) == before
     assert [path.stat().st_ino for path in watched] == inodes
-    made = {"pipeline", "adapter"} if recipe.trained == "lora" else {"pipeline"}
+    made = {"pipeline"} if recipe.trained == "full" else {"pipeline", "adapter"}
     files = {"recipe.toml", "environment.json", "metrics.jsonl", "latents.safetensors", "checkpoints", ".lock"}
     assert {path.name for path in folder.iterdir()} == made | files | {"result.json"}
     result = json.loads((folder / "result.json").read_text())
@@ -180,14 +189,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
 
 
 def test_plain_diffusers_loads_the_result_and_it_is_the_ema(tuned: Run) -> None:
-    folder, recipe = tuned
+    folder, _ = tuned
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
     assert isinstance(pipeline.vae, AutoencoderDA)
     assert picture(pipeline).shape == (1, 3, 64, 64)
     shadows = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors")
     ports = backbone_of(pipeline.transformer).ports
     saved = pipeline.transformer.state_dict()
-    plain = [name for name in shadows if recipe.trained == "full" or ".lora_" not in name]
+    plain = [name for name in shadows if ".lora_" not in name]
     assert {f"transformer.{port}.weight" for port in (ports.input, ports.output)} <= set(plain)
     for name in plain:
         assert torch.equal(saved[name.removeprefix("transformer.")], shadows[name])
@@ -236,8 +245,22 @@ def test_with_lora_a_checkpoint_holds_what_is_trained_and_no_more(lora: Run) -> 
     assert all(".lora_" in name or name.startswith(("pos_embed.proj.", "proj_out.")) for name in parameters)
 
 
-def test_the_pipeline_is_the_base_with_the_adapter(lora: Run) -> None:
-    folder, recipe = lora
+def test_only_the_layers_named_and_the_ports_are_trained(layers: Run) -> None:
+    folder, recipe = layers
+    start = upgrade(load_pipeline(recipe.base), load_autoencoder(Path(recipe.autoencoder))).transformer
+    end = load_pipeline(folder / "pipeline").transformer.state_dict()
+    changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, end[name])}
+    ports = {f"{port}.{kind}" for port in ("pos_embed.proj", "proj_out") for kind in ("weight", "bias")}
+    attentions = [f"transformer_blocks.{name}" for name in ("0.attn", "0.attn2", "1.attn")]
+    targets = {f"{attention}.{name}.weight" for attention in attentions for name in ("to_q", "to_v")}
+    assert changed == ports | targets
+    saved = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "transformer.safetensors")
+    assert saved.keys() == changed | {"pos_embed.pos_embed"}
+
+
+@pytest.mark.parametrize("made", ["lora", "layers"])
+def test_the_pipeline_is_the_base_with_the_adapter(made: str, request) -> None:
+    folder, recipe = request.getfixturevalue(made)
     whole = picture(DiffusionPipeline.from_pretrained(folder / "pipeline"))
     base = picture(upgrade(load_pipeline(recipe.base), load_autoencoder(Path(recipe.autoencoder))))
     for fuse in (True, False):
@@ -379,12 +402,25 @@ def test_training_goes_on_from_an_adapter(lora: Run, tmp_path) -> None:
     assert not any(torch.equal(ports[key], tensor) for key, tensor in before.items())
 
 
+@pytest.mark.parametrize("trained", ["layers", "full"])
+def test_the_layers_themselves_go_on_from_an_adapter(lora: Run, tmp_path, trained) -> None:
+    folder, recipe = lora
+    update = {"adapter": str(folder / "adapter"), "detail_warmup_steps": 0, "trained": trained}
+    finetune(recipe.model_copy(update={**update, "steps": 0}), tmp_path / "same")
+    before, after = (load_pipeline(path / "pipeline").transformer.state_dict() for path in (folder, tmp_path / "same"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
+    finetune(recipe.model_copy(update={**update, "steps": 2}), tmp_path / "on")
+    after = load_pipeline(tmp_path / "on" / "pipeline").transformer.state_dict()
+    layer = "transformer_blocks.0.attn.to_q"
+    assert (after[f"{layer}.weight"] - before[f"{layer}.weight"]).abs().max() > 1e-4
+    assert torch.equal(after[f"{layer}.bias"], before[f"{layer}.bias"]) == (trained == "layers")
+
+
 def test_an_adapter_of_another_rank_is_refused(lora: Run, tmp_path) -> None:
     folder, recipe = lora
     with pytest.raises(CheckpointError, match="does not fit"):
         finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "lora_rank": 3}), tmp_path / "run")
-    with pytest.raises(SettingsError, match='allowed is trained="lora"'):
-        finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "trained": "full"}), tmp_path / "run")
 
 
 def test_an_adapter_of_another_base_is_refused(lora: Run, tmp_path) -> None:

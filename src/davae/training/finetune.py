@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from davae import assets
-from davae.adapter import add_lora, check_base, load_adapter, save_adapter, tensors_digest
+from davae.adapter import add_lora, check_base, extract_lora, load_adapter, save_adapter, target_layers, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of
 from davae.data.order import batch_indices
@@ -45,14 +45,14 @@ class FinetuneRecipe(OptimisationRecipe):
     """At most so many of them, evenly spread."""
     size: Positive = 256
     """Side of the pictures in pixels."""
-    trained: Literal["lora", "full"] = "lora"
-    """LoRA and both ports in full, or the whole transformer."""
+    trained: Literal["lora", "layers", "full"] = "lora"
+    """Both ports in full and LoRA on the targets; both ports and the targets' own weights; the whole transformer."""
     lora_rank: Positive = 32
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_targets: tuple[str, ...] = ()
-    """Ends of the names of the layers that get LoRA; () is the family's default."""
+    """Ends of the names of the layers that get LoRA, or are trained themselves; () is the family's default."""
     adapter: str = ""
-    """An adapter folder of the same base, rank and targets to go on from; "" starts from the plain upgrade."""
+    """An adapter folder of the same base to go on from, its LoRA of the recipe's rank and targets; "" is none."""
     batch_size: Positive = 32
     detail_warmup_steps: NotNegative = 200
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
@@ -67,7 +67,8 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     """Upgrade the base pipeline, fine-tune it and save it; run again, it goes on where it stopped.
 
     Returns:
-        The folder of a stock pipeline, LoRA fused, `folder`/pipeline; with LoRA there is `folder`/adapter beside it.
+        The folder of a stock pipeline, LoRA fused, `folder`/pipeline; unless all was trained, there is
+        `folder`/adapter beside it.
 
     Raises:
         SettingsError: a size that the upgraded pipeline cannot make.
@@ -111,23 +112,31 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         losses = flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=weight)
         state.update(losses.total, {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight})
     with state.ema_weights():
-        saved = save_upgrade(pipeline.to("cpu"), folder, base=base, lora=recipe.trained == "lora")
+        saved = save_upgrade(pipeline.to("cpu"), folder, base, recipe)
     recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
     return saved
 
 
 def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: FinetuneRecipe) -> list[nn.Parameter]:
-    """LoRA layers and both ports, or everything."""
+    """LoRA or its target layers' weights, with both ports in full; or everything. Nothing else keeps gradients."""
+    targets = recipe.lora_targets or backbone.lora_targets
     if recipe.trained == "lora":
-        targets = recipe.lora_targets or backbone.lora_targets
         parameters = add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
-        if recipe.adapter:
-            check_base(transformer, Path(recipe.adapter))
-            load_adapter(transformer, Path(recipe.adapter), fuse=False)
-        return parameters
     if recipe.adapter:
-        raise SettingsError(f'adapter={recipe.adapter!r} goes on with LoRA: allowed is trained="lora"')
-    return list(transformer.requires_grad_(True).parameters())
+        check_base(transformer, Path(recipe.adapter))
+        load_adapter(transformer, Path(recipe.adapter), fuse=recipe.trained != "lora")
+    if recipe.trained == "full":
+        parameters = list(transformer.parameters())
+    if recipe.trained == "layers":
+        layers: list[nn.Module] = list(target_layers(transformer, targets).values())
+        ports = [transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
+        parameters = [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
+        parameters += [p for port in ports for p in port.parameters()]
+    if recipe.trained != "lora":
+        transformer.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return parameters
 
 
 def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
@@ -181,12 +190,22 @@ def last_losses(state: TrainingState) -> dict[str, float | None]:
     return {name: value for line in lines[-1:] for name, value in line.items() if name.endswith("loss")}
 
 
-def save_upgrade(pipeline: DiffusionPipeline, folder: Path, *, base: str, lora: bool) -> Path:
-    """Write the stock pipeline, and with LoRA the adapter folder beside it."""
+def save_upgrade(pipeline: DiffusionPipeline, folder: Path, base: str, recipe: FinetuneRecipe) -> Path:
+    """Write the stock pipeline and, unless everything was trained, the adapter folder beside it.
+
+    The adapter of trained layers has their changes at rank `lora_rank`, the best approximation there is; the pipeline
+    has all of them.
+    """
     pipeline.transformer.eval()
-    if lora:
+    if recipe.trained == "lora":
         save_adapter(folder / "adapter", pipeline, base=Path(base).name)
         pipeline.transformer.fuse_lora(safe_fusing=True)
         pipeline.transformer.unload_lora()
+    if recipe.trained == "layers":
+        adapted = upgrade(load_pipeline(base), pipeline.vae)
+        targets = recipe.lora_targets or backbone_of(pipeline.transformer).lora_targets
+        lost = extract_lora(pipeline.transformer, adapted.transformer, recipe.lora_rank, recipe.lora_alpha, targets)
+        logger.info("LoRA of rank %d has all but %.2g of the change's squared norm", recipe.lora_rank, lost)
+        save_adapter(folder / "adapter", adapted, base=Path(base).name)
     save_pipeline(pipeline, folder / "pipeline")
     return folder / "pipeline"
