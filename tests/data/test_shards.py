@@ -1,5 +1,7 @@
 """Shards: read in place, like folders; a hostile or damaged one is a typed error."""
 
+import contextlib
+import gzip
 import random
 import tarfile
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from data.stored import captioned, fill, picture, tar
+from davae.data import listing
 from davae.data.sources import open_pictures
 from davae.errors import DataError
 
@@ -106,6 +109,52 @@ def test_compressed_and_foreign_files_are_no_shards(tmp_path):
         (tmp_path / "a.tar").write_bytes(data)
         with pytest.raises(DataError, match=r"a\.tar|no usable picture"):
             open_pictures(tmp_path, size=32)
+
+
+def compressed(path):
+    (path.parent / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return path.parent / f"{path.name}.gz"
+
+
+def test_a_compressed_shard_reads_like_the_plain_one(tmp_path):
+    plain = open_pictures(tar(tmp_path / "a.tar", captioned(3)), size=32)
+    pixels, digest = plain.batch(range(3)), plain.digest
+    path = compressed(tmp_path / "a.tar")
+    for source in (path, tmp_path):
+        packed = open_pictures(source, size=32)
+        assert (packed.keys, packed.captions, packed.digest) == (plain.keys, plain.captions, digest)
+        assert torch.equal(packed.batch(range(3)), pixels)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_a_damaged_compressed_shard_is_an_error(tmp_path):
+    path = compressed(tar(tmp_path / "a.tar", captioned(2)))
+    data = path.read_bytes()
+    for end in range(0, len(data), 97):
+        path.write_bytes(data[:end])
+        with pytest.raises(DataError, match=r"a\.tar\.gz"):
+            open_pictures(path, size=32)
+    for position in range(0, len(data), 397):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
+        with contextlib.suppress(DataError):  # of gzip's header, some bits mean nothing
+            assert len(open_pictures(path, size=32)) == 2
+
+
+def test_a_compressed_shard_is_hostile_as_a_plain_one(tmp_path):
+    path = compressed(tar(tmp_path / "a.tar", captioned(1), odd("../evil.txt")))
+    with pytest.raises(DataError, match=r"a\.tar\.gz: member"):
+        open_pictures(path, size=32)
+
+
+def test_a_compressed_shard_has_a_largest_size(tmp_path, monkeypatch):
+    path = compressed(tar(tmp_path / "a.tar", captioned(1)))
+    size = len(gzip.decompress(path.read_bytes()))
+    monkeypatch.setattr(listing, "MAX_UNPACKED_BYTES", size)
+    assert len(open_pictures(path, size=32)) == 1
+    monkeypatch.setattr(listing, "MAX_UNPACKED_BYTES", size - 1)
+    with pytest.raises(DataError, match=rf"more than {size - 1} bytes.*gunzip"):
+        open_pictures(path, size=32)
 
 
 def test_a_chain_of_headers_is_an_error(tmp_path):

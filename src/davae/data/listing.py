@@ -1,9 +1,12 @@
 """The pictures and captions of a folder or of a WebDataset shard, listed without decoding or unpacking anything."""
 
+import gzip
 import os
 import stat
 import tarfile
+import zlib
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from davae.data.pictures import PictureRefused
@@ -14,6 +17,9 @@ PICTURE_SUFFIXES = frozenset(
     # pictures that are not read: listed, so that they are refused by name rather than passed over in silence
     ".avif .cr2 .dng .eps .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga".split()
 )
+
+MAX_UNPACKED_BYTES = 1 << 30
+"""Of a compressed shard, which is unpacked into memory."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class StoredBytes:
     path: Path
     offset: int
     length: int
+    memory: bytes | None = field(default=None, repr=False)
+    """What `offset` counts in, if it is not the file itself: the shard in `path`, unpacked."""
 
     def read(self) -> bytes:
         """All of them.
@@ -41,7 +49,7 @@ class StoredBytes:
             PictureRefused: the file is gone, unreadable, or shorter than when it was listed.
         """
         try:
-            with self.path.open("rb") as stream:
+            with self.path.open("rb") if self.memory is None else BytesIO(self.memory) as stream:
                 stream.seek(self.offset)
                 data = stream.read(self.length)
         except OSError as error:
@@ -100,25 +108,30 @@ def list_folder(folder: Path) -> tuple[Samples, list[Refusal]]:
 
 
 def list_shard(path: Path) -> Samples:
-    """The members of one uncompressed tar, in its order, by WebDataset's key: the path up to the name's first dot.
+    """The members of one shard, in its order, by WebDataset's key: the path up to the name's first dot.
 
-    Nothing is unpacked: of each member only its place in the file is kept.
+    Of a plain tar nothing is unpacked, and of each member only its place in the file is kept. A `.tar.gz` is unpacked
+    into memory, never to disk.
 
     Raises:
-        DataError: the tar is damaged, compressed or cut off, or it holds a link, a device or another thing that is no
-            plain file, a name that is absolute or leads upward, or a name twice. A tar that does is not to be trusted.
+        DataError: the tar is damaged or cut off, or it is compressed and not named `.tar.gz`, or unpacked it has more
+            than `MAX_UNPACKED_BYTES`; or it holds a link, a device or another thing that is no plain file, a name that
+            is absolute or leads upward, or a name twice. A tar that does is not to be trusted.
     """
+    memory = _unpack(path) if path.name.endswith(".gz") else None
+    size = path.stat().st_size if memory is None else len(memory)
     samples: Samples = {}
     seen: set[str] = set()
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="strict") as shard:
+        stream = None if memory is None else BytesIO(memory)
+        with tarfile.open(path, "r:", fileobj=stream, encoding="utf-8", errors="strict") as shard:
             for member in shard:
                 if member.isdir():
                     continue
-                _check_member(path, member, seen)
+                _check_member(path, member, seen, size)
                 name = PurePosixPath(member.name)
                 stem, dot, suffix = name.name.partition(".")
-                content = StoredBytes(f"{path.name}/{name}", path, member.offset_data, member.size)
+                content = StoredBytes(f"{path.name}/{name}", path, member.offset_data, member.size, memory)
                 samples.setdefault((name.parent / stem).as_posix(), Sample()).add((dot + suffix).lower(), content)
             end = shard.offset
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
@@ -126,12 +139,26 @@ def list_shard(path: Path) -> Samples:
             raise
         raise DataError(f"{path}: no sound, uncompressed tar ({error}); make or download it again") from error
     # tarfile stops without a word where a header is damaged or missing
-    if StoredBytes(path.name, path, end, max(0, min(512, path.stat().st_size - end))).read() != bytes(512):
+    if StoredBytes(path.name, path, end, max(0, min(512, size - end)), memory).read() != bytes(512):
         raise DataError(f"{path}: damaged or cut off at byte {end}; make or download it again")
     return samples
 
 
-def _check_member(path: Path, member: tarfile.TarInfo, seen: set[str]) -> None:
+def _unpack(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as stream:
+            data = stream.read(MAX_UNPACKED_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: no sound gzip file ({error}); make or download it again") from error
+    if len(data) > MAX_UNPACKED_BYTES:
+        raise DataError(
+            f"{path}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, which is all that is allowed in memory; "
+            "gunzip it: a plain tar of any size is read in place"
+        )
+    return data
+
+
+def _check_member(path: Path, member: tarfile.TarInfo, seen: set[str], size: int) -> None:
     place = f"{path}: member {member.name!r}"
     name = PurePosixPath(member.name)
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
@@ -140,6 +167,6 @@ def _check_member(path: Path, member: tarfile.TarInfo, seen: set[str]) -> None:
         raise DataError(f"{place} has a name that leads out of the shard; only relative names without .. are allowed")
     if name.as_posix() in seen:
         raise DataError(f"{place} is there twice; every name must be there once, so make the shard again")
-    if member.offset_data + member.size > path.stat().st_size:
+    if member.offset_data + member.size > size:
         raise DataError(f"{place} is longer than the file; make or download the shard again")
     seen.add(name.as_posix())
