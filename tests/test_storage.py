@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from davae.errors import StorageError
 from davae.storage import finite, replaced_whole, write_atomically, write_json
@@ -38,6 +40,19 @@ def test_a_folder_is_new_in_all_of_its_files(old: Path) -> None:
         assert contents(old) == {"old.txt": "old"}
     assert contents(old.parent) == {"result/deep/new.txt": "new"}
     assert [path.name for path in old.parent.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replaced_whole(tmp_path / "run") as partial:
+            (partial / "deep").mkdir(0o700)
+            save_file({"x": torch.zeros(1)}, partial / "deep" / "x.safetensors")
+        assert (tmp_path / "run" / "deep").stat().st_mode & 0o777 == 0o777 & ~umask
+        assert (tmp_path / "run" / "deep" / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    finally:
+        os.umask(before)
 
 
 def test_a_folder_and_its_parents_are_made(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        for file in partial.rglob("*"):  # safetensors keeps its files to their owner, whatever the umask says
+            file.chmod(partial.stat().st_mode if file.is_dir() else partial.stat().st_mode & 0o666)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import tarfile
 from io import BytesIO
@@ -162,7 +163,9 @@ def test_damage_behind_the_header_is_found_by_sound(tmp_path, caplog):
     assert list(reasons(sound)) == ["001.png"]
     assert torch.equal(sound.image(1), pictures.image(2))
     assert caplog.messages == [f"2 pictures are used, {sound.refusals_summary()}"]
-    assert sound.sound() is sound
+    assert sound.sound(tmp_path / "out" / "refused.json") is sound
+    assert json.loads((tmp_path / "out" / "refused.json").read_text()) == reasons(sound)
+    assert caplog.messages[1:] == [f"{caplog.messages[0]}; all are in {tmp_path / 'out' / 'refused.json'}"]
     assert sound.digest != pictures.digest
     (tmp_path / "000.png").write_bytes(files["000.png"][:-200])
     (tmp_path / "002.png").write_bytes(files["002.png"][:-200])

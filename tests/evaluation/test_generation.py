@@ -135,12 +135,14 @@ def test_pictures_of_other_prompts_settings_or_weights_are_not_taken_for_these(u
         assert other.shape != first.shape or not torch.equal(other, first), changes
         assert torch.equal(make(upgraded, tmp_path, ["red ball"])[0], first)
     assert make(base, tmp_path, ["red ball"])[0].shape == (3, 32, 32)
+    norm = upgraded.text_encoder.text_model.final_layer_norm
     with torch.no_grad():
-        bias = upgraded.transformer.proj_out.bias
-        bias.add_(0.5)
-        other = make(upgraded, tmp_path, ["red ball"])[0]
-        bias.sub_(0.5)
-    assert not torch.equal(other, first)
+        for bias in (upgraded.transformer.proj_out.bias, norm.bias):
+            bias.add_(0.5)
+            other = make(upgraded, tmp_path, ["red ball"])[0]
+            bias.sub_(0.5)
+            assert not torch.equal(other, first)
+            assert torch.equal(make(upgraded, tmp_path, ["red ball"])[0], first)
 
 
 # ----------------------------------------------------------------------------------------------------------------- KID

@@ -183,7 +183,7 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
 def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
     folder, recipe = tuned
     before = digests(folder, "*")
-    with pytest.raises(CheckpointError, match="new folder"):
+    with pytest.raises(CheckpointError, match=r"another recipe.*: learning_rate = 0.01, limit = None\. .*new folder"):
         finetune(recipe.model_copy(update={"learning_rate": 1e-3, "limit": 3}), folder)
     assert digests(folder, "*") == before
 

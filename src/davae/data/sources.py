@@ -19,6 +19,7 @@ from torch import Tensor
 from davae.data.listing import PICTURE_SUFFIXES, Refusal, Samples, StoredBytes, list_folder, list_shard
 from davae.data.pictures import MIN_SIDE, PictureRefused, check_picture, read_picture
 from davae.errors import DataError, SettingsError
+from davae.storage import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,15 @@ class PictureSet:
         """Several pictures, float32 in [-1, 1]."""
         return torch.stack([self.image(index) for index in indices]).float() / 127.5 - 1
 
-    def sound(self) -> "PictureSet":
+    def sound(self, report: Path | None = None) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
+
+        Args:
+            report: a JSON file for the reasons of all refusals, by name; written only if there are any.
 
         Raises:
             DataError: none is left.
+            StorageError: `report` cannot be written.
         """
         usable = []
         damaged = []
@@ -92,10 +97,13 @@ class PictureSet:
             else:
                 usable.append(index)
         refused = self.refused + damaged
+        if refused and report is not None:
+            write_json(report, {refusal.name: refusal.reason for refusal in refused})
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
         if refused:
-            logger.warning("%d pictures are used, %s", len(usable), summarise(refused))
+            where = f"; all are in {report}" if report else ""
+            logger.warning("%d pictures are used, %s%s", len(usable), summarise(refused), where)
         if not damaged:
             return self
         rest = PictureSet([self._entries[index] for index in usable], size=self.size, refused=refused)

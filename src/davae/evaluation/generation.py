@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
@@ -212,7 +212,7 @@ def evaluate(
         raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
     side = picture_side(pipeline, None)
-    real = open_pictures(pictures, size=side).sound()
+    real = open_pictures(pictures, size=side).sound(out / "refused.json")
     if len(real) < 2:
         raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
     prompts = evaluation_prompts(real, count)
@@ -239,7 +239,7 @@ def evaluate(
 
 
 def _weights_digest(pipeline: DiffusionPipeline) -> str:
-    models = (pipeline.transformer, pipeline.vae)
+    models = [component for _, component in sorted(pipeline.components.items()) if isinstance(component, nn.Module)]
     return _origin([*(tensors_digest(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
 
 

@@ -118,7 +118,7 @@ def reconstruct(
         check_base_encoder(autoencoder, base)
     if size % autoencoder.downsample_factor:
         raise SettingsError(f"size={size} must be a multiple of {autoencoder.downsample_factor}, the downsample factor")
-    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound()
+    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound(out / "refused.json")
     ways = {"davae": upgraded(autoencoder)}
     if base is not None:
         bounds = (base_enlarged(base, autoencoder), base_at_full_size(base))

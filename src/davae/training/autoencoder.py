@@ -15,7 +15,7 @@ from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices, random_crops
 from davae.data.png import to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
-from davae.errors import CheckpointError, SettingsError
+from davae.errors import SettingsError
 from davae.losses import detail_alignment_loss, gradient_l1, kl_loss_mean, kl_loss_sum, reconstruction_l1
 from davae.metrics import psnr, ssim
 from davae.perceptual import LPIPS
@@ -88,10 +88,12 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever data, checkpoints and storage raise.
     """
-    _refuse_another(folder, recipe)
+    recipe.check_folder(folder)
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit).sound()
-    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures).sound()
+    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
+    pictures = pictures.sound(folder / "refused.json")
+    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures)
+    heldout = heldout.sound(folder / "refused_heldout.json")
     autoencoder = start_autoencoder(recipe, pictures, folder / "start")
     lpips = LPIPS.alex()
     state = recipe.training_state(
@@ -177,16 +179,6 @@ def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.
         # A deviation that the detail encoder got gradients through could shrink away the noise.
         noisy.append(half + noise.to(half) * half.detach().float().std(dim=(0, 2, 3), keepdim=True).to(half))
     return noisy[0], noisy[1]
-
-
-def _refuse_another(folder: Path, recipe: AutoencoderRecipe) -> None:
-    """Refuse a folder with another recipe's start or checkpoints in it, before the start is used."""
-    kept = folder / "recipe.toml"
-    begun = any((folder / name).is_dir() for name in ("start", "checkpoints"))
-    if begun and kept.is_file() and kept.read_text() != recipe.to_toml():
-        raise CheckpointError(
-            f"{folder} holds a run of another recipe, see {kept}. Give that recipe to go on with it, or a new folder"
-        )
 
 
 def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:

@@ -72,8 +72,10 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
 
     Raises:
         SettingsError: a size that the upgraded pipeline cannot make.
+        CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
+    recipe.check_folder(folder)
     base = recipe.base or str(assets.base_pipeline())
     autoencoder = load_autoencoder(Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade() / "vae")
     pipeline = upgrade(load_pipeline(base), autoencoder)
@@ -82,7 +84,8 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     if recipe.size % unit:
         raise SettingsError(f"size={recipe.size}: allowed are multiples of {unit}, downsample factor x patch size")
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit).sound()
+    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
+    pictures = pictures.sound(folder / "refused.json")
     parameters = trained_parameters(pipeline.transformer, backbone, recipe)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
     move_frozen(pipeline, state.device)

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from davae.recipe import Recipe
+from davae.errors import CheckpointError
+from davae.recipe import Recipe, load_recipe
 from davae.training.state import TrainingState
 
 Positive = Annotated[int, Field(gt=0)]
@@ -48,6 +49,23 @@ class OptimisationRecipe(Recipe):
     """Of the networks' forward pass; losses are float32. "auto" is bf16 where the device computes in it."""
     checkpoint_every: Positive = 250
     seed: NotNegative = 0
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder in which a run of another recipe has begun, before anything in it is used.
+
+        Raises:
+            CheckpointError: it has; with the settings that differ.
+        """
+        kept = folder / "recipe.toml"
+        begun = any((folder / name).is_dir() for name in ("start", "checkpoints"))
+        if not (begun and kept.is_file()):
+            return
+        theirs, ours = (recipe.model_dump(mode="json") for recipe in (load_recipe(type(self), kept), self))
+        if differing := [f"{name} = {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]:
+            raise CheckpointError(
+                f"{folder} holds a run of another recipe, see {kept}: {', '.join(differing)}. "
+                "Give that recipe to go on with it, or a new folder"
+            )
 
     def training_state(
         self, folder: Path, models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter], *, label: str
