@@ -1,4 +1,3 @@
-import copy
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
-from davae.adapter import add_lora, extract_lora, load_adapter, save_adapter
+from davae.adapter import add_lora, base_digest, load_adapter, save_adapter, target_layers
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
@@ -150,42 +149,6 @@ def test_lora_is_the_same_for_the_same_seed_and_leaves_the_global_stream_alone(b
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 8.0])
-def test_a_change_of_low_rank_is_extracted_whole(base, autoencoder, alpha):
-    pipeline, plain = upgrade(base, autoencoder), copy.deepcopy(upgrade(base, autoencoder))
-    disturb(add_lora(pipeline.transformer, 2, 2.0, TARGETS))
-    pipeline.transformer.fuse_lora(safe_fusing=True)
-    pipeline.transformer.unload_lora()
-    lost = extract_lora(pipeline.transformer, plain.transformer, 2, alpha, TARGETS)
-    assert 0 <= lost < 1e-9
-    assert np.allclose(generate(plain), generate(pipeline), atol=1e-4)
-    assert not np.allclose(generate(upgrade(base, autoencoder)), generate(pipeline), atol=1e-2)
-
-
-def test_what_a_lower_rank_loses_is_told_and_the_least_possible(base, autoencoder):
-    trained = copy.deepcopy(upgrade(base, autoencoder)).transformer
-    weight = trained.transformer_blocks[0].attn.to_q.weight
-    before = weight.detach().clone()
-    disturb([weight])
-    told = []
-    for rank in (1, 3, 8):
-        transformer = copy.deepcopy(upgrade(base, autoencoder)).transformer
-        told.append(extract_lora(trained, transformer, rank, float(rank), ["transformer_blocks.0.attn.to_q"]))
-        transformer.fuse_lora()
-        transformer.unload_lora()
-        rest = weight - transformer.transformer_blocks[0].attn.to_q.weight
-        values = torch.linalg.svdvals((weight - before).double()).square()
-        assert told[-1] == pytest.approx((values[rank:].sum() / values.sum()).item(), rel=1e-4)
-        assert told[-1] == pytest.approx((rest.square().sum() / (weight - before).square().sum()).item(), rel=1e-3)
-    assert 0 < told[2] < told[1] < told[0] < 1
-
-
-def test_a_rank_above_the_narrowest_layer_is_refused(base, autoencoder):
-    transformer = upgrade(base, autoencoder).transformer
-    with pytest.raises(SettingsError, match="rank=99 is more than the 16 of the narrowest target layer"):
-        extract_lora(transformer, transformer, 99, 99.0, ["to_q"])
-
-
 @pytest.fixture
 def trained(base, autoencoder, tmp_path):
     """A saved base, an adapter for it, and the image that the trained pipeline makes."""
@@ -238,6 +201,50 @@ def test_an_adapter_of_the_ports_alone_is_exact(base, autoencoder, tmp_path):
     save_adapter(tmp_path / "adapter", pipeline, base="tiny/base")
     reloaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")
     assert np.array_equal(generate(reloaded), generate(pipeline))
+
+
+@pytest.fixture
+def trained_layers(base, autoencoder, tmp_path):
+    """A saved base, an adapter of trained layers and ports for it, and the pipeline that these belong to."""
+    base.save_pretrained(tmp_path / "base")
+    pipeline = upgrade(base, autoencoder)
+    digest = base_digest(pipeline.transformer)
+    transformer = pipeline.transformer
+    for layer in (*target_layers(transformer, ["to_q", "ff.net.2"]).values(), transformer.proj_out):
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        disturb([layer.weight])
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", layers=["to_q", "ff.net.2"], base_sha256=digest)
+    return tmp_path, pipeline
+
+
+def test_an_adapter_of_trained_layers_is_exact(trained_layers, base, autoencoder):
+    folder, pipeline = trained_layers
+    image, before = generate(pipeline), generate(base)
+    for fuse in (True, False):
+        reloaded = load_pipeline(folder / "base", adapter=folder / "adapter", fuse=fuse)
+        assert np.array_equal(generate(reloaded), image)
+    assert not np.allclose(generate(upgrade(base, autoencoder)), image, atol=1e-2)
+    files = {path.name for path in (folder / "adapter").iterdir()}
+    assert files == {"adapter.json", "transformer_ports.safetensors", "transformer_layers.safetensors", "vae"}
+    shared = upgrade(base, autoencoder)
+    load_adapter(shared.transformer, folder / "adapter", fuse=True)
+    assert np.array_equal(generate(shared), image)
+    assert np.array_equal(generate(base), before)
+
+
+def test_an_adapter_of_trained_layers_in_half_precision(trained_layers):
+    folder, _ = trained_layers
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
+
+
+def test_trained_layers_that_do_not_fit_are_refused(trained_layers):
+    folder, _ = trained_layers
+    path = folder / "adapter" / "transformer_layers.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if "to_q" in name}, path)
+    with pytest.raises(CheckpointError, match=r"transformer_layers.*first at .*ff\.net\.2\.weight"):
+        load_pipeline(folder / "base", adapter=folder / "adapter")
 
 
 def test_an_adapter_on_another_base_is_refused_with_both_hashes(trained):

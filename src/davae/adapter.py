@@ -1,10 +1,11 @@
-"""Adapter folders: what fine-tuning adds to a base pipeline, without the base: ports, LoRA and the autoencoder.
+"""Adapter folders: what fine-tuning adds to a base pipeline, without the base: ports, LoRA or layers, autoencoder.
 
 An adapter folder holds
 
 - `adapter.json`, an `AdapterIndex`;
 - `transformer_ports.safetensors`, both latent ports in full, base channels included;
 - `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
+- `transformer_layers.safetensors`, the weights of the layers that were trained themselves, if there are any;
 - `vae/`, the AutoencoderDA as it saves itself.
 """
 
@@ -28,6 +29,7 @@ from davae.storage import replaced_whole
 INDEX = "adapter.json"
 PORTS = "transformer_ports.safetensors"
 LORA = "transformer_lora.safetensors"
+LAYERS = "transformer_layers.safetensors"
 VAE = "vae"
 
 
@@ -62,7 +64,14 @@ class AdapterIndex(BaseModel):
     detail_channels: int
     """D."""
     lora: LoraFacts | None
-    """None if only the ports were trained."""
+    """None if there is no LoRA."""
+    layers: tuple[str, ...] = ()
+    """The layers, other than the ports, whose weights were trained themselves; named as `lora.targets` are."""
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The layers that are not the base's, ports apart."""
+        return self.layers + (self.lora.targets if self.lora else ())
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
@@ -150,57 +159,23 @@ def add_lora(
     return trainable
 
 
-@torch.no_grad()
-def extract_lora(
-    trained: ModelMixin, transformer: ModelMixin, rank: int, alpha: float, targets: Sequence[str], *, seed: int = 0
-) -> float:
-    """Give an untrained, widened transformer both ports of a trained one, and its other changes as LoRA (`add_lora`).
-
-    Each pair of matrices is the best approximation of its layer's change at that rank in the squared norm: the first
-    singular vectors, computed in float64. Changes outside of `targets` and ports are left behind.
-
-    Args:
-        trained: a plain transformer, without LoRA layers.
-        transformer: the same one before training; changed in place.
-        rank: inner width of each pair, at most the smaller side of every target layer.
-        alpha: as of `add_lora`.
-        targets: as of `add_lora`.
-        seed: as of `add_lora`; of no consequence for the result.
-
-    Returns:
-        The part of the target layers' change that is lost: squared norm of the rest over that of all, 0 to 1.
-
-    Raises:
-        SettingsError: as `add_lora`, and if `rank` is too large.
-    """
-    ports, sources = backbone_of(transformer).ports, target_layers(trained, targets)
-    narrowest = min(min(layer.weight.shape) for layer in sources.values())
-    if rank > narrowest:
-        raise SettingsError(f"rank={rank} is more than the {narrowest} of the narrowest target layer")
-    add_lora(transformer, rank, alpha, targets, seed=seed)
-    _copy_into(
-        _of_layers(transformer.state_dict(), ports.input, ports.output),
-        _of_layers(trained.state_dict(), ports.input, ports.output),
-    )
-    lost, total = 0.0, 0.0
-    for name, source in sources.items():
-        layer = transformer.get_submodule(name)
-        change = (source.weight.double() - layer.base_layer.weight.double()) * (rank / alpha)
-        left, values, right = torch.linalg.svd(change, full_matrices=False)
-        root = values[:rank].sqrt()
-        layer.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
-        layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
-        lost, total = lost + values[rank:].square().sum().item(), total + values.square().sum().item()
-    return lost / total if total else 0.0
-
-
-def save_adapter(folder: Path, pipeline: DiffusionPipeline, *, base: str) -> None:
+def save_adapter(
+    folder: Path,
+    pipeline: DiffusionPipeline,
+    *,
+    base: str,
+    layers: Sequence[str] = (),
+    base_sha256: str | None = None,
+) -> None:
     """Write what training added to the base as an adapter folder: wholly, or not at all.
 
     Args:
         folder: where; an adapter folder there is replaced.
         pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained ports only.
         base: name or path of the base pipeline, kept for people to read.
+        layers: ends of the names of layers whose weights were trained themselves, as `target_layers` takes them.
+        base_sha256: `base_digest` from before the training; by default the transformer's own, which is the same unless
+            `layers` were trained.
 
     Raises:
         SettingsError: if `folder` holds something else than an adapter.
@@ -211,11 +186,12 @@ def save_adapter(folder: Path, pipeline: DiffusionPipeline, *, base: str) -> Non
     lora = getattr(transformer, "peft_config", {}).get("default")
     index = AdapterIndex(
         base=base,
-        base_sha256=base_digest(transformer),
+        base_sha256=base_sha256 or base_digest(transformer),
         transformer=type(transformer).__name__,
         base_channels=config.base_channels,
         detail_channels=config.detail_channels,
         lora=lora and LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules))),
+        layers=tuple(layers),
     )
     if folder.exists() and not (folder / INDEX).is_file():
         raise SettingsError(f"{folder} exists and is no adapter folder: choose another name, or remove it yourself")
@@ -224,6 +200,8 @@ def save_adapter(folder: Path, pipeline: DiffusionPipeline, *, base: str) -> Non
         save_file(_of_layers(transformer.state_dict(), ports.input, ports.output), partial / PORTS)
         if lora:
             save_file(_contiguous(get_peft_model_state_dict(transformer)), partial / LORA)
+        if layers:
+            save_file(_weights_of(transformer, layers), partial / LAYERS)
         pipeline.vae.save_pretrained(partial / VAE)
 
 
@@ -256,7 +234,7 @@ def check_base(transformer: ModelMixin, folder: Path) -> None:
 
 
 def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
-    """Put an adapter's ports and LoRA into a widened base transformer, in place; `check_base` says if it is the one.
+    """Put all that an adapter has into a widened base transformer, in place; `check_base` says if it is the one.
 
     Args:
         transformer: widened by the adapter's `detail_channels`, otherwise its base; with LoRA layers of the adapter's
@@ -270,6 +248,12 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     ports, index = backbone_of(transformer).ports, read_index(folder)
     here = _of_layers(transformer.state_dict(), ports.input, ports.output)
     _copy_into(here, _read_tensors(folder / PORTS, like=here))
+    if index.layers:
+        weights = _read_tensors(folder / LAYERS, like=_weights_of(transformer, index.layers))
+        for name, layer in target_layers(transformer, index.layers).items():
+            # Not copied into place: the base may share the old one.
+            weight = weights[f"{name}.weight"].to(layer.weight)
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     if index.lora is None:
         return
     facts = index.lora
@@ -288,6 +272,10 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
 
 def _of_layers(tensors: dict[str, Tensor], *layers: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in layers}
+
+
+def _weights_of(transformer: ModelMixin, layers: Sequence[str]) -> dict[str, Tensor]:
+    return {f"{name}.weight": layer.weight.detach() for name, layer in target_layers(transformer, layers).items()}
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ def finetune(
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     dry_run: DryRun = False,
 ) -> None:
-    """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, or all of it)."""
+    """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
     _quiet()
     from davae.recipe import load_recipe
     from davae.training.finetune import FinetuneRecipe, finetune

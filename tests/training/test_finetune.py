@@ -68,8 +68,7 @@ def full(recipe: FinetuneRecipe, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def layers(recipe: FinetuneRecipe, tmp_path_factory) -> Run:
-    """Of the layers themselves, the adapter's rank the full one of the 64 x 64 attention matrices."""
-    chosen = recipe.model_copy(update={"trained": "layers", "lora_rank": 64, "lora_targets": ("to_q", "to_v")})
+    chosen = recipe.model_copy(update={"trained": "layers", "lora_targets": ("to_q", "to_v")})
     folder = tmp_path_factory.mktemp("layers")
     assert finetune(chosen, folder) == folder / "pipeline"
     return folder, chosen
@@ -256,6 +255,7 @@ def test_only_the_layers_named_and_the_ports_are_trained(layers: Run) -> None:
     assert changed == ports | targets
     saved = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "transformer.safetensors")
     assert saved.keys() == changed | {"pos_embed.pos_embed"}
+    assert read_index(folder / "adapter").base_sha256 == base_digest(start)
 
 
 @pytest.mark.parametrize("made", ["lora", "layers"])
@@ -402,19 +402,46 @@ def test_training_goes_on_from_an_adapter(lora: Run, tmp_path) -> None:
     assert not any(torch.equal(ports[key], tensor) for key, tensor in before.items())
 
 
+@pytest.mark.parametrize("made", ["lora", "layers"])
 @pytest.mark.parametrize("trained", ["layers", "full"])
-def test_the_layers_themselves_go_on_from_an_adapter(lora: Run, tmp_path, trained) -> None:
-    folder, recipe = lora
+def test_the_layers_themselves_go_on_from_an_adapter(request, tmp_path, made, trained, caplog) -> None:
+    folder, recipe = request.getfixturevalue(made)
     update = {"adapter": str(folder / "adapter"), "detail_warmup_steps": 0, "trained": trained}
+    caplog.clear()
     finetune(recipe.model_copy(update={**update, "steps": 0}), tmp_path / "same")
     before, after = (load_pipeline(path / "pipeline").transformer.state_dict() for path in (folder, tmp_path / "same"))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
+    assert "base's again" not in caplog.text
     finetune(recipe.model_copy(update={**update, "steps": 2}), tmp_path / "on")
     after = load_pipeline(tmp_path / "on" / "pipeline").transformer.state_dict()
     layer = "transformer_blocks.0.attn.to_q"
     assert (after[f"{layer}.weight"] - before[f"{layer}.weight"]).abs().max() > 1e-4
     assert torch.equal(after[f"{layer}.bias"], before[f"{layer}.bias"]) == (trained == "layers")
+
+
+@pytest.mark.parametrize("made", ["lora", "layers"])
+def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_path, made, caplog) -> None:
+    folder, recipe = request.getfixturevalue(made)
+    update = {"adapter": str(folder / "adapter"), "trained": "layers", "lora_targets": ("to_v",), "steps": 0}
+    finetune(recipe.model_copy(update=update), tmp_path)
+    base = load_pipeline(recipe.base).transformer.state_dict()
+    before, after = (load_pipeline(path / "pipeline").transformer.state_dict() for path in (folder, tmp_path))
+    adapted = load_pipeline(recipe.base, adapter=tmp_path / "adapter").transformer.state_dict()
+    for block in (0, 1):
+        query, value = (f"transformer_blocks.{block}.attn.{name}.weight" for name in ("to_q", "to_v"))
+        assert torch.equal(after[query], base[query])
+        assert not torch.equal(after[query], before[query])
+        torch.testing.assert_close(after[value], before[value], atol=1e-6, rtol=0)
+        assert query.removesuffix(".weight") in caplog.text
+    assert all(torch.equal(adapted[name], tensor) for name, tensor in after.items())
+
+
+def test_lora_does_not_go_on_from_trained_layers(layers: Run, tmp_path) -> None:
+    folder, recipe = layers
+    update = {"adapter": str(folder / "adapter"), "trained": "lora"}
+    with pytest.raises(SettingsError, match='allowed is trained="layers" or "full"'):
+        finetune(recipe.model_copy(update=update), tmp_path / "run")
 
 
 def test_an_adapter_of_another_rank_is_refused(lora: Run, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from davae import assets
-from davae.adapter import add_lora, check_base, extract_lora, load_adapter, save_adapter, target_layers, tensors_digest
+from davae.adapter import (
+    add_lora,
+    base_digest,
+    check_base,
+    load_adapter,
+    read_index,
+    save_adapter,
+    target_layers,
+    tensors_digest,
+)
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of
 from davae.data.order import batch_indices
@@ -52,7 +62,7 @@ class FinetuneRecipe(OptimisationRecipe):
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers that get LoRA, or are trained themselves; () is the family's default."""
     adapter: str = ""
-    """An adapter folder of the same base to go on from, its LoRA of the recipe's rank and targets; "" is none."""
+    """An adapter folder of the same base to go on from; with LoRA, of the same rank and targets. "" is none."""
     batch_size: Positive = 32
     detail_warmup_steps: NotNegative = 200
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
@@ -86,6 +96,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
     pictures = pictures.sound(folder / "refused.json")
+    base_sha256 = base_digest(pipeline.transformer)
     parameters = trained_parameters(pipeline.transformer, backbone, recipe)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
     move_frozen(pipeline, state.device)
@@ -115,7 +126,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         losses = flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=weight)
         state.update(losses.total, {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight})
     with state.ema_weights():
-        saved = save_upgrade(pipeline.to("cpu"), folder, base, recipe)
+        saved = save_upgrade(pipeline.to("cpu"), folder, recipe, base=base, base_sha256=base_sha256)
     recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
     return saved
 
@@ -125,21 +136,42 @@ def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: Finet
     targets = recipe.lora_targets or backbone.lora_targets
     if recipe.trained == "lora":
         parameters = add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
+        if recipe.adapter:
+            go_on_from(transformer, Path(recipe.adapter), fuse=False)
+        return parameters
     if recipe.adapter:
-        check_base(transformer, Path(recipe.adapter))
-        load_adapter(transformer, Path(recipe.adapter), fuse=recipe.trained != "lora")
+        go_on_from(transformer, Path(recipe.adapter), fuse=True, only=targets if recipe.trained == "layers" else None)
     if recipe.trained == "full":
-        parameters = list(transformer.parameters())
-    if recipe.trained == "layers":
-        layers: list[nn.Module] = list(target_layers(transformer, targets).values())
-        ports = [transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
-        parameters = [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
-        parameters += [p for port in ports for p in port.parameters()]
-    if recipe.trained != "lora":
-        transformer.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        return list(transformer.requires_grad_(True).parameters())
+    layers: list[nn.Module] = list(target_layers(transformer, targets).values())
+    ports = [transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
+    parameters = [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
+    parameters += [p for port in ports for p in port.parameters()]
+    transformer.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     return parameters
+
+
+def go_on_from(transformer: nn.Module, adapter: Path, *, fuse: bool, only: Sequence[str] | None = None) -> None:
+    """Load an adapter to train on from; of its layers those outside of `only` become the base's again, and it is said.
+
+    Raises:
+        CheckpointError: the adapter is damaged or another base's, or its LoRA is of another rank or other targets.
+        SettingsError: LoRA is to go on from an adapter whose layers were trained themselves.
+    """
+    check_base(transformer, adapter)
+    index = read_index(adapter)
+    if index.layers and not fuse:
+        raise SettingsError(f'adapter={adapter} has trained layers, no LoRA: allowed is trained="layers" or "full"')
+    kept = {} if only is None else target_layers(transformer, only)
+    changed = target_layers(transformer, index.changed if fuse else ())
+    bases = {name: layer.weight.data for name, layer in changed.items() if only is not None and name not in kept}
+    load_adapter(transformer, adapter, fuse=fuse)
+    for name, weight in bases.items():
+        transformer.get_submodule(name).weight = nn.Parameter(weight)
+    if bases:
+        logger.warning("not among lora_targets, so the base's again, in %d layers: %s", len(bases), ", ".join(bases))
 
 
 def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
@@ -193,22 +225,17 @@ def last_losses(state: TrainingState) -> dict[str, float | None]:
     return {name: value for line in lines[-1:] for name, value in line.items() if name.endswith("loss")}
 
 
-def save_upgrade(pipeline: DiffusionPipeline, folder: Path, base: str, recipe: FinetuneRecipe) -> Path:
-    """Write the stock pipeline and, unless everything was trained, the adapter folder beside it.
-
-    The adapter of trained layers has their changes at rank `lora_rank`, the best approximation there is; the pipeline
-    has all of them.
-    """
+def save_upgrade(
+    pipeline: DiffusionPipeline, folder: Path, recipe: FinetuneRecipe, *, base: str, base_sha256: str
+) -> Path:
+    """Write the stock pipeline and, unless everything was trained, the adapter folder beside it."""
     pipeline.transformer.eval()
+    if recipe.trained != "full":
+        targets = recipe.lora_targets or backbone_of(pipeline.transformer).lora_targets
+        layers = targets if recipe.trained == "layers" else ()
+        save_adapter(folder / "adapter", pipeline, base=Path(base).name, layers=layers, base_sha256=base_sha256)
     if recipe.trained == "lora":
-        save_adapter(folder / "adapter", pipeline, base=Path(base).name)
         pipeline.transformer.fuse_lora(safe_fusing=True)
         pipeline.transformer.unload_lora()
-    if recipe.trained == "layers":
-        adapted = upgrade(load_pipeline(base), pipeline.vae)
-        targets = recipe.lora_targets or backbone_of(pipeline.transformer).lora_targets
-        lost = extract_lora(pipeline.transformer, adapted.transformer, recipe.lora_rank, recipe.lora_alpha, targets)
-        logger.info("LoRA of rank %d has all but %.2g of the change's squared norm", recipe.lora_rank, lost)
-        save_adapter(folder / "adapter", adapted, base=Path(base).name)
     save_pipeline(pipeline, folder / "pipeline")
     return folder / "pipeline"
