@@ -146,7 +146,8 @@ def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
     write_json(folder / "result.json", {**facts, "budget": asdict(plan), "seed": seed, "environment": environment()})
     figure = main_figure(made, real, plan.shown)
     write_figure(folder / "figure.png", figure, title="Same prompts, same noise, 64 tokens everywhere")
-    gallery = reconstruction.gallery(heldout, range(4), ways, differences=[ENLARGED, THIS_RUN])
+    rows = range(0, plan.heldout, plan.heldout // 4)
+    gallery = reconstruction.gallery(heldout, rows, ways, differences=[ENLARGED, THIS_RUN])
     write_page(folder / "index.html", demo_page(facts, figure, gallery, folder, plan, seed))
     return folder / "index.html"
 

@@ -124,7 +124,7 @@ def reconstruct(
         bounds = (base_enlarged(base, autoencoder), base_at_full_size(base))
         ways = {"base at half size, bicubic": bounds[0], **ways, "base at full size": bounds[1]}
     values = measure(heldout, ways, lpips=LPIPS.alex().to(autoencoder.device))
-    shown = range(min(8, len(heldout)))
+    shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
     drawn = gallery(heldout, shown, ways, differences=["davae"], device=autoencoder.device)
     facts = {"values": values, "count": len(heldout), "size": size, "environment": environment()}
     write_json(out / "result.json", facts)
