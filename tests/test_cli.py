@@ -143,7 +143,8 @@ def test_missing_recipe_leaves_with_2(tmp_path: Path, verb: str) -> None:
 def test_an_upgrade_never_replaces_what_it_reads(tmp_path: Path) -> None:
     tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*"))
-    answer = davae("upgrade", str(tmp_path / "base"), str(tmp_path / "autoencoder"), str(tmp_path / "base"))
-    assert answer.returncode == 2
-    assert "would be replaced" in answer.stderr
+    for out in (tmp_path / "base", tmp_path):
+        answer = davae("upgrade", str(tmp_path / "base"), str(tmp_path / "autoencoder"), str(out))
+        assert answer.returncode == 2
+        assert "would be replaced" in answer.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*")) == before

@@ -155,7 +155,7 @@ def trained(base, autoencoder, tmp_path):
     base.save_pretrained(tmp_path / "base")
     pipeline = upgrade(base, autoencoder)
     disturb(add_lora(pipeline.transformer, 4, 8.0, TARGETS))
-    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base")
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", base_sha256=base_digest(base.transformer))
     return tmp_path, generate(pipeline)
 
 
@@ -198,7 +198,7 @@ def test_an_adapter_of_the_ports_alone_is_exact(base, autoencoder, tmp_path):
     base.save_pretrained(tmp_path / "base")
     pipeline = upgrade(base, autoencoder)
     disturb([*pipeline.transformer.pos_embed.proj.parameters(), *pipeline.transformer.proj_out.parameters()])
-    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base")
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", base_sha256=base_digest(base.transformer))
     reloaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")
     assert np.array_equal(generate(reloaded), generate(pipeline))
 
@@ -274,10 +274,10 @@ def test_a_damaged_or_missing_file_of_an_adapter_is_named(trained, name):
 def test_saving_again_replaces_an_adapter_and_nothing_else(trained, base, autoencoder):
     folder, _ = trained
     pipeline = upgrade(base, autoencoder)
-    save_adapter(folder / "adapter", pipeline, base="tiny/base")
+    save_adapter(folder / "adapter", pipeline, base="tiny/base", base_sha256="0" * 64)
     assert not (folder / "adapter" / "transformer_lora.safetensors").exists()
     with pytest.raises(SettingsError, match="is no adapter folder"):
-        save_adapter(folder / "base", pipeline, base="tiny/base")
+        save_adapter(folder / "base", pipeline, base="tiny/base", base_sha256="0" * 64)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
 
@@ -287,11 +287,11 @@ def test_a_failed_save_leaves_the_old_adapter_and_nothing_half_written(trained, 
     pipeline = upgrade(base, autoencoder)
     pipeline.vae.save_pretrained = None  # the last of the files cannot be written
     with pytest.raises(TypeError):
-        save_adapter(folder / "adapter", pipeline, base="tiny/base")
+        save_adapter(folder / "adapter", pipeline, base="tiny/base", base_sha256="0" * 64)
     assert before == {path.name: path.read_bytes() for path in (folder / "adapter").iterdir() if path.is_file()}
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
     with pytest.raises(StorageError, match="cannot write"):
-        save_adapter(folder / "adapter" / "adapter.json" / "inside", upgrade(base, autoencoder), base="tiny/base")
+        save_adapter(folder / "adapter" / "adapter.json" / "inside", pipeline, base="tiny/base", base_sha256="0" * 64)
 
 
 def test_an_autoencoder_of_another_vae_is_refused(base):
@@ -334,6 +334,8 @@ def test_what_is_no_pair_is_refused(base, autoencoder):
 def test_lora_targets_that_are_no_layers_or_ports_are_refused(base):
     with pytest.raises(SettingsError, match="'to_z' is no linear layer"):
         add_lora(base.transformer, 4, 4.0, ["to_q", "to_z"])
+    with pytest.raises(SettingsError, match="'proj' is a latent port"):
+        add_lora(base.transformer, 2, 2.0, ["proj"])  # of the feed-forward layer, and of the position embedding
     with pytest.raises(SettingsError, match="'proj_out' is a latent port"):
         add_lora(base.transformer, 4, 4.0, ["proj_out"])
     with pytest.raises(SettingsError, match="rank=0"):
@@ -416,6 +418,15 @@ def test_pickled_weights_are_never_read(base, autoencoder, tmp_path):
         load_base_vae(str(tmp_path / "base"))
     with pytest.raises(CheckpointError):
         load_autoencoder(tmp_path / "autoencoder")
+
+
+def test_a_config_without_the_bases_class_is_a_typed_refusal(autoencoder, tmp_path):
+    autoencoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["base_config"]["_class_name"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="cannot be loaded as an AutoencoderDA"):
+        load_autoencoder(tmp_path)
 
 
 def test_another_models_folder_is_a_typed_refusal(base, tmp_path):

@@ -7,7 +7,7 @@ from davae.backbones import widen_transformer
 from davae.errors import SettingsError
 from davae.widen import pad_channels
 
-PORTS = ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
+PORTS = ("pos_embed.proj.weight", "pos_embed.proj.bias", "proj_out.weight", "proj_out.bias")
 
 
 def test_padding_keeps_each_channel_at_its_place_in_every_patch_position():

@@ -87,16 +87,16 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def base_digest(transformer: ModelMixin) -> str:
-    """`tensors_digest` of everything but the two latent ports, which an adapter replaces, and LoRA layers.
+    """`tensors_digest` of everything but the two latent ports, which an adapter replaces.
 
-    So a base transformer, its widened form, and that form with LoRA in training all have the same.
+    So a base transformer and its widened form have the same.
     """
     ports = backbone_of(transformer).ports
     return tensors_digest(
         {
-            name.replace(".base_layer.", "."): tensor
+            name: tensor
             for name, tensor in transformer.state_dict().items()
-            if not name.startswith((f"{ports.input}.", f"{ports.output}.")) and ".lora_" not in name
+            if not name.startswith((f"{ports.input}.", f"{ports.output}."))
         }
     )
 
@@ -114,11 +114,9 @@ def target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, 
         matched = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
         if not matched:
             ends = sorted({".".join(part for part in name.split(".")[-2:] if part) for name in layers})
-            raise SettingsError(
-                f"LoRA target {target!r} is no linear layer of this model; it has, for example, {ends[:12]}"
-            )
-        if matched.keys() & {ports.input, ports.output}:
-            raise SettingsError(f"LoRA target {target!r} is a latent port, and those are trained in full: leave it out")
+            raise SettingsError(f"target {target!r} is no linear layer of this model; it has, for example, {ends[:12]}")
+        if any(port == target or port.endswith(f".{target}") for port in (ports.input, ports.output)):
+            raise SettingsError(f"target {target!r} is a latent port, and those are trained in full: leave it out")
         found |= matched
     return found
 
@@ -164,8 +162,8 @@ def save_adapter(
     pipeline: DiffusionPipeline,
     *,
     base: str,
+    base_sha256: str,
     layers: Sequence[str] = (),
-    base_sha256: str | None = None,
 ) -> None:
     """Write what training added to the base as an adapter folder: wholly, or not at all.
 
@@ -173,9 +171,8 @@ def save_adapter(
         folder: where; an adapter folder there is replaced.
         pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained ports only.
         base: name or path of the base pipeline, kept for people to read.
+        base_sha256: `base_digest` of its transformer, from before the training.
         layers: ends of the names of layers whose weights were trained themselves, as `target_layers` takes them.
-        base_sha256: `base_digest` from before the training; by default the transformer's own, which is the same unless
-            `layers` were trained.
 
     Raises:
         SettingsError: if `folder` holds something else than an adapter.
@@ -186,7 +183,7 @@ def save_adapter(
     lora = getattr(transformer, "peft_config", {}).get("default")
     index = AdapterIndex(
         base=base,
-        base_sha256=base_sha256 or base_digest(transformer),
+        base_sha256=base_sha256,
         transformer=type(transformer).__name__,
         base_channels=config.base_channels,
         detail_channels=config.detail_channels,
@@ -197,11 +194,11 @@ def save_adapter(
         raise SettingsError(f"{folder} exists and is no adapter folder: choose another name, or remove it yourself")
     with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
-        save_file(_of_layers(transformer.state_dict(), ports.input, ports.output), partial / PORTS)
+        save_file(_contiguous(_of_layers(transformer.state_dict(), ports.input, ports.output)), partial / PORTS)
         if lora:
             save_file(_contiguous(get_peft_model_state_dict(transformer)), partial / LORA)
         if layers:
-            save_file(_weights_of(transformer, layers), partial / LAYERS)
+            save_file(_contiguous(_weights_of(transformer, layers)), partial / LAYERS)
         pipeline.vae.save_pretrained(partial / VAE)
 
 
@@ -219,13 +216,13 @@ def read_index(folder: Path) -> AdapterIndex:
         raise CheckpointError(f"{folder / INDEX} is damaged or of another format version: {error}") from error
 
 
-def check_base(transformer: ModelMixin, folder: Path) -> None:
-    """Refuse the adapter in `folder` unless it was trained on this transformer, widened or not; hashes all weights.
+def check_base(digest: str, folder: Path) -> None:
+    """Refuse the adapter in `folder` unless it was trained on the transformer with this `base_digest`.
 
     Raises:
         CheckpointError: if there is no adapter, or another base's.
     """
-    index, digest = read_index(folder), base_digest(transformer)
+    index = read_index(folder)
     if digest != index.base_sha256:
         raise CheckpointError(
             f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
@@ -238,7 +235,7 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
 
     Args:
         transformer: widened by the adapter's `detail_channels`, otherwise its base; with LoRA layers of the adapter's
-            rank and targets on it (`add_lora`), these are filled.
+            rank, alpha and targets on it (`add_lora`), these are filled.
         folder: the adapter.
         fuse: add the LoRA to the weights, so that a plain transformer results; otherwise LoRA layers stay.
 
@@ -247,7 +244,7 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     """
     ports, index = backbone_of(transformer).ports, read_index(folder)
     here = _of_layers(transformer.state_dict(), ports.input, ports.output)
-    _copy_into(here, _read_tensors(folder / PORTS, like=here))
+    transformer.load_state_dict(_read_tensors(folder / PORTS, like=here), strict=False)
     if index.layers:
         weights = _read_tensors(folder / LAYERS, like=_weights_of(transformer, index.layers))
         for name, layer in target_layers(transformer, index.layers).items():
@@ -262,6 +259,8 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
         transformer.add_adapter(
             LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=targets, init_lora_weights=False)
         )
+    elif (alpha := transformer.peft_config["default"].lora_alpha) != facts.alpha:
+        raise CheckpointError(f"{folder} has LoRA of alpha {facts.alpha}, and {alpha} was asked for: ask for its own")
     tensors = _read_tensors(folder / LORA, like=get_peft_model_state_dict(transformer))
     set_peft_model_state_dict(transformer, tensors)
     if fuse:
@@ -282,12 +281,6 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-@torch.no_grad()
-def _copy_into(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name])
-
-
 def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
@@ -298,6 +291,7 @@ def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
     if want != have:
         name, shape = sorted(want.items() ^ have.items())[0]
         raise CheckpointError(
-            f"{path} does not fit this transformer, first at {name} {list(shape)}: it is another base's"
+            f"{path} does not fit this transformer, first at {name} {list(shape)}: "
+            "it is of another rank, of other targets or of other detail channels"
         )
     return tensors

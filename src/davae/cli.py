@@ -6,16 +6,13 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from davae import __version__
 from davae.errors import DavaeError, SettingsError
-
-if TYPE_CHECKING:
-    from davae.recipe import Recipe
 
 app = typer.Typer(
     name="davae",
@@ -106,7 +103,7 @@ def train_autoencoder(
 
     resolved = load_recipe(AutoencoderRecipe, recipe, _overrides(settings))
     if dry_run:
-        return _show_recipe(resolved)
+        return _say(resolved.to_toml())
     _say(train_autoencoder(resolved, out or Path("runs") / recipe.stem))
 
 
@@ -122,8 +119,8 @@ def upgrade(
         return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
     from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
-    if out.resolve() in (Path(pipeline).resolve(), autoencoder.resolve()):
-        raise SettingsError(f"OUT={out} is what is read, and would be replaced: give another folder")
+    if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
+        raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
     save_pipeline(upgrade(load_pipeline(pipeline), load_autoencoder(autoencoder)), out)
     _say(out)
 
@@ -142,7 +139,7 @@ def finetune(
 
     resolved = load_recipe(FinetuneRecipe, recipe, _overrides(settings))
     if dry_run:
-        return _show_recipe(resolved)
+        return _say(resolved.to_toml())
     _say(finetune(resolved, out or Path("runs") / recipe.stem))
 
 
@@ -253,10 +250,6 @@ def _say(text: object) -> None:
 
 def _show(facts: dict[str, Any]) -> None:
     _say(json.dumps(facts, indent=2, default=str))
-
-
-def _show_recipe(recipe: "Recipe") -> None:
-    _say(recipe.to_toml())
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, Any]:

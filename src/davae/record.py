@@ -1,6 +1,7 @@
 """What a run leaves behind: recipe.toml, environment.json, metrics.jsonl and result.json in one folder."""
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -9,14 +10,50 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from davae.errors import SettingsError
 from davae.recipe import Recipe
 from davae.storage import finite, fsync, storage_error, write_atomically, write_json
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+
+
+_held: set[tuple[int, Path]] = set()
+"""By process and folder: a fork inherits the set, not the locks."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops when the process dies, however it dies; make the folder.
+
+    Within one process it nests.
+
+    Raises:
+        SettingsError: another process holds it.
+        StorageError: the folder cannot be written, or its file system has no locks.
+    """
+    folder = Path(folder).resolve()
+    mine = os.getpid(), folder
+    if mine in _held:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / ".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"another process trains in {folder}: wait for it, stop it, or give another folder"
+            ) from error
+        except OSError as error:
+            raise storage_error(folder / ".lock", 0, error) from error
+        _held.add(mine)
+        stack.callback(_held.discard, mine)
+        yield
 
 
 class RunRecord:

@@ -28,8 +28,7 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.rglob("*"):  # safetensors keeps its files to their owner, whatever the umask says
-            file.chmod(partial.stat().st_mode if file.is_dir() else partial.stat().st_mode & 0o666)
+        share_as_umask_says(partial)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
@@ -39,6 +38,13 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def share_as_umask_says(folder: Path) -> None:
+    """Give what is in a new folder the rights that the umask gave the folder: safetensors' files are their owner's."""
+    mode = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _put_back(old: Path, folder: Path) -> None:

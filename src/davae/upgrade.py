@@ -10,14 +10,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMi
 from safetensors import SafetensorError
 from torch import nn
 
-from davae.adapter import VAE, check_base, load_adapter, tensors_digest
+from davae.adapter import VAE, base_digest, check_base, load_adapter, tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
 
-LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 """What diffusers raises for a folder of something else, or a damaged one."""
 
 
@@ -138,7 +138,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> Autoencod
         kind = classes.get(name)
         if kind is not None:
             vae = kind.from_pretrained(base, subfolder="vae", dtype=torch.float32, use_safetensors=True)
-    except (KeyError, *LOADING_ERRORS) as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
     if kind is None:
         raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(classes)}")
@@ -154,7 +154,7 @@ def _check_whole(module: nn.Module, name: str) -> None:
 
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
-    check_base(pipeline.transformer, folder)
+    check_base(base_digest(pipeline.transformer), folder)
     upgraded = upgrade(pipeline, load_autoencoder(folder / VAE, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)
     return upgraded

@@ -89,9 +89,10 @@ def widen_ports(
             f"this {type(transformer).__name__} is not as its class builds it: {', '.join(foreign[:3])} "
             f"({len(foreign)} tensors in all) differ; fuse or unload adapters, and widen before you quantise"
         )
-    widened.load_state_dict(
-        {**tensors, **_padded_ports(transformer, ports, base_channels, detail_channels)}, assign=True
-    )
+    # The input port's bias keeps its shape, and must not be the base's own, either: the ports are trained.
+    own = {name: tensor.clone() for name, tensor in tensors.items() if name.rpartition(".")[0] == ports.input}
+    padded = _padded_ports(transformer, ports, base_channels, detail_channels)
+    widened.load_state_dict({**tensors, **own, **padded}, assign=True)
     for name, buffer in transformer.named_buffers():  # positions are those of the base's grid, persistent or not
         owner, _, attribute = name.rpartition(".")
         setattr(widened.get_submodule(owner), attribute, buffer)

@@ -167,6 +167,8 @@ def test_damage_behind_the_header_is_found_by_sound(tmp_path, caplog):
     assert json.loads((tmp_path / "out" / "refused.json").read_text()) == reasons(sound)
     assert caplog.messages[1:] == [f"{caplog.messages[0]}; all are in {tmp_path / 'out' / 'refused.json'}"]
     assert sound.digest != pictures.digest
+    open_pictures(tmp_path, size=32, limit=1).sound(tmp_path / "out" / "refused.json")
+    assert not (tmp_path / "out" / "refused.json").exists()
     (tmp_path / "000.png").write_bytes(files["000.png"][:-200])
     (tmp_path / "002.png").write_bytes(files["002.png"][:-200])
     with pytest.raises(DataError, match="every picture is damaged"):

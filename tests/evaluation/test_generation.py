@@ -128,6 +128,14 @@ def test_many_are_kept_and_only_what_is_missing_is_made_again(upgraded, tmp_path
     assert all(torch.equal(first, second) for first, second in zip(made, again, strict=True))
 
 
+@pytest.mark.parametrize("keep", [0, 20, -300])
+def test_a_damaged_picture_is_made_anew(upgraded, tmp_path, keep) -> None:
+    (first,) = make(upgraded, tmp_path, ["red ball"])
+    path = tmp_path / "00000.png"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert torch.equal(make(upgraded, tmp_path, ["red ball"])[0], first)
+
+
 def test_pictures_of_other_prompts_settings_or_weights_are_not_taken_for_these(upgraded, base, tmp_path) -> None:
     first = make(upgraded, tmp_path, ["red ball"])[0]
     for changes in ({"seed": 2}, {"steps": 3}, {"guidance_scale": 2.0}, {"size": 48}, {"prompts": ["blue tree"]}):

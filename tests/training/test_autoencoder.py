@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import read_png
 from davae.data.sources import PictureSet, open_pictures
-from davae.errors import CheckpointError, DataError, SettingsError
+from davae.errors import CheckpointError, DataError, NumericsError, SettingsError
 from davae.evaluation.reconstruction import measure, upgraded
 from davae.perceptual import LPIPS
 from davae.recipe import load_recipe
@@ -228,17 +228,29 @@ def test_a_run_without_steps_is_the_start_calibrated(recipe: AutoencoderRecipe, 
         ({"size": 60, "crop": 32}, r"size=60.*multiples of 8"),
         ({"crop": 36}, r"crop=36.*multiples of 8.*size=64"),
         ({"crop": 72}, r"crop=72.*size=64"),
+        ({"crop": 24}, r"crop=24.*from 32, which LPIPS needs"),
         ({"detail_channels": 6}, r"detail_channels=6 must be a positive multiple of base_channels=4"),
         ({"detail_channels": 8, "start": "random"}, r"in_channels=12 must divide .* Choose detail_channels"),
     ],
-    ids=["size", "crop", "crop above size", "channels", "channels of the random start"],
+    ids=["size", "crop", "crop above size", "crop below LPIPS", "channels", "channels of the random start"],
 )
 def test_settings_that_do_not_fit_are_named(
     recipe: AutoencoderRecipe, tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
     with pytest.raises(SettingsError, match=named):
         train_autoencoder(recipe.model_copy(update=changes), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_detail_latents_that_came_to_nothing_are_no_result(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    chosen = recipe.model_copy(update={"steps": 0})
+    train_autoencoder(chosen, tmp_path)
+    path = tmp_path / "start" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.startswith("detail_")}
+    save_file({**tensors, **zeros, "detail_std": tensors["detail_std"]}, path)
+    with pytest.raises(NumericsError, match=r"do not vary, or are not finite.*KL"):
+        train_autoencoder(chosen, tmp_path)
 
 
 def test_a_refused_recipe_can_be_mended_in_the_same_folder(recipe: AutoencoderRecipe, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,15 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
         for name, tensor in tensors.items():
             assert back.groups[group][name].dtype == tensor.dtype
             assert torch.equal(back.groups[group][name], tensor)
+
+
+def test_the_umask_decides_who_may_read_a_checkpoint(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save_checkpoint(tmp_path, sample(1), recipe_digest=DIGEST, keep=1)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
 
 
 def test_the_newest_is_found_and_the_newest_few_are_kept(tmp_path):

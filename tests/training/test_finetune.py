@@ -16,10 +16,11 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.flow import detail_weight, interpolate, sample_timesteps
-from davae.record import read_metrics
+from davae.record import alone, read_metrics
 from davae.seeds import generator
 from davae.training.finetune import FinetuneRecipe, cached_latents, encode_captions, finetune
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
+from forks import exit_code, forked
 from hashes import digests
 from scenes import fill_with_scenes
 
@@ -182,7 +183,7 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
 def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
     folder, recipe = tuned
     before = digests(folder, "*")
-    with pytest.raises(CheckpointError, match=r"another recipe.*: learning_rate = 0.01, limit = None\. .*new folder"):
+    with pytest.raises(CheckpointError, match=r"another.* where learning_rate = 0.01, limit = None\. .*new folder"):
         finetune(recipe.model_copy(update={"learning_rate": 1e-3, "limit": 3}), folder)
     assert digests(folder, "*") == before
 
@@ -272,7 +273,7 @@ def test_the_pipeline_is_the_base_with_the_adapter(made: str, request) -> None:
 # ------------------------------------------------------------------------------------------------------- bad settings
 
 
-@pytest.mark.parametrize("size", [60, 56])
+@pytest.mark.parametrize("size", [60, 56, 208])
 def test_a_size_that_the_pipeline_cannot_make_is_refused(recipe, tmp_path, size) -> None:
     with pytest.raises(SettingsError, match=rf"size={size}.*multiples of 16"):
         finetune(recipe.model_copy(update={"size": size}), tmp_path)
@@ -448,6 +449,15 @@ def test_an_adapter_of_another_rank_is_refused(lora: Run, tmp_path) -> None:
     folder, recipe = lora
     with pytest.raises(CheckpointError, match="does not fit"):
         finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "lora_rank": 3}), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"alpha 4\.0, and 2\.0 was asked for"):
+        finetune(recipe.model_copy(update={"adapter": str(folder / "adapter"), "lora_alpha": 2.0}), tmp_path / "run")
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(recipe, tmp_path) -> None:
+    with alone(tmp_path):
+        other = forked(lambda: finetune(recipe.model_copy(update={"steps": 1}), tmp_path))
+        assert exit_code(other) == SettingsError.exit_code
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_an_adapter_of_another_base_is_refused(lora: Run, tmp_path) -> None:

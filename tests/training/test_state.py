@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, NumericsError, SettingsError, StorageError
-from davae.record import read_metrics
+from davae.record import alone, read_metrics
 from davae.seeds import generator
 from davae.training.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
@@ -425,16 +425,16 @@ def test_parameters_of_no_model_and_reserved_names_are_refused(tmp_path):
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
-    model = tiny_model()
-    state = tiny_state(tmp_path, model)
-    other_model = tiny_model()
-    other = tiny_state(tmp_path, other_model)
-    for step in state.steps():
-        with pytest.raises(SettingsError, match="another process trains"):
-            next(other.steps())
-        state.update(loss_of(state, model, step))
-        break
-    assert next(iter(other.steps())) == 0
+    def train() -> None:
+        model = tiny_model()
+        state = tiny_state(tmp_path, model)
+        for step in state.steps():
+            state.update(loss_of(state, model, step))
+
+    with alone(tmp_path), alone(tmp_path):
+        assert exit_code(forked(train)) == SettingsError.exit_code
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert exit_code(forked(train)) == 0
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_the_outcome_is_the_same(tmp_path, reference, caplog):

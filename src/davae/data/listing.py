@@ -19,7 +19,7 @@ PICTURE_SUFFIXES = frozenset(
 )
 
 MAX_UNPACKED_BYTES = 1 << 30
-"""Of a compressed shard, which is unpacked into memory."""
+"""Of one compressed shard, which stays in memory while its set is in use."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StoredBytes:
     path: Path
     offset: int
     length: int
-    memory: bytes | None = field(default=None, repr=False)
+    memory: bytes | None = field(default=None, repr=False, compare=False)
     """What `offset` counts in, if it is not the file itself: the shard in `path`, unpacked."""
 
     def read(self) -> bytes:
@@ -84,7 +84,12 @@ def list_folder(folder: Path) -> tuple[Samples, list[Refusal]]:
     """
     samples: Samples = {}
     refused: list[Refusal] = []
-    for parent, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        name = os.path.relpath(error.filename, folder)
+        refused.append(Refusal(name, f"a folder that cannot be listed ({error.strerror}); mend its rights"))
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(parent, name)
@@ -152,7 +157,7 @@ def _unpack(path: Path) -> bytes:
         raise DataError(f"{path}: no sound gzip file ({error}); make or download it again") from error
     if len(data) > MAX_UNPACKED_BYTES:
         raise DataError(
-            f"{path}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, which is all that is allowed in memory; "
+            f"{path}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, the most of one compressed shard; "
             "gunzip it: a plain tar of any size is read in place"
         )
     return data

@@ -81,7 +81,7 @@ class PictureSet:
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
 
         Args:
-            report: a JSON file for the reasons of all refusals, by name; written only if there are any.
+            report: a JSON file for the reasons of all refusals, by name; without any there is none.
 
         Raises:
             DataError: none is left.
@@ -99,6 +99,8 @@ class PictureSet:
         refused = self.refused + damaged
         if refused and report is not None:
             write_json(report, {refusal.name: refusal.reason for refusal in refused})
+        elif report is not None:
+            report.unlink(missing_ok=True)  # of an earlier run
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
         if refused:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
 from PIL import Image
 from rich.console import Console
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
+from davae.backbones.sd3 import picture_side
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
@@ -41,26 +42,6 @@ def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: i
         detail = torch.randn(extra, side, side, generator=generator(seed, "detail noise", index))
         rows.append(torch.cat([base, detail]))
     return torch.stack(rows)
-
-
-def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
-    """`size` in pixels, or the pipeline's default if it is None.
-
-    Raises:
-        SettingsError: a pipeline of another family than Stable Diffusion 3, or a size that it cannot make.
-    """
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
-        raise SettingsError(
-            f"a {type(pipeline).__name__} was given; allowed is StableDiffusion3Pipeline; call others yourself"
-        )
-    config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
-    unit = factor * config.patch_size
-    side, largest = config.sample_size * factor if size is None else size, config.pos_embed_max_size * unit
-    if side not in range(unit, largest + 1, unit):
-        raise SettingsError(
-            f"size={side}: allowed are multiples of {unit}, downsample factor x patch size, up to {largest}"
-        )
-    return side
 
 
 def sample(
@@ -226,7 +207,8 @@ def evaluate(
     references = features_of([real.image(index) for index in range(len(real))], side=side)
     value, error = kid_with_error(features_of(made, side=side), references, seed=seed)
     result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
-    write_json(out / "result.json", {**result, "real": len(real), **settings, "environment": environment()})
+    where = {"device": str(pipeline.device), "environment": environment()}
+    write_json(out / "result.json", {**result, "real": len(real), **settings, **where})
     table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
     grid = Pictures([f"{side} px"], prompts[:shown], [[picture] for picture in made[:shown]])
@@ -250,5 +232,9 @@ def _origin(facts: list[Any]) -> str:
 def _is_from(path: Path, origin: str) -> bool:
     if not path.is_file():
         return False
-    with Image.open(path) as image:
-        return image.info.get(ORIGIN) == origin
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.info.get(ORIGIN) == origin
+    except (OSError, SyntaxError):  # what Pillow raises for a damaged file: the picture is made anew
+        return False

@@ -126,7 +126,8 @@ def reconstruct(
     values = measure(heldout, ways, lpips=LPIPS.alex().to(autoencoder.device))
     shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
     drawn = gallery(heldout, shown, ways, differences=["davae"], device=autoencoder.device)
-    facts = {"values": values, "count": len(heldout), "size": size, "environment": environment()}
+    facts = {"values": values, "count": len(heldout), "size": size, "device": str(autoencoder.device)}
+    facts["environment"] = environment()
     write_json(out / "result.json", facts)
     lead = f"{len(heldout)} held-out pictures at {size} px through f{autoencoder.downsample_factor} latents."
     page = Report(

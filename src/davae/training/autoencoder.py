@@ -15,10 +15,10 @@ from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices, random_crops
 from davae.data.png import to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
-from davae.errors import SettingsError
+from davae.errors import NumericsError, SettingsError
 from davae.losses import detail_alignment_loss, gradient_l1, kl_loss_mean, kl_loss_sum, reconstruction_l1
 from davae.metrics import psnr, ssim
-from davae.perceptual import LPIPS
+from davae.perceptual import LPIPS, MIN_SIDE
 from davae.recipe import Recipe
 from davae.seeds import generator
 from davae.storage import replaced_whole, write_atomically
@@ -86,9 +86,14 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     Raises:
         SettingsError: sizes that do not fit each other or the base.
         CheckpointError: `folder` holds a run of another recipe.
+        NumericsError: the detail latents came to nothing.
         DavaeError: whatever data, checkpoints and storage raise.
     """
-    recipe.check_folder(folder)
+    with recipe.alone_in(folder):
+        return _train_autoencoder(recipe, folder)
+
+
+def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
     pictures = pictures.sound(folder / "refused.json")
@@ -123,7 +128,10 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         autoencoder.eval()
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
         chunks = chosen[: recipe.calibration_pictures].split(16)
-        autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
+        try:
+            autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
+        except ValueError as error:  # that file knows no davae and its errors
+            raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
         values = heldout_metrics(autoencoder, heldout, lpips)
         state.log(values)
         write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
@@ -199,10 +207,10 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         raise SettingsError(str(error)) from error
     for name in ("size", "crop"):
         side = getattr(recipe, name)
-        if side % autoencoder.downsample_factor or side > recipe.size:
+        if side % autoencoder.downsample_factor or not MIN_SIDE <= side <= recipe.size:
             raise SettingsError(
                 f"{name}={side}: allowed are multiples of {autoencoder.downsample_factor}, the downsample factor, "
-                f"up to size={recipe.size}"
+                f"from {MIN_SIDE}, which LPIPS needs, up to size={recipe.size}"
             )
     if recipe.start == "closed form":
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from davae.errors import CheckpointError, NumericsError
-from davae.storage import fsync, storage_error
+from davae.storage import fsync, share_as_umask_says, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         _check_finite(checkpoint)
         temporary.mkdir()
         _write_files(temporary, checkpoint, recipe_digest)
+        share_as_umask_says(temporary)
         fsync(temporary)
         temporary.rename(target)
         fsync(folder)

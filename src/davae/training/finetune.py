@@ -28,6 +28,7 @@ from davae.adapter import (
 )
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of
+from davae.backbones.sd3 import picture_side
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
@@ -62,7 +63,7 @@ class FinetuneRecipe(OptimisationRecipe):
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers that get LoRA, or are trained themselves; () is the family's default."""
     adapter: str = ""
-    """An adapter folder of the same base to go on from; with LoRA, of the same rank and targets. "" is none."""
+    """An adapter folder of the same base to go on from; with LoRA, of the same rank, alpha, targets."""
     batch_size: Positive = 32
     detail_warmup_steps: NotNegative = 200
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
@@ -81,23 +82,25 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         `folder`/adapter beside it.
 
     Raises:
-        SettingsError: a size that the upgraded pipeline cannot make.
+        SettingsError: a family that cannot be trained, or a size that the upgraded pipeline cannot make.
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
-    recipe.check_folder(folder)
+    with recipe.alone_in(folder):
+        return _finetune(recipe, folder)
+
+
+def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     base = recipe.base or str(assets.base_pipeline())
     autoencoder = load_autoencoder(Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade() / "vae")
     pipeline = upgrade(load_pipeline(base), autoencoder)
     backbone = backbone_of(pipeline.transformer)
-    unit = autoencoder.downsample_factor * pipeline.transformer.config.patch_size
-    if recipe.size % unit:
-        raise SettingsError(f"size={recipe.size}: allowed are multiples of {unit}, downsample factor x patch size")
+    picture_side(pipeline, recipe.size)
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
     pictures = pictures.sound(folder / "refused.json")
     base_sha256 = base_digest(pipeline.transformer)
-    parameters = trained_parameters(pipeline.transformer, backbone, recipe)
+    parameters = trained_parameters(pipeline.transformer, backbone, recipe, base_sha256)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
     move_frozen(pipeline, state.device)
     latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
@@ -131,43 +134,45 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     return saved
 
 
-def trained_parameters(transformer: nn.Module, backbone: Backbone, recipe: FinetuneRecipe) -> list[nn.Parameter]:
+def trained_parameters(
+    transformer: nn.Module, backbone: Backbone, recipe: FinetuneRecipe, base_sha256: str
+) -> list[nn.Parameter]:
     """LoRA or its target layers' weights, with both ports in full; or everything. Nothing else keeps gradients."""
     targets = recipe.lora_targets or backbone.lora_targets
     if recipe.trained == "lora":
         parameters = add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
         if recipe.adapter:
-            go_on_from(transformer, Path(recipe.adapter), fuse=False)
+            go_on_from(transformer, Path(recipe.adapter), recipe, base_sha256, targets)
         return parameters
     if recipe.adapter:
-        go_on_from(transformer, Path(recipe.adapter), fuse=True, only=targets if recipe.trained == "layers" else None)
-    if recipe.trained == "full":
-        return list(transformer.requires_grad_(True).parameters())
-    layers: list[nn.Module] = list(target_layers(transformer, targets).values())
-    ports = [transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
-    parameters = [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
-    parameters += [p for port in ports for p in port.parameters()]
-    transformer.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
+        go_on_from(transformer, Path(recipe.adapter), recipe, base_sha256, targets)
+    transformer.requires_grad_(recipe.trained == "full")
+    for name in (backbone.ports.input, backbone.ports.output):
+        transformer.get_submodule(name).requires_grad_(True)
+    for layer in target_layers(transformer, targets).values():
+        layer.weight.requires_grad_(True)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def go_on_from(transformer: nn.Module, adapter: Path, *, fuse: bool, only: Sequence[str] | None = None) -> None:
-    """Load an adapter to train on from; of its layers those outside of `only` become the base's again, and it is said.
+def go_on_from(
+    transformer: nn.Module, adapter: Path, recipe: FinetuneRecipe, base_sha256: str, targets: Sequence[str]
+) -> None:
+    """Load an adapter to train on from. Of trained layers those outside of `targets` become the base's, and it is said.
 
     Raises:
-        CheckpointError: the adapter is damaged or another base's, or its LoRA is of another rank or other targets.
+        CheckpointError: the adapter is damaged or another base's, or its LoRA is of other rank, alpha or targets.
         SettingsError: LoRA is to go on from an adapter whose layers were trained themselves.
     """
-    check_base(transformer, adapter)
+    check_base(base_sha256, adapter)
     index = read_index(adapter)
-    if index.layers and not fuse:
+    if recipe.trained == "lora" and index.layers:
         raise SettingsError(f'adapter={adapter} has trained layers, no LoRA: allowed is trained="layers" or "full"')
-    kept = {} if only is None else target_layers(transformer, only)
-    changed = target_layers(transformer, index.changed if fuse else ())
-    bases = {name: layer.weight.data for name, layer in changed.items() if only is not None and name not in kept}
-    load_adapter(transformer, adapter, fuse=fuse)
+    bases = {}
+    if recipe.trained == "layers":
+        kept = target_layers(transformer, targets)
+        changed = target_layers(transformer, index.changed)
+        bases = {name: layer.weight.data for name, layer in changed.items() if name not in kept}
+    load_adapter(transformer, adapter, fuse=recipe.trained != "lora")
     for name, weight in bases.items():
         transformer.get_submodule(name).weight = nn.Parameter(weight)
     if bases:
@@ -233,7 +238,13 @@ def save_upgrade(
     if recipe.trained != "full":
         targets = recipe.lora_targets or backbone_of(pipeline.transformer).lora_targets
         layers = targets if recipe.trained == "layers" else ()
-        save_adapter(folder / "adapter", pipeline, base=Path(base).name, layers=layers, base_sha256=base_sha256)
+        save_adapter(
+            folder / "adapter",
+            pipeline,
+            base=Path(base).name if Path(base).is_dir() else base,
+            layers=layers,
+            base_sha256=base_sha256,
+        )
     if recipe.trained == "lora":
         pipeline.transformer.fuse_lora(safe_fusing=True)
         pipeline.transformer.unload_lora()

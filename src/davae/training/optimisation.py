@@ -1,8 +1,9 @@
 """What both stages say about their optimiser, and the training state that follows from it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from davae.errors import CheckpointError
-from davae.recipe import Recipe, load_recipe
+from davae.recipe import Recipe
+from davae.record import alone
 from davae.training.state import TrainingState
 
 Positive = Annotated[int, Field(gt=0)]
@@ -50,22 +52,27 @@ class OptimisationRecipe(Recipe):
     checkpoint_every: Positive = 250
     seed: NotNegative = 0
 
-    def check_folder(self, folder: Path) -> None:
-        """Refuse a folder in which a run of another recipe has begun, before anything in it is used.
+    @contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Hold the folder's lock, and refuse it if a run of another recipe has begun there, before it is used.
 
         Raises:
-            CheckpointError: it has; with the settings that differ.
+            CheckpointError: one has; with the settings that differ.
+            SettingsError: another process trains there.
+            StorageError: the folder cannot be written.
         """
         kept = folder / "recipe.toml"
-        begun = any((folder / name).is_dir() for name in ("start", "checkpoints"))
-        if not (begun and kept.is_file()):
-            return
-        theirs, ours = (recipe.model_dump(mode="json") for recipe in (load_recipe(type(self), kept), self))
-        if differing := [f"{name} = {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]:
-            raise CheckpointError(
-                f"{folder} holds a run of another recipe, see {kept}: {', '.join(differing)}. "
-                "Give that recipe to go on with it, or a new folder"
-            )
+        with alone(folder):
+            if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
+                theirs, ours = (tomllib.loads(text) for text in (kept.read_text(), self.to_toml()))
+                names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+                if names:
+                    raise CheckpointError(
+                        f"{folder} holds a run of another recipe, see {kept}, where "
+                        f"{', '.join(f'{name} = {theirs.get(name)!r}' for name in names)}. "
+                        "Give that recipe to go on with it, or a new folder"
+                    )
+            yield
 
     def training_state(
         self, folder: Path, models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter], *, label: str

@@ -1,6 +1,5 @@
 """The state of a training run that knows no model: optimiser, EMA, schedule, metrics, checkpoints, resume."""
 
-import fcntl
 import logging
 import math
 import time
@@ -16,9 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, NumericsError, SettingsError
-from davae.record import RunRecord
+from davae.record import RunRecord, alone
 from davae.seeds import generator
-from davae.storage import storage_error
 from davae.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -153,7 +151,7 @@ class TrainingState:
             StorageError: a checkpoint or a metrics line cannot be written.
             NumericsError: the last step was skipped, because its loss or gradients were not finite.
         """
-        with self._alone(), stop_requests() as request, self._progress() as progress:
+        with alone(self.record.folder), stop_requests() as request, self._progress() as progress:
             remove_litter(self._folder)
             self.record.truncate(self.step)
             while self.step < self.total_steps:
@@ -241,23 +239,6 @@ class TrainingState:
 
     def _progress(self) -> StepProgress:
         return StepProgress(self.label, done=self.step, total=self.total_steps, console=self._console)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the folder's lock, which the system drops when the process dies, however it dies."""
-        path = self.record.folder / ".lock"
-        try:
-            file = path.open("wb")
-        except OSError as error:
-            raise storage_error(path, 0, error) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SettingsError(
-                    f"another process trains in {self.record.folder}: wait for it, stop it, or give another folder"
-                ) from error
-            yield
 
     def _save(self) -> None:
         assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
