@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from davae.errors import StorageError
-from davae.report import Curves, Facts, Pictures, Report, Section, Series, Table, write_figure, write_page
+from davae.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
 
@@ -23,9 +23,9 @@ def picture(seed: int, side: int = 24) -> torch.Tensor:
 
 
 def hostile_report() -> Report:
-    grid = Pictures([HOSTILE, "b"], [HOSTILE], [[picture(0), None]], notes=[HOSTILE, ""], caption=HOSTILE)
-    curve = Curves([Series(HOSTILE, [0, 1, 2], [3.0, 2.0, 1.0])], x_label=HOSTILE, y_label=HOSTILE, caption=HOSTILE)
-    contents = [grid, Table([HOSTILE, "n"], [[HOSTILE, HOSTILE]], HOSTILE), curve, Facts([(HOSTILE, HOSTILE)]), None]
+    grid = Pictures([HOSTILE, "b"], [HOSTILE], [[picture(0), picture(1)]], notes=[HOSTILE, ""], caption=HOSTILE)
+    curve = Curves([Series(HOSTILE, [0, 1, 2], [3.0, 2.0, 1.0])])
+    contents = [grid, Table([HOSTILE, "n"], [[HOSTILE, HOSTILE]], HOSTILE), curve, None]
     return Report(HOSTILE, HOSTILE, [Section(HOSTILE, HOSTILE, content) for content in contents], footer=HOSTILE)
 
 

@@ -60,7 +60,7 @@ class Budget:
 
 BUDGETS = {
     "tiny": Budget(4, 4, pictures=32, heldout=8, shown=2, generated=8, sampling_steps=4, repeats=2),
-    "short": Budget(200, 300, pictures=512, heldout=32, shown=8, generated=64, sampling_steps=16, repeats=3),
+    "short": Budget(200, 600, pictures=512, heldout=32, shown=8, generated=64, sampling_steps=16, repeats=3),
 }
 
 
@@ -85,13 +85,14 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
 
 
 def stage_two_recipe(budget: Budget, seed: int, autoencoder: Path) -> FinetuneRecipe:
-    """The demo's stage 2: LoRA and ports."""
+    """The demo's stage 2: the image stream's own weights and both ports."""
     return FinetuneRecipe(
         limit=budget.pictures,
         autoencoder=str(autoencoder),
+        trained="layers",
         lora_targets=SMALL_PAIR_TARGETS,
         steps=budget.stage_two_steps,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         warmup_steps=20,
         detail_warmup_steps=budget.stage_two_steps // 4,
         batch_size=16,

@@ -22,7 +22,7 @@ def picture_grid(
     columns: Sequence[str],
     notes: Sequence[str],
     rows: Sequence[str],
-    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"] | None]],
+    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"]]],
     *,
     title: str = "",
 ) -> Image.Image:
@@ -31,7 +31,7 @@ def picture_grid(
     The cell is as large as the largest picture. Smaller ones are enlarged by the largest whole factor that fits, with
     nearest neighbours, and centred; no pixel is ever interpolated here.
     """
-    shown = [cell for row in cells for cell in row if cell is not None]
+    shown = [cell for row in cells for cell in row]
     side_y = max((cell.shape[1] for cell in shown), default=16)
     side_x = max((cell.shape[2] for cell in shown), default=16)
     size = max(13, round(max(side_x, 160) / 15))
@@ -66,8 +66,6 @@ def picture_grid(
             (margin, y + side_y // 2), text, fill=_SOFT, font=label_font, anchor="lm", spacing=line - size
         )
         for column, cell in enumerate(cells[row]):
-            if cell is None:
-                continue
             x = margin + label_width + column * (side_x + gap)
             picture = _enlarged(cell, side_y, side_x)
             left, upper = x + (side_x - picture.width) // 2, y + (side_y - picture.height) // 2
@@ -79,8 +77,6 @@ def picture_grid(
 def curves_svg(
     series: Sequence[tuple[str, Sequence[float | int], Sequence[float | int]]],
     *,
-    x_label: str,
-    y_label: str,
     smoothing: int = 1,
     logarithmic: bool = False,
 ) -> str:
@@ -97,8 +93,8 @@ def curves_svg(
         if logarithmic:
             axes.set_yscale("log")
         _spread_labels(axes, figure)
-        axes.set_xlabel(x_label, color=_TEXT)
-        axes.set_ylabel(y_label, color=_TEXT)
+        axes.set_xlabel("step", color=_TEXT)
+        axes.set_ylabel("loss", color=_TEXT)
         axes.tick_params(colors=_TEXT, width=0.6, length=3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.6)

@@ -27,8 +27,8 @@ class Pictures:
     """One title per column."""
     rows: Sequence[str]
     """One label per row, the prompt for instance."""
-    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"] | None]]
-    """`cells[row][column]`, RGB in 0..255; None leaves the place empty."""
+    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"]]]
+    """`cells[row][column]`, RGB in 0..255."""
     notes: Sequence[str] = ()
     """One short line under each column title (size, tokens, filter), or nothing."""
     caption: str = ""
@@ -50,8 +50,6 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
-    emphasis: Sequence[int] = ()
-    """Indices of the rows to set in bold."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -70,23 +68,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves over a common axis."""
+    """Losses over the steps."""
 
     series: Sequence[Series]
-    x_label: str = "step"
-    y_label: str = "loss"
-    caption: str = ""
     smoothing: int = 1
     """Mean over this many neighbouring points is drawn strong, the points themselves faint; 1 draws the points only."""
     logarithmic: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A few numbers that matter, each with its name."""
-
-    items: Sequence[tuple[str, str]]
-    """(name, value)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +82,7 @@ class Section:
 
     heading: str
     text: str = ""
-    content: Pictures | Table | Curves | Facts | None = None
+    content: Pictures | Table | Curves | None = None
 
 
 @dataclass(frozen=True)
@@ -152,15 +139,10 @@ def _section(section: Section) -> str:
         case Curves() as curves:
             svg = curves_svg(
                 [(series.name, series.steps, series.values) for series in curves.series],
-                x_label=curves.x_label,
-                y_label=curves.y_label,
                 smoothing=curves.smoothing,
                 logarithmic=curves.logarithmic,
             )
-            content = f"<figure class=curves>{svg}{_caption(curves.caption)}</figure>"
-        case Facts() as facts:
-            items = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items]
-            content = f"<dl>{''.join(items)}</dl>"
+            content = f"<figure class=curves>{svg}</figure>"
         case None:
             content = ""
     return f"<section><h2>{escape(section.heading)}</h2>{_paragraphs(section.text)}{content}</section>"
@@ -175,7 +157,7 @@ def _pictures(pictures: Pictures) -> str:
     rows = []
     for label, cells in zip(pictures.rows, pictures.cells, strict=True):
         shown = "".join(
-            "<td></td>" if cell is None else f"<td>{_image(cell, alt=f'{label}: {title}')}</td>"
+            f"<td>{_image(cell, alt=f'{label}: {title}')}</td>"
             for title, cell in zip(pictures.columns, cells, strict=True)
         )
         rows.append(f"<tr><th scope=row>{escape(label)}</th>{shown}</tr>")
@@ -195,9 +177,9 @@ def _image(picture: UInt8[Tensor, "3 _ _"], alt: str) -> str:
 def _table(table: Table) -> str:
     header = "".join(f"<th scope=col>{escape(name)}</th>" for name in table.header)
     rows = []
-    for index, row in enumerate(table.rows):
+    for row in table.rows:
         cells = f"<th scope=row>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        rows.append(f"<tr{' class=emphasis' if index in table.emphasis else ''}>{cells}</tr>")
+        rows.append(f"<tr>{cells}</tr>")
     inner = f"<table class=numbers><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<figure><div class=scroll>{inner}</div>{_caption(table.caption)}</figure>"
 
@@ -223,9 +205,9 @@ _PAGE = """<!doctype html>
 """
 
 _STYLE = """
-:root { --paper: #fff; --ink: #1b1b1a; --soft: #5f5f5a; --line: #dcdcd6; --strong: #1b1b1a; --tint: #f5f5f1; }
+:root { --paper: #fff; --ink: #1b1b1a; --soft: #5f5f5a; --line: #dcdcd6; --strong: #1b1b1a; }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #161615; --ink: #e6e5e0; --soft: #a3a29b; --line: #3a3a37; --strong: #e6e5e0; --tint: #20201e; }
+  :root { --paper: #161615; --ink: #e6e5e0; --soft: #a3a29b; --line: #3a3a37; --strong: #e6e5e0; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -258,13 +240,6 @@ table { border-collapse: collapse; }
 .numbers th:first-child { text-align: left; white-space: normal; min-width: 11rem; }
 .numbers tr > :last-child { padding-right: 0; }
 .numbers thead th { border-bottom: 1px solid var(--strong); color: var(--soft); vertical-align: bottom; }
-.numbers .emphasis > * { font-weight: 650; }
-dl { display: flex; flex-wrap: wrap; gap: 1px; max-width: 60rem; margin: 1.1rem 0 0;
-  background: var(--line); border: 1px solid var(--line); border-radius: 4px; overflow: hidden; }
-dl div { flex: 1 1 9.5rem; background: var(--tint); padding: .9rem 1rem; display: flex; flex-direction: column-reverse;
-  justify-content: flex-end; }
-dd { margin: 0; font-size: 1.35rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
-dt { font-size: .84rem; line-height: 1.35; color: var(--soft); margin-top: .15rem; }
 .curves svg { display: block; width: 100%; max-width: 46rem; height: auto; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .84rem;
   color: var(--soft); overflow-wrap: anywhere; }

@@ -315,7 +315,8 @@ def state(autoencoder: AutoencoderDA, tmp_path: Path) -> TrainingState:
 def test_the_parts_are_what_they_are_called_and_add_up(autoencoder, state, train_pictures, lpips, reduction) -> None:
     weights = LossWeights(l1=0.7, gradient=0.3, lpips=0.2, kl=1e-3, kl_reduction=reduction, alignment=0.4)
     image = train_pictures.batch([0, 1])
-    loss, parts = stage_one_loss(autoencoder, image, lpips, weights, state, seed=5, step=3)
+    state.step = 3
+    loss, parts = stage_one_loss(autoencoder, image, lpips, AutoencoderRecipe(loss=weights, seed=5), state)
     assert loss.requires_grad
     assert set(parts) == {"l1", "gradient", "lpips", "kl", "alignment"}
     total = sum(getattr(weights, name) * part.item() for name, part in parts.items())
@@ -341,7 +342,7 @@ def test_the_parts_are_what_they_are_called_and_add_up(autoencoder, state, train
 
 
 def test_gradients_reach_all_that_is_trained_and_nothing_else(autoencoder, state, train_pictures, lpips) -> None:
-    loss, _ = stage_one_loss(autoencoder, train_pictures.batch([0]), lpips, LossWeights(), state, seed=0, step=0)
+    loss, _ = stage_one_loss(autoencoder, train_pictures.batch([0]), lpips, AutoencoderRecipe(), state)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in autoencoder.detail_parameters())
     assert all(p.grad is None for p in autoencoder.base_encoder.parameters())
@@ -349,11 +350,10 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(autoencoder, state
 
 
 def test_the_posterior_noise_is_a_function_of_seed_and_step(autoencoder, state, train_pictures, lpips) -> None:
-    image, weights = train_pictures.batch([0]), LossWeights(lpips=0)
-    losses = [
-        stage_one_loss(autoencoder, image, lpips, weights, state, seed=seed, step=step)[0].item()
-        for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))
-    ]
+    image, losses = train_pictures.batch([0]), []
+    for seed, state.step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        recipe = AutoencoderRecipe(loss=LossWeights(lpips=0), seed=seed)
+        losses.append(stage_one_loss(autoencoder, image, lpips, recipe, state)[0].item())
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
 
@@ -380,9 +380,11 @@ def test_latent_noise_cannot_be_shrunk_away_through_its_deviation() -> None:
 def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(
     autoencoder, state, train_pictures, lpips
 ) -> None:
-    image, weights = train_pictures.batch([0, 1]), LossWeights(lpips=0)
+    image = train_pictures.batch([0, 1])
     (_, quiet), (_, noisy) = (
-        stage_one_loss(autoencoder, image, lpips, weights, state, seed=0, step=0, latent_noise=scale)
+        stage_one_loss(
+            autoencoder, image, lpips, AutoencoderRecipe(loss=LossWeights(lpips=0), latent_noise=scale), state
+        )
         for scale in (0.0, 1.0)
     )
     assert noisy["l1"] > quiet["l1"]

@@ -113,17 +113,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
                 write_png(folder / "pictures" / f"{step:08d}.png", heldout_picture(autoencoder, heldout))
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
-        loss, parts = stage_one_loss(
-            autoencoder,
-            image,
-            lpips,
-            recipe.loss,
-            state,
-            seed=recipe.seed,
-            step=step,
-            latent_noise=recipe.latent_noise,
-        )
-        state.update(loss, parts)
+        state.update(*stage_one_loss(autoencoder, image, lpips, recipe, state))
     with state.ema_weights():
         autoencoder.eval()
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
@@ -146,25 +136,17 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
 
 
 def stage_one_loss(
-    autoencoder: AutoencoderDA,
-    image: Tensor,
-    lpips: LPIPS,
-    weights: LossWeights,
-    state: TrainingState,
-    *,
-    seed: int,
-    step: int,
-    latent_noise: float = 0.0,
+    autoencoder: AutoencoderDA, image: Tensor, lpips: LPIPS, recipe: AutoencoderRecipe, state: TrainingState
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1], and its parts for the log."""
+    weights = recipe.loss
+    posterior, latent = (generator(recipe.seed, name, state.step) for name in ("posterior", "latent noise"))
     with state.autocast():
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image)
-        noise = torch.randn(mean.shape, generator=generator(seed, "posterior", step)).to(mean)
+        noise = torch.randn(mean.shape, generator=posterior).to(mean)
         detail = mean + (0.5 * log_variance).exp() * noise
-        reconstruction = autoencoder.reconstruct(
-            *with_latent_noise(base, detail, latent_noise, generator(seed, "latent noise", step))
-        )
+        reconstruction = autoencoder.reconstruct(*with_latent_noise(base, detail, recipe.latent_noise, latent))
         perceptual = lpips(reconstruction, image).mean() if weights.lpips else image.new_zeros(())
     parts = {
         "l1": reconstruction_l1(reconstruction, image),
