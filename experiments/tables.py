@@ -24,7 +24,7 @@ def render(result: dict) -> str:
     cases = (
         ("base at 128 px, enlarged with bicubic", "base, 128 px", "base + bicubic"),
         ("shipped upgrade, 256 px", "shipped upgrade", "shipped upgrade"),
-        ("base run at 256 px", "base, run at 256 px", ""),
+        ("base run at 256 px", "base, run at 256 px", "base, run at 256 px"),
     )
     costs = [
         f"| {title} | {speed[case]['tokens']} | {distance(made)} | {speed[case]['step_milliseconds']:.1f} | "

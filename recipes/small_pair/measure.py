@@ -39,9 +39,10 @@ def main(
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
     prompts = generation.evaluation_prompts(real, count)
     made = {}
-    for name, load in pipelines.items():
+    for name, load in {**pipelines, demo.NATIVE: pipelines[demo.BASE]}.items():
         if only in (None, name):
-            made[name] = generation.sample_many(load(), prompts, run / name, label=name, **SAMPLING)
+            settings = {**SAMPLING, "size": demo.SIZE} if name == demo.NATIVE else SAMPLING
+            made[name] = generation.sample_many(load(), prompts, run / name, label=name, **settings)
     if only:
         return
     shown = [made[demo.BASE][count * position // GRID[0] // GRID[1]] for position in range(GRID[0] * GRID[1])]

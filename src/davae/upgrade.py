@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from davae.adapter import VAE, base_digest, check_base, load_adapter, tensors_digest
-from davae.autoencoder_da import AutoencoderDA
+from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
 from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.errors import CheckpointError, SettingsError, StorageError
@@ -132,16 +132,15 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> Autoencod
         CheckpointError: there is no pipeline.
         SettingsError: its VAE is of a class that cannot be upgraded.
     """
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
         name = DiffusionPipeline.load_config(base)["vae"][1]
-        kind = classes.get(name)
+        kind = BASE_CLASSES.get(name)
         if kind is not None:
             vae = kind.from_pretrained(base, subfolder="vae", dtype=torch.float32, use_safetensors=True)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
     if kind is None:
-        raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(classes)}")
+        raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(BASE_CLASSES)}")
     _check_whole(vae, f"VAE of {base}")
     return vae.to(device).eval()
 
@@ -164,10 +163,8 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
     vae = pipeline.vae
     if isinstance(vae, AutoencoderDA):
         raise SettingsError("this pipeline is upgraded already: give upgrade() the base pipeline")
-    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
-        raise SettingsError(
-            f"the pipeline's VAE is a {type(vae).__name__}; allowed are AutoencoderKL and AutoencoderTiny"
-        )
+    if type(vae).__name__ not in BASE_CLASSES:
+        raise SettingsError(f"the pipeline's VAE is a {type(vae).__name__}; allowed are {', '.join(BASE_CLASSES)}")
     if not isinstance(autoencoder, AutoencoderDA):
         raise SettingsError(
             f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"
