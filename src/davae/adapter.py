@@ -158,18 +158,14 @@ def add_lora(
 
 
 def save_adapter(
-    folder: Path,
-    pipeline: DiffusionPipeline,
-    *,
-    base: str,
-    base_sha256: str,
-    layers: Sequence[str] = (),
+    folder: Path, pipeline: DiffusionPipeline, *, base: str, base_sha256: str, layers: Sequence[str] = ()
 ) -> None:
     """Write what training added to the base as an adapter folder: wholly, or not at all.
 
     Args:
         folder: where; an adapter folder there is replaced.
-        pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained ports only.
+        pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained `layers` and
+            ports; or with trained ports only.
         base: name or path of the base pipeline, kept for people to read.
         base_sha256: `base_digest` of its transformer, from before the training.
         layers: ends of the names of layers whose weights were trained themselves, as `target_layers` takes them.

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tarfile
+import tempfile
 from io import BytesIO
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data.stored import captioned, fill, picture, tar
 from davae import assets
 from davae.data.sources import fit, heldout, open_pictures
 from davae.errors import DataError, SettingsError
+from forks import exit_code, forked
 
 HELDOUT_OF_FORTY = ["017", "023", "035"]
 
@@ -149,6 +151,21 @@ def test_a_limit_takes_pictures_from_all_over(tmp_path):
     fill(tmp_path, captioned(10))
     assert open_pictures(tmp_path, size=32, limit=3).keys == ["000", "003", "006"]
     assert len(open_pictures(tmp_path, size=32, limit=11)) == 10
+
+
+def test_a_folder_that_cannot_be_listed_is_refused():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = fill(Path(name), captioned(1))
+        (folder / "locked").mkdir(mode=0o000)
+        folder.chmod(0o755)
+
+        def look() -> None:
+            if os.geteuid() == 0:  # root may list everything
+                os.setuid(65534)
+            found = reasons(open_pictures(folder, size=32))
+            assert found == {"locked": "a folder that cannot be listed (Permission denied); mend its rights"}
+
+        assert exit_code(forked(look)) == 0
 
 
 def test_damage_behind_the_header_is_found_by_sound(tmp_path, caplog):

@@ -242,6 +242,11 @@ def test_settings_that_do_not_fit_are_named(
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_crop_below_lpips_is_fine_without_it(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    chosen = recipe.model_copy(update={"crop": 24, "loss": LossWeights(lpips=0), "steps": 1})
+    assert (train_autoencoder(chosen, tmp_path) / "config.json").is_file()
+
+
 def test_detail_latents_that_came_to_nothing_are_no_result(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
     chosen = recipe.model_copy(update={"steps": 0})
     train_autoencoder(chosen, tmp_path)

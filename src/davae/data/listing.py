@@ -1,4 +1,4 @@
-"""The pictures and captions of a folder or of a WebDataset shard, listed without decoding or unpacking anything."""
+"""The pictures and captions of a folder or of a WebDataset shard, listed without decoding; nothing goes to disk."""
 
 import gzip
 import os

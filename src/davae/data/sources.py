@@ -133,8 +133,8 @@ def open_pictures(source: Path, *, size: int, split: str | None = None, limit: i
 
     Args:
         source: a folder of pictures, each with its caption beside it (`cat.png` and `cat.txt`, or the "caption" of
-            `cat.json`); or a WebDataset shard; or a folder of shards (`*.tar`,
-            read in place; `*.tar.gz`, unpacked into memory).
+            `cat.json`); or a WebDataset shard; or a folder of shards (`*.tar`, read in
+            place; `*.tar.gz`, unpacked into memory).
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
         limit: most pictures; so many are taken at equal distances in the list of keys, so that they are not all alike.

@@ -154,15 +154,11 @@ def generate(
     Returns:
         The path of the page.
     """
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "size": size,
-        "prompt_tokens": prompt_tokens,
-        "seed": seed,
-    }
     side = picture_side(pipeline, size)
-    pictures = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
+    pictures = sample_many(
+        pipeline, prompts, out / "pictures", label="generating",
+        steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
+    )  # fmt: skip
     grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
     write_page(out / "index.html", Report("Generated pictures", lead, [Section("Pictures", "", grid)]))

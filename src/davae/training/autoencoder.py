@@ -187,12 +187,13 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
-    for name in ("size", "crop"):
+    for name, measured in (("size", True), ("crop", recipe.loss.lpips > 0)):
         side = getattr(recipe, name)
-        if side % autoencoder.downsample_factor or not MIN_SIDE <= side <= recipe.size:
+        if side % autoencoder.downsample_factor or side > recipe.size or (measured and side < MIN_SIDE):
+            lower = f"from {MIN_SIDE}, which LPIPS needs, " if measured else ""
             raise SettingsError(
                 f"{name}={side}: allowed are multiples of {autoencoder.downsample_factor}, the downsample factor, "
-                f"from {MIN_SIDE}, which LPIPS needs, up to size={recipe.size}"
+                f"{lower}up to size={recipe.size}"
             )
     if recipe.start == "closed form":
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]

@@ -100,7 +100,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
     pictures = pictures.sound(folder / "refused.json")
     base_sha256 = base_digest(pipeline.transformer)
-    parameters = trained_parameters(pipeline.transformer, backbone, recipe, base_sha256)
+    targets = recipe.lora_targets or backbone.lora_targets
+    parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
     move_frozen(pipeline, state.device)
     latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
@@ -129,33 +130,33 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         losses = flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=weight)
         state.update(losses.total, {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight})
     with state.ema_weights():
-        saved = save_upgrade(pipeline.to("cpu"), folder, recipe, base=base, base_sha256=base_sha256)
+        saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
     return saved
 
 
 def trained_parameters(
-    transformer: nn.Module, backbone: Backbone, recipe: FinetuneRecipe, base_sha256: str
+    transformer: nn.Module, recipe: FinetuneRecipe, targets: Sequence[str], base_sha256: str
 ) -> list[nn.Parameter]:
     """LoRA or its target layers' weights, with both ports in full; or everything. Nothing else keeps gradients."""
-    targets = recipe.lora_targets or backbone.lora_targets
     if recipe.trained == "lora":
-        parameters = add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
-        if recipe.adapter:
-            go_on_from(transformer, Path(recipe.adapter), recipe, base_sha256, targets)
-        return parameters
+        add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
     if recipe.adapter:
-        go_on_from(transformer, Path(recipe.adapter), recipe, base_sha256, targets)
-    transformer.requires_grad_(recipe.trained == "full")
-    for name in (backbone.ports.input, backbone.ports.output):
-        transformer.get_submodule(name).requires_grad_(True)
-    for layer in target_layers(transformer, targets).values():
-        layer.weight.requires_grad_(True)
+        go_on_from(transformer, Path(recipe.adapter), recipe, targets, base_sha256)
+    if recipe.trained == "full":
+        transformer.requires_grad_(True)
+    if recipe.trained == "layers":
+        ports = backbone_of(transformer).ports
+        transformer.requires_grad_(False)
+        for name in (ports.input, ports.output):
+            transformer.get_submodule(name).requires_grad_(True)
+        for layer in target_layers(transformer, targets).values():
+            layer.weight.requires_grad_(True)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 def go_on_from(
-    transformer: nn.Module, adapter: Path, recipe: FinetuneRecipe, base_sha256: str, targets: Sequence[str]
+    transformer: nn.Module, adapter: Path, recipe: FinetuneRecipe, targets: Sequence[str], base_sha256: str
 ) -> None:
     """Load an adapter to train on from. Of trained layers those outside of `targets` become the base's, and it is said.
 
@@ -231,20 +232,20 @@ def last_losses(state: TrainingState) -> dict[str, float | None]:
 
 
 def save_upgrade(
-    pipeline: DiffusionPipeline, folder: Path, recipe: FinetuneRecipe, *, base: str, base_sha256: str
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    recipe: FinetuneRecipe,
+    targets: Sequence[str],
+    *,
+    base: str,
+    base_sha256: str,
 ) -> Path:
     """Write the stock pipeline and, unless everything was trained, the adapter folder beside it."""
     pipeline.transformer.eval()
     if recipe.trained != "full":
-        targets = recipe.lora_targets or backbone_of(pipeline.transformer).lora_targets
+        name = Path(base).name if Path(base).is_dir() else base
         layers = targets if recipe.trained == "layers" else ()
-        save_adapter(
-            folder / "adapter",
-            pipeline,
-            base=Path(base).name if Path(base).is_dir() else base,
-            layers=layers,
-            base_sha256=base_sha256,
-        )
+        save_adapter(folder / "adapter", pipeline, base=name, base_sha256=base_sha256, layers=layers)
     if recipe.trained == "lora":
         pipeline.transformer.fuse_lora(safe_fusing=True)
         pipeline.transformer.unload_lora()
