@@ -440,3 +440,42 @@ def test_another_models_folder_is_a_typed_refusal(base, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
     with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
         load_pipeline(tmp_path)
+
+
+def test_an_adapter_leaves_out_the_bases_half_of_the_autoencoder(trained_layers, base, autoencoder):
+    folder, _ = trained_layers
+    names = load_file(folder / "adapter" / "vae" / "diffusion_pytorch_model.safetensors").keys()
+    assert not [name for name in names if name.startswith(("base_encoder.", "base_quant_conv."))]
+    loaded = load_autoencoder(folder / "adapter", base=base.vae)
+    assert loaded.state_dict().keys() == autoencoder.state_dict().keys()
+    assert all(torch.equal(tensor, autoencoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert {id(parameter) for parameter in loaded.detail_parameters()}.isdisjoint(
+        map(id, loaded.base_encoder.parameters())
+    )
+    assert not loaded.base_encoder.training
+    with torch.no_grad():
+        next(loaded.base_encoder.parameters()).add_(1)
+    assert torch.equal(next(base.vae.encoder.parameters()), next(autoencoder.base_encoder.parameters()))
+
+
+def test_an_adapters_autoencoder_without_its_base_or_on_another_is_refused(trained_layers):
+    folder, _ = trained_layers
+    with pytest.raises(SettingsError, match="half the base pipeline's"):
+        load_autoencoder(folder / "adapter")
+    with pytest.raises(CheckpointError, match=r"lacks the weights base_encoder.*give .*adapter and the base"):
+        load_autoencoder(folder / "adapter" / "vae")
+    other = tiny.tiny_sd3_pipeline().vae
+    with torch.no_grad():
+        other.encoder.conv_in.weight.mul_(1.1)
+    with pytest.raises(CheckpointError, match="made from another base"):
+        load_autoencoder(folder / "adapter", base=other)
+
+
+def test_an_adapter_of_format_1_has_the_whole_autoencoder_and_is_read(trained_layers, autoencoder):
+    folder, pipeline = trained_layers
+    autoencoder.save_pretrained(folder / "adapter" / "vae")
+    index = json.loads((folder / "adapter" / "adapter.json").read_text())
+    del index["base_encoder_sha256"]
+    (folder / "adapter" / "adapter.json").write_text(json.dumps({**index, "format_version": 1}))
+    assert np.array_equal(generate(load_pipeline(folder / "base", adapter=folder / "adapter")), generate(pipeline))
+    assert torch.equal(load_autoencoder(folder / "adapter").detail_std, autoencoder.detail_std)

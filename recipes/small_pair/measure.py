@@ -50,7 +50,8 @@ def main(
     write_png(run / "samples.png", torch.cat(rows, dim=1))
     made[demo.ENLARGED] = [demo.enlarged(picture) for picture in made.pop(demo.BASE)]
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
-    vae, autoencoder = load_base_vae(str(assets.base_pipeline())), load_autoencoder(assets.upgrade() / "vae")
+    vae = load_base_vae(str(assets.base_pipeline()))
+    autoencoder = load_autoencoder(assets.upgrade(), base=vae)
     ways = {
         demo.ENLARGED: reconstruction.base_enlarged(vae, autoencoder),
         demo.SHIPPED: reconstruction.upgraded(autoencoder),

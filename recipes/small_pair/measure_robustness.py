@@ -1,6 +1,6 @@
 """How much noise on their latents the decoders forgive: KID of noisy reconstructions against the same pictures.
 
-    python recipes/small_pair/measure_robustness.py src/davae/assets/upgrade/vae --count 160
+    python recipes/small_pair/measure_robustness.py src/davae/assets/upgrade --count 160
 
 prints KID x 1000 (EfficientNet-Lite0); noise is in units, where every latent channel has deviation 1. A transformer's
 latents are never exact, so that this bounds what a generated picture can be.
@@ -29,7 +29,8 @@ def main(
     count: Annotated[int, typer.Option(help="Pictures, evenly spread over the set.")] = 160,
 ) -> None:
     """Measure both decoders."""
-    ours, vae = load_autoencoder(autoencoder), load_base_vae(base)
+    vae = load_base_vae(base)
+    ours = load_autoencoder(autoencoder, base=vae)
     channels = ours.config.base_channels
     pictures = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
     batches = [pictures.batch(indices.tolist()) for indices in torch.arange(len(pictures)).split(16)]

@@ -6,7 +6,7 @@ An adapter folder holds
 - `transformer_ports.safetensors`, both latent ports in full, base channels included;
 - `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
 - `transformer_layers.safetensors`, the weights of the layers that were trained themselves, if there are any;
-- `vae/`, the AutoencoderDA as it saves itself.
+- `vae/`, the AutoencoderDA as it saves itself, but for its frozen half, which is the base autoencoder's encoder.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ PORTS = "transformer_ports.safetensors"
 LORA = "transformer_lora.safetensors"
 LAYERS = "transformer_layers.safetensors"
 VAE = "vae"
+FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
+"""Parts of an AutoencoderDA that are its base autoencoder's, by their names there."""
 
 
 class LoraFacts(BaseModel):
@@ -51,12 +53,14 @@ class AdapterIndex(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
-    """Of the folder's layout."""
+    format_version: Literal[1, 2] = 2
+    """Of the folder's layout; in version 1 `vae/` held the frozen half, too."""
     base: str
     """Name or path of the base pipeline, for people."""
     base_sha256: str
     """`base_digest` of the base transformer, for the check."""
+    base_encoder_sha256: str | None = None
+    """`tensors_digest` of the base autoencoder's `frozen_half`, which `vae/` leaves out; None in version 1."""
     transformer: str
     """Class name of the transformer."""
     base_channels: int
@@ -84,6 +88,16 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
         sha256.update(f"{name} {list(tensor.shape)}\n".encode())
         sha256.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return sha256.hexdigest()
+
+
+def frozen_half(vae: nn.Module) -> dict[str, Tensor]:
+    """The tensors that an AutoencoderDA has from its base autoencoder `vae` and keeps frozen, under its own names."""
+    return {
+        f"{ours}.{name}": tensor
+        for ours, theirs in FROZEN_HALF.items()
+        if isinstance(part := getattr(vae, theirs, None), nn.Module)
+        for name, tensor in part.state_dict().items()
+    }
 
 
 def base_digest(transformer: ModelMixin) -> str:
@@ -180,6 +194,9 @@ def save_adapter(
     index = AdapterIndex(
         base=base,
         base_sha256=base_sha256,
+        base_encoder_sha256=tensors_digest(
+            {name: tensor for name, tensor in pipeline.vae.state_dict().items() if _is_frozen(name)}
+        ),
         transformer=type(transformer).__name__,
         base_channels=config.base_channels,
         detail_channels=config.detail_channels,
@@ -196,6 +213,9 @@ def save_adapter(
         if layers:
             save_file(_contiguous(_weights_of(transformer, layers)), partial / LAYERS)
         pipeline.vae.save_pretrained(partial / VAE)
+        (weights,) = (partial / VAE).glob("*.safetensors")
+        kept = {name: tensor for name, tensor in load_file(weights).items() if not _is_frozen(name)}
+        save_file(kept, weights, metadata={"format": "pt"})
 
 
 def read_index(folder: Path) -> AdapterIndex:
@@ -263,6 +283,10 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
         transformer.fuse_lora(safe_fusing=True)  # "safe" also leaves the tensors alone that a base pipeline shares
         transformer.unload_lora()
         transformer.requires_grad_(True)
+
+
+def _is_frozen(name: str) -> bool:
+    return name.partition(".")[0] in FROZEN_HALF
 
 
 def _of_layers(tensors: dict[str, Tensor], *layers: str) -> dict[str, Tensor]:

@@ -30,6 +30,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of t
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
+AutoencoderPath = Annotated[
+    Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA, or of an adapter.")
+]
 Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
@@ -110,7 +113,7 @@ def train_autoencoder(
 @app.command()
 def upgrade(
     pipeline: PipelinePath,
-    autoencoder: Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA.")],
+    autoencoder: AutoencoderPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the upgraded pipeline.")],
     dry_run: DryRun = False,
 ) -> None:
@@ -121,7 +124,8 @@ def upgrade(
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
-    save_pipeline(upgrade(load_pipeline(pipeline), load_autoencoder(autoencoder)), out)
+    base = load_pipeline(pipeline)
+    save_pipeline(upgrade(base, load_autoencoder(autoencoder, base=base.vae)), out)
     _say(out)
 
 
@@ -176,7 +180,7 @@ def generate(
 
 @app.command()
 def reconstruct(
-    autoencoder: Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="Folder of an AutoencoderDA.")],
+    autoencoder: AutoencoderPath,
     pictures: Pictures,
     out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/reconstruct"),
     size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
@@ -193,8 +197,8 @@ def reconstruct(
     from davae.upgrade import load_autoencoder, load_base_vae
 
     where = _device(device)
-    loaded = load_autoencoder(autoencoder, device=where)
     vae = None if base is None else load_base_vae(base, device=where)
+    loaded = load_autoencoder(autoencoder, base=vae, device=where)
     _say(reconstruct(loaded, pictures, out, base=vae, **settings))
 
 

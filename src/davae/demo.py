@@ -155,7 +155,8 @@ def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
 
 def reconstruction_ways(start: Path, trained: Path) -> dict[str, reconstruction.Way]:
     """By name: the base's two bounds, the closed-form start, what this run trained, and what is shipped."""
-    vae, shipped = load_base_vae(str(assets.base_pipeline())), load_autoencoder(assets.upgrade() / "vae")
+    vae = load_base_vae(str(assets.base_pipeline()))
+    shipped = load_autoencoder(assets.upgrade(), base=vae)
     return {
         ENLARGED: reconstruction.base_enlarged(vae, shipped),
         CLOSED_FORM: reconstruction.upgraded(load_autoencoder(start)),

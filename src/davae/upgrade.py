@@ -10,7 +10,16 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMi
 from safetensors import SafetensorError
 from torch import nn
 
-from davae.adapter import VAE, base_digest, check_base, load_adapter, tensors_digest
+from davae.adapter import (
+    INDEX,
+    VAE,
+    base_digest,
+    check_base,
+    frozen_half,
+    load_adapter,
+    read_index,
+    tensors_digest,
+)
 from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
 from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
@@ -106,23 +115,59 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def load_autoencoder(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    base: AutoencoderKL | AutoencoderTiny | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> AutoencoderDA:
-    """An AutoencoderDA that `save_pretrained` wrote, in `dtype` (float32 if None), in evaluation mode.
+    """An AutoencoderDA that `save_pretrained` wrote, or an adapter folder's, in evaluation mode.
+
+    Args:
+        folder: the autoencoder's, or the adapter's.
+        base: the base pipeline's VAE; an adapter's autoencoder has its frozen half from there.
+        dtype: of the weights; float32 if None.
+        device: where they go.
 
     Raises:
-        CheckpointError: the folder is missing, damaged or holds something else.
+        CheckpointError: the folder is missing, damaged or holds something else, or the adapter is another base's.
+        SettingsError: an adapter without its base.
     """
+    half = {}
+    if (folder / INDEX).is_file():
+        digest = read_index(folder).base_encoder_sha256
+        if digest is not None:
+            half = _half_of(base, folder, digest)
+        folder = folder / VAE
     try:
         autoencoder, found = AutoencoderDA.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded as an AutoencoderDA: {error}") from error
-    if found["missing_keys"]:
-        lacking = ", ".join(sorted(found["missing_keys"])[:3])
-        raise CheckpointError(f"{folder} lacks the weights {lacking}: copy it anew")
+    if lacking := sorted(set(found["missing_keys"]) - half.keys()):
+        advice = "copy it anew"
+        if (folder.parent / INDEX).is_file():
+            advice = f"it is an adapter's: give {folder.parent} and the base pipeline, or, if they are given, {advice}"
+        raise CheckpointError(f"{folder} lacks the weights {', '.join(lacking[:3])}: {advice}")
+    if half:  # assigned, since diffusers may have left them on "meta"
+        own = {name: tensor.to(dtype or torch.float32, copy=True) for name, tensor in half.items()}
+        autoencoder.load_state_dict(own, strict=False, assign=True)
+        for name in half:
+            autoencoder.get_parameter(name).requires_grad_(False)
     return autoencoder.to(device).eval()
+
+
+def _half_of(base: nn.Module | None, folder: Path, digest: str) -> dict[str, torch.Tensor]:
+    if base is None:
+        raise SettingsError(f"{folder} is an adapter, whose autoencoder is half the base pipeline's: give that, too")
+    half = frozen_half(base)
+    if (found := tensors_digest(half)) != digest:
+        raise CheckpointError(
+            f"the autoencoder of {folder} was made from another base than this one: from an encoder with SHA-256 "
+            f"{digest}, and this one's is {found}. Give the base pipeline that the adapter names"
+        )
+    return half
 
 
 def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> AutoencoderKL | AutoencoderTiny:
@@ -154,7 +199,7 @@ def _check_whole(module: nn.Module, name: str) -> None:
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
     check_base(base_digest(pipeline.transformer), folder)
-    upgraded = upgrade(pipeline, load_autoencoder(folder / VAE, dtype=pipeline.vae.dtype))
+    upgraded = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)
     return upgraded
 

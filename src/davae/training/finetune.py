@@ -49,7 +49,7 @@ class FinetuneRecipe(OptimisationRecipe):
     base: str = ""
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
     autoencoder: str = ""
-    """Folder of the trained AutoencoderDA; "" is the shipped upgrade's."""
+    """Folder of the trained AutoencoderDA, or an adapter folder, for its own; "" is the shipped upgrade's."""
     pictures: str = ""
     """Folder of captioned pictures or shards; "" is the shipped set."""
     limit: Positive | None = None
@@ -92,8 +92,9 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
 
 def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     base = recipe.base or str(assets.base_pipeline())
-    autoencoder = load_autoencoder(Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade() / "vae")
-    pipeline = upgrade(load_pipeline(base), autoencoder)
+    pipeline = load_pipeline(base)
+    autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    pipeline = upgrade(pipeline, autoencoder)
     backbone = backbone_of(pipeline.transformer)
     picture_side(pipeline, recipe.size)
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
