@@ -105,7 +105,7 @@ def hinge_generator_loss(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor,
 def adaptive_weight(
     reference_gradient: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"], maximum: float
 ) -> Float[Tensor, ""]:
-    """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that brings one loss's gradient to another's norm.
+    """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that gives a loss the gradient norm of another.
 
     VQGAN's rule (arXiv 2012.09841, Eq. 7), in both of the places where the reference has it (METHOD sections 3 and 4):
 

@@ -131,7 +131,7 @@ class LPIPS(nn.Module):
 
 
 def patch_starts(side: int, patch: int, stride: int) -> list[int]:
-    """Where patches begin along a side, in px: every `stride`, and one flush with the end if none is (METHOD section 4).
+    """Where patches begin along a side, in px: every `stride`, and one flush with the end (METHOD section 4).
 
     A side of 1024 has 7 patches of 256 at a stride of 128; one of 1000 has 7, too, the last one from 744 on.
     """
