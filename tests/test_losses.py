@@ -1,12 +1,16 @@
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from davae.errors import SettingsError
 from davae.losses import (
+    adaptive_weight,
     channel_group_mean,
     detail_alignment_loss,
     gradient_l1,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
     kl_loss_mean,
     kl_loss_sum,
     reconstruction_l1,
@@ -90,3 +94,46 @@ def test_half_precision_is_summed_in_float32(loss):
     value = loss(first, second)
     assert value.dtype is torch.float32
     torch.testing.assert_close(value, loss(first.double(), second.double()).float())
+
+
+def test_hinge_losses_are_the_published_ones():
+    """Lim and Ye, arXiv 1705.02894: 1/2 (E max(0, 1 - D(x)) + E max(0, 1 + D(y))), and -E D(y)."""
+    real, fake = 2 * normal(2, 1, 5, 7), 2 * normal(2, 1, 5, 7, seed=1)
+    r, f = real.numpy(), fake.numpy()
+    expected = 0.5 * (np.where(r < 1, 1 - r, 0).mean() + np.where(f > -1, 1 + f, 0).mean())
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(expected, rel=1e-14)
+    assert hinge_generator_loss(fake).item() == pytest.approx(-f.mean(), rel=1e-14)
+
+
+def test_hinge_discriminator_loss_stops_at_the_margins():
+    real, fake = torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), -1.5)
+    real[..., 0, 0], fake[..., 0, 0] = 0.5, -0.5
+    real.requires_grad_(), fake.requires_grad_()
+    loss = hinge_discriminator_loss(real, fake)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.125)
+    assert real.grad.flatten().tolist() == [-0.125, 0, 0, 0]
+    assert fake.grad.flatten().tolist() == [0.125, 0, 0, 0]
+
+
+def test_hinge_losses_of_half_precision_are_summed_in_float32():
+    real, fake = normal(2, 1, 9, 9).bfloat16(), normal(2, 1, 9, 9, seed=1).bfloat16()
+    for value, expected in (
+        (hinge_discriminator_loss(real, fake), hinge_discriminator_loss(real.double(), fake.double())),
+        (hinge_generator_loss(fake), hinge_generator_loss(fake.double())),
+    ):
+        assert value.dtype is torch.float32
+        torch.testing.assert_close(value, expected.float())
+
+
+def test_adaptive_weight_is_the_clamped_ratio_of_norms():
+    """METHOD sections 3 and 4: clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached."""
+    reference, own = normal(3, 4, 2, 2).requires_grad_(), 0.01 * normal(3, 4, 2, 2, seed=1)
+    ratio = np.sqrt((reference.detach().numpy() ** 2).sum()) / (np.sqrt((own.numpy() ** 2).sum()) + 1e-4)
+    found = adaptive_weight(reference, own, 1e4)
+    assert found.item() == pytest.approx(ratio, rel=1e-14)
+    assert not found.requires_grad
+    assert adaptive_weight(reference, own, 2.0) == 2.0 < ratio
+    assert adaptive_weight(0 * reference, own, 1e4) == 0
+    assert adaptive_weight(torch.ones(4), torch.zeros(4), 1e8).item() == pytest.approx(2e4, rel=1e-6)
+    assert adaptive_weight(torch.ones(4).bfloat16(), torch.ones(4).bfloat16(), 1e8).dtype is torch.float32

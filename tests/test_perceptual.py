@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from davae import assets
 from davae.errors import CheckpointError, SettingsError
-from davae.perceptual import LPIPS
+from davae.perceptual import LPIPS, patch_starts, patchwise_lpips
 
 BUILD_SCRIPT = Path(__file__).parents[1] / "recipes" / "small_pair" / "build_lpips.py"
 ALEX_LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))  # stride, padding, pool before
@@ -188,6 +188,54 @@ def test_smallest_picture_and_one_pixel_less(alex):
     assert (alex(images, blur(images, 2)) > 0).all()
     with pytest.raises(SettingsError, match="31x32 px, but needs at least 32"):
         alex(images[:, :, 1:], images[:, :, 1:])
+
+
+@pytest.mark.parametrize(
+    ("side", "patch", "stride", "expected"),
+    [
+        (1024, 256, 128, [0, 128, 256, 384, 512, 640, 768]),  # METHOD section 4: 7 x 7 of them
+        (1000, 256, 128, [0, 128, 256, 384, 512, 640, 744]),
+        (257, 256, 128, [0, 1]),
+        (256, 256, 128, [0]),
+    ],
+)
+def test_patches_start_at_every_stride_and_end_at_the_edge(side, patch, stride, expected):
+    assert patch_starts(side, patch, stride) == expected
+    assert {x for start in expected for x in range(start, start + patch)} == set(range(side))
+
+
+def test_patchwise_distance_is_the_mean_over_the_grid(alex):
+    images = patchwork(2, side=64)
+    other = blur(images, 3)
+    cut = [functional.unfold(x, 32, stride=16).transpose(1, 2).reshape(2 * 9, 3, 32, 32) for x in (images, other)]
+    expected = alex(*cut).view(2, 9).mean(1)
+    torch.testing.assert_close(patchwise_lpips(alex, images, other, patch=32, stride=16), expected, atol=1e-6, rtol=0)
+
+
+def test_patchwise_distance_covers_sides_that_strides_do_not_divide(alex):
+    image = patchwork(1, side=64)[..., :40].contiguous().requires_grad_()
+    other = blur(image.detach(), 2)
+    distance = patchwise_lpips(alex, image, other, patch=32, stride=24)
+    corners = [(top, left) for top in (0, 24, 32) for left in (0, 8)]
+    expected = [alex(image[..., t : t + 32, x : x + 32], other[..., t : t + 32, x : x + 32]) for t, x in corners]
+    torch.testing.assert_close(distance, torch.stack(expected).mean(0))
+    distance.sum().backward()
+    assert image.grad[..., -1, :].any()
+    assert image.grad[..., -1].any()
+
+
+def test_one_patch_is_the_whole_picture(alex):
+    images = patchwork(2)
+    assert torch.equal(
+        patchwise_lpips(alex, images, blur(images, 2), patch=64, stride=64), alex(images, blur(images, 2))
+    )
+
+
+@pytest.mark.parametrize(("patch", "stride"), [(65, 32), (31, 16), (32, 33), (32, 0)])
+def test_patches_that_do_not_fit_are_refused(alex, patch, stride):
+    images = patchwork(1)
+    with pytest.raises(SettingsError, match=rf"patches of {patch} px every {stride} px on pictures of 64x64 px"):
+        patchwise_lpips(alex, images, images, patch=patch, stride=stride)
 
 
 def test_missing_damaged_and_foreign_weights_are_told_apart(tmp_path):

@@ -1,4 +1,6 @@
-"""The losses of stage 1, except the perceptual one (see perceptual.py). Each computes in float32 or better.
+"""The losses of stage 1, except the perceptual one (see perceptual.py), and the weights that balance them.
+
+Each computes in float32 or better.
 
 A precision below float32 is widened on entry, so a loss under autocast is never summed in bfloat16; float64 stays.
 """
@@ -81,6 +83,44 @@ def gradient_l1(reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "
     """
     difference = _widened(reconstruction) - _widened(image)
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+
+
+def hinge_discriminator_loss(
+    real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]
+) -> Float[Tensor, ""]:
+    """1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake)): what the discriminator lowers (Lim and Ye, 1705.02894).
+
+    Args:
+        real_logits: the discriminator's logits of real pictures.
+        fake_logits: of reconstructions, which must not get a gradient: detach them.
+    """
+    return 0.5 * ((1 - _widened(real_logits)).relu().mean() + (1 + _widened(fake_logits)).relu().mean())
+
+
+def hinge_generator_loss(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """-mean of the discriminator's logits of reconstructions: L_adv, what the joint decoder lowers."""
+    return -_widened(fake_logits).mean()
+
+
+def adaptive_weight(
+    reference_gradient: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"], maximum: float
+) -> Float[Tensor, ""]:
+    """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that gives a loss the gradient norm of another.
+
+    VQGAN's rule (arXiv 2012.09841, Eq. 7), in both of the places where the reference has it (METHOD sections 3 and 4):
+
+    - the adversarial loss: gradients at the weight of the decoder's last convolution, maximum 1e4;
+    - the alignment loss: gradients at the weight of the 3x3 convolution in the detail encoder's last block, not at the
+      1x1 shortcut beside it, maximum 1e8. With the closed-form start that convolution is zero at first; its gradient
+      is not, since that depends on what the convolution reads, not on what it holds.
+
+    Args:
+        reference_gradient: of the reconstruction loss, L1 and LPIPS (and the gradient loss, if it has a weight).
+        gradient: of the loss to be weighted, at the same parameter.
+        maximum: the largest weight.
+    """
+    norms = [torch.linalg.vector_norm(_widened(g.detach())) for g in (reference_gradient, gradient)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, maximum)
 
 
 def _twice_kl(mean: Tensor, logvar: Tensor) -> Tensor:

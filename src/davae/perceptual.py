@@ -2,7 +2,7 @@
 
 A picture runs through an ImageNet classifier; at five depths the feature vectors of each position are scaled to unit
 length, and the distance is the squared difference of two pictures' vectors, weighted per channel by a trained head,
-averaged over positions and summed over depths.
+averaged over positions and summed over depths. Large pictures are compared patch by patch (`patchwise_lpips`).
 """
 
 from collections.abc import Sequence
@@ -128,3 +128,44 @@ class LPIPS(nn.Module):
             # a short vector. Both agree to float32 precision: measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
+
+
+def patch_starts(side: int, patch: int, stride: int) -> list[int]:
+    """Where patches begin along a side, in px: every `stride`, and one flush with the end (METHOD section 4).
+
+    A side of 1024 has 7 patches of 256 at a stride of 128; one of 1000 has 7, too, the last one from 744 on.
+    """
+    return [*range(0, side - patch, stride), side - patch]
+
+
+def patchwise_lpips(
+    lpips: LPIPS, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"], *, patch: int, stride: int
+) -> Float[Tensor, "b"]:
+    """The mean of LPIPS over a grid of overlapping square patches, for pictures larger than LPIPS was made for.
+
+    LPIPS's weights were trained on patches of 64 px, and its networks on pictures of 224 px; the SD3 set-up of the
+    paper has patches of 256 px at a stride of 128, which for 1024 px are 7 x 7 (METHOD section 4). Every patch weighs
+    the same, so positions under more patches weigh more.
+
+    Args:
+        lpips: the network.
+        image: pictures in [-1, 1].
+        other: pictures in [-1, 1], of the same shape.
+        patch: side of a patch in px.
+        stride: px from one patch to the next.
+
+    Raises:
+        SettingsError: a patch is larger than the pictures or smaller than LPIPS needs, or patches would leave gaps.
+    """
+    height, width = image.shape[-2:]
+    if not MIN_SIDE <= patch <= min(height, width) or not 1 <= stride <= patch:
+        raise SettingsError(
+            f"patches of {patch} px every {stride} px on pictures of {height}x{width} px: allowed are patches from "
+            f"{MIN_SIDE} px up to the pictures' smaller side, and strides from 1 up to the patch"
+        )
+    distances = [
+        lpips(*(pictures[..., top : top + patch, left : left + patch] for pictures in (image, other)))
+        for top in patch_starts(height, patch, stride)
+        for left in patch_starts(width, patch, stride)
+    ]
+    return torch.stack(distances).mean(0)

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch.distributions import Normal, kl_divergence
 
 from davae.autoencoder_da import AutoencoderDA
+from davae.data.order import batch_indices, random_crops
 from davae.data.png import read_png
 from davae.data.sources import PictureSet, open_pictures
+from davae.discriminator import PatchDiscriminator
 from davae.errors import CheckpointError, DataError, NumericsError, SettingsError
 from davae.evaluation.reconstruction import measure, upgraded
 from davae.perceptual import LPIPS
@@ -19,16 +21,16 @@ from davae.seeds import generator
 from davae.training.autoencoder import (
     AutoencoderRecipe,
     LossWeights,
+    base_reconstruction,
     heldout_metrics,
-    stage_one_loss,
+    set_trained,
     start_autoencoder,
     train_autoencoder,
-    with_latent_noise,
 )
-from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_base_vae
 from hashes import digests
 from scenes import fill_with_scenes
+from tiny import tiny_taesd, tiny_vae
 
 STEPS = 41
 
@@ -231,8 +233,35 @@ def test_a_run_without_steps_is_the_start_calibrated(recipe: AutoencoderRecipe, 
         ({"crop": 24}, r"crop=24.*from 32, which LPIPS needs"),
         ({"detail_channels": 6}, r"detail_channels=6 must be a positive multiple of base_channels=4"),
         ({"detail_channels": 8, "start": "random"}, r"in_channels=12 must divide .* Choose detail_channels"),
+        (
+            {"crop": 16, "loss": LossWeights(lpips=0, adversarial=0.1)},
+            r"crop=16.*from 24, which the discriminator needs",
+        ),
+        ({"loss": LossWeights(lpips_patch=48)}, r"lpips_patch=48: allowed are 32 to crop=32"),
+        ({"loss": LossWeights(lpips_patch=24)}, r"lpips_patch=24: allowed are 32 to crop=32"),
+        ({"loss": LossWeights(lpips_patch=32, lpips_stride=33)}, r"lpips_stride=33: .* lpips_patch, which is 32"),
+        ({"loss": LossWeights(lpips_stride=16)}, r"lpips_stride=16: .* lpips_patch, which is not given"),
+        ({"decoder_only": True, "frozen_trunk": True}, r"decoder_only trains less"),
+        (
+            {"decoder_only": True, "loss": LossWeights(adaptive_alignment=True)},
+            r"adaptive_alignment with decoder_only",
+        ),
     ],
-    ids=["size", "crop", "crop above size", "crop below LPIPS", "channels", "channels of the random start"],
+    ids=[
+        "size",
+        "crop",
+        "crop above size",
+        "crop below LPIPS",
+        "channels",
+        "channels of the random start",
+        "crop below the discriminator",
+        "patch above crop",
+        "patch below LPIPS",
+        "stride above patch",
+        "stride without patch",
+        "frozen twice",
+        "alignment of what is frozen",
+    ],
 )
 def test_settings_that_do_not_fit_are_named(
     recipe: AutoencoderRecipe, tmp_path: Path, changes: dict[str, object], named: str
@@ -245,6 +274,32 @@ def test_settings_that_do_not_fit_are_named(
 def test_a_crop_below_lpips_is_fine_without_it(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
     chosen = recipe.model_copy(update={"crop": 24, "loss": LossWeights(lpips=0), "steps": 1})
     assert (train_autoencoder(chosen, tmp_path) / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"detail_channels": 12}, r"detail_channels=12, but .* has 8"),
+        ({"base_downsample": "bicubic"}, r"base_downsample='bicubic', but .* has 'bicubic-antialias'"),
+        ({"base": ""}, r"frozen base encoder is not this pipeline's"),  # the shipped base is not the tiny one
+    ],
+    ids=["channels", "filter", "base"],
+)
+def test_an_autoencoder_to_go_on_from_must_be_what_the_recipe_says(
+    recipe: AutoencoderRecipe, autoencoder_folder: Path, tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    update = {"autoencoder": str(autoencoder_folder), "detail_channels": 8, "target": "base reconstruction", **changes}
+    with pytest.raises(SettingsError, match=named):
+        train_autoencoder(recipe.model_copy(update=update), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_missing_weights_of_lpips_or_an_autoencoder_lock_no_folder(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    for update in ({"loss": LossWeights(lpips_weights=absent)}, {"autoencoder": absent}):
+        with pytest.raises(CheckpointError, match="absent"):
+            train_autoencoder(recipe.model_copy(update=update), tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_detail_latents_that_came_to_nothing_are_no_result(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
@@ -295,105 +350,12 @@ def test_shipped_recipes_fit(path: Path) -> None:
     assert recipe.crop % 16 == recipe.size % 16 == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------------------------ what a recipe decides
 
 
 @pytest.fixture
 def autoencoder(autoencoder_folder: Path) -> AutoencoderDA:
     return load_autoencoder(autoencoder_folder)
-
-
-@pytest.fixture
-def state(autoencoder: AutoencoderDA, tmp_path: Path) -> TrainingState:
-    return TrainingState(
-        tmp_path,
-        {"a": autoencoder},
-        autoencoder.detail_parameters(),
-        total_steps=1,
-        learning_rate=lambda step: 1e-3,
-        seed=0,
-        recipe_digest="0" * 64,
-    )
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_parts_are_what_they_are_called_and_add_up(autoencoder, state, train_pictures, lpips, reduction) -> None:
-    weights = LossWeights(l1=0.7, gradient=0.3, lpips=0.2, kl=1e-3, kl_reduction=reduction, alignment=0.4)
-    image = train_pictures.batch([0, 1])
-    state.step = 3
-    loss, parts = stage_one_loss(autoencoder, image, lpips, AutoencoderRecipe(loss=weights, seed=5), state)
-    assert loss.requires_grad
-    assert set(parts) == {"l1", "gradient", "lpips", "kl", "alignment"}
-    total = sum(getattr(weights, name) * part.item() for name, part in parts.items())
-    assert loss.item() == pytest.approx(total, rel=1e-6)
-
-    with torch.no_grad():
-        base = autoencoder.encode_base(image)
-        mean, log_variance = autoencoder.encode_detail(image)
-        noise = torch.randn(mean.shape, generator=generator(5, "posterior", 3))
-        detail = mean + log_variance.exp().sqrt() * noise
-        error = autoencoder.reconstruct(base, detail) - image
-        divergence = kl_divergence(Normal(mean, log_variance.exp().sqrt()), Normal(0.0, 1.0))
-        pairs = (detail[:, 0::2] + detail[:, 1::2]) / 2  # 8 detail channels on 4 of the base
-    expected = {
-        "l1": error.abs().mean(),
-        "gradient": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
-        "lpips": lpips(image + error, image).mean(),
-        "kl": 2 * divergence.mean() if reduction == "mean" else divergence.sum() / len(image),
-        "alignment": (pairs - base).square().mean(),
-    }
-    for name, part in expected.items():
-        assert parts[name].item() == pytest.approx(part.item(), rel=1e-4), name
-
-
-def test_gradients_reach_all_that_is_trained_and_nothing_else(autoencoder, state, train_pictures, lpips) -> None:
-    loss, _ = stage_one_loss(autoencoder, train_pictures.batch([0]), lpips, AutoencoderRecipe(), state)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in autoencoder.detail_parameters())
-    assert all(p.grad is None for p in autoencoder.base_encoder.parameters())
-    assert all(p.grad is None for p in lpips.parameters())
-
-
-def test_the_posterior_noise_is_a_function_of_seed_and_step(autoencoder, state, train_pictures, lpips) -> None:
-    image, losses = train_pictures.batch([0]), []
-    for seed, state.step in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        recipe = AutoencoderRecipe(loss=LossWeights(lpips=0), seed=seed)
-        losses.append(stage_one_loss(autoencoder, image, lpips, recipe, state)[0].item())
-    assert losses[0] == losses[1]
-    assert len(set(losses)) == 3
-
-
-def test_latent_noise_has_its_level_in_each_channels_own_deviations() -> None:
-    shift = torch.arange(1.0, 5.0).view(1, 4, 1, 1)
-    base, detail = torch.randn(64, 4, 16, 16), shift * torch.randn(64, 4, 16, 16) + shift
-    noisy = with_latent_noise(base, detail, 0.5, generator(0, "latent noise", 0))
-    level = 0.5 * torch.randn(64, generator=generator(0, "latent noise", 0)).abs()
-    for half, clean in zip(noisy, (base, detail), strict=True):
-        found = (half - clean).std(dim=(2, 3)) / clean.std(dim=(0, 2, 3))
-        torch.testing.assert_close(found, level[:, None].expand(-1, 4), rtol=0.2, atol=1e-3)
-    assert not torch.equal(noisy[0] - base, (noisy[1] - detail) / shift)
-    assert with_latent_noise(base, detail, 0.0, generator(0, "latent noise", 0)) == (base, detail)
-
-
-def test_latent_noise_cannot_be_shrunk_away_through_its_deviation() -> None:
-    detail = torch.randn(2, 4, 8, 8, requires_grad=True)
-    upstream = torch.randn(2, 4, 8, 8)
-    noisy = with_latent_noise(torch.randn(2, 4, 8, 8), detail, 0.5, generator(0, "latent noise", 0))[1]
-    assert torch.equal(torch.autograd.grad(noisy, detail, upstream)[0], upstream)
-
-
-def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(
-    autoencoder, state, train_pictures, lpips
-) -> None:
-    image = train_pictures.batch([0, 1])
-    (_, quiet), (_, noisy) = (
-        stage_one_loss(
-            autoencoder, image, lpips, AutoencoderRecipe(loss=LossWeights(lpips=0), latent_noise=scale), state
-        )
-        for scale in (0.0, 1.0)
-    )
-    assert noisy["l1"] > quiet["l1"]
-    assert noisy["alignment"] == quiet["alignment"]
 
 
 def test_the_recipe_decides_the_latent_noise_of_a_run(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
@@ -412,3 +374,120 @@ def test_heldout_numbers_are_those_of_the_evaluation(autoencoder, picture_folder
     expected = measure(heldout, {"davae": upgraded(autoencoder)}, lpips=lpips)["davae"]
     found = heldout_metrics(autoencoder, heldout, lpips)
     assert found == pytest.approx({f"heldout_{name}": value for name, value in expected.items()})
+
+
+def first_losses(folder: Path) -> dict[str, float]:
+    return next(line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "still"),
+    [
+        ({}, ()),
+        ({"frozen_trunk": True}, ("detail_encoder.", "detail_quant_conv.")),
+        ({"decoder_only": True}, ("detail_encoder.", "detail_quant_conv.", "detail_downsample.")),
+    ],
+    ids=["all", "frozen trunk", "decoder only"],
+)
+@pytest.mark.parametrize("quant", [False, True])
+def test_what_trains_is_what_the_recipe_says(recipe, changes, still, quant) -> None:
+    vae = AutoencoderKL.from_config({**tiny_vae().config, "use_quant_conv": quant, "use_post_quant_conv": quant})
+    autoencoder = AutoencoderDA.from_base(vae, detail_channels=8)
+    trained = {id(p) for p in set_trained(autoencoder, recipe.model_copy(update=changes))}
+    for name, parameter in autoencoder.named_parameters():
+        assert (id(parameter) in trained) == parameter.requires_grad == (not name.startswith(("base_", *still)))
+    for name, module in autoencoder.named_children():
+        assert module.training == (not f"{name}.".startswith(("base_encoder.", *still)))
+
+
+def test_going_on_starts_where_the_other_stopped(recipe, autoencoder, autoencoder_folder, tmp_path) -> None:
+    going_on = {"autoencoder": str(autoencoder_folder), "detail_channels": 8, "steps": 2, "frozen_trunk": True}
+    end = load_autoencoder(train_autoencoder(recipe.model_copy(update=going_on), tmp_path))
+    start = load_autoencoder(tmp_path / "start")
+    assert all(torch.equal(p, q) for p, q in zip(start.parameters(), autoencoder.parameters(), strict=True))
+    before, after = start.state_dict(), end.state_dict()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    kept = {name for name in after if name.startswith(("base_", "detail_encoder."))}
+    assert moved == set(after) - kept
+
+
+def test_decoder_only_keeps_latents_and_statistics_bit_for_bit(
+    recipe, autoencoder, autoencoder_folder, train_pictures, tmp_path
+) -> None:
+    refined = {"autoencoder": str(autoencoder_folder), "detail_channels": 8, "steps": 2, "decoder_only": True}
+    end = load_autoencoder(train_autoencoder(recipe.model_copy(update=refined), tmp_path))
+    image = train_pictures.batch(range(4))
+    with torch.no_grad():
+        ours, theirs = (model.encode(image).latent_dist for model in (end, autoencoder))
+        assert torch.equal(ours.parameters, theirs.parameters)
+        assert not torch.equal(end(image).sample, autoencoder(image).sample)
+    still = ("base_", "detail_encoder.", "detail_downsample.", "detail_mean", "detail_std")
+    before = autoencoder.state_dict()
+    moved = {name for name, tensor in end.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if not name.startswith(still)}
+
+
+@pytest.mark.parametrize("make", [tiny_vae, tiny_taesd])
+def test_the_base_reconstruction_is_that_of_the_base_itself(make, train_pictures) -> None:
+    vae = make()
+    autoencoder, image = AutoencoderDA.from_base(vae, detail_channels=8).eval(), train_pictures.batch([0, 1])
+    with torch.no_grad():
+        encoded = vae.encode(image)  # AutoencoderTiny's own `forward` rounds latents to bytes
+        mode = encoded.latents if make is tiny_taesd else encoded.latent_dist.mode()
+        expected = vae.decode(mode).sample.clamp(-1, 1)
+    assert (vae(image).sample - image).abs().mean() > 0.1
+    torch.testing.assert_close(base_reconstruction(autoencoder, vae, image), expected)
+
+
+def test_the_target_of_a_run_is_what_the_recipe_says(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    one = recipe.model_copy(update={"target": "base reconstruction", "steps": 1})
+    train_autoencoder(one, tmp_path)
+    start, vae = load_autoencoder(tmp_path / "start"), load_base_vae(one.base)
+    pictures = open_pictures(Path(one.pictures), size=64, split="train")
+    image = random_crops(pictures.batch(batch_indices(len(pictures), 4, seed=0, step=0)), 32, seed=0, step=0)
+    with torch.no_grad():
+        mean, log_variance = start.encode_detail(image)
+        noise = torch.randn(mean.shape, generator=generator(0, "posterior", 0))
+        made = start.reconstruct(start.encode_base(image), mean + (0.5 * log_variance).exp() * noise)
+        expected = (made - vae(image).sample.clamp(-1, 1)).abs().mean().item()
+    assert first_losses(tmp_path)["l1"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_vgg_is_for_the_loss_and_heldout_numbers_stay_alexnets(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    tensors, width = {}, 3
+    for index, channels in enumerate([64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]):
+        tensors[f"conv_{index}.weight"] = torch.full((channels, width, 3, 3), 1 / (9 * width)).half()
+        tensors[f"conv_{index}.bias"] = torch.zeros(channels)
+        width = channels
+    tensors |= {f"head_{index}": torch.ones(channels) for index, channels in enumerate([64, 128, 256, 512, 512])}
+    save_file(tensors, tmp_path / "vgg16.safetensors")
+    lines = {}
+    for weights in ("", str(tmp_path / "vgg16.safetensors")):
+        loss = LossWeights(lpips_weights=weights)
+        train_autoencoder(recipe.model_copy(update={"loss": loss, "steps": 1}), tmp_path / f"run{len(lines)}")
+        lines[weights] = read_metrics(tmp_path / f"run{len(lines)}" / "metrics.jsonl")
+    (before, step, _), (other_before, other_step, _) = lines.values()
+    assert before["heldout_lpips"] == other_before["heldout_lpips"]
+    assert step["l1"] == other_step["l1"]
+    assert step["lpips"] != other_step["lpips"]
+
+
+def test_the_discriminator_plays_from_its_first_step_on(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    loss = LossWeights(
+        lpips=0, adversarial=0.5, adversarial_start=1, adversarial_ramp_steps=2, discriminator_learning_rate=1e-2
+    )
+    chosen = recipe.model_copy(update={"loss": loss, "steps": 3, "checkpoint_every": 1})
+    train_autoencoder(chosen, tmp_path)
+    saved = [load_file(path) for path in sorted((tmp_path / "checkpoints").rglob("discriminator.safetensors"))]
+    counts = [int(tensors["main.3.num_batches_tracked"]) for tensors in saved]
+    assert counts == [0, 3, 6]  # made, real, made, in each step that it plays in
+    start = PatchDiscriminator(generator(0, "discriminator")).state_dict()
+    assert all(torch.equal(saved[0][name], tensor) for name, tensor in start.items())
+    assert not any(torch.equal(saved[1][name], saved[2][name]) for name in start)
+    assert outcome(tmp_path)["counts"]["skipped_discriminator_steps"] == 0
+    first, last = first_losses(tmp_path), read_metrics(tmp_path / "metrics.jsonl")[-2]
+    assert "adversarial" not in first
+    assert last["step"] == 2
+    total = last["l1"] + 1e-6 * last["kl"] + 0.5 * last["alignment"] + 0.5 * last["adversarial"]
+    assert last["loss"] == pytest.approx(total, rel=1e-5)
+    assert 0 < last["discriminator"] < 10

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
 from forks import exit_code, forked
 from hashes import digests
@@ -26,8 +27,14 @@ RUNS = [
     "stage 1",
     "stage 2",
     pytest.param("stage 1, random start", marks=pytest.mark.slow),
+    pytest.param("stage 1, adversarial", marks=pytest.mark.slow),
     pytest.param("stage 2, full", marks=pytest.mark.slow),
 ]
+
+
+ADVERSARIAL = LossWeights(
+    adversarial=0.1, adversarial_start=2, adversarial_ramp_steps=4, adaptive_adversarial=True, adaptive_alignment=True
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ def stage(request, base_folder, autoencoder_folder, picture_folder, tmp_path_fac
         "stage 1": lambda folder: train_autoencoder(autoencoder, folder),
         "stage 1, random start": lambda folder: train_autoencoder(
             autoencoder.model_copy(update={"start": "random"}), folder
+        ),
+        "stage 1, adversarial": lambda folder: train_autoencoder(
+            autoencoder.model_copy(update={"loss": ADVERSARIAL}), folder
         ),
         "stage 2": lambda folder: finetune(transformer, folder),
         "stage 2, full": lambda folder: finetune(transformer.model_copy(update={"trained": "full"}), folder),
@@ -124,3 +134,32 @@ def test_killed_before_any_rename_of_what_it_leaves(stage: Stage, tmp_path: Path
         assert exit_code(forked(lambda folder=folder: stage.program(folder))) == 0
         assert outcome(folder) == stage.outcome
     assert operation > 4, f"only {operation - 1} renames?"
+
+
+def test_a_discriminator_killed_between_checkpoints_ends_with_the_same_bits(
+    base_folder: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Killed before its second checkpoint has its name, it goes on from the first, in which the discriminator is."""
+    recipe = AutoencoderRecipe(
+        **{"base": str(base_folder), "pictures": str(picture_folder), "size": 64, "crop": 32, "batch_size": 2},
+        **{"detail_channels": 12, "fit_pictures": 4, "steps": 4, "checkpoint_every": 2, "evaluate_every": 5},
+        loss=ADVERSARIAL.model_copy(update={"adversarial_start": 1, "lpips": 0.0}),
+    )
+
+    def killed(folder: Path) -> None:
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            if event == "os.rename" and str(arguments[1]).endswith("step-00000004"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        train_autoencoder(recipe, folder)
+
+    assert exit_code(forked(lambda: train_autoencoder(recipe, tmp_path / "whole"))) == 0
+    assert exit_code(forked(lambda: killed(tmp_path / "parts"))) == -signal.SIGKILL
+    newest = max((tmp_path / "parts" / "checkpoints").glob("step-????????"))
+    assert newest.name == "step-00000002"
+    assert load_file(newest / "discriminator_optimizer.safetensors")
+    assert exit_code(forked(lambda: train_autoencoder(recipe, tmp_path / "parts"))) == 0
+    expected = outcome(tmp_path / "whole")
+    assert {"discriminator.safetensors", "discriminator_optimizer.safetensors"} <= expected["last"][1].keys()
+    assert outcome(tmp_path / "parts") == expected

@@ -2,79 +2,30 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import torch
-from einops import rearrange
-from jaxtyping import UInt8
-from torch import Tensor
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
 
 from davae import assets
 from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices, random_crops
-from davae.data.png import to_bytes, write_png
+from davae.data.png import write_png
 from davae.data.sources import PictureSet, open_pictures
+from davae.discriminator import PatchDiscriminator
 from davae.errors import NumericsError, SettingsError
-from davae.losses import detail_alignment_loss, gradient_l1, kl_loss_mean, kl_loss_sum, reconstruction_l1
-from davae.metrics import psnr, ssim
-from davae.perceptual import LPIPS, MIN_SIDE
-from davae.recipe import Recipe
+from davae.perceptual import LPIPS
 from davae.seeds import generator
 from davae.storage import replaced_whole, write_atomically
-from davae.training.optimisation import OptimisationRecipe, Positive, Weight
-from davae.training.state import TrainingState
-from davae.upgrade import load_autoencoder, load_base_vae
+from davae.training.autoencoder_recipe import AutoencoderRecipe, check_choices, check_sides
+from davae.training.autoencoder_recipe import LossWeights as LossWeights  # imported from here with the recipe
+from davae.training.companion import Companion
+from davae.training.heldout import heldout_metrics, heldout_picture
+from davae.training.stage_one_loss import stage_one_loss
+from davae.upgrade import check_base_encoder, load_autoencoder, load_base_vae
 
 logger = logging.getLogger(__name__)
-
-KL_LOSSES = {"mean": kl_loss_mean, "sum": kl_loss_sum}
-
-
-class LossWeights(Recipe):
-    """Weights of stage 1's loss (METHOD section 4, Table S1)."""
-
-    l1: Weight = 1.0
-    gradient: Weight = 0.0
-    """Of the L1 between finite differences; not in the paper."""
-    lpips: Weight = 1.0
-    kl: Weight = 1e-6
-    kl_reduction: Literal["mean", "sum"] = "mean"
-    """"mean" over elements without 1/2 (the ImageNet set-up), or "sum" with 1/2, averaged over the batch (SD3)."""
-    alignment: Weight = 0.5
-
-
-class AutoencoderRecipe(OptimisationRecipe):
-    """Everything that decides a run of stage 1."""
-
-    base: str = ""
-    """Folder or Hub name of the base pipeline; "" is the shipped one."""
-    pictures: str = ""
-    """Folder of captioned pictures or shards; "" is the shipped set."""
-    limit: Positive | None = None
-    """At most so many of them, evenly spread."""
-    size: Positive = 256
-    """Side of the pictures in pixels: twice what the base was made for."""
-    detail_channels: Positive = 16
-    base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
-    start: Literal["closed form", "random"] = "closed form"
-    """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
-    aligned_start: bool = True
-    """Of the closed-form start: turn the code towards the base latents; otherwise each component has unit variance."""
-    fit_pictures: Positive = 128
-    """How many pictures the closed-form start is fitted on."""
-    crop: Positive = 128
-    """Side of the training crops in pixels."""
-    batch_size: Positive = 8
-    latent_noise: Weight = 0.0
-    """Noise on what the joint decoder reads, so that it forgives a transformer's small errors: of deviation |N(0, 1)|
-    times this for each picture, in each latent channel's own deviations. Not in the paper; RAE, arXiv 2510.11690."""
-    evaluate_every: Positive = 500
-    calibration_pictures: Positive = 512
-    """How many pictures the latent statistics are measured on at the end."""
-    heldout_pictures: Positive = 32
-    """How many held-out pictures the periodic numbers stand on."""
-    loss: LossWeights = LossWeights()
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
@@ -99,103 +50,113 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     pictures = pictures.sound(folder / "refused.json")
     heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures)
     heldout = heldout.sound(folder / "refused_heldout.json")
+    alex = LPIPS.alex()
+    lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
     autoencoder = start_autoencoder(recipe, pictures, folder / "start")
-    lpips = LPIPS.alex()
+    base_vae = load_base_vae(base_of(recipe)) if recipe.target == "base reconstruction" else None
+    discriminator = discriminator_of(recipe)
+    trained = set_trained(autoencoder, recipe)
     state = recipe.training_state(
-        folder, {"autoencoder": autoencoder}, autoencoder.detail_parameters(), label="stage 1"
+        folder, {"autoencoder": autoencoder}, trained, label="stage 1", companion=discriminator
     )
-    autoencoder.train()
-    lpips.to(state.device)
+    for network in (alex, lpips, base_vae):
+        if network is not None:
+            network.to(state.device)
+
+    def evaluate() -> dict[str, float]:
+        values = heldout_metrics(autoencoder, heldout, alex)
+        state.log(values)
+        write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
+        return values
+
     for step in state.steps():
         if step % recipe.evaluate_every == 0:
             with state.ema_weights():
-                state.log(heldout_metrics(autoencoder, heldout, lpips))
-                write_png(folder / "pictures" / f"{step:08d}.png", heldout_picture(autoencoder, heldout))
+                evaluate()
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
-        state.update(*stage_one_loss(autoencoder, image, lpips, recipe, state))
+        target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
+        opponent = discriminator if step >= recipe.loss.adversarial_start else None
+        loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
+        state.update(loss.total, loss.logs)
+        if opponent is not None:
+            opponent.update(loss.discriminator)
     with state.ema_weights():
         autoencoder.eval()
-        chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
-        chunks = chosen[: recipe.calibration_pictures].split(16)
-        try:
-            autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
-        except ValueError as error:  # that file knows no davae and its errors
-            raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
-        values = heldout_metrics(autoencoder, heldout, lpips)
-        state.log(values)
-        write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
+        if not (recipe.decoder_only and recipe.autoencoder):
+            calibrate(autoencoder, pictures, recipe)
+        values = evaluate()
         with replaced_whole(folder / "autoencoder") as partial:
             autoencoder.save_pretrained(partial)
+    skipped = {} if discriminator is None else {"skipped_discriminator_steps": discriminator.skipped}
     recipe.finish(
         state,
         {**values, "autoencoder": folder / "autoencoder"},
-        counts={"pictures": len(pictures), "heldout_pictures": len(heldout)},
+        counts={"pictures": len(pictures), "heldout_pictures": len(heldout), **skipped},
     )
     return folder / "autoencoder"
 
 
-def stage_one_loss(
-    autoencoder: AutoencoderDA, image: Tensor, lpips: LPIPS, recipe: AutoencoderRecipe, state: TrainingState
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1], and its parts for the log."""
-    weights = recipe.loss
-    posterior, latent = (generator(recipe.seed, name, state.step) for name in ("posterior", "latent noise"))
-    with state.autocast():
-        base = autoencoder.encode_base(image)
-        mean, log_variance = autoencoder.encode_detail(image)
-        noise = torch.randn(mean.shape, generator=posterior).to(mean)
-        detail = mean + (0.5 * log_variance).exp() * noise
-        reconstruction = autoencoder.reconstruct(*with_latent_noise(base, detail, recipe.latent_noise, latent))
-        perceptual = lpips(reconstruction, image).mean() if weights.lpips else image.new_zeros(())
-    parts = {
-        "l1": reconstruction_l1(reconstruction, image),
-        "gradient": gradient_l1(reconstruction, image),
-        "lpips": perceptual,
-        "kl": KL_LOSSES[weights.kl_reduction](mean, log_variance),
-        "alignment": detail_alignment_loss(detail, base),
-    }
-    return torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum(), parts
+def set_trained(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> list[nn.Parameter]:
+    """Training mode for what the recipe trains, whose parameters are returned; the rest frozen, in evaluation mode."""
+    autoencoder.train()
+    frozen = [autoencoder.detail_encoder, autoencoder.detail_quant_conv, autoencoder.detail_downsample]
+    if not recipe.decoder_only:
+        frozen = frozen[:2] if recipe.frozen_trunk else []
+    for module in frozen:
+        if module is not None:
+            module.requires_grad_(False).eval()
+    return autoencoder.detail_parameters()
 
 
-def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both halves [B, C or D, h, w] with noise of |N(0, 1)| x `scale` of their channels' deviations over the batch."""
-    if not scale:
-        return base, detail
-    level = scale * torch.randn(len(base), 1, 1, 1, generator=random).abs()
-    noisy = []
-    for half in (base, detail):
-        noise = level * torch.randn(half.shape, generator=random)
-        # A deviation that the detail encoder got gradients through could shrink away the noise.
-        noisy.append(half + noise.to(half) * half.detach().float().std(dim=(0, 2, 3), keepdim=True).to(half))
-    return noisy[0], noisy[1]
+def discriminator_of(recipe: AutoencoderRecipe) -> Companion | None:
+    """The PatchGAN and its optimiser, if its loss has a weight."""
+    if not recipe.loss.adversarial:
+        return None
+    return Companion(
+        "discriminator",
+        PatchDiscriminator(generator(recipe.seed, "discriminator")),
+        learning_rate=recipe.loss.discriminator_learning_rate,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+    )
+
+
+@torch.no_grad()
+def base_reconstruction(autoencoder: AutoencoderDA, base_vae: AutoencoderKL | AutoencoderTiny, image: Tensor) -> Tensor:
+    """What the base autoencoder makes of pictures [B, 3, H, W] at full size: its mode decoded, within [-1, 1]."""
+    latents = autoencoder.from_units(autoencoder.encode_pretrained(image))
+    return base_vae.decode(latents).sample.clamp(-1, 1)
+
+
+def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:
+    """Measure the latent statistics on a part of the training pictures.
+
+    Raises:
+        NumericsError: the detail latents came to nothing.
+    """
+    chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
+    chunks = chosen[: recipe.calibration_pictures].split(16)
+    try:
+        autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
+    except ValueError as error:  # that file knows no davae and its errors
+        raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
+
+
+def base_of(recipe: AutoencoderRecipe) -> str:
+    """Folder or Hub name of the base pipeline."""
+    return recipe.base or str(assets.base_pipeline())
 
 
 def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:
     """The AutoencoderDA that training starts from; made once and kept in `folder`, the recipe beside it."""
     if folder.is_dir():
         return load_autoencoder(folder)
-    vae = load_base_vae(recipe.base or str(assets.base_pipeline()))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(recipe.seed, "start").initial_seed())  # for the random one
-            autoencoder = AutoencoderDA.from_base(
-                vae,
-                detail_channels=recipe.detail_channels,
-                base_downsample=recipe.base_downsample,
-                linear_blocks=recipe.start == "closed form",
-            )
-    except ValueError as error:  # that file knows no davae and its errors
-        raise SettingsError(str(error)) from error
-    for name, measured in (("size", True), ("crop", recipe.loss.lpips > 0)):
-        side = getattr(recipe, name)
-        if side % autoencoder.downsample_factor or side > recipe.size or (measured and side < MIN_SIDE):
-            lower = f"from {MIN_SIDE}, which LPIPS needs, " if measured else ""
-            raise SettingsError(
-                f"{name}={side}: allowed are multiples of {autoencoder.downsample_factor}, the downsample factor, "
-                f"{lower}up to size={recipe.size}"
-            )
-    if recipe.start == "closed form":
+    check_choices(recipe)
+    autoencoder = going_on(recipe) if recipe.autoencoder else untrained(recipe)
+    check_sides(recipe, autoencoder.downsample_factor)
+    if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
         facts = fit_closed_form(
             autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, aligned=recipe.aligned_start
@@ -208,21 +169,38 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     return autoencoder
 
 
-@torch.no_grad()
-def heldout_metrics(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
-    """PSNR, SSIM and LPIPS of reconstructions of whole held-out pictures, averaged over them."""
-    rows = []
-    for indices in torch.arange(len(pictures)).split(8):
-        image = pictures.batch(indices.tolist()).to(autoencoder.device)
-        reconstruction = autoencoder(image).sample.clamp(-1, 1)
-        rows.append(torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)]))
-    means = torch.cat(rows, dim=1).mean(dim=1).tolist()
-    return {f"heldout_{name}": value for name, value in zip(("psnr", "ssim", "lpips"), means, strict=True)}
+def untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
+    """A new AutoencoderDA of the base.
+
+    Raises:
+        SettingsError: its channels do not fit the base's.
+    """
+    vae = load_base_vae(base_of(recipe))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(recipe.seed, "start").initial_seed())  # for the random one
+            return AutoencoderDA.from_base(
+                vae,
+                detail_channels=recipe.detail_channels,
+                base_downsample=recipe.base_downsample,
+                linear_blocks=recipe.start == "closed form",
+            )
+    except ValueError as error:  # that file knows no davae and its errors
+        raise SettingsError(str(error)) from error
 
 
-@torch.no_grad()
-def heldout_picture(autoencoder: AutoencoderDA, pictures: PictureSet) -> UInt8[Tensor, "3 h w"]:
-    """The first eight held-out pictures side by side, their reconstructions below them."""
-    image = pictures.batch(range(min(8, len(pictures)))).to(autoencoder.device)
-    rows = torch.stack([image, autoencoder(image).sample.float()])
-    return to_bytes(rearrange(rows, "rows columns c h w -> c (rows h) (columns w)"))
+def going_on(recipe: AutoencoderRecipe) -> AutoencoderDA:
+    """The AutoencoderDA that the recipe names.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        SettingsError: it is not what the recipe says, or not of the recipe's base.
+    """
+    autoencoder = load_autoencoder(Path(recipe.autoencoder))
+    for name in ("detail_channels", "base_downsample"):
+        ours, theirs = getattr(recipe, name), autoencoder.config[name]
+        if ours != theirs:
+            raise SettingsError(f"{name}={ours!r}, but {recipe.autoencoder} has {theirs!r}: say so in the recipe, too")
+    if recipe.base or recipe.target == "base reconstruction":
+        check_base_encoder(autoencoder, load_base_vae(base_of(recipe)))
+    return autoencoder

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from davae.errors import CheckpointError
 from davae.recipe import Recipe
 from davae.record import alone
+from davae.training.companion import Companion
 from davae.training.state import TrainingState
 
 Positive = Annotated[int, Field(gt=0)]
@@ -75,7 +76,13 @@ class OptimisationRecipe(Recipe):
             yield
 
     def training_state(
-        self, folder: Path, models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter], *, label: str
+        self,
+        folder: Path,
+        models: Mapping[str, nn.Module],
+        parameters: Iterable[nn.Parameter],
+        *,
+        label: str,
+        companion: Companion | None = None,
     ) -> TrainingState:
         """The state of a run with these settings in `folder`, resumed if there is one, its recipe on record."""
         state = TrainingState(
@@ -98,6 +105,7 @@ class OptimisationRecipe(Recipe):
             seed=self.seed,
             recipe_digest=self.digest(),
             label=label,
+            companion=companion,
         )
         state.record.start(self, device=str(state.device), precision=state.mixed_precision or "float32")
         return state

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from rich.console import Console
 from torch import Tensor, nn
 
-from davae.errors import CheckpointError, NumericsError, SettingsError
+from davae.errors import NumericsError, SettingsError
 from davae.record import RunRecord, alone
 from davae.seeds import generator
 from davae.training.checkpoint import (
@@ -24,12 +24,21 @@ from davae.training.checkpoint import (
     remove_litter,
     save_checkpoint,
 )
+from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
 from davae.training.interruption import Interrupted, stop_requests
 from davae.training.progress import StepProgress
+from davae.training.tensors import (
+    copy_into,
+    live_tensors,
+    named_parameters,
+    on_cpu,
+    optimizer_tensors,
+    restore_optimizer,
+    saved_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED_IN_A_ROW = 5
 EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until its decay is reached
 
 
@@ -78,6 +87,7 @@ class TrainingState:
         keep: int = 3,
         log_every: int = 10,
         console: Console | None = None,
+        companion: Companion | None = None,
     ) -> None:
         """Move the models to the device, make optimiser and EMA, and load the newest sound checkpoint if there is one.
 
@@ -100,6 +110,8 @@ class TrainingState:
             keep: how many of the newest checkpoints stay.
             log_every: steps between lines of metrics.jsonl.
             console: where progress is shown; the default is a new one on stderr.
+            companion: another model with an optimiser of its own, whose steps the caller takes and which joins the
+                checkpoints.
 
         Raises:
             SettingsError: a parameter of no model, a reserved name, or more than one process.
@@ -126,11 +138,14 @@ class TrainingState:
         self._models = dict(models)
         for model in self._models.values():
             model.to(self.device)
-        self._trained = _named(self._models, parameters)
+        self._trained = named_parameters(self._models, parameters)
         weights = list(self._trained.values())
         self.optimizer = torch.optim.AdamW(
             weights, lr=learning_rate(0), betas=betas, weight_decay=weight_decay, fused=True
         )
+        self._companion = companion
+        if companion is not None:
+            companion.prepare(self.device)
         self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=True, power=EMA_WARMUP_POWER, foreach=True)
         self._streak = 0
         self._updated = False
@@ -243,14 +258,10 @@ class TrainingState:
     def _save(self) -> None:
         assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
         self.record.sync()
-        groups = {name: _saved_tensors(model, name, self._trained) for name, model in self._models.items()}
-        groups["ema"] = dict(zip(self._trained, (_on_cpu(shadow) for shadow in self._ema.shadow_params), strict=True))
-        groups["optimizer"] = {
-            f"{name}/{key}": _on_cpu(value)
-            for name, weight in self._trained.items()
-            for key, value in self.optimizer.state.get(weight, {}).items()
-        }
-        values = {
+        groups = {name: saved_tensors(model, name, self._trained) for name, model in self._models.items()}
+        groups["ema"] = dict(zip(self._trained, (on_cpu(shadow) for shadow in self._ema.shadow_params), strict=True))
+        groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained)
+        values: dict[str, Any] = {
             "total_steps": self.total_steps,
             "learning_rate": self.learning_rate(self.step),
             "ema_steps": self._ema.optimization_step,
@@ -258,67 +269,23 @@ class TrainingState:
             "skipped_in_a_row": self._streak,
             "seconds": self.seconds,
         }
+        if self._companion is not None:
+            groups |= self._companion.groups()
+            values["companion"] = self._companion.values()
         checkpoint = Checkpoint(self.step, groups, values)
         save_checkpoint(self._folder, checkpoint, recipe_digest=self.recipe_digest, keep=self.keep)
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
         groups = checkpoint.groups
         for name, model in self._models.items():
-            _copy_into(_live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
+            copy_into(live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
         shadows = dict(zip(self._trained, self._ema.shadow_params, strict=True))
-        _copy_into(shadows, groups["ema"], path / "ema.safetensors")
-        state: dict[int, dict[str, Tensor]] = {}
-        positions = {name: position for position, name in enumerate(self._trained)}
-        for full_name, tensor in groups["optimizer"].items():
-            name, key = full_name.rsplit("/", 1)
-            weight = self._trained[name]
-            # The fused optimiser pairs memory, not indices: moments must lie in memory as their weight does.
-            alike = torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
-            state.setdefault(positions[name], {})[key] = alike
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        copy_into(shadows, groups["ema"], path / "ema.safetensors")
+        restore_optimizer(self.optimizer, self._trained, groups["optimizer"])
         self.step = checkpoint.step
         self._ema.optimization_step = checkpoint.values["ema_steps"]
         self.skipped = checkpoint.values["skipped"]
         self._streak = checkpoint.values["skipped_in_a_row"]
         self.seconds = checkpoint.values["seconds"]
-
-
-def _named(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The parameters by "model.name"."""
-    if reserved := {"ema", "optimizer"} & set(models):
-        raise SettingsError(f"a model cannot be called {reserved.pop()}: a checkpoint has a file of that name")
-    names = {id(p): f"{model}.{name}" for model in models for name, p in models[model].named_parameters()}
-    parameters = list(parameters)
-    strangers = [tuple(p.shape) for p in parameters if id(p) not in names]
-    if strangers or not parameters:
-        raise SettingsError(f"parameters to train must belong to the models given; these do not (shapes): {strangers}")
-    return {names[id(p)]: p for p in parameters}
-
-
-def _live_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: its trained parameters and its persistent buffers, not copied."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    live = {name: p.detach() for name, p in parameters.items() if f"{model_name}.{name}" in trained}
-    return live | {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-
-
-def _saved_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: _on_cpu(tensor) for name, tensor in _live_tensors(model, model_name, trained).items()}
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
-    """Copy `saved` into `live`; both must have the same names, shapes and dtypes."""
-    for name in sorted(live.keys() ^ saved.keys()):
-        holder = "the checkpoint, not the model," if name in saved else "the model, not the checkpoint,"
-        raise CheckpointError(f"{path} does not fit: {holder} has a tensor {name}. Give a new folder to start afresh")
-    for name, tensor in live.items():
-        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
-            raise CheckpointError(
-                f"{path} does not fit: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there and "
-                f"{tuple(tensor.shape)} {tensor.dtype} in the model. Give a new folder to start afresh"
-            )
-        tensor.copy_(saved[name])
+        if self._companion is not None:
+            self._companion.restore(groups, checkpoint.values.get("companion", {}), path)

@@ -1,0 +1,124 @@
+"""A second model in a training run, with an optimiser of its own: stage 1's discriminator."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.errors import NumericsError
+from davae.training.tensors import (
+    copy_into,
+    live_tensors,
+    named_parameters,
+    optimizer_tensors,
+    restore_optimizer,
+    saved_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class Companion:
+    """A model, an AdamW at a constant learning rate, and their part of a `TrainingState`'s checkpoints.
+
+    Give it to the state, which moves it to its device and loads it when it resumes; then, in every step in which the
+    model is trained, call `update` once. There is no EMA of it.
+
+    Args:
+        name: of the model; a checkpoint has a file `name`.safetensors and one `name`_optimizer.safetensors.
+        model: all of its parameters are trained, and its buffers are saved.
+        learning_rate: of every step.
+        betas: AdamW's two.
+        weight_decay: AdamW's, decoupled.
+        clip_norm: the largest norm of all its gradients together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        clip_norm: float = 1.0,
+    ) -> None:
+        self.name, self.model = name, model
+        self.learning_rate, self.betas = learning_rate, betas
+        self.weight_decay, self.clip_norm = weight_decay, clip_norm
+        self.skipped = 0
+        self._streak = 0
+        self._trained = named_parameters({name: model}, model.parameters())
+
+    def prepare(self, device: torch.device) -> None:
+        """Move the model to `device` and make its optimiser."""
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(
+            list(self._trained.values()),
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+        self._keep_buffers()
+
+    def update(self, loss: Tensor) -> None:
+        """Backward of the loss, and one step of the optimiser.
+
+        If the loss or the norm of the gradients is not finite, the step is skipped: weights and moments stay bit for
+        bit as they were, and the buffers (BatchNorm's statistics) go back to those of the last step that was not.
+
+        Raises:
+            NumericsError: five steps in a row were skipped.
+        """
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
+        value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        finite = math.isfinite(value) and math.isfinite(norm_value)
+        if finite:
+            self.optimizer.step()
+            self._keep_buffers()
+        else:
+            for buffer, kept in zip(self.model.buffers(), self._buffers, strict=True):
+                buffer.copy_(kept)
+            logger.warning("a step of the %s skipped: loss %g, gradient norm %g", self.name, value, norm_value)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._streak = 0 if finite else self._streak + 1
+        self.skipped += not finite
+        if self._streak == MAX_SKIPPED_IN_A_ROW:
+            raise NumericsError(
+                f"{self.name}: loss or gradient was not finite in {self._streak} steps in a row (loss {value}, "
+                f"gradient norm {norm_value}). Its weights are those of before; lower its learning rate"
+            )
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """Its tensors for a checkpoint, on the CPU."""
+        return {
+            self.name: saved_tensors(self.model, self.name, self._trained),
+            f"{self.name}_optimizer": optimizer_tensors(self.optimizer, self._trained),
+        }
+
+    def values(self) -> dict[str, int]:
+        """Its plain values for a checkpoint."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self._streak}
+
+    def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
+        """Take back what `groups` and `values` gave to the checkpoint `path`.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        live = live_tensors(self.model, self.name, self._trained)
+        copy_into(live, groups.get(self.name, {}), path / f"{self.name}.safetensors")
+        restore_optimizer(self.optimizer, self._trained, groups[f"{self.name}_optimizer"])
+        self.skipped, self._streak = values["skipped"], values["skipped_in_a_row"]
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        self._buffers = [buffer.clone() for buffer in self.model.buffers()]

@@ -1,0 +1,84 @@
+"""What a checkpoint holds of models and their optimisers, by name, and how it comes back into them."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from davae.errors import CheckpointError, SettingsError
+
+
+def named_parameters(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters by "model.name".
+
+    Raises:
+        SettingsError: a parameter of no model, or none at all, or a model with a name that a checkpoint needs itself.
+    """
+    if reserved := {"ema", "optimizer"} & set(models):
+        raise SettingsError(f"a model cannot be called {reserved.pop()}: a checkpoint has a file of that name")
+    names = {id(p): f"{model}.{name}" for model in models for name, p in models[model].named_parameters()}
+    parameters = list(parameters)
+    strangers = [tuple(p.shape) for p in parameters if id(p) not in names]
+    if strangers or not parameters:
+        raise SettingsError(f"parameters to train must belong to the models given; these do not (shapes): {strangers}")
+    return {names[id(p)]: p for p in parameters}
+
+
+def live_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its trained parameters and its persistent buffers, not copied."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    live = {name: p.detach() for name, p in parameters.items() if f"{model_name}.{name}" in trained}
+    return live | {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def saved_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of `live_tensors` on the CPU."""
+    return {name: on_cpu(tensor) for name, tensor in live_tensors(model, model_name, trained).items()}
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """The tensor as a file holds it; a copy if it lies elsewhere."""
+    return tensor.detach().cpu().contiguous()
+
+
+def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `saved`, which was read from `path`, into `live`.
+
+    Raises:
+        CheckpointError: they have not the same names, shapes and dtypes.
+    """
+    for name in sorted(live.keys() ^ saved.keys()):
+        holder = "the checkpoint, not the model," if name in saved else "the model, not the checkpoint,"
+        raise CheckpointError(f"{path} does not fit: {holder} has a tensor {name}. Give a new folder to start afresh")
+    for name, tensor in live.items():
+        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
+            raise CheckpointError(
+                f"{path} does not fit: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there and "
+                f"{tuple(tensor.shape)} {tensor.dtype} in the model. Give a new folder to start afresh"
+            )
+        tensor.copy_(saved[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's state by "model.name/key"."""
+    return {
+        f"{name}/{key}": on_cpu(value)
+        for name, weight in trained.items()
+        for key, value in optimizer.state.get(weight, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
+) -> None:
+    """Give an optimiser of `trained`, in that order, the state that `optimizer_tensors` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    positions = {name: position for position, name in enumerate(trained)}
+    for full_name, tensor in saved.items():
+        name, key = full_name.rsplit("/", 1)
+        weight = trained[name]
+        # The fused optimiser pairs memory, not indices: moments must lie in memory as their weight does.
+        alike = torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
+        state.setdefault(positions[name], {})[key] = alike
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
