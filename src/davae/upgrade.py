@@ -113,16 +113,27 @@ def load_autoencoder(
     Raises:
         CheckpointError: the folder is missing, damaged or holds something else.
     """
+    return load_model(AutoencoderDA, folder, dtype=dtype, device=device)
+
+
+def load_model(
+    kind: type[ModelMixin], folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> ModelMixin:
+    """A diffusers model of class `kind` out of its own folder, in `dtype` (float32 if None), in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or holds something else.
+    """
     try:
-        autoencoder, found = AutoencoderDA.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be loaded as an AutoencoderDA: {error}") from error
+        raise CheckpointError(f"{folder} cannot be loaded as an {kind.__name__}: {error}") from error
     if found["missing_keys"]:
         lacking = ", ".join(sorted(found["missing_keys"])[:3])
         raise CheckpointError(f"{folder} lacks the weights {lacking}: copy it anew")
-    return autoencoder.to(device).eval()
+    return model.to(device).eval()
 
 
 def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> AutoencoderKL | AutoencoderTiny:
@@ -170,6 +181,11 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
             f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"
         )
     config = autoencoder.config
+    if not config.base_channels:
+        raise SettingsError(
+            "all latents of this autoencoder are new (base_channels=0): a transformer knows none of them, so there is "
+            "no warm start. Use one with a base half, or train a transformer on its latents from scratch"
+        )
     for name, ours, theirs in (
         ("base_channels", config.base_channels, vae.config.latent_channels),
         ("scaling_factor", config.scaling_factor, vae.config.scaling_factor),

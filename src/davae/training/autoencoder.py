@@ -56,6 +56,9 @@ class AutoencoderRecipe(OptimisationRecipe):
     size: Positive = 256
     """Side of the pictures in pixels: twice what the base was made for."""
     detail_channels: Positive = 16
+    latents: Literal["detail", "full"] = "detail"
+    """"detail" beside base latents; or "full": all `detail_channels` latents are new and none is the base's, as in the
+    reference's mode of that name. There is nothing to align then, and no transformer to start from."""
     base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
@@ -153,7 +156,7 @@ def stage_one_loss(
         "gradient": gradient_l1(reconstruction, image),
         "lpips": perceptual,
         "kl": KL_LOSSES[weights.kl_reduction](mean, log_variance),
-        "alignment": detail_alignment_loss(detail, base),
+        "alignment": detail_alignment_loss(detail, base) if base.shape[1] else image.new_zeros(()),
     }
     return torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum(), parts
 
@@ -165,6 +168,9 @@ def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.
     level = scale * torch.randn(len(base), 1, 1, 1, generator=random).abs()
     noisy = []
     for half in (base, detail):
+        if not half.shape[1]:  # all latents are new: there is no base half
+            noisy.append(half)
+            continue
         noise = level * torch.randn(half.shape, generator=random)
         # A deviation that the detail encoder got gradients through could shrink away the noise.
         noisy.append(half + noise.to(half) * half.detach().float().std(dim=(0, 2, 3), keepdim=True).to(half))
@@ -175,6 +181,8 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     """The AutoencoderDA that training starts from; made once and kept in `folder`, the recipe beside it."""
     if folder.is_dir():
         return load_autoencoder(folder)
+    if recipe.latents == "full" and recipe.loss.alignment:
+        raise SettingsError(f'loss.alignment={recipe.loss.alignment}: with latents="full" none is aligned; set it to 0')
     vae = load_base_vae(recipe.base or str(assets.base_pipeline()))
     try:
         with torch.random.fork_rng(devices=[]):
@@ -184,6 +192,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
                 detail_channels=recipe.detail_channels,
                 base_downsample=recipe.base_downsample,
                 linear_blocks=recipe.start == "closed form",
+                all_new=recipe.latents == "full",
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
