@@ -192,7 +192,8 @@ def reconstruct(
     dry_run: DryRun = False,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS on held-out pictures; with --base and --compare beside other tokenizers."""
-    settings = {"size": size, "limit": limit, "patch": patch, "ablate_detail": ablate_detail, "with_kid": kid}
+    settings: dict[str, Any] = {"size": size, "limit": limit, "patch": patch}
+    settings |= {"ablate_detail": ablate_detail, "with_kid": kid}
     if dry_run:
         given = {"autoencoder": autoencoder, "pictures": pictures, "out": out, "base": base, "compare": compare}
         return _show({**given, **settings})
@@ -205,6 +206,33 @@ def reconstruct(
     vae = None if base is None else load_base_vae(base, device=where)
     others = load_tokenizers(compare, device=where)
     _say(reconstruct(loaded, pictures, out, base=vae, compare=others, **settings))
+
+
+@app.command()
+def latents(
+    autoencoders: Annotated[list[Path], typer.Argument(metavar="AUTOENCODER...", help="Folders of AutoencoderDAs.")],
+    pictures: Pictures,
+    out: Annotated[Path, typer.Option(help="Folder for the plots, the numbers and their page.")] = Path("runs/latents"),
+    size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
+    points: Annotated[int, typer.Option(min=16, help="Latent positions that are drawn and compared.")] = 1000,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that are compared.")] = 10,
+    seed: Seed = 0,
+    device: Device = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Draw base and detail latents beside each other (t-SNE, PCA, spectra), and say how alike they are in numbers."""
+    settings: dict[str, Any] = {"size": size, "limit": limit, "points": points, "neighbours": neighbours, "seed": seed}
+    if dry_run:
+        return _show({"autoencoders": autoencoders, "pictures": pictures, "out": out, **settings})
+    from davae.evaluation.latents import draw_latents
+    from davae.evaluation.tokenizers import folder_names
+    from davae.upgrade import load_autoencoder
+
+    where = _device(device)
+    names = folder_names(autoencoders)
+    loaded = {name: load_autoencoder(path, device=where) for name, path in zip(names, autoencoders, strict=True)}
+    _say(draw_latents(loaded, pictures, out, **settings))
 
 
 @app.command()
