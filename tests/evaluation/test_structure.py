@@ -1,4 +1,4 @@
-"""How like each other base and detail latents are: every number against an independent calculation in numpy, float64."""
+"""How like each other base and detail latents are: every number against an independent calculation in numpy."""
 
 import math
 
