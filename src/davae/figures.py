@@ -142,8 +142,7 @@ def _tile(figure: Figure, axes) -> UInt8[Tensor, "3 _ _"]:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set_color(_LINE)
-        spine.set_linewidth(0.8)
+        spine.set_visible(False)  # the grid frames its cells
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]

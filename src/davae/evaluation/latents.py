@@ -235,8 +235,8 @@ def _drawing(
         colours = place_colours(plots[0].numpy())
         tiles = [scatter_tile(points.numpy(), colours) for points in plots]
         cells.append([*tiles, matrix_tile(np.asarray(facts[name]["channel_correlation"]))])
-        kept, chance = (100 * facts[name][key] for key in ("agreement_positions", "by_chance_positions"))
-        labels.append(f"{name}: {kept:.1f} % of neighbours kept, by chance {chance:.1f} %")
+        kept, chance = (facts[name][key] for key in ("agreement_positions", "by_chance_positions"))
+        labels.append(f"{name}: neighbours kept {kept:.3f}, by chance {chance:.3f}")
     return Pictures([*columns, "correlation of channels"], labels, cells), divergences
 
 
