@@ -12,7 +12,17 @@ from davae import AutoencoderDA, upgrade
 from davae.inspection import describe
 from tiny import tiny_sd3_pipeline
 
-VERBS = ["demo", "inspect", "train-autoencoder", "upgrade", "finetune", "generate", "reconstruct", "evaluate"]
+VERBS = [
+    "demo",
+    "inspect",
+    "train-autoencoder",
+    "upgrade",
+    "finetune",
+    "generate",
+    "reconstruct",
+    "latents",
+    "evaluate",
+]
 
 
 def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -45,6 +55,8 @@ def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
         (["generate", "a", "red apple", "--size", "256"], {"prompts": ["red apple"], "size": 256, "seed": 0}),
         (["reconstruct", "a", "b", "--limit", "4"], {"autoencoder": "a", "pictures": "b", "limit": 4, "base": None}),
         (["reconstruct", "a", "b", "--base", "c"], {"base": "c", "size": 256}),
+        (["reconstruct", "a", "b", "--compare", "c", "--compare", "d"], {"compare": ["c", "d"], "patch": 2}),
+        (["latents", "a", "b", "c"], {"autoencoders": ["a", "b"], "pictures": "c", "neighbours": 10}),
         (["evaluate", "a", "b", "--count", "8"], {"pictures": "b", "count": 8}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -24,7 +24,7 @@ from davae.losses import (
 )
 from davae.metrics import kid, psnr, ssim
 from davae.seeds import generator
-from davae.training.autoencoder import with_latent_noise
+from davae.training.stage_one_loss import with_latent_noise
 from davae.widen import pad_channels
 
 RANDOM = np.random.default_rng(0)

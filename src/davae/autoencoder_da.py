@@ -101,8 +101,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     Args:
         base_config: the config of the base autoencoder (AutoencoderKL or AutoencoderTiny).
-        base_channels: C, the base's latent channels.
-        detail_channels: D, a multiple of C.
+        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own ("full" in METHOD
+            2.2): then there is no base encoder, no base half and no alignment.
+        detail_channels: D, a multiple of the base's latent channels.
         latent_channels: C + D; img2img pipelines read it.
         block_out_channels: the base's, with one entry more; stock pipelines count it to find the downsample factor.
         resolution_factor: s = 2.
@@ -132,15 +133,16 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
         base = BASE_CLASSES[base_config["_class_name"]].from_config(dict(base_config))
-        self.base_encoder = base.encoder.requires_grad_(False).eval()
-        self.base_quant_conv = getattr(base, "quant_conv", None)
+        quant_conv = getattr(base, "quant_conv", None)
+        self.base_encoder = base.encoder.requires_grad_(False).eval() if base_channels else None
+        self.base_quant_conv = quant_conv if base_channels else None
         self.detail_encoder = copy.deepcopy(base.encoder).requires_grad_(True)
-        self.detail_quant_conv = copy.deepcopy(self.base_quant_conv) if linear_blocks else None
+        self.detail_quant_conv = copy.deepcopy(quant_conv) if linear_blocks else None
         self.joint_post_quant_conv = getattr(base, "post_quant_conv", None) if linear_blocks else None
         self.joint_decoder = base.decoder
         if self.base_quant_conv is not None:
             self.base_quant_conv.requires_grad_(False)
-        into_down = out_of_up = base_channels
+        into_down = out_of_up = base.config.latent_channels
         if not linear_blocks:
             into_down, out_of_up = _drop_latent_layers(self.detail_encoder, self.joint_decoder)
         self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, linear_shortcut=linear_blocks)
@@ -162,12 +164,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_channels: int,
         base_downsample: str = "bicubic-antialias",
         linear_blocks: bool = True,
+        all_new: bool = False,
     ) -> "AutoencoderDA":
         """An untrained AutoencoderDA on a pretrained autoencoder, whose weights all three of its parts start from.
 
         With `linear_blocks` the latents of the full picture are replaced by the base latents, each repeated on 2x2
         positions, and the detail latents have no effect, until `closed_form.fit_closed_form` or training sets them;
         without, the new blocks start as in the paper, the 3x3 convolutions at random.
+        With `all_new` there is no base half: the detail encoder makes all `detail_channels` latents, and with linear
+        blocks the full picture's latents, averaged over 2x2 positions, stand where the base latents stood.
 
         Raises:
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
@@ -175,11 +180,12 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         _check_class(type(vae).__name__)
         stages = tuple(vae.config.block_out_channels)
         settings = inspect.signature(type(vae).__init__).parameters.keys() & vae.config.keys()
+        base_channels = 0 if all_new else vae.config.latent_channels
         autoencoder = cls(
             base_config={"_class_name": type(vae).__name__, **{name: vae.config[name] for name in sorted(settings)}},
-            base_channels=vae.config.latent_channels,
+            base_channels=base_channels,
             detail_channels=detail_channels,
-            latent_channels=vae.config.latent_channels + detail_channels,
+            latent_channels=base_channels + detail_channels,
             block_out_channels=(*stages, stages[-1]),
             base_downsample=base_downsample,
             scaling_factor=vae.config.scaling_factor,
@@ -206,10 +212,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def encode_base(self, sample: Tensor) -> Tensor:
         """Base latents z = E(downsample(picture)) in units, [B, C, h, w]: the mode, without a gradient."""
+        if self.base_encoder is None:
+            height, width = (side // self.downsample_factor for side in sample.shape[-2:])
+            return sample.new_zeros(len(sample), 0, height, width)
         return self.encode_pretrained(self.base_picture(sample))
 
     def encode_pretrained(self, sample: Tensor) -> Tensor:
-        """The base encoder on a picture as it is, in units: the mode, [B, C, H / f, W / f]."""
+        """The base encoder on a picture as it is, in units: the mode, [B, base's channels, H / f, W / f]."""
+        if self.base_encoder is None:  # all new: the detail encoder is the base's until it is trained
+            return self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
         return self.to_units(_encode(self.base_encoder, self.base_quant_conv, sample))
 
     def encode_detail(self, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,7 +337,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def train(self, mode: bool = True) -> "AutoencoderDA":
         """Training mode for all but the frozen base encoder."""
         super().train(mode)
-        self.base_encoder.eval()
+        if self.base_encoder is not None:
+            self.base_encoder.eval()
         return self
 
     # ------------------------------------------------------------------------------------------ the parts
@@ -389,12 +401,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             if pretrained in theirs:
                 tensor.copy_(theirs[pretrained])
         if self.config.linear_blocks:
-            down, up, channels = self.detail_downsample, self.detail_upsample, self.config.base_channels
+            down, up, channels = self.detail_downsample, self.detail_upsample, vae.config.latent_channels
             for parameter in (*down.parameters(), *up.parameters()):
                 parameter.zero_()
             down.shortcut.bias[self.config.detail_channels :] = -5.0
             # Every base channel onto its own four places of the pixel shuffle.
             up.shortcut.weight[:, :channels, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=0)
+            if self.base_encoder is None:
+                down.shortcut.weight[:channels, :, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=1) / 4
 
 
 def _check_class(name: str) -> None:
@@ -406,10 +420,11 @@ def _check_settings(
     base_config: dict, base_channels: int, detail_channels: int, resolution_factor: int, base_downsample: str
 ) -> None:
     _check_class(base_config["_class_name"])
-    if detail_channels <= 0 or detail_channels % base_channels:
-        nearest = max(1, round(detail_channels / base_channels)) * base_channels
+    groups = base_channels or base_config["latent_channels"]  # all new: as many as base and detail would have
+    if detail_channels <= 0 or detail_channels % groups:
+        nearest = max(1, round(detail_channels / groups)) * groups
         raise ValueError(
-            f"detail_channels={detail_channels} must be a positive multiple of base_channels={base_channels}: the "
+            f"detail_channels={detail_channels} must be a positive multiple of base_channels={groups}: the "
             f"alignment loss averages groups. The nearest is {nearest}."
         )
     if resolution_factor != 2:

@@ -185,21 +185,61 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for the numbers and their page.")] = Path("runs/reconstruct"),
     size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base pipeline, for the two bounds that it sets.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base pipeline, for the bounds that it sets.")] = None,
+    compare: Annotated[
+        list[Path], typer.Option(help="Folder of another autoencoder: AutoencoderKL, -Tiny, -DC or -DA. Repeatable.")
+    ] = [],  # noqa: B006 - as above
+    patch: Annotated[int, typer.Option(min=1, help="Patch size of a transformer, to count tokens.")] = 2,
+    ablate_detail: Annotated[bool, typer.Option(help="Also with the detail zeroed, and randomised.")] = False,
+    kid: Annotated[bool, typer.Option(help="Also measure KID of the reconstructions.")] = False,
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure PSNR, SSIM and LPIPS on held-out pictures; with --base beside base + bicubic and base at full size."""
-    settings: dict[str, Any] = {"size": size, "limit": limit}
+    """Measure PSNR, SSIM and LPIPS on held-out pictures; with --base and --compare beside other tokenizers."""
+    settings: dict[str, Any] = {"size": size, "limit": limit, "patch": patch}
+    settings |= {"ablate_detail": ablate_detail, "with_kid": kid}
     if dry_run:
-        return _show({"autoencoder": autoencoder, "pictures": pictures, "out": out, "base": base, **settings})
+        given = {"autoencoder": autoencoder, "pictures": pictures, "out": out, "base": base, "compare": compare}
+        return _show({**given, **settings})
     from davae.evaluation.reconstruction import reconstruct
+    from davae.evaluation.tokenizers import load_tokenizers
     from davae.upgrade import load_autoencoder, load_base_vae
 
     where = _device(device)
     vae = None if base is None else load_base_vae(base, device=where)
     loaded = load_autoencoder(autoencoder, base=vae, device=where)
-    _say(reconstruct(loaded, pictures, out, base=vae, **settings))
+    others = load_tokenizers(compare, device=where)
+    _say(reconstruct(loaded, pictures, out, base=vae, compare=others, **settings))
+
+
+@app.command()
+def latents(
+    autoencoders: Annotated[list[Path], typer.Argument(metavar="AUTOENCODER...", help="Folders of AutoencoderDAs.")],
+    pictures: Pictures,
+    out: Annotated[Path, typer.Option(help="Folder for the plots, the numbers and their page.")] = Path("runs/latents"),
+    size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base pipeline, which an adapter's autoencoder needs.")] = None,
+    points: Annotated[int, typer.Option(min=16, help="Latent positions that are drawn and compared.")] = 1000,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that are compared.")] = 10,
+    seed: Seed = 0,
+    device: Device = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Draw base and detail latents beside each other (t-SNE, PCA, spectra), and say how alike they are in numbers."""
+    settings: dict[str, Any] = {"size": size, "limit": limit, "points": points, "neighbours": neighbours, "seed": seed}
+    if dry_run:
+        return _show({"autoencoders": autoencoders, "pictures": pictures, "out": out, "base": base, **settings})
+    from davae.evaluation.latents import draw_latents
+    from davae.evaluation.tokenizers import folder_names
+    from davae.upgrade import load_autoencoder, load_base_vae
+
+    where = _device(device)
+    vae = None if base is None else load_base_vae(base, device=where)
+    names = folder_names(autoencoders)
+    folders = zip(names, autoencoders, strict=True)
+    loaded = {name: load_autoencoder(path, base=vae, device=where) for name, path in folders}
+    _say(draw_latents(loaded, pictures, out, **settings))
 
 
 @app.command()

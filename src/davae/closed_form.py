@@ -48,13 +48,16 @@ def fit_closed_form(
         The spectrum of W E[R R^T] W as "eigenvalues", and "unexplained": the part of its trace that D leaves out.
 
     Raises:
-        SettingsError: the autoencoder has no linear blocks, or more detail channels than the code can have, 4 C.
+        SettingsError: the autoencoder has no linear blocks, or more detail channels than the code can have, 4 C;
+            `aligned`, and it has no base latents (all new: the code is then of Zf itself).
         DataError: fewer positions than four for each channel of the full latents.
         NumericsError: latents that are not finite.
     """
-    detail_channels, most = autoencoder.config.detail_channels, 4 * autoencoder.config.base_channels
     if not autoencoder.config.linear_blocks:
         raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
+    detail_channels, most = autoencoder.config.detail_channels, autoencoder.detail_downsample.shortcut.in_channels
+    if aligned and not autoencoder.config.base_channels:
+        raise SettingsError("all latents of this autoencoder are new: there are no base latents to align the code to.")
     if detail_channels > most:
         raise SettingsError(f"detail_channels={detail_channels}: the full latents have but {most}; give at most these.")
     base, full = _latents(autoencoder, pictures, batch_size)

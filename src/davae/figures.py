@@ -1,4 +1,4 @@
-"""Drawings of a report: a grid of pictures as one image, and curves as vector graphics."""
+"""Drawings of a report: a grid of pictures as one image, clouds of points, matrices, and curves."""
 
 import io
 from collections.abc import Sequence
@@ -6,7 +6,10 @@ from itertools import pairwise
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ticker import MaxNLocator
@@ -79,9 +82,11 @@ def curves_svg(
     *,
     smoothing: int = 1,
     logarithmic: bool = False,
+    labels: tuple[str, str] = ("step", "loss"),
 ) -> str:
     """An `<svg>` element with one curve per (name, steps, values), each named at its end; text in the page's colour.
 
+    `labels` name the two axes.
     With `smoothing` > 1 the mean over that many neighbouring points is drawn strong and the points themselves faint.
     """
     settings = {"svg.fonttype": "none", "svg.hashsalt": "davae", "font.family": "sans-serif", "font.size": 10}
@@ -93,8 +98,8 @@ def curves_svg(
         if logarithmic:
             axes.set_yscale("log")
         _spread_labels(axes, figure)
-        axes.set_xlabel("step", color=_TEXT)
-        axes.set_ylabel("loss", color=_TEXT)
+        axes.set_xlabel(labels[0], color=_TEXT)
+        axes.set_ylabel(labels[1], color=_TEXT)
         axes.tick_params(colors=_TEXT, width=0.6, length=3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.6)
@@ -105,6 +110,43 @@ def curves_svg(
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
+
+
+def scatter_tile(points: np.ndarray, colours: np.ndarray, *, side: int = 420) -> UInt8[Tensor, "3 {side} {side}"]:
+    """Points [n, 2] as dots of their colours [n, 3] in 0..1 on white; both axes have one scale, and no numbers."""
+    figure = Figure(figsize=(side / 100, side / 100), dpi=100)
+    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    axes.scatter(points[:, 0], points[:, 1], c=colours, s=9, linewidths=0)
+    axes.set_aspect("equal", adjustable="datalim")
+    return _tile(figure, axes)
+
+
+def matrix_tile(matrix: np.ndarray, *, side: int = 420) -> UInt8[Tensor, "3 {side} {side}"]:
+    """A matrix of values in -1..1, from blue over white to red; each value is a square cell."""
+    figure = Figure(figsize=(side / 100, side / 100), dpi=100)
+    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    return _tile(figure, axes)
+
+
+def place_colours(points: np.ndarray) -> np.ndarray:
+    """A colour [n, 3] for each point [n, 2] by where it lies: hue by the angle around the middle, paler towards it."""
+    centred = points - np.median(points, axis=0)
+    hue = (np.arctan2(centred[:, 1], centred[:, 0]) / (2 * np.pi)) % 1
+    distance = np.hypot(*centred.T)
+    rank = distance.argsort().argsort() / max(1, len(points) - 1)
+    return hsv_to_rgb(np.stack([hue, 0.35 + 0.65 * rank, 0.85 - 0.15 * rank], axis=1))
+
+
+def _tile(figure: Figure, axes) -> UInt8[Tensor, "3 _ _"]:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)  # the grid frames its cells
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
 def _draw_curve(axes, name: str, steps: np.ndarray, values: np.ndarray, colour: str, smoothing: int) -> None:

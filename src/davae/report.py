@@ -68,12 +68,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """Losses over the steps."""
+    """Losses over the steps, or what `labels` says of its two axes."""
 
     series: Sequence[Series]
     smoothing: int = 1
     """Mean over this many neighbouring points is drawn strong, the points themselves faint; 1 draws the points only."""
     logarithmic: bool = False
+    labels: tuple[str, str] = ("step", "loss")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _section(section: Section) -> str:
                 [(series.name, series.steps, series.values) for series in curves.series],
                 smoothing=curves.smoothing,
                 logarithmic=curves.logarithmic,
+                labels=curves.labels,
             )
             content = f"<figure class=curves>{svg}</figure>"
         case None:

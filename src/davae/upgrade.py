@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -133,29 +134,48 @@ def load_autoencoder(
         CheckpointError: the folder is missing, damaged or holds something else, or the adapter is another base's.
         SettingsError: an adapter without its base.
     """
-    half = {}
+    half: dict[str, torch.Tensor] = {}
     if (folder / INDEX).is_file():
         digest = read_index(folder).base_encoder_sha256
         if digest is not None:
             half = _half_of(base, folder, digest)
         folder = folder / VAE
+    return load_model(AutoencoderDA, folder, given=half, dtype=dtype, device=device)
+
+
+def load_model(
+    kind: type[ModelMixin],
+    folder: Path,
+    *,
+    given: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ModelMixin:
+    """A diffusers model of class `kind` out of its own folder, in `dtype` (float32 if None), in evaluation mode.
+
+    `given` are weights that the folder may lack; they are copied, and frozen.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or holds something else.
+    """
+    given = given or {}
     try:
-        autoencoder, found = AutoencoderDA.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be loaded as an AutoencoderDA: {error}") from error
-    if lacking := sorted(set(found["missing_keys"]) - half.keys()):
+        raise CheckpointError(f"{folder} cannot be loaded as an {kind.__name__}: {error}") from error
+    if lacking := sorted(set(found["missing_keys"]) - given.keys()):
         advice = "copy it anew"
         if (folder.parent / INDEX).is_file():
             advice = f"it is an adapter's: give {folder.parent} and the base pipeline, or, if they are given, {advice}"
         raise CheckpointError(f"{folder} lacks the weights {', '.join(lacking[:3])}: {advice}")
-    if half:  # assigned, since diffusers may have left them on "meta"
-        own = {name: tensor.to(dtype or torch.float32, copy=True) for name, tensor in half.items()}
-        autoencoder.load_state_dict(own, strict=False, assign=True)
-        for name in half:
-            autoencoder.get_parameter(name).requires_grad_(False)
-    return autoencoder.to(device).eval()
+    if given:  # assigned, since diffusers may have left them on "meta"
+        own = {name: tensor.to(dtype or torch.float32, copy=True) for name, tensor in given.items()}
+        model.load_state_dict(own, strict=False, assign=True)
+        for name in given:
+            model.get_parameter(name).requires_grad_(False)
+    return model.to(device).eval()
 
 
 def _half_of(base: nn.Module | None, folder: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -215,6 +235,11 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
             f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"
         )
     config = autoencoder.config
+    if not config.base_channels:
+        raise SettingsError(
+            "all latents of this autoencoder are new (base_channels=0): a transformer knows none of them, so there is "
+            "no warm start. Use one with a base half, or train a transformer on its latents from scratch"
+        )
     for name, ours, theirs in (
         ("base_channels", config.base_channels, vae.config.latent_channels),
         ("scaling_factor", config.scaling_factor, vae.config.scaling_factor),

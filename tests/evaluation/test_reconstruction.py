@@ -118,7 +118,8 @@ def test_reconstruct_writes_numbers_and_a_page(autoencoder, vae, picture_folder,
     assert {path.name for path in page.parent.iterdir()} == {"index.html", "result.json"}
     result = json.loads((page.parent / "result.json").read_text())
     assert (result["count"], result["size"]) == (4, 64)
-    assert list(result["values"]) == ["base at half size, bicubic", "davae", "base at full size"]
+    bounds = ["base at full size", "base at full size, unshuffled"]
+    assert list(result["values"]) == ["base at half size, bicubic", "davae", *bounds]
     heldout = open_pictures(picture_folder, size=64, split="heldout")
     assert result["values"]["davae"] == pytest.approx(measure(heldout, {"a": upgraded(autoencoder)}, lpips=lpips)["a"])
     text = unescape(page.read_text())

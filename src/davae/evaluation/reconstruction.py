@@ -1,10 +1,10 @@
-"""How well pictures survive the autoencoder: PSNR, SSIM and LPIPS beside the two bounds that the base sets."""
+"""How well pictures survive an autoencoder: PSNR, SSIM and LPIPS, beside the base's bounds and other tokenizers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
@@ -12,7 +12,17 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
-from davae.metrics import psnr, ssim
+from davae.evaluation.tokenizers import (
+    Tokenizer,
+    base_at_full_size,
+    base_enlarged,
+    base_unshuffled,
+    detail_randomised,
+    detail_zeroed,
+    facts,
+    upgraded,
+)
+from davae.metrics import EfficientNetLite0Features, kid, psnr, ssim
 from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.report import Pictures, Report, Section, Table, write_page
@@ -23,24 +33,9 @@ Way = Callable[[Tensor], Tensor]
 """Pictures [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""
 METRICS = ("psnr", "ssim", "lpips")
 BATCH = 8
-
-
-def base_at_full_size(vae: AutoencoderKL | AutoencoderTiny) -> Way:
-    """The base autoencoder on the picture itself: the bound that four times the tokens would buy."""
-    return lambda image: vae(image).sample
-
-
-def base_enlarged(vae: AutoencoderKL | AutoencoderTiny, autoencoder: AutoencoderDA) -> Way:
-    """The base autoencoder on the picture at half size, enlarged with bicubic: what equal tokens give without davae."""
-    factor = autoencoder.config.resolution_factor
-    return lambda image: F.interpolate(
-        vae(autoencoder.base_picture(image)).sample.float().clamp(-1, 1), scale_factor=factor, mode="bicubic"
-    )
-
-
-def upgraded(autoencoder: AutoencoderDA) -> Way:
-    """The AutoencoderDA, with the mode of its posterior."""
-    return lambda image: autoencoder(image).sample
+OURS, ZEROED, RANDOMISED = "davae", "davae, detail zeroed", "davae, detail randomised"
+HALF, FULL, UNSHUFFLED = "base at half size, bicubic", "base at full size", "base at full size, unshuffled"
+"""Names in the numbers of `reconstruct`."""
 
 
 @torch.no_grad()
@@ -54,6 +49,25 @@ def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> d
             rows[name].append(torch.stack([metric(made, image) for metric in (psnr, ssim, lpips)]))
     means = {name: torch.cat(values, dim=1).mean(dim=1).tolist() for name, values in rows.items()}
     return {name: dict(zip(METRICS, values, strict=True)) for name, values in means.items()}
+
+
+@torch.no_grad()
+def reconstruction_kid(
+    pictures: PictureSet, ways: Mapping[str, Way], extract: Callable[[Tensor], Tensor], *, device: torch.device
+) -> dict[str, float]:
+    """KID of each way's reconstructions against the pictures that they are of; name the features beside it.
+
+    It stands where others give rFID, which needs the features of InceptionV3 and far more pictures. Of a way that
+    changes nothing it is a little below 0, since it is unbiased.
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in ["", *ways]}
+    for indices in torch.arange(len(pictures)).split(BATCH):
+        image = pictures.batch(indices.tolist()).to(device)
+        rows[""].append(extract(image))
+        for name, way in ways.items():
+            rows[name].append(extract(way(image).float().clamp(-1, 1)))
+    real = torch.cat(rows.pop(""))
+    return {name: kid(torch.cat(features), real) for name, features in rows.items()}
 
 
 @torch.no_grad()
@@ -88,55 +102,98 @@ def table(values: Mapping[str, Mapping[str, float]], *, caption: str = "") -> Ta
     )
 
 
+def tokenizer_table(
+    values: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, Any]],
+    kids: Mapping[str, float],
+    *,
+    patch: int,
+) -> Table:
+    """What each tokenizer costs, and the numbers of `measure`, as a table; `kids` may be empty."""
+    quality = table(values)
+    header = ["", "as", "numbers / pixel", f"tokens, p = {patch}", "p of equal tokens", *quality.header[1:]]
+    rows = []
+    for (name, cost), row in zip(costs.items(), quality.rows, strict=True):
+        shown = ["-" if cost[key] is None else str(cost[key]) for key in ("tokens", "patch_at_equal_tokens")]
+        extra = [f"{1000 * kids[name]:.2f}"] if kids else []
+        rows.append([name, cost["brief"], f"{cost['numbers_per_pixel']:.4g}", *shown, *row[1:], *extra])
+    caption = (
+        "fXcYpZ: downsample factor of the pictures measured here, latent channels, patch of a transformer. "
+        f"The patch of equal tokens gives as many tokens as {OURS} has."
+    )
+    return Table([*header, *(["KID x 1000 (EfficientNet-Lite0)"] if kids else [])], rows, caption=caption)
+
+
 def reconstruct(
     autoencoder: AutoencoderDA,
     pictures: Path,
     out: Path,
     *,
     base: AutoencoderKL | AutoencoderTiny | None = None,
+    compare: Mapping[str, Tokenizer] | None = None,
     size: int = 256,
     limit: int | None = None,
+    patch: int = 2,
+    ablate_detail: bool = False,
+    with_kid: bool = False,
 ) -> Path:
     """Encode and decode the held-out pictures of a set; numbers in `out`/result.json, and a page.
+
+    One table of the kind of the paper's Table 2: what each tokenizer costs, and what it keeps.
 
     Args:
         autoencoder: the autoencoder to look at.
         pictures: a folder of captioned pictures or shards.
         out: where the results go.
-        base: the base pipeline's VAE, for the two bounds; left out, they are not shown.
+        base: the base pipeline's VAE, for the bounds that it sets: at half size and enlarged, at full size, and at full
+            size with its latents unshuffled onto the grid of `autoencoder`; left out, they are not shown.
+        compare: other tokenizers by name, see `tokenizers.load_tokenizer`.
         size: side of the pictures in pixels.
         limit: at most so many pictures.
+        patch: patch size of a transformer, for the numbers of tokens.
+        ablate_detail: show what is left with the detail latents zeroed, and randomised (the paper's Fig. S2).
+        with_kid: measure KID of the reconstructions as well.
 
     Returns:
         The path of the page.
 
     Raises:
-        SettingsError: the factor does not divide `size`, or `base` is another autoencoder's.
+        SettingsError: a factor does not divide `size`, `base` is another autoencoder's, or there is no extra
+            `davae[eval]` for KID, or `ablate_detail` of an autoencoder all of whose latents are new.
         DataError: no usable pictures.
     """
-    if base is not None:
+    if base is not None and autoencoder.config.base_channels:
         check_base_encoder(autoencoder, base)
-    if size % autoencoder.downsample_factor:
-        raise SettingsError(f"size={size} must be a multiple of {autoencoder.downsample_factor}, the downsample factor")
-    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound(out / "refused.json")
-    ways = {"davae": upgraded(autoencoder)}
+    tokenizers = {OURS: upgraded(autoencoder)}
+    if ablate_detail:
+        tokenizers |= {ZEROED: detail_zeroed(autoencoder), RANDOMISED: detail_randomised(autoencoder)}
+    tokenizers |= compare or {}
     if base is not None:
-        bounds = (base_enlarged(base, autoencoder), base_at_full_size(base))
-        ways = {"base at half size, bicubic": bounds[0], **ways, "base at full size": bounds[1]}
-    values = measure(heldout, ways, lpips=LPIPS.alex().to(autoencoder.device))
-    shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
-    drawn = gallery(heldout, shown, ways, differences=["davae"], device=autoencoder.device)
-    facts = {"values": values, "count": len(heldout), "size": size, "device": str(autoencoder.device)}
-    facts["environment"] = environment()
-    write_json(out / "result.json", facts)
-    lead = f"{len(heldout)} held-out pictures at {size} px through f{autoencoder.downsample_factor} latents."
-    page = Report(
-        "Reconstruction",
-        lead,
-        [
-            Section("Numbers", heldout.refusals_summary(), table(values)),
-            Section("Pictures", "", drawn),
-        ],
-    )
-    write_page(out / "index.html", page)
+        bounds = {FULL: base_at_full_size(base), UNSHUFFLED: base_unshuffled(base)}
+        tokenizers = {HALF: base_enlarged(base, autoencoder), **tokenizers, **bounds}
+    for name in sorted(tokenizers, key=lambda name: name != OURS):
+        if size % tokenizers[name].factor:
+            factor = tokenizers[name].factor
+            raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
+    features = EfficientNetLite0Features(autoencoder.device) if with_kid else None
+    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound(out / "refused.json")
+    values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(autoencoder.device))
+    kids = {} if features is None else reconstruction_kid(heldout, tokenizers, features, device=autoencoder.device)
+    tokens = tokenizers[OURS].tokens(size, patch)
+    costs = {name: facts(tokenizer, size=size, patch=patch, tokens=tokens) for name, tokenizer in tokenizers.items()}
+    result = {"values": values, "tokenizers": costs, "count": len(heldout), "size": size, "patch": patch}
+    if features is not None:
+        result |= {"kid": kids, "features": features.name}
+    write_json(out / "result.json", {**result, "device": str(autoencoder.device), "environment": environment()})
+    _write_page(out / "index.html", heldout, tokenizers, tokenizer_table(values, costs, kids, patch=patch), autoencoder)
     return out / "index.html"
+
+
+def _write_page(
+    path: Path, heldout: PictureSet, ways: Mapping[str, Way], numbers: Table, autoencoder: AutoencoderDA
+) -> None:
+    shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
+    drawn = gallery(heldout, shown, ways, differences=[OURS], device=autoencoder.device)
+    lead = f"{len(heldout)} held-out pictures at {heldout.size} px through f{autoencoder.downsample_factor} latents."
+    sections = [Section("Numbers", heldout.refusals_summary(), numbers), Section("Pictures", "", drawn)]
+    write_page(path, Report("Reconstruction", lead, sections))

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from davae import assets
+from davae.adapter import INDEX
 from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices, random_crops
@@ -184,6 +185,7 @@ def untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
                 detail_channels=recipe.detail_channels,
                 base_downsample=recipe.base_downsample,
                 linear_blocks=recipe.start == "closed form",
+                all_new=recipe.latents == "full",
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
@@ -196,11 +198,13 @@ def going_on(recipe: AutoencoderRecipe) -> AutoencoderDA:
         CheckpointError: it cannot be loaded.
         SettingsError: it is not what the recipe says, or not of the recipe's base.
     """
-    autoencoder = load_autoencoder(Path(recipe.autoencoder))
+    needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
+    vae = load_base_vae(base_of(recipe)) if needed else None
+    autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
     for name in ("detail_channels", "base_downsample"):
         ours, theirs = getattr(recipe, name), autoencoder.config[name]
         if ours != theirs:
             raise SettingsError(f"{name}={ours!r}, but {recipe.autoencoder} has {theirs!r}: say so in the recipe, too")
-    if recipe.base or recipe.target == "base reconstruction":
-        check_base_encoder(autoencoder, load_base_vae(base_of(recipe)))
+    if vae is not None:
+        check_base_encoder(autoencoder, vae)
     return autoencoder

@@ -53,11 +53,15 @@ class AutoencoderRecipe(OptimisationRecipe):
     size: Positive = 256
     """Side of the pictures in pixels: twice what the base was made for."""
     detail_channels: Positive = 16
+    latents: Literal["detail", "full"] = "detail"
+    """"detail" beside base latents; or "full": all `detail_channels` latents are new and none is the base's, as in the
+    reference's mode of that name. There is nothing to align then, and no transformer to start from."""
     base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
     autoencoder: str = ""
-    """Folder of an AutoencoderDA to go on from instead; "" starts anew. `base` may then be left out."""
+    """Folder of an AutoencoderDA, or of an adapter, to go on from instead; "" starts anew. `base` may then be left out,
+    where it is the shipped one or the folder is no adapter."""
     frozen_trunk: bool = False
     """Keep the detail encoder but for its last block: only the two new blocks and the joint decoder train."""
     decoder_only: bool = False
@@ -94,6 +98,8 @@ def check_choices(recipe: AutoencoderRecipe) -> None:
         SettingsError: with the two of them.
     """
     loss = recipe.loss
+    if recipe.latents == "full" and loss.alignment:
+        raise SettingsError(f'loss.alignment={loss.alignment}: with latents="full" none is aligned; set it to 0')
     if recipe.decoder_only and recipe.frozen_trunk:
         raise SettingsError("decoder_only and frozen_trunk: decoder_only trains less; set only one of them")
     if recipe.decoder_only and loss.adaptive_alignment:

@@ -78,7 +78,7 @@ def stage_one_loss(
         "gradient": gradient_l1(reconstruction, target),
         "lpips": perceptual,
         "kl": KL_LOSSES[weights.kl_reduction](mean, log_variance),
-        "alignment": detail_alignment_loss(detail, base),
+        "alignment": detail_alignment_loss(detail, base) if base.shape[1] else image.new_zeros(()),
         **played,
     }
     places = {
@@ -100,6 +100,9 @@ def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.
     level = scale * torch.randn(len(base), 1, 1, 1, generator=random).abs()
     noisy = []
     for half in (base, detail):
+        if not half.shape[1]:  # all latents are new: there is no base half
+            noisy.append(half)
+            continue
         noise = level * torch.randn(half.shape, generator=random)
         # A deviation that the detail encoder got gradients through could shrink away the noise.
         noisy.append(half + noise.to(half) * half.detach().float().std(dim=(0, 2, 3), keepdim=True).to(half))
