@@ -14,8 +14,12 @@ from davae.adapter import VAE, base_digest, check_base, load_adapter, tensors_di
 from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
 from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
+from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
+
+OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
+"""By the `_class_name` of model_index.json, which diffusers would look for in itself."""
 
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 """What diffusers raises for a folder of something else, or a damaged one."""
@@ -76,7 +80,9 @@ def load_pipeline(
         }
     settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(path_or_base), **settings)
+        name = DiffusionPipeline.load_config(str(path_or_base)).get("_class_name")
+        kind = OWN_PIPELINES.get(str(name), DiffusionPipeline)
+        pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
     for name, module in pipeline.components.items():

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from davae.backbones import sd3
+from davae.backbones import lightningdit, sd3
 from davae.errors import SettingsError
 from davae.widen import LatentPorts, Transformer, widen_ports
 
@@ -31,6 +31,8 @@ class Backbone:
     """(transformer, latents [B,C+D,h,w], sigma [B] in [0, 1], condition) -> velocity [B,C+D,h,w]."""
     lora_targets: tuple[str, ...] = ()
     """Names of the layers that get LoRA by default, as peft matches them."""
+    classes: bool = False
+    """Conditions are class numbers, not captions."""
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -44,6 +46,7 @@ BACKBONES: dict[str, Backbone] = {
     "SanaTransformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")),
     "PixArtTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
     "DiTTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")),
+    "LightningDiT2DModel": Backbone(lightningdit.PORTS, lightningdit.condition, lightningdit.velocity, classes=True),
 }
 """By the class name of the transformer."""
 
