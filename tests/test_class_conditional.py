@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 import tiny
 from davae import AutoencoderDA, ClassConditionalFlowPipeline, load_pipeline, upgrade
+from davae.adapter import add_lora, base_digest, save_adapter
 from davae.class_conditional import time_grid
 from davae.errors import SettingsError
 from davae.inspection import describe
@@ -197,6 +198,24 @@ def test_a_saved_pipeline_loads_with_the_same_pictures(pipeline, tmp_path):
     assert ClassConditionalFlowPipeline.from_pretrained(tmp_path / "upgraded").vae_scale_factor == 8
     half = load_pipeline(tmp_path / "upgraded", dtype=torch.bfloat16)
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
+
+
+def test_an_adapter_with_lora_is_loaded_and_fused(pipeline, tmp_path):
+    """LoRA is no part of the reference's recipe here, but has to work where it is asked for."""
+    save_pipeline(pipeline, tmp_path / "base")
+    upgraded = upgrade(pipeline, AutoencoderDA.from_base(pipeline.vae, detail_channels=4).eval())
+    digest = base_digest(pipeline.transformer)
+    trainable = add_lora(upgraded.transformer, 2, 2.0, ["attn.qkv", "attn.proj", "mlp.w3"])
+    assert not upgraded.transformer.pos_embed.requires_grad
+    with torch.no_grad():
+        for index, parameter in enumerate(trainable):  # stands for training
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    save_adapter(tmp_path / "adapter", upgraded, base="tiny", base_sha256=digest)
+    loaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.transformer.state_dict().keys() == pipeline.transformer.state_dict().keys()
+    assert torch.allclose(sample(loaded), sample(upgraded), atol=1e-4)
+    assert not torch.allclose(sample(loaded)[:, :4], sample(pipeline, latents=noise(8)[:, :4]), atol=1e-2)
 
 
 def test_it_can_be_inspected(pipeline):

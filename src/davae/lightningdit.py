@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ LONGEST_PERIOD = 10_000.0
 NORM_EPSILON = 1e-6
 
 
-class LightningDiT2DModel(ModelMixin, ConfigMixin):
+class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts data - noise at x_t = t data + (1 - t) noise: t = 0 is noise and t = 1 data, LightningDiT's convention.
 
     (davae's own runs the other way; `davae.backbones.lightningdit` turns time and sign at its border.)

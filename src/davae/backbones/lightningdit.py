@@ -38,5 +38,5 @@ def velocity(
     sigma: Float[Tensor, " b"],
     condition: dict[str, Tensor],
 ) -> Float[Tensor, "b latent h w"]:
-    """Predict noise - latents at (1 - sigma) latents + sigma noise; LightningDiT's t is 1 - sigma, its sign the other."""
+    """Predict noise - latents at (1 - sigma) latents + sigma noise; its t is 1 - sigma, its sign the other."""
     return -transformer(hidden_states=latents, timestep=1 - sigma, **condition, return_dict=False)[0]
