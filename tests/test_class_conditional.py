@@ -230,8 +230,8 @@ def test_it_can_be_inspected(pipeline):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"height": 64}, "height=64, width=32: allowed is 32 for both"),
-        ({"width": 0}, "height=32, width=0"),
+        ({"height": 64}, "size=64: this LightningDiT2DModel's positions fit one size, so allowed is 32"),
+        ({"width": 0}, "size=0"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"timestep_shift": 0.0}, "timestep_shift=0.0: allowed are 1 or more, and above 0"),
         ({"output_type": "jpeg"}, "output_type='jpeg': allowed are pil, np, pt, latent"),

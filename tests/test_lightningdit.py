@@ -238,6 +238,13 @@ def test_parameter_counts_are_the_published_ones(published):
     }
 
 
+def test_a_forward_pass_mixes_no_devices(published):
+    with torch.device("meta"):
+        latents, times, labels = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.long)
+    velocity = published(latents, times, labels).sample
+    assert (velocity.device.type, velocity.shape) == ("meta", latents.shape)
+
+
 def test_the_inner_width_is_rounded_down():
     assert [swiglu_width(width, 4.0) for width in (768, 1024, 1152)] == [2048, 2730, 3072]
 
@@ -255,6 +262,7 @@ def test_a_new_model_starts_as_dit_does():
     bound = np.sqrt(6 / (64 + 192))  # Xavier: uniform within sqrt(6 / (in + out))
     assert weights["blocks.0.attn.qkv.weight"].abs().max().item() == pytest.approx(bound, rel=0.01)
     assert weights["x_embedder.proj.weight"].abs().max().item() == pytest.approx(np.sqrt(6 / (4 + 64)), rel=0.05)
+    assert torch.equal(weights["pos_embed"][0], position_table(64, 4))
     assert weights["y_embedder.embedding_table.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert weights["t_embedder.mlp.0.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 

@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from davae.backbones import lightningdit
+from davae.backbones import fixed_size, lightningdit
 from davae.errors import SettingsError
 from davae.lightningdit import LightningDiT2DModel
 
@@ -137,12 +137,8 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         return latents * std + mean
 
     def _check(self, height: int | None, width: int | None, output_type: str) -> None:
-        side = self.default_sample_size * self.vae_scale_factor
-        asked = (side if height is None else height, side if width is None else width)
-        if asked != (side, side):
-            raise SettingsError(
-                f"height={asked[0]}, width={asked[1]}: allowed is {side} for both; its positions are fixed"
-            )
+        for size in (height, width):
+            fixed_size.picture_side(self, size)
         if output_type not in OUTPUTS:
             raise SettingsError(f"output_type={output_type!r}: allowed are {', '.join(OUTPUTS)}")
         allowed = FlowMatchEulerDiscreteScheduler().config

@@ -16,6 +16,8 @@ def test_a_condition_is_class_numbers(pipeline):
     backbone = backbone_of(pipeline.transformer)
     assert backbone.classes
     assert not backbone.lora_targets
+    assert backbone.null_class(pipeline.transformer) == 10
+    assert backbone.picture_side(pipeline, None) == backbone.picture_side(pipeline, 32) == 32
     condition = backbone.condition(pipeline, [3, 0, null_class(pipeline.transformer)])
     assert condition.keys() == {"class_labels"}
     assert condition["class_labels"].dtype == torch.int64
