@@ -61,7 +61,8 @@ def load_pipeline(
 
     Args:
         path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
-            was saved are None again.
+            was saved are None again. A class-conditional pipeline must be a folder; from the Hub it loads by
+            `ClassConditionalFlowPipeline.from_pretrained`.
         adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`.
         fuse: add the adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays apart.
         dtype: of all weights; float32 if None.
@@ -71,17 +72,15 @@ def load_pipeline(
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
     """
     folder = Path(path_or_base)
-    absent = {}
+    absent, kind = {}, DiffusionPipeline
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
-        absent = {
-            name: None for name, entry in _read_json(folder / "model_index.json").items() if entry == [None, None]
-        }
+        index = _read_json(folder / "model_index.json")
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
     try:
-        name = DiffusionPipeline.load_config(str(path_or_base)).get("_class_name")
-        kind = OWN_PIPELINES.get(str(name), DiffusionPipeline)
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
