@@ -49,3 +49,9 @@ def test_look_at_latents(tmp_path: Path) -> None:
     Image.linear_gradient("L").resize((70, 50)).convert("RGB").save(tmp_path / "picture.png")
     told = run("look_at_latents.py", tmp_path / "autoencoder", tmp_path / "picture.png")
     assert "base (1, 4, 6, 8), detail (1, 8, 6, 8)" in told
+
+
+def test_sample_classes(tmp_path: Path) -> None:
+    assert "64 x 64 px" in run("sample_classes.py", tmp_path / "grid.png", "", "2")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (128, 128)

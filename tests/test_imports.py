@@ -19,7 +19,7 @@ LAYERS = [
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"backbones", "closed_form"},
-    {"adapter"},
+    {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "inspection", "figures"},
     {"report"},
     {"training", "evaluation", "benchmark"},

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from einops import rearrange
 
 import tiny
@@ -97,3 +98,11 @@ def test_a_model_with_adapters_is_refused(target):
     base.add_adapter(LoraConfig(r=2, target_modules=[target]))
     with pytest.raises(SettingsError, match="fuse or unload adapters"):
         widen_transformer(base, base_channels=16, detail_channels=16)
+
+
+def test_a_model_that_was_made_with_its_class_defaults_is_widened():
+    with torch.device("meta"):
+        base = SD3Transformer2DModel(num_layers=1, num_attention_heads=1, caption_projection_dim=64)  # 16 channels
+    widened = widen_transformer(base, base_channels=16, detail_channels=16)
+    assert widened.config.in_channels == widened.config.out_channels == 32
+    assert widened.pos_embed.proj.weight.shape[1] == 32

@@ -23,6 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from davae import ClassConditionalFlowPipeline, LightningDiT2DModel
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -161,6 +163,33 @@ def tiny_dit(channels: int = 16, *, patch_size: int = 2) -> DiTTransformer2DMode
             patch_size=patch_size,
         )
     )
+
+
+def tiny_lightningdit(
+    channels: int = 16, *, patch_size: int = 2, sample_size: int = 8, qk_norm: bool = True
+) -> LightningDiT2DModel:
+    """Two blocks of width 16, 10 classes."""
+    return _ports_alive(
+        LightningDiT2DModel(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=channels,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_classes=10,
+            qk_norm=qk_norm,
+        )
+    )
+
+
+def tiny_class_pipeline(*, vae: ModelMixin | None = None) -> ClassConditionalFlowPipeline:
+    """10 classes, default size 32 px with `tiny_vae`."""
+    vae = tiny_vae() if vae is None else vae
+    transformer = tiny_lightningdit(vae.config.latent_channels)
+    pipeline = ClassConditionalFlowPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _clip(seed: int) -> CLIPTextModelWithProjection:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from davae.autoencoder_da import AutoencoderDA
     from davae.backbones import widen_transformer
+    from davae.class_conditional import ClassConditionalFlowPipeline
     from davae.flow import detail_weight, scheduled_flow_matching_loss
+    from davae.lightningdit import LightningDiT2DModel
     from davae.losses import channel_group_mean, detail_alignment_loss
     from davae.upgrade import load_pipeline, upgrade
 
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderDA",
+    "ClassConditionalFlowPipeline",
+    "LightningDiT2DModel",
     "channel_group_mean",
     "detail_alignment_loss",
     "detail_weight",
@@ -34,6 +38,8 @@ __all__ = [
 
 _HOME = {
     "AutoencoderDA": "davae.autoencoder_da",
+    "ClassConditionalFlowPipeline": "davae.class_conditional",
+    "LightningDiT2DModel": "davae.lightningdit",
     "ModelMixin": "diffusers",
     "channel_group_mean": "davae.losses",
     "detail_alignment_loss": "davae.losses",

@@ -24,8 +24,12 @@ from davae.adapter import (
 from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
 from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
+from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
+
+OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
+"""By the `_class_name` of model_index.json, which diffusers would look for in itself."""
 
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 """What diffusers raises for a folder of something else, or a damaged one."""
@@ -67,7 +71,8 @@ def load_pipeline(
 
     Args:
         path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
-            was saved are None again.
+            was saved are None again. A class-conditional pipeline must be a folder; from the Hub it loads by
+            `ClassConditionalFlowPipeline.from_pretrained`.
         adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`.
         fuse: add the adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays apart.
         dtype: of all weights; float32 if None.
@@ -77,16 +82,16 @@ def load_pipeline(
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
     """
     folder = Path(path_or_base)
-    absent = {}
+    absent, kind = {}, DiffusionPipeline
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
-        absent = {
-            name: None for name, entry in _read_json(folder / "model_index.json").items() if entry == [None, None]
-        }
+        index = _read_json(folder / "model_index.json")
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(path_or_base), **settings)
+        pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
     for name, module in pipeline.components.items():

@@ -74,13 +74,15 @@ def widen_ports(
             plain ones of its class (LoRA layers, quantised layers).
     """
     _check_channels(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)
-    config = {
+    # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
+    settings = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
+    grown = {
         name: value * (base_channels + detail_channels) // base_channels
         for name in ("in_channels", "out_channels")
         if (value := transformer.config.get(name)) is not None
     }
     with init_empty_weights(include_buffers=False):
-        widened = type(transformer).from_config({**transformer.config, **config})
+        widened = type(transformer).from_config({**settings, **grown})
 
     tensors = transformer.state_dict()
     if tensors.keys() != widened.state_dict().keys():

@@ -54,6 +54,10 @@ def run_dit(model, latents):
     return model(latents, TIMESTEP.long(), torch.tensor([1, 2]), return_dict=False)[0]
 
 
+def run_lightningdit(model, latents):
+    return model(latents, TIMESTEP / 1000, torch.tensor([1, 10]), return_dict=False)[0]
+
+
 def run_sd3(model, latents):
     caption = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     return model(latents, caption, caption[:, 0], TIMESTEP, return_dict=False)[0]
@@ -83,6 +87,8 @@ CASES = {
     "dit-1": (lambda: tiny.tiny_dit(patch_size=1), run_dit),
     "dit-2": (lambda: tiny.tiny_dit(patch_size=2), run_dit),
     "dit-4": (lambda: tiny.tiny_dit(patch_size=4), run_dit),
+    "lightningdit-1": (lambda: tiny.tiny_lightningdit(patch_size=1), run_lightningdit),
+    "lightningdit-2": (lambda: tiny.tiny_lightningdit(patch_size=2, qk_norm=False), run_lightningdit),
 }
 
 

@@ -1,0 +1,42 @@
+"""LightningDiT: conditions are class numbers; time and sign run the other way there, and are turned here."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from davae.errors import SettingsError
+from davae.lightningdit import LightningDiT2DModel
+from davae.widen import LatentPorts
+
+PORTS = LatentPorts("x_embedder.proj", "d c p q", "final_layer.linear", "(p q c) d")
+
+
+def null_class(transformer: LightningDiT2DModel) -> int:
+    """The class number that means no class: the embedding's last row."""
+    return transformer.config.num_classes
+
+
+def condition(pipeline: DiffusionPipeline, labels: Sequence[int]) -> dict[str, Tensor]:
+    """Class numbers as the transformer wants them: `class_labels` [B], int64.
+
+    Raises:
+        SettingsError: a number that is no class and not the null class.
+    """
+    null = null_class(pipeline.transformer)
+    foreign = [label for label in labels if label not in range(null + 1)]
+    if foreign:
+        raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")
+    return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=pipeline.transformer.device)}
+
+
+def velocity(
+    transformer: LightningDiT2DModel,
+    latents: Float[Tensor, "b latent h w"],
+    sigma: Float[Tensor, " b"],
+    condition: dict[str, Tensor],
+) -> Float[Tensor, "b latent h w"]:
+    """Predict noise - latents at (1 - sigma) latents + sigma noise; its t is 1 - sigma, its sign the other."""
+    return -transformer(hidden_states=latents, timestep=1 - sigma, **condition, return_dict=False)[0]
