@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
@@ -180,6 +181,13 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
             raise SettingsError(
                 f"the autoencoder is not of this pipeline: its {name} is {ours}, the pipeline's VAE has {theirs}. "
                 "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
+            )
+    for name in ("latents_mean", "latents_std"):
+        numbers, wanted = (found.get(name) for found in (config.base_config, vae.config))
+        if (numbers is None) != (wanted is None) or not np.allclose(numbers or 0, wanted or 0, rtol=1e-4, atol=1e-6):
+            raise SettingsError(
+                f"the autoencoder's {name} of the base latents is {numbers}, and the pipeline's VAE has {wanted}: the "
+                "transformer would see its latents at another scale. Make it with AutoencoderDA.from_base(pipeline.vae)"
             )
     check_base_encoder(autoencoder, vae)
 
