@@ -12,7 +12,7 @@ from davae import AutoencoderDA, upgrade
 from davae.inspection import describe
 from tiny import tiny_sd3_pipeline
 
-VERBS = ["demo", "inspect", "train-autoencoder", "upgrade", "finetune", "generate", "reconstruct", "evaluate"]
+VERBS = ["demo", "inspect", "train-autoencoder", "upgrade", "import", "finetune", "generate", "reconstruct", "evaluate"]
 
 
 def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def load_pipeline(
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    without: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
 
@@ -63,18 +65,20 @@ def load_pipeline(
         fuse: add the adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays apart.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
+        without: components that are not loaded, and None.
 
     Raises:
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
     """
     folder = Path(path_or_base)
-    absent = {}
+    absent: dict[str, None] = {}
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
         absent = {
             name: None for name, entry in _read_json(folder / "model_index.json").items() if entry == [None, None]
         }
+    absent |= dict.fromkeys(without)
     settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(path_or_base), **settings)
