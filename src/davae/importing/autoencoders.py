@@ -20,7 +20,7 @@ from davae.upgrade import check_base_encoder, load_base_vae
 
 TRAINING_ONLY = {
     r"(loss|discriminator)\.": "of the loss",
-    r"(foundation_model|linear_proj|align_proj|pe_student|encoder_alignment_proj)\b": "of the alignment loss",
+    r"(d[ac]\.)?(foundation_model|linear_proj|align_proj|pe_student|encoder_alignment_proj)\b": "of the alignment loss",
     r"(model_ema|ema)\b": "another copy of the weights",
 }
 """Why keys are left, by the start of their names."""
@@ -39,7 +39,8 @@ IMAGENET = {
 SD3 = {
     "base_encoder.": "original_vae_model.vae.encoder.",
     "detail_encoder.": "vae.encoder.",
-    "detail_downsample.": "dc_down.",
+    "detail_downsample.conv.": "dc_down.conv.",
+    "detail_downsample.shortcut.": "dc_down.shortcut_proj.",
     "detail_upsample.": "dc_up.",
     "joint_decoder.": "vae.decoder.",
 }

@@ -144,8 +144,7 @@ def leave_rest(
         if reason is None and key.startswith(tuple(owned)):
             shape = list(checkpoint.tensors[key].shape)
             raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {key}: found {shape}, wanted none, as the layout has no such "
-                "layer"
+                f"{checkpoint.path}: the first mismatch is {key}: found {shape}, wanted none: its layout has none there"
             )
         report.left.append({"key": key, "reason": reason or "no part of this layout"})
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -132,15 +133,22 @@ def _unpickled(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor]
         except subprocess.TimeoutExpired as error:
             raise CheckpointError(f"{path} was not open after {seconds:.0f} s: it is no plain checkpoint") from error
         if done.returncode:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            reason = next((line for line in lines if "Unsupported" in line), lines[-1] if lines else "no reason given")
             raise CheckpointError(
-                f"{path} cannot be read as tensors only ({reason[:300]}). It is damaged, or holds Python objects, "
-                "which davae does not run: where you trust it, save its state dict alone, as safetensors"
+                f"{path} cannot be read as tensors only ({_reason(done.stderr)}). It is damaged, or holds Python "
+                "objects, which davae does not run: where you trust it, save its state dict alone, as safetensors"
             )
         with safe_open(written, "pt") as opened:
             facts = {name: json.loads(value) for name, value in opened.metadata().items() if name != "format"}
         return load_file(written), facts
+
+
+def _reason(errors: str) -> str:
+    """What stopped the other process, in few words."""
+    foreign = re.search(r"GLOBAL (\S+)", errors)
+    if foreign:
+        return f"it asks for {foreign[1]}"
+    lines = [line.strip() for line in errors.splitlines() if line.strip() and not line.startswith("Check the docu")]
+    return lines[-1][:200] if lines else "its process was ended"
 
 
 def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:

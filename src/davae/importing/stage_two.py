@@ -32,7 +32,8 @@ PORTS = {
 """The reference's names -> where they go in Stable Diffusion 3's two ports."""
 POSITIONS = "tokenizer_patch_embed.pos_embed"
 LORA = re.compile(r"(?:.*?\.)?(transformer_blocks\.\d+\..+)\.(lora_[AB])(?:\.default)?\.weight")
-LEFT = {r".*\.base_layer\.": "the base pipeline's, frozen", rf"(.*\.)?{re.escape(POSITIONS)}": "the base's; compared"}
+LAYERS = re.compile(r"(?:.*?\.)?((?:transformer_blocks|context_embedder|time_text_embed|norm_out)\..+)")
+COMPARED = "the base's; compared"
 
 
 def sd35_stage_two(checkpoint: Checkpoint, options: Options) -> Conversion:
@@ -54,7 +55,9 @@ def sd35_stage_two(checkpoint: Checkpoint, options: Options) -> Conversion:
     _fill_ports(pipeline, base, checkpoint, report)
     source = checkpoint if options.lora is None else read_checkpoint(options.lora)
     _fill_lora(pipeline, source, report)
-    leave_rest(checkpoint, report, LEFT, owned=("tokenizer_patch_embed.", "project_out."))
+    same = [_full_name(checkpoint, POSITIONS), *_check_frozen(checkpoint, base.transformer.state_dict())]
+    reasons = {f"{re.escape(key)}$": COMPARED for key in same}
+    leave_rest(checkpoint, report, reasons, owned=("tokenizer_patch_embed.", "project_out."))
     report.notes.append("LoRA's alpha is not in the file: its rank, as the reference trains")
 
     def save(folder: Path) -> None:
@@ -109,6 +112,23 @@ def _fill_ports(
             getattr(transformer.proj_out, kind).copy_(rearrange(torch.cat(rows, dim=2), "p q c ... -> (p q c) ..."))
 
 
+def _check_frozen(checkpoint: Checkpoint, base: dict[str, Tensor]) -> list[str]:
+    """Keys of the layers that are the base's own, which full checkpoints hold; refuses any that was trained."""
+    same = []
+    for key, tensor in checkpoint.tensors.items():
+        name = (found := LAYERS.fullmatch(key)) and found[1].replace(".base_layer.", ".")
+        if not name or name not in base:
+            continue
+        # In bfloat16, in which the reference loads them.
+        if tensor.shape != base[name].shape or not torch.equal(tensor.bfloat16(), base[name].bfloat16()):
+            raise CheckpointError(
+                f"{checkpoint.path}: the first mismatch is {key}: its {list(tensor.shape)} are not the base's. It was trained "
+                "itself, or on another base: only ports and LoRA are imported"
+            )
+        same.append(key)
+    return same
+
+
 def _full_name(checkpoint: Checkpoint, name: str) -> str:
     """The key that ends in `name`: an average keeps Lightning's full names."""
     return next((key for key in checkpoint.tensors if key.endswith(f".{name}")), name)
@@ -130,7 +150,7 @@ def _fill_lora(pipeline: DiffusionPipeline, source: Checkpoint, report: ImportRe
     if len(ranks) != 1:
         raise CheckpointError(f"{source.path}: LoRA of ranks {sorted(ranks)}: davae's adapters have one rank")
     rank = ranks.pop()
-    add_lora(transformer, rank, rank, targets)
+    add_lora(transformer, rank, float(rank), targets)
     like = get_peft_model_state_dict(transformer)
     tensors = match(source, like, {name: Source(keys.get(name, name)) for name in like}, report)
     set_peft_model_state_dict(transformer, {name: tensor.float() for name, tensor in tensors.items()})
