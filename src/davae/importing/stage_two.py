@@ -122,8 +122,8 @@ def _check_frozen(checkpoint: Checkpoint, base: dict[str, Tensor]) -> list[str]:
         # In bfloat16, in which the reference loads them.
         if tensor.shape != base[name].shape or not torch.equal(tensor.bfloat16(), base[name].bfloat16()):
             raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {key}: its {list(tensor.shape)} are not the base's. It was trained "
-                "itself, or on another base: only ports and LoRA are imported"
+                f"{checkpoint.path}: the first mismatch is {key}: its {list(tensor.shape)} are not the base's. It was "
+                "trained itself, or on another base: only ports and LoRA are imported"
             )
         same.append(key)
     return same
