@@ -43,6 +43,7 @@ def convert(source: Path, target: Path, wrappers: Sequence[str]) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 4 * source.stat().st_size + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.set_num_threads(1)  # each thread's stack counts, too
     found = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(found, Mapping):
         raise TypeError(f"it holds a {type(found).__name__}, not a dictionary of tensors")
