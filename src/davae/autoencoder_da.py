@@ -347,22 +347,29 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------ the parts
 
     def _moments(self, sample: Tensor) -> Tensor:
-        base = self.from_units(self.encode_base(sample))
-        if (statistics := self._base_affine(base)) is not None:  # units are behind the two scalars
-            base = (base - statistics[1]) / statistics[0] + self.config.shift_factor
+        base = self.encode_base(sample)
         mean, log_variance = self.encode_detail(sample)
         scale, shift = self._detail_affine(mean)
         # log|1 / scale| twice, because a variance scales with the square.
         log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
         mean = self.from_units((mean - shift) / scale)
-        return torch.cat([base, mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
+        return torch.cat([self._base_outside(base), mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
 
     def _pictures(self, latents: Tensor) -> Tensor:
         base, detail = self.split(latents)
-        if (statistics := self._base_affine(base)) is not None:
-            base = (base - self.config.shift_factor) * statistics[0] + statistics[1]
         scale, shift = self._detail_affine(detail)
-        return self.reconstruct(self.to_units(base), self.to_units(detail) * scale + shift)
+        return self.reconstruct(self._base_inside(base), self.to_units(detail) * scale + shift)
+
+    def _base_outside(self, base: Tensor) -> Tensor:
+        """The base half as `encode` gives it: the two scalars then make (z - mean) / std * scaling_factor of it."""
+        raw, statistics = self.from_units(base), self._base_affine(base)
+        return raw if statistics is None else (raw - statistics[1]) / statistics[0] + self.config.shift_factor
+
+    def _base_inside(self, base: Tensor) -> Tensor:
+        """The inverse of `_base_outside`: before standardisation, as `reconstruct` takes it."""
+        statistics = self._base_affine(base)
+        raw = base if statistics is None else (base - self.config.shift_factor) * statistics[0] + statistics[1]
+        return self.to_units(raw)
 
     def _base_affine(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """The base's own deviations and means, [1, C, 1, 1] each; None where it has none."""
@@ -438,14 +445,15 @@ def _check_settings(
             f"detail_channels={detail_channels} must be a positive multiple of base_channels={base_channels}: the "
             f"alignment loss averages groups. The nearest is {nearest}."
         )
+    channels = base_config.get("latent_channels", base_channels)
     statistics = [base_config.get(name) for name in ("latents_mean", "latents_std")]
     if statistics != [None, None] and (
-        any(each is None or len(each) != base_channels for each in statistics)
+        any(each is None or len(each) != channels for each in statistics)
         or not all(deviation > 0 for deviation in statistics[1])
     ):
         raise ValueError(
-            f"latents_mean and latents_std of base_config must be {base_channels} numbers each, one for each base "
-            f"channel, deviations above 0; or None both. They are {statistics[0]} and {statistics[1]}."
+            f"latents_mean and latents_std of base_config must be {channels} numbers each, one for each base channel, "
+            f"deviations above 0; or None both. They are {statistics[0]} and {statistics[1]}."
         )
     if resolution_factor != 2:
         raise ValueError(f"resolution_factor={resolution_factor}: only 2 is built.")
