@@ -17,6 +17,7 @@ VERBS = [
     "inspect",
     "train-autoencoder",
     "upgrade",
+    "import",
     "finetune",
     "generate",
     "reconstruct",

@@ -25,8 +25,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 BASE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True}
-"""`base_downsample` of the config -> torch's `antialias`. The reference code uses "bicubic"."""
+DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
+"""`base_downsample` of the config -> torch's `antialias`.
+
+The reference code for SD3 uses "bicubic"; its code for ImageNet "bicubic-unclamped", whose picture may leave [-1, 1].
+"""
 DETERMINISTIC = -30.0
 """Log-variance of the base latents: the floor of diffusers' Gaussian, a standard deviation of 3e-7."""
 
@@ -98,9 +101,13 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     latents are [B, C + D, H / (s f), W / (s f)], base first. A stock pipeline brings them to the transformer's unit
     scale with the base's own two scalars, (latents - shift_factor) * scaling_factor; below, "units" are those.
     Per-channel statistics of the detail latents live in two buffers, so that in units each has mean 0 and deviation 1.
+    Those of the base latents, where the base has any, are its own `latents_mean` and `latents_std`, and the base half
+    in units is (z - mean) / std * scaling_factor. Networks, losses and the methods below see both halves *before
+    standardisation*: without statistics of the base, its half is then in units.
 
     Args:
-        base_config: the config of the base autoencoder (AutoencoderKL or AutoencoderTiny).
+        base_config: the config of the base autoencoder (AutoencoderKL or AutoencoderTiny); it may hold diffusers'
+            `latents_mean` and `latents_std`, C numbers each, or None.
         base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own ("full" in METHOD
             2.2): then there is no base encoder, no base half and no alignment.
         detail_channels: D, a multiple of the base's latent channels.
@@ -199,7 +206,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------ the method
 
     def base_picture(self, sample: Tensor) -> Tensor:
-        """The picture at 1/s of its size, [B, 3, H/s, W/s] in [-1, 1]; CPUs cannot filter in less than float32."""
+        """The picture at 1/s of its size, [B, 3, H/s, W/s] in [-1, 1]; CPUs cannot filter in less than float32.
+
+        Only the filter "bicubic-unclamped" leaves what it overshoots, at edges.
+        """
         small = F.interpolate(
             sample.to(torch.promote_types(sample.dtype, torch.float32)),
             scale_factor=1 / self.config.resolution_factor,
@@ -207,18 +217,23 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             align_corners=False,
             antialias=DOWNSAMPLE_FILTERS[self.config.base_downsample],
         )
-        return small.clamp(-1, 1).to(sample.dtype)
+        if self.config.base_downsample != "bicubic-unclamped":
+            small = small.clamp(-1, 1)
+        return small.to(sample.dtype)
 
     @torch.no_grad()
     def encode_base(self, sample: Tensor) -> Tensor:
-        """Base latents z = E(downsample(picture)) in units, [B, C, h, w]: the mode, without a gradient."""
+        """Base latents z = E(downsample(picture)) before standardisation, [B, C, h, w]: the mode, no gradient.
+
+        They are (z - shift_factor) * scaling_factor: units, unless the base has statistics of its own.
+        """
         if self.base_encoder is None:
             height, width = (side // self.downsample_factor for side in sample.shape[-2:])
             return sample.new_zeros(len(sample), 0, height, width)
         return self.encode_pretrained(self.base_picture(sample))
 
     def encode_pretrained(self, sample: Tensor) -> Tensor:
-        """The base encoder on a picture as it is, in units: the mode, [B, base's channels, H / f, W / f]."""
+        """The base encoder on a picture as it is, scaled as by `encode_base`: [B, base's channels, H / f, W / f]."""
         if self.base_encoder is None:  # all new: the detail encoder is the base's until it is trained
             return self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
         return self.to_units(_encode(self.base_encoder, self.base_quant_conv, sample))
@@ -233,12 +248,12 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
-        """The joint decoder: base latents in units and detail latents before standardisation -> [B, 3, H, W]."""
+        """The joint decoder: base and detail latents, both before standardisation -> [B, 3, H, W]."""
         hidden = self.detail_upsample(torch.cat([base, detail], dim=1))
         return self.decode_full(hidden) if self.config.linear_blocks else _pixels(self.joint_decoder, hidden)
 
     def decode_full(self, latents: Tensor) -> Tensor:
-        """The joint decoder behind its first block: latents of the full picture in units -> [B, 3, H, W].
+        """The joint decoder behind its first block: latents of the full picture before standardisation -> [B, 3, H, W].
 
         Before training this is the base autoencoder's own decoder. Only with linear blocks.
         """
@@ -344,18 +359,36 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------ the parts
 
     def _moments(self, sample: Tensor) -> Tensor:
-        base = self.from_units(self.encode_base(sample))
+        base = self.encode_base(sample)
         mean, log_variance = self.encode_detail(sample)
         scale, shift = self._detail_affine(mean)
         # log|1 / scale| twice, because a variance scales with the square.
         log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
         mean = self.from_units((mean - shift) / scale)
-        return torch.cat([base, mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
+        return torch.cat([self._base_outside(base), mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
 
     def _pictures(self, latents: Tensor) -> Tensor:
-        base, detail = self.split(self.to_units(latents))
+        base, detail = self.split(latents)
         scale, shift = self._detail_affine(detail)
-        return self.reconstruct(base, detail * scale + shift)
+        return self.reconstruct(self._base_inside(base), self.to_units(detail) * scale + shift)
+
+    def _base_outside(self, base: Tensor) -> Tensor:
+        """The base half as `encode` gives it: the two scalars then make (z - mean) / std * scaling_factor of it."""
+        raw, statistics = self.from_units(base), self._base_affine(base)
+        return raw if statistics is None else (raw - statistics[1]) / statistics[0] + self.config.shift_factor
+
+    def _base_inside(self, base: Tensor) -> Tensor:
+        """The inverse of `_base_outside`: before standardisation, as `reconstruct` takes it."""
+        statistics = self._base_affine(base)
+        raw = base if statistics is None else (base - self.config.shift_factor) * statistics[0] + statistics[1]
+        return self.to_units(raw)
+
+    def _base_affine(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The base's own deviations and means, [1, C, 1, 1] each; None without any."""
+        std, mean = (self.config.base_config.get(name) for name in ("latents_std", "latents_mean"))
+        if std is None or not self.config.base_channels:
+            return None
+        return like.new_tensor(std).view(1, -1, 1, 1), like.new_tensor(mean).view(1, -1, 1, 1)
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(b.to(like.dtype).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
@@ -426,6 +459,16 @@ def _check_settings(
         raise ValueError(
             f"detail_channels={detail_channels} must be a positive multiple of base_channels={groups}: the "
             f"alignment loss averages groups. The nearest is {nearest}."
+        )
+    channels = base_config.get("latent_channels", base_channels)
+    statistics = [base_config.get(name) for name in ("latents_mean", "latents_std")]
+    if statistics != [None, None] and (
+        any(each is None or len(each) != channels for each in statistics)
+        or not all(deviation > 0 for deviation in statistics[1])
+    ):
+        raise ValueError(
+            f"latents_mean and latents_std of base_config must be {channels} numbers each, one for each base channel, "
+            f"deviations above 0; or None both. They are {statistics[0]} and {statistics[1]}."
         )
     if resolution_factor != 2:
         raise ValueError(f"resolution_factor={resolution_factor}: only 2 is built.")

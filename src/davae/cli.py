@@ -129,6 +129,32 @@ def upgrade(
     _say(out)
 
 
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint: .safetensors, .bin, .pt, .pth or .ckpt.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for what it becomes, and import.json.")],
+    kind: Annotated[str | None, typer.Option(help="Layout of the file; by default found by its keys.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Latent statistics, mean and std: .pt, .safetensors, .json.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base pipeline, for the weights of the SD3 set-up.")] = None,
+    autoencoder: Annotated[Path | None, typer.Option(help="Folder of the imported DA-VAE, for stage 2.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="File of stage 2's LoRA, if FILE holds the ports only.")] = None,
+    ema: Annotated[bool, typer.Option(help="Take the moving average where FILE has one.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and report, and write nothing.")] = False,
+) -> None:
+    """Turn another program's checkpoint into a folder of diffusers' or davae's, and account for every key."""
+    _quiet()
+    from davae.importing.kinds import import_checkpoint
+
+    report = import_checkpoint(
+        file, out, kind=kind, stats=stats, base=base, autoencoder=autoencoder, lora=lora, ema=ema, dry_run=dry_run
+    )
+    _say(report.to_text())
+    if not dry_run:
+        _say(out)
+
+
 @app.command()
 def finetune(
     recipe: RecipePath,

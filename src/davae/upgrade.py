@@ -3,9 +3,10 @@
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
@@ -66,6 +67,7 @@ def load_pipeline(
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    without: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
 
@@ -77,18 +79,21 @@ def load_pipeline(
         fuse: add the adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays apart.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
+        without: components that are not loaded, and None.
 
     Raises:
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
     """
     folder = Path(path_or_base)
-    absent, kind = {}, DiffusionPipeline
+    absent: dict[str, None] = {}
+    kind = DiffusionPipeline
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
         index = _read_json(folder / "model_index.json")
         absent = {name: None for name, entry in index.items() if entry == [None, None]}
         kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+    absent |= dict.fromkeys(without)
     settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
     try:
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
@@ -255,6 +260,13 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
             raise SettingsError(
                 f"the autoencoder is not of this pipeline: its {name} is {ours}, the pipeline's VAE has {theirs}. "
                 "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
+            )
+    for name in ("latents_mean", "latents_std"):
+        numbers, wanted = (found.get(name) for found in (config.base_config, vae.config))
+        if (numbers is None) != (wanted is None) or not np.allclose(numbers or 0, wanted or 0, rtol=1e-4, atol=1e-6):
+            raise SettingsError(
+                f"the autoencoder's {name} of the base latents is {numbers}, and the pipeline's VAE has {wanted}: the "
+                "transformer would see its latents at another scale. Make it with AutoencoderDA.from_base(pipeline.vae)"
             )
     check_base_encoder(autoencoder, vae)
 
