@@ -18,7 +18,8 @@ from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.flow import detail_weight, interpolate, sample_timesteps
 from davae.record import alone, read_metrics
 from davae.seeds import generator
-from davae.training.finetune import FinetuneRecipe, cached_latents, encode_captions, finetune
+from davae.training.conditions import cached_latents, encode_captions
+from davae.training.finetune import FinetuneRecipe, finetune
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
 from forks import exit_code, forked
 from hashes import digests

@@ -31,10 +31,18 @@ class Backbone:
     """(transformer, latents [B,C+D,h,w], sigma [B] in [0, 1], condition) -> velocity [B,C+D,h,w]."""
     lora_targets: tuple[str, ...] = ()
     """Names of the layers that get LoRA by default, as peft matches them."""
+    classes: bool = False
+    """Conditions are class numbers, not captions: `condition` is (pipeline, class numbers) -> class_labels [B]."""
+    null_class: Callable[[Any], int] = _ports_only
+    """(transformer) -> the class number that means none; the classes are those below it. Only with `classes`."""
+    picture_side: Callable[[Any, int | None], int] = _ports_only
+    """(pipeline, pixels or None for the default) -> side in pixels; raises SettingsError for one it cannot make."""
 
 
 BACKBONES: dict[str, Backbone] = {
-    "SD3Transformer2DModel": Backbone(sd3.PORTS, sd3.condition, sd3.velocity, sd3.LORA_TARGETS),
+    "SD3Transformer2DModel": Backbone(
+        sd3.PORTS, sd3.condition, sd3.velocity, sd3.LORA_TARGETS, picture_side=sd3.picture_side
+    ),
     "FluxTransformer2DModel": Backbone(
         LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
     ),

@@ -111,9 +111,10 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             with state.ema_weights():
                 state.log(heldout_metrics(autoencoder, heldout, lpips))
                 write_png(folder / "pictures" / f"{step:08d}.png", heldout_picture(autoencoder, heldout))
-        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
-        image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
-        state.update(*stage_one_loss(autoencoder, image, lpips, recipe, state))
+        for batch in state.batches():
+            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
+            image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch).to(state.device)
+            state.update(*stage_one_loss(autoencoder, image, lpips, recipe, state))
     with state.ema_weights():
         autoencoder.eval()
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
@@ -140,7 +141,7 @@ def stage_one_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1], and its parts for the log."""
     weights = recipe.loss
-    posterior, latent = (generator(recipe.seed, name, state.step) for name in ("posterior", "latent noise"))
+    posterior, latent = (generator(recipe.seed, name, state.batch) for name in ("posterior", "latent noise"))
     with state.autocast():
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image)

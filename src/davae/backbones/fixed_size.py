@@ -1,0 +1,20 @@
+"""Families whose positions fit one token grid: their pictures have one size."""
+
+from diffusers import DiffusionPipeline
+
+from davae.errors import SettingsError
+
+
+def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
+    """`size` in pixels, or the only side that the pipeline has if it is None: sample size x downsample factor.
+
+    Raises:
+        SettingsError: another size.
+    """
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    side = pipeline.transformer.config.sample_size * factor
+    if size not in (None, side):
+        raise SettingsError(
+            f"size={size}: this {type(pipeline.transformer).__name__}'s positions fit one size, so allowed is {side}"
+        )
+    return side
