@@ -442,7 +442,7 @@ def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_p
 def test_lora_does_not_go_on_from_trained_layers(layers: Run, tmp_path) -> None:
     folder, recipe = layers
     update = {"adapter": str(folder / "adapter"), "trained": "lora"}
-    with pytest.raises(SettingsError, match='allowed is trained="layers" or "full"'):
+    with pytest.raises(SettingsError, match='allowed is trained="layers", "full" or "ports"'):
         finetune(recipe.model_copy(update=update), tmp_path / "run")
 
 
