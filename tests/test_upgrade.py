@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -120,6 +120,32 @@ def test_a_flux_pipeline_is_upgraded_as_well(base):
     ).images[0]
     assert type(pipeline) is FluxPipeline
     assert image.shape == (64, 64, 3)
+
+
+def test_a_dit_pipeline_is_upgraded_as_well(tmp_path):
+    """Class-conditional, noise with learned variance: its samples' base half is the base pipeline's own."""
+    base = DiTPipeline(tiny.tiny_dit(4), tiny.tiny_vae(), DDIMScheduler(clip_sample=False), id2label={1: "cat, tabby"})
+    pipeline = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=12).eval())
+    assert type(pipeline) is DiTPipeline
+    assert pipeline.get_label_ids(["tabby"]) == [1]
+    save_pipeline(pipeline, tmp_path / "saved")
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    made, noises, classes = {}, iter((noise[:, :4], noise, noise)), [1, 7]
+    for name, model in (("base", base), ("upgraded", pipeline), ("saved", load_pipeline(tmp_path / "saved"))):
+        model.set_progress_bar_config(disable=True)
+        model.transformer.register_forward_pre_hook(
+            lambda _, inputs, name=name: made.setdefault(name, []).append(inputs[0]) or None
+        )
+        with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+            given = next(noises)
+            patch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *_, given=given, **__: given)
+            image = model(classes, num_inference_steps=3, guidance_scale=2.0, output_type="pt").images
+        assert image.shape == (2, 3, *((32, 32) if name == "base" else (64, 64)))
+    for name in ("upgraded", "saved"):
+        for ours, theirs in zip(made[name], made["base"], strict=True):
+            torch.testing.assert_close(ours[:, :4], theirs, atol=1e-5, rtol=0)
+            assert ours.shape[1] == 16
+    assert (made["base"][-1] - made["base"][0]).abs().max() > 0.1
 
 
 def test_lora_starts_without_effect_and_trains_the_ports_in_full(base, autoencoder):

@@ -70,7 +70,7 @@ def detail_weight(step: int, warmup_steps: int) -> float:
 
 
 class FlowMatchingLosses(NamedTuple):
-    """The scheduled loss, and the plain mean squared errors of its two halves for the log."""
+    """The scheduled loss, and the mean squared errors of its two halves for the log."""
 
     total: Float[Tensor, ""]
     base: Float[Tensor, ""]
@@ -78,19 +78,22 @@ class FlowMatchingLosses(NamedTuple):
 
 
 def flow_matching_losses(
-    velocity: Float[Tensor, "b latent h w"],
+    prediction: Float[Tensor, "b latent h w"],
     target: Float[Tensor, "b latent h w"],
     *,
     base_channels: int,
     detail_weight: float,
+    sample_weight: Float[Tensor, " b"] | None = None,
 ) -> FlowMatchingLosses:
     """The weighted mean (sum_base + w sum_detail) / ((C + w D) B H W) of the squared errors (Eq. 13), and its halves.
 
     Args:
-        velocity: predicted, base channels first.
-        target: `velocity_target`.
+        prediction: of the velocity, or of the latents (`latents_prediction`); base channels first.
+        target: what it should be: `velocity_target`, or the latents.
         base_channels: C, at least 1 and less than the number of channels.
         detail_weight: w, not negative; see the function of that name.
+        sample_weight: a factor for each sample's errors (`min_snr_weight`), in the total and in both halves; the
+            denominator stays.
 
     Returns:
         Three scalars in float32 (float64 if an argument is), whatever autocast left; `base` and `detail` are detached.
@@ -98,21 +101,57 @@ def flow_matching_losses(
     Raises:
         SettingsError: if the shapes differ or an argument is out of range.
     """
-    channels = velocity.shape[1]
-    if velocity.shape != target.shape:
-        raise SettingsError(f"velocity {tuple(velocity.shape)} and target {tuple(target.shape)} must have one shape")
+    channels = prediction.shape[1]
+    if prediction.shape != target.shape:
+        raise SettingsError(f"velocity {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
     if not 1 <= base_channels < channels:
         raise SettingsError(
             f"base_channels={base_channels} must be between 1 and {channels - 1}: there are {channels} channels"
         )
     if not (math.isfinite(detail_weight) and detail_weight >= 0):
         raise SettingsError(f"detail_weight={detail_weight} must be finite and not negative")
-    dtype = torch.promote_types(torch.promote_types(velocity.dtype, target.dtype), torch.float32)
-    errors = (velocity.to(dtype) - target.to(dtype)).square()
+    dtype = _loss_dtype(prediction, target)
+    errors = (prediction.to(dtype) - target.to(dtype)).square()
+    if sample_weight is not None:
+        errors = errors * sample_weight.to(dtype)[:, None, None, None]
     base, detail = errors[:, :base_channels].mean(), errors[:, base_channels:].mean()
     share = detail_weight * (channels - base_channels)
     total = (base_channels * base + share * detail) / (base_channels + share)
     return FlowMatchingLosses(total, base.detach(), detail.detach())
+
+
+def latents_prediction(
+    noisy: Float[Tensor, "b latent h w"], velocity: Float[Tensor, "b latent h w"], sigma: Float[Tensor, " b"]
+) -> Float[Tensor, "b latent h w"]:
+    """The clean latents that a velocity at `interpolate(latents, noise, sigma)` amounts to: noisy - sigma velocity.
+
+    Its squared error is sigma^2 times the velocity's. In float32 (float64 if an argument is).
+    """
+    dtype = _loss_dtype(noisy, velocity)
+    return noisy.to(dtype) - sigma.to(noisy.device, dtype)[:, None, None, None] * velocity.to(dtype)
+
+
+def min_snr_weight(sigma: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
+    """Weight of each sample's error in the latents, min((1 - sigma) / sigma, gamma), as in the reference's SD3 code.
+
+    (1 - sigma) / sigma is the ratio of signal to noise in amplitude; min-SNR (arXiv 2303.09556) has its square. For the
+    velocity's error it is sigma^2 min((1 - sigma) / sigma, gamma).
+
+    Raises:
+        SettingsError: if `gamma` is not positive.
+    """
+    if not gamma > 0:
+        raise SettingsError(f"gamma={gamma} must be positive")
+    return ((1 - sigma) / sigma).clamp_max(gamma)
+
+
+def cosine_loss(velocity: Float[Tensor, "b latent h w"], target: Float[Tensor, "b latent h w"]) -> Float[Tensor, ""]:
+    """LightningDiT's second term: the mean over positions of 1 - cos(velocity, target), all channels as one vector.
+
+    In [0, 2], without the detail channels' weight. A scalar in float32 (float64 if an argument is).
+    """
+    dtype = _loss_dtype(velocity, target)
+    return (1 - torch.cosine_similarity(velocity.to(dtype), target.to(dtype), dim=1)).mean()
 
 
 def scheduled_flow_matching_loss(
@@ -124,3 +163,11 @@ def scheduled_flow_matching_loss(
 ) -> Float[Tensor, ""]:
     """The total of `flow_matching_losses` alone."""
     return flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=detail_weight).total
+
+
+def _loss_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if one of them is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, DiTPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
@@ -57,7 +57,10 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     )
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
     arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
-    return type(pipeline)(**{**arguments, "vae": autoencoder, "transformer": transformer})
+    upgraded = type(pipeline)(**{**arguments, "vae": autoencoder, "transformer": transformer})
+    if isinstance(pipeline, DiTPipeline):
+        upgraded.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
+    return upgraded
 
 
 def load_pipeline(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import tiny
+from davae.adapter import add_lora
 from davae.backbones import backbone_of
 
 
@@ -25,6 +26,21 @@ def test_condition_is_what_the_pipeline_itself_encodes(pipeline):
 def test_condition_has_a_gradient_for_text_encoders_that_are_trained(pipeline):
     condition = backbone_of(pipeline.transformer).condition(pipeline, ["a"], max_sequence_length=16)
     assert all(tensor.requires_grad for tensor in condition.values())
+
+
+def test_lora_is_on_the_layers_that_the_reference_names(pipeline):
+    """METHOD 5.3: to_q, to_k, to_v, to_out.0, ff.net.2, norm1.linear of the image stream, attn2 included."""
+    transformer = tiny.tiny_sd3(4)  # two blocks, the first with dual attention
+    add_lora(transformer, 2, 2.0, backbone_of(transformer).lora_targets)
+    attentions = [f"transformer_blocks.{name}" for name in ("0.attn", "0.attn2", "1.attn")]
+    expected = {f"{attention}.{layer}" for attention in attentions for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+    expected |= {f"transformer_blocks.{block}.{layer}" for block in (0, 1) for layer in ("ff.net.2", "norm1.linear")}
+    assert {
+        name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")
+    } == expected
+    trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    ports = {f"{port}.{kind}" for port in ("pos_embed.proj", "proj_out") for kind in ("weight", "bias")}
+    assert trained == ports | {f"{layer}.lora_{half}.default.weight" for layer in expected for half in "AB"}
 
 
 @torch.no_grad()

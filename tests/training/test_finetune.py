@@ -18,7 +18,8 @@ from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.flow import detail_weight, interpolate, sample_timesteps
 from davae.record import alone, read_metrics
 from davae.seeds import generator
-from davae.training.finetune import FinetuneRecipe, cached_latents, encode_captions, finetune
+from davae.training.conditions import cached_latents, encode_captions
+from davae.training.finetune import FinetuneRecipe, finetune
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
 from forks import exit_code, forked
 from hashes import digests
@@ -441,7 +442,7 @@ def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_p
 def test_lora_does_not_go_on_from_trained_layers(layers: Run, tmp_path) -> None:
     folder, recipe = layers
     update = {"adapter": str(folder / "adapter"), "trained": "lora"}
-    with pytest.raises(SettingsError, match='allowed is trained="layers" or "full"'):
+    with pytest.raises(SettingsError, match='allowed is trained="layers", "full" or "ports"'):
         finetune(recipe.model_copy(update=update), tmp_path / "run")
 
 

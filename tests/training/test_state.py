@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -23,6 +24,7 @@ from davae.training.interruption import Interrupted
 from davae.training.optimisation import warmup_cosine
 from davae.training.state import TrainingState, computes_bfloat16
 from forks import exit_code, forked
+from hashes import digests
 
 DIGEST = "a" * 64
 STEPS = 40
@@ -355,6 +357,97 @@ def test_ema_weights_are_the_average_and_the_trained_weights_come_back_exactly(t
     with pytest.raises(KeyboardInterrupt):
         evaluation_that_fails()
     assert same(dict(model.named_parameters()), trained)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_the_usual_ema_warmup_in_numpy(tmp_path, decay):
+    """Decay n = min(decay, (1 + n) / (10 + n)), n the updates before; the first copies the weights."""
+    model = nn.Linear(2, 1, bias=False)
+    state = tiny_state(tmp_path, model, total_steps=30, ema_decay=decay, ema_warmup=True)
+    weights = []
+    for step in state.steps():
+        state.update((model(torch.randn(4, 2, generator=generator(7, "batch", step))) - 3).square().mean())
+        weights.append(model.weight.detach().numpy().astype(np.float64))
+    average = weights[0]
+    for n, weight in enumerate(weights[1:], 1):
+        d = min(decay, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * weight
+    with state.ema_weights():
+        np.testing.assert_allclose(model.weight.detach().numpy(), average, rtol=1e-5)
+
+
+def test_accumulated_batches_are_one_large_batch_in_numpy(tmp_path):
+    """The gradient and the loss of a step are the means over its batches: least squares, two steps of AdamW by hand."""
+    rows = torch.randn(2, 3, 4, 2, generator=generator(7, "rows"), dtype=torch.float64)
+    model = nn.Linear(2, 1, bias=False).double()
+    weight = model.weight.detach().numpy()[0].copy()
+    settings = {"learning_rate": lambda step: 1e-2, "weight_decay": 0.0, "betas": (0.9, 0.99), "clip_norm": 1e9}
+    state = tiny_state(tmp_path, model, total_steps=2, gradient_accumulation=3, **settings)
+    numbers = []
+    for step in state.steps():
+        for batch, inputs in zip(state.batches(), rows[step], strict=True):
+            numbers.append((batch, state.batch))
+            state.update((model(inputs) - 3).square().mean(), {"first": inputs[0, 0].item(), "second": inputs[0, 1]})
+    assert numbers == [(n, n) for n in range(6)]
+
+    first, second, losses = np.zeros(2), np.zeros(2), []
+    for step, inputs in enumerate(rows.numpy().reshape(2, 12, 2), 1):
+        errors = inputs @ weight - 3
+        losses.append((errors**2).mean())
+        gradient = 2 * (errors[:, None] * inputs).mean(0)
+        first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
+        weight -= 1e-2 * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
+    np.testing.assert_allclose(model.weight.detach().numpy()[0], weight, rtol=1e-10)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-6)
+    for column, name in enumerate(("first", "second")):
+        means = rows[:, :, 0, column].numpy().mean(1)
+        assert [line[name] for line in lines] == pytest.approx(means, rel=1e-12)
+
+
+def test_a_step_with_a_batch_that_is_not_finite_is_skipped_whole(tmp_path):
+    model = tiny_model()
+    state = tiny_state(tmp_path, model, total_steps=3, gradient_accumulation=2)
+    for step in state.steps():
+        before = snapshot(state, model)
+        for batch in state.batches():
+            state.update(loss_of(state, model, batch) * (math.nan if batch == 2 else 1.0))
+        assert same(snapshot(state, model), before) == (step == 1)
+    assert state.skipped == 1
+
+
+def test_a_step_with_too_few_batches_is_an_error(tmp_path):
+    model = tiny_model()
+    state = tiny_state(tmp_path, model, gradient_accumulation=2)
+
+    def run() -> None:
+        for step in state.steps():
+            state.update(loss_of(state, model, step))
+
+    with pytest.raises(AssertionError, match="once for every batch"):
+        run()
+
+
+def accumulate(folder: Path, *, stop: int | None = None) -> None:
+    """8 steps of 3 batches with the usual EMA warm-up; SIGTERM in the second batch of step `stop`."""
+    model = tiny_model()
+    state = tiny_state(folder, model, total_steps=8, gradient_accumulation=3, ema_warmup=True)
+    for step in state.steps():
+        for batch in state.batches():
+            if step == stop and batch == 3 * step + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            state.update(loss_of(state, model, batch))
+
+
+def test_a_run_stopped_between_two_batches_of_a_step_ends_with_the_same_bits(tmp_path):
+    accumulate(tmp_path / "whole")
+    with pytest.raises(Interrupted, match="after 4 steps"):
+        accumulate(tmp_path / "parts", stop=3)
+    accumulate(tmp_path / "parts")
+    last = Path("checkpoints") / "step-00000008"
+    assert digests(tmp_path / "parts" / last) == digests(tmp_path / "whole" / last)
+    plain = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert [line["loss_hex"] for line in plain[0]] == [line["loss_hex"] for line in plain[1]]
 
 
 def test_bfloat16_is_chosen_where_the_processor_has_it(tmp_path):

@@ -61,16 +61,16 @@ class StoredBytes:
 
 @dataclass
 class Sample:
-    """What a source holds under one key: encoded pictures, a `.txt` and a `.json`."""
+    """What a source holds under one key: encoded pictures, a `.txt`, a `.json` and a `.cls`."""
 
     pictures: list[StoredBytes] = field(default_factory=list)
     texts: dict[str, StoredBytes] = field(default_factory=dict)
 
     def add(self, suffix: str, content: StoredBytes) -> None:
-        """Take one file in, by its suffix; what is neither a picture nor one of the two texts is passed over."""
+        """Take one file in, by its suffix; what is neither a picture nor one of the three texts is passed over."""
         if suffix in PICTURE_SUFFIXES:
             self.pictures.append(content)
-        elif suffix in (".txt", ".json"):
+        elif suffix in (".txt", ".json", ".cls"):
             self.texts[suffix] = content
 
 

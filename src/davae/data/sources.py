@@ -1,11 +1,10 @@
-"""Pictures with captions, from a folder or from WebDataset shards, as square tensors of one size."""
+"""Pictures with captions or classes, from a folder or from WebDataset shards, as square tensors of one size."""
 
 import hashlib
-import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from davae.data.labels import folder_classes, number_classes, read_caption, read_class
 from davae.data.listing import PICTURE_SUFFIXES, Refusal, Samples, StoredBytes, list_folder, list_shard
 from davae.data.pictures import MIN_SIDE, PictureRefused, check_picture, read_picture
 from davae.errors import DataError, SettingsError
@@ -24,7 +24,6 @@ from davae.storage import write_json
 logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 512 << 20
-MAX_TEXT_BYTES = 1 << 20
 MEMORY_BYTES = 1 << 30
 """A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use."""
 
@@ -36,21 +35,29 @@ class Entry:
     key: str
     picture: StoredBytes
     caption: str
+    """Empty only where there is a class."""
+    label: int | str | None = None
+    """Class number, or name of the sub-folder until that has one; None in a set of captioned pictures."""
 
 
 class PictureSet:
     """Captioned pictures in the order of their keys, decoded when they are first used; made by `open_pictures`.
 
-    `keys` and `captions` run in step with the pictures; `refused` lists what the source holds and the set does not,
-    with reasons.
+    `keys` and `captions` run in step with the pictures, and so do `classes`, if the set was opened with classes;
+    `class_names` are in the order of class numbers, if these are numbered sub-folders. `refused` lists what the source
+    holds and the set does not, with reasons.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, size: int, refused: Sequence[Refusal]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], *, size: int, refused: Sequence[Refusal], class_names: Sequence[str] = ()
+    ) -> None:
         self._entries = list(entries)
         self.size = size
         self.refused = list(refused)
         self.keys = [entry.key for entry in entries]
         self.captions = [entry.caption for entry in entries]
+        self.classes = [entry.label for entry in entries if isinstance(entry.label, int)]
+        self.class_names = list(class_names)
         kept = len(entries) * 3 * size * size <= MEMORY_BYTES
         self._memory = torch.empty(len(entries) if kept else 0, 3, size, size, dtype=torch.uint8)
         self._decoded: set[int] = set()
@@ -108,7 +115,8 @@ class PictureSet:
             logger.warning("%d pictures are used, %s%s", len(usable), summarise(refused), where)
         if not damaged:
             return self
-        rest = PictureSet([self._entries[index] for index in usable], size=self.size, refused=refused)
+        entries = [self._entries[index] for index in usable]
+        rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
         if len(self._memory):
             rest._memory.copy_(self._memory[usable])
             rest._decoded.update(range(len(rest)))
@@ -116,10 +124,11 @@ class PictureSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, as hexadecimal, over the keys, the captions and the encoded bytes; reads every file once."""
+        """SHA-256, as hexadecimal, over keys, captions, classes and the encoded bytes; reads every file once."""
         total = hashlib.sha256()
         for entry in self._entries:
-            for part in (entry.key.encode(), entry.caption.encode(), entry.picture.read()):
+            label = [] if entry.label is None else [str(entry.label).encode()]
+            for part in (entry.key.encode(), entry.caption.encode(), *label, entry.picture.read()):
                 total.update(hashlib.sha256(part).digest())
         return total.hexdigest()
 
@@ -128,20 +137,26 @@ class PictureSet:
         return summarise(self.refused)
 
 
-def open_pictures(source: Path, *, size: int, split: str | None = None, limit: int | None = None) -> PictureSet:
+def open_pictures(
+    source: Path, *, size: int, split: str | None = None, limit: int | None = None, classes: bool = False
+) -> PictureSet:
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
     Args:
         source: a folder of pictures, each with its caption beside it (`cat.png` and `cat.txt`, or the "caption" of
-            `cat.json`); or a WebDataset shard; or a folder of shards (`*.tar`, read in
-            place; `*.tar.gz`, unpacked into memory).
+            `cat.json`); or a WebDataset shard; or a folder of shards (`*.tar`, read in place; `*.tar.gz`, unpacked into
+            memory).
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
         limit: most pictures; so many are taken at equal distances in the list of keys, so that they are not all alike.
+        classes: each picture needs a class instead of a caption: a whole number in its `.cls` or the "class" of its
+            `.json`; in a folder of pictures, if none has those, the sub-folder at the top that it lies in. Sub-folders
+            that hold pictures are numbered from 0 in sorted order, whatever the split.
 
     Raises:
         SettingsError: an argument is outside its range.
-        DataError: the source is missing, a shard is damaged or not to be trusted, or no picture is usable.
+        DataError: the source is missing, a shard is damaged or not to be trusted, or no picture is usable; or some
+            have a class number, and some only a sub-folder.
     """
     if size < MIN_SIDE:
         raise SettingsError(f"size={size}: allowed is a side from {MIN_SIDE} pixels")
@@ -150,24 +165,29 @@ def open_pictures(source: Path, *, size: int, split: str | None = None, limit: i
     if limit is not None and limit < 1:
         raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
     samples, refused = _list(Path(source))
+    folders = folder_classes(samples) if classes and not _shards(Path(source)) else {}
     entries = []
     for key in sorted(key for key, sample in samples.items() if sample.pictures):
         if split is None or heldout(key) == (split == "heldout"):
             first, *others = samples[key].pictures
             refused += [Refusal(other.name, f"same name as {first.name}; rename one of them") for other in others]
             try:
-                entries.append(_entry(key, first, samples[key].texts, size))
+                entries.append(_entry(key, first, samples[key].texts, size, folders if classes else None))
             except PictureRefused as error:
                 refused.append(Refusal(error.name, error.reason))
     if not entries:
         rule = " (about one key in ten is held out, by a hash of its name: give more pictures)"
         what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
-        looked = f"looked for {suffixes} of at least {size} pixels with captions beside them"
-        raise DataError(f"{what}; {looked}; {summarise(refused)}")
+        labels = "classes" if classes else "captions beside them"
+        raise DataError(f"{what}; looked for {suffixes} of at least {size} pixels with {labels}; {summarise(refused)}")
+    names: list[str] = []
+    if classes:
+        numbers, names = number_classes([entry.label for entry in entries if entry.label is not None], folders)
+        entries = [replace(entry, label=number) for entry, number in zip(entries, numbers, strict=True)]
     if limit is not None and limit < len(entries):
         entries = [entries[index * len(entries) // limit] for index in range(limit)]
-    return PictureSet(entries, size=size, refused=refused)
+    return PictureSet(entries, size=size, refused=refused, class_names=names)
 
 
 def heldout(key: str) -> bool:
@@ -201,15 +221,17 @@ def summarise(refused: Sequence[Refusal]) -> str:
     return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
 
 
+def _shards(source: Path) -> list[Path]:
+    """The shards that a source is made of; none if it is a folder of pictures."""
+    return sorted([*source.glob("*.tar"), *source.glob("*.tar.gz")]) if source.is_dir() else [source]
+
+
 def _list(source: Path) -> tuple[Samples, list[Refusal]]:
-    if source.is_dir():
-        shards = sorted([*source.glob("*.tar"), *source.glob("*.tar.gz")])
-        if not shards:
-            return list_folder(source)
-    elif source.is_file():
-        shards = [source]
-    else:
+    if not source.is_dir() and not source.is_file():
         raise DataError(f"{source} is no folder and no tar shard; give the path of one")
+    shards = _shards(source)
+    if not shards:
+        return list_folder(source)
     loose = Counter(path.suffix.lower() for path in source.iterdir()) if source.is_dir() else Counter()
     if loose.keys() & PICTURE_SUFFIXES:
         raise DataError(f"{source} holds both shards and pictures; move either to a folder of its own")
@@ -222,7 +244,10 @@ def _list(source: Path) -> tuple[Samples, list[Refusal]]:
     return samples, []
 
 
-def _entry(key: str, picture: StoredBytes, texts: dict[str, StoredBytes], min_side: int) -> Entry:
+def _entry(
+    key: str, picture: StoredBytes, texts: dict[str, StoredBytes], min_side: int, folders: Mapping[str, int] | None
+) -> Entry:
+    """A picture with its caption; or, if `folders` is given, with its class number or the sub-folder out of these."""
     if picture.length > MAX_FILE_BYTES:
         reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
         raise PictureRefused(picture.name, reason)
@@ -232,31 +257,16 @@ def _entry(key: str, picture: StoredBytes, texts: dict[str, StoredBytes], min_si
             check_picture(stream, picture.name, min_side=min_side)
     except OSError as error:
         raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
-    return Entry(key, picture, _caption(picture.name, texts))
-
-
-def _caption(name: str, texts: dict[str, StoredBytes]) -> str:
-    """The `.txt`, or else the "caption" of the `.json`."""
-    caption = None
-    if ".json" in texts:
-        try:
-            metadata = json.loads(_text(texts[".json"]))
-            json.dumps(metadata, ensure_ascii=False).encode()  # escapes can spell half characters, which are no text
-        except (ValueError, RecursionError) as error:
-            raise PictureRefused(name, f"its {texts['.json'].name} is no JSON ({error}); mend it") from error
-        if isinstance(metadata, dict):
-            caption = metadata.get("caption")
-    if ".txt" in texts:
-        caption = _text(texts[".txt"])
-    if not isinstance(caption, str) or not caption.strip():
-        raise PictureRefused(name, 'no caption; put it beside the picture as .txt, or as "caption" in a .json')
-    return caption.strip()
-
-
-def _text(stored: StoredBytes) -> str:
-    if stored.length > MAX_TEXT_BYTES:
-        raise PictureRefused(stored.name, f"{stored.length} bytes of text, allowed are {MAX_TEXT_BYTES}; shorten it")
-    try:
-        return stored.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PictureRefused(stored.name, f"its text is not UTF-8 ({error}); save it as UTF-8") from error
+    caption = read_caption(picture.name, texts)
+    if folders is None:
+        if caption is None:
+            refusal = 'no caption; put it beside the picture as .txt, or as "caption" in a .json'
+            raise PictureRefused(picture.name, refusal)
+        return Entry(key, picture, caption)
+    label: int | str | None = read_class(picture.name, texts)
+    if label is None and (top := key.partition("/")[0]) in folders and "/" in key:
+        label = top
+    if label is None:
+        refusal = 'no class; put its number beside the picture as .cls, or as "class" in a .json'
+        raise PictureRefused(picture.name, f"{refusal}, or sort a folder of pictures into a sub-folder for each class")
+    return Entry(key, picture, caption or "", label)

@@ -74,14 +74,15 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         if step % recipe.evaluate_every == 0:
             with state.ema_weights():
                 evaluate()
-        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
-        image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step).to(state.device)
-        target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
-        opponent = discriminator if step >= recipe.loss.adversarial_start else None
-        loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
-        state.update(loss.total, loss.logs)
-        if opponent is not None:
-            opponent.update(loss.discriminator)
+        for batch in state.batches():
+            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
+            image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch).to(state.device)
+            target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
+            opponent = discriminator if step >= recipe.loss.adversarial_start else None
+            loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
+            state.update(loss.total, loss.logs)
+            if opponent is not None:
+                opponent.update(loss.discriminator)
     with state.ema_weights():
         autoencoder.eval()
         if not (recipe.decoder_only and recipe.autoencoder):

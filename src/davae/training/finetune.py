@@ -1,6 +1,5 @@
 """Stage 2: teach the widened transformer the detail latents, their part of the loss faded in."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +7,7 @@ from typing import Annotated, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import Field
-from rich.console import Console
-from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from davae import assets
@@ -24,19 +19,26 @@ from davae.adapter import (
     read_index,
     save_adapter,
     target_layers,
-    tensors_digest,
 )
-from davae.autoencoder_da import AutoencoderDA
-from davae.backbones import Backbone, backbone_of
-from davae.backbones.sd3 import picture_side
+from davae.backbones import backbone_of
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
-from davae.flow import detail_weight, flow_matching_losses, interpolate, sample_timesteps, velocity_target
+from davae.flow import (
+    cosine_loss,
+    detail_weight,
+    flow_matching_losses,
+    interpolate,
+    latents_prediction,
+    min_snr_weight,
+    sample_timesteps,
+    velocity_target,
+)
 from davae.record import read_metrics
 from davae.seeds import generator
-from davae.storage import write_atomically
-from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, attention_on
+from davae.storage import write_json
+from davae.training.conditions import cached_latents, check_classes, encode_conditions, expect_noise, move_frozen
+from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, Weight, attention_on
 from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
@@ -51,13 +53,14 @@ class FinetuneRecipe(OptimisationRecipe):
     autoencoder: str = ""
     """Folder of the trained AutoencoderDA, or an adapter folder, for its own; "" is the shipped upgrade's."""
     pictures: str = ""
-    """Folder of captioned pictures or shards; "" is the shipped set."""
+    """Folder of pictures or shards, with captions or, for a class-conditional base, classes; "" is the shipped set."""
     limit: Positive | None = None
     """At most so many of them, evenly spread."""
     size: Positive = 256
     """Side of the pictures in pixels."""
-    trained: Literal["lora", "layers", "full"] = "lora"
-    """Both ports in full and LoRA on the targets; both ports and the targets' own weights; the whole transformer."""
+    trained: Literal["lora", "layers", "full", "ports"] = "lora"
+    """Both ports in full and LoRA on the targets; both ports and the targets' own weights; the whole transformer; both
+    ports alone."""
     lora_rank: Positive = 32
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_targets: tuple[str, ...] = ()
@@ -69,9 +72,25 @@ class FinetuneRecipe(OptimisationRecipe):
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
     shift: Annotated[float, Field(gt=0)] | None = None
     """Timestep shift in training; the scheduler's own if it is left out."""
+    objective: Literal["velocity", "data"] = "velocity"
+    """What the squared error is of: the velocity, or the clean latents that it amounts to (sigma^2 times the first)."""
+    min_snr: Annotated[float, Field(gt=0)] | None = None
+    """gamma of the weight min((1 - sigma) / sigma, gamma) of each sample's error; only with objective = "data"."""
+    cosine_weight: Weight = 0.0
+    """Of LightningDiT's cosine term between predicted and true velocity, on all channels from the first step on."""
+    detail_noise: Weight = 0.0
+    """Deviation of the noise that the detail latents get once, when they are encoded; 1 in the reference's ImageNet
+    code. Their statistics in the autoencoder are changed to fit."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """How often a caption is replaced by the empty one, or a class by the null class."""
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""
+
+    @model_validator(mode="after")
+    def _min_snr_is_for_data(self) -> "FinetuneRecipe":
+        if self.min_snr is not None and self.objective != "data":
+            raise ValueError(f'min_snr = {self.min_snr} weights the error of objective = "data", and there is none')
+        return self
 
 
 def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
@@ -94,59 +113,110 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     base = recipe.base or str(assets.base_pipeline())
     pipeline = load_pipeline(base)
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
     backbone = backbone_of(pipeline.transformer)
-    picture_side(pipeline, recipe.size)
-    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
-    pictures = pictures.sound(folder / "refused.json")
+    backbone.picture_side(pipeline, recipe.size)
+    pictures = training_pictures(recipe, pipeline.transformer, folder)
     base_sha256 = base_digest(pipeline.transformer)
-    targets = recipe.lora_targets or backbone.lora_targets
+    targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
     move_frozen(pipeline, state.device)
-    latents = cached_latents(autoencoder, pictures, folder / "latents.safetensors")
-    conditions = encode_captions(pipeline, backbone, ["", *pictures.captions], recipe.prompt_tokens)
+    cache, extra = folder / "latents.safetensors", recipe.detail_noise
+    latents = cached_latents(autoencoder, pictures, cache, detail_noise=extra, seed=recipe.seed)
+    conditions = encode_conditions(pipeline, backbone, pictures, recipe.prompt_tokens)
     move_frozen(pipeline, torch.device("cpu"))
     pipeline.transformer.train()
     base_channels = autoencoder.config.base_channels
     shift = recipe.shift or pipeline.scheduler.config.shift
     for step in state.steps():
-        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
-        random = generator(recipe.seed, "flow", step)
-        clean = latents[indices].to(state.device)
-        noise = torch.randn(clean.shape, generator=random).to(state.device)
-        sigma = sample_timesteps(len(indices), shift=shift, generator=random).to(state.device)
-        kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
-        captions = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption
-        with state.autocast(), attention_on(state.device):
-            velocity = backbone.velocity(
-                pipeline.transformer,
-                interpolate(clean, noise, sigma),
-                sigma,
-                {name: values[captions].to(state.device) for name, values in conditions.items()},
-            )
         weight = detail_weight(step, recipe.detail_warmup_steps)
-        target = velocity_target(clean, noise)
-        losses = flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=weight)
-        state.update(losses.total, {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight})
+        for batch in state.batches():
+            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
+            random = generator(recipe.seed, "flow", batch)
+            clean = latents[indices].to(state.device)
+            noise = torch.randn(clean.shape, generator=random).to(state.device)
+            sigma = sample_timesteps(len(indices), shift=shift, generator=random).to(state.device)
+            kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
+            rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
+            condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
+            with state.autocast(), attention_on(state.device):
+                noisy = interpolate(clean, noise, sigma)
+                velocity = backbone.velocity(pipeline.transformer, noisy, sigma, condition)
+            state.update(*flow_loss(velocity, clean, noise, sigma, recipe, base_channels=base_channels, weight=weight))
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
     return saved
 
 
+def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path) -> PictureSet:
+    """The pictures to train on, with captions or classes as the transformer's family wants; refusals are on record.
+
+    Raises:
+        SettingsError: a class that the transformer has not.
+    """
+    backbone = backbone_of(transformer)
+    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
+    pictures = open_pictures(
+        source, size=recipe.size, split="train", limit=recipe.limit, classes=backbone.classes
+    ).sound(folder / "refused.json")
+    if backbone.classes:
+        check_classes(pictures, backbone.null_class(transformer))
+    if pictures.class_names:
+        write_json(folder / "classes.json", {name: number for number, name in enumerate(pictures.class_names)})
+    return pictures
+
+
+def flow_loss(
+    velocity: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    recipe: FinetuneRecipe,
+    *,
+    base_channels: int,
+    weight: float,
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Stage 2's loss of one batch, and its parts for the log.
+
+    It is Eq. 13 of the recipe's objective, `weight` that of the detail channels (Eq. 12), plus cosine_weight times the
+    cosine term. The logged base and detail loss are of the objective, too, so that Eq. 13 holds between them.
+    """
+    target = velocity_target(clean, noise)
+    pair, factor = (velocity, target), None
+    if recipe.objective == "data":
+        pair = latents_prediction(interpolate(clean, noise, sigma), velocity, sigma), clean
+        factor = None if recipe.min_snr is None else min_snr_weight(sigma, recipe.min_snr)
+    losses = flow_matching_losses(*pair, base_channels=base_channels, detail_weight=weight, sample_weight=factor)
+    logs: dict[str, Tensor | float] = {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight}
+    if not recipe.cosine_weight:
+        return losses.total, logs
+    cosine = cosine_loss(velocity, target)
+    return losses.total + recipe.cosine_weight * cosine, {**logs, "cosine_loss": cosine.detach()}
+
+
 def trained_parameters(
     transformer: nn.Module, recipe: FinetuneRecipe, targets: Sequence[str], base_sha256: str
 ) -> list[nn.Parameter]:
-    """LoRA or its target layers' weights, with both ports in full; or everything. Nothing else keeps gradients."""
+    """LoRA, its target layers' weights or neither, with both ports in full; or everything. No others have gradients.
+
+    Raises:
+        SettingsError: no targets for LoRA or for layers, or as `go_on_from`.
+    """
+    if recipe.trained in ("lora", "layers") and not targets:
+        raise SettingsError(
+            f'trained="{recipe.trained}": davae has no default targets for a {type(transformer).__name__}. Name some '
+            'in lora_targets; without any, allowed are trained="full" and "ports"'
+        )
     if recipe.trained == "lora":
         add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
     if recipe.adapter:
         go_on_from(transformer, Path(recipe.adapter), recipe, targets, base_sha256)
     if recipe.trained == "full":
         transformer.requires_grad_(True)
-    if recipe.trained == "layers":
+    if recipe.trained in ("layers", "ports"):
         ports = backbone_of(transformer).ports
         transformer.requires_grad_(False)
         for name in (ports.input, ports.output):
@@ -159,7 +229,7 @@ def trained_parameters(
 def go_on_from(
     transformer: nn.Module, adapter: Path, recipe: FinetuneRecipe, targets: Sequence[str], base_sha256: str
 ) -> None:
-    """Load an adapter to train on from. Of trained layers those outside of `targets` become the base's, and it is said.
+    """Load an adapter to train on from. Without LoRA, layers outside of `targets` become the base's, and it is said.
 
     Raises:
         CheckpointError: the adapter is damaged or another base's, or its LoRA is of other rank, alpha or targets.
@@ -168,9 +238,11 @@ def go_on_from(
     check_base(base_sha256, adapter)
     index = read_index(adapter)
     if recipe.trained == "lora" and index.layers:
-        raise SettingsError(f'adapter={adapter} has trained layers, no LoRA: allowed is trained="layers" or "full"')
+        raise SettingsError(
+            f'adapter={adapter} has trained layers, no LoRA: allowed is trained="layers", "full" or "ports"'
+        )
     bases = {}
-    if recipe.trained == "layers":
+    if recipe.trained in ("layers", "ports"):
         kept = target_layers(transformer, targets)
         changed = target_layers(transformer, index.changed)
         bases = {name: layer.weight.data for name, layer in changed.items() if name not in kept}
@@ -179,50 +251,6 @@ def go_on_from(
         transformer.get_submodule(name).weight = nn.Parameter(weight)
     if bases:
         logger.warning("not among lora_targets, so the base's again, in %d layers: %s", len(bases), ", ".join(bases))
-
-
-def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
-    """Move everything but the transformer."""
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and name != "transformer":
-            component.to(device)
-
-
-@torch.no_grad()
-def cached_latents(autoencoder: AutoencoderDA, pictures: PictureSet, path: Path) -> Tensor:
-    """Latents of all pictures in the transformer's units [N, C + D, h, w]: the posterior's mode, kept in `path`.
-
-    They are used again only for the same pictures, size and autoencoder; another is a miss, and so is a damaged file.
-    """
-    parts = f"{pictures.digest} {pictures.size} {tensors_digest(autoencoder.state_dict())}"
-    key = hashlib.sha256(parts.encode()).hexdigest()
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return file.get_tensor("latents")
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s); the pictures are encoded again", path, error)
-    autoencoder.eval()
-    latents = []
-    for indices in track(torch.arange(len(pictures)).split(16), "encoding pictures", console=Console(stderr=True)):
-        image = pictures.batch(indices.tolist()).to(autoencoder.device)
-        latents.append(autoencoder.to_units(autoencoder.encode(image).latent_dist.mode()))
-    tensors = {"latents": torch.cat(latents).cpu().contiguous()}
-    write_atomically(path, save(tensors, metadata={"key": key}))
-    return tensors["latents"]
-
-
-@torch.no_grad()
-def encode_captions(
-    pipeline: DiffusionPipeline, backbone: Backbone, captions: list[str], tokens: int
-) -> dict[str, Tensor]:
-    """The transformer's conditions for all captions, each value [N, ...], by the frozen text encoders."""
-    batches = [
-        backbone.condition(pipeline, captions[start : start + 64], max_sequence_length=tokens)
-        for start in range(0, len(captions), 64)
-    ]
-    return {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
 
 
 def last_losses(state: TrainingState) -> dict[str, float | None]:

@@ -48,6 +48,11 @@ class OptimisationRecipe(Recipe):
     weight_decay: Weight = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Decay = 0.999
+    ema_warmup: bool = False
+    """Update n of the EMA has decay min(ema_decay, (1 + n) / (10 + n)), the usual warm-up; otherwise
+    min(ema_decay, 1 - (1 + n)^-0.75), a slower one. Either way update 0 copies the weights."""
+    gradient_accumulation: Positive = 1
+    """Batches of `batch_size` in a step; its loss is their mean."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the networks' forward pass; losses are float32. "auto" is bf16 where the device computes in it."""
     checkpoint_every: Positive = 250
@@ -100,6 +105,8 @@ class OptimisationRecipe(Recipe):
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             ema_decay=self.ema_decay,
+            ema_warmup=self.ema_warmup,
+            gradient_accumulation=self.gradient_accumulation,
             mixed_precision=None if self.precision == "float32" else self.precision,
             checkpoint_every=self.checkpoint_every,
             seed=self.seed,

@@ -60,7 +60,7 @@ def stage_one_loss(
     """
     weights, target = recipe.loss, image if target is None else target
     posterior, latent, dropout = (
-        generator(recipe.seed, name, state.step) for name in ("posterior", "latent noise", "detail dropout")
+        generator(recipe.seed, name, state.batch) for name in ("posterior", "latent noise", "detail dropout")
     )
     with state.autocast():
         base = autoencoder.encode_base(image)

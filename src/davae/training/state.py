@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from davae.errors import NumericsError, SettingsError
 from davae.record import RunRecord, alone
 from davae.seeds import generator
+from davae.training.accumulation import Logs, means
 from davae.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -58,12 +59,15 @@ class TrainingState:
 
         state = TrainingState(folder, {"autoencoder": model}, parameters, total_steps=1000, ...)
         for step in state.steps():
-            state.update(loss(step))
+            for batch in state.batches():
+                state.update(loss(batch))
         with state.ema_weights():
             model.save_pretrained(...)
 
+    Without gradient accumulation a step has one batch, of the step's own number, and needs no inner loop.
+
     On the CPU a run that was killed at any moment and started again ends with the same weights, bit for bit, if the
-    loss is a function of the weights, the step and random numbers keyed by it (`seeds.generator`). torch's global
+    loss is a function of the weights, the batch and random numbers keyed by it (`seeds.generator`). torch's global
     generator is set anew from (seed, label, step) at every step, for dropout inside models.
     """
 
@@ -82,6 +86,8 @@ class TrainingState:
         weight_decay: float = 0.0,
         clip_norm: float = 1.0,
         ema_decay: float = 0.999,
+        ema_warmup: bool = False,
+        gradient_accumulation: int = 1,
         mixed_precision: Literal["auto", "bf16"] | None = None,
         checkpoint_every: int = 100,
         keep: int = 3,
@@ -105,6 +111,8 @@ class TrainingState:
             weight_decay: AdamW's, decoupled.
             clip_norm: the largest norm of all gradients together.
             ema_decay: the decay of the EMA after its warm-up.
+            ema_warmup: of EMA update n > 0, by decays of at most (1 + n) / (10 + n), or else 1 - (1 + n)^-0.75.
+            gradient_accumulation: batches in a step; its loss is the mean of theirs.
             mixed_precision: what `autocast` does: nothing, or bfloat16; "auto" is the latter where `computes_bfloat16`.
             checkpoint_every: steps between checkpoints.
             keep: how many of the newest checkpoints stay.
@@ -126,7 +134,7 @@ class TrainingState:
         self.skipped = 0
         self.seconds = 0.0
         self.total_steps, self.learning_rate, self.seed, self.label = total_steps, learning_rate, seed, label
-        self.clip_norm = clip_norm
+        self.clip_norm, self.gradient_accumulation = clip_norm, gradient_accumulation
         if mixed_precision == "auto":
             mixed_precision = "bf16" if computes_bfloat16(self.device) else None
         self.mixed_precision = mixed_precision
@@ -146,9 +154,11 @@ class TrainingState:
         self._companion = companion
         if companion is not None:
             companion.prepare(self.device)
-        self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=True, power=EMA_WARMUP_POWER, foreach=True)
+        other = not ema_warmup  # diffusers' own warm-up is the power; without, it has (1 + n) / (10 + n)
+        self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=other, power=EMA_WARMUP_POWER, foreach=True)
         self._streak = 0
         self._updated = False
+        self._pending: list[tuple[Tensor, Logs]] = []
         self._loss = math.nan
         newest = latest_checkpoint(self._folder)
         if newest is not None:
@@ -156,7 +166,7 @@ class TrainingState:
             logger.info("%s goes on at step %d of %d", label, self.step, total_steps)
 
     def steps(self) -> Iterator[int]:
-        """Yield the number of every step that is left; `update` must be called once in each.
+        """Yield the number of every step that is left; `update` must be called once in each, for every batch of it.
 
         Shows progress, saves every `checkpoint_every` steps and at the end.
 
@@ -174,7 +184,7 @@ class TrainingState:
                 torch.manual_seed(generator(self.seed, f"{self.label} step", self.step).initial_seed())
                 self._updated = False
                 yield self.step
-                assert self._updated, "call update() once in every step"
+                assert self._updated, "call update() once for every batch of a step"
                 self.step += 1
                 self.seconds += time.monotonic() - began
                 progress.show(self.step, self._loss)
@@ -191,23 +201,38 @@ class TrainingState:
                 "result. Lower the learning rate, and give a new folder"
             )
 
-    def update(self, loss: Tensor, logs: Mapping[str, Tensor | float] | None = None) -> None:
-        """Backward of the loss, then one step of optimiser, schedule and EMA, and a metrics line.
+    @property
+    def batch(self) -> int:
+        """The number of the running batch, counted over all steps: what its random numbers are keyed by."""
+        return self.step * self.gradient_accumulation + len(self._pending)
 
-        If the loss or the norm of the gradients is not finite, the step is skipped: weights, optimiser and EMA stay
-        bit for bit as they were, and the skip is counted and logged.
+    def batches(self) -> Iterator[int]:
+        """Yield `batch` for every batch of the running step; `update` must be called once for each."""
+        for _ in range(self.gradient_accumulation):
+            yield self.batch
+
+    def update(self, loss: Tensor, logs: Logs | None = None) -> None:
+        """Backward of a batch's loss; after the step's last one a step of optimiser, schedule, EMA, and a metrics line.
+
+        A step's loss and logs are the means over its batches. If the loss or the norm of the gradients is not finite,
+        the step is skipped: weights, optimiser and EMA stay bit for bit as they were; the skip is counted and logged.
 
         Args:
-            loss: a scalar with a graph.
+            loss: a scalar with a graph, the mean over one batch.
             logs: more scalars for the metrics line.
 
         Raises:
             NumericsError: five steps in a row were skipped.
         """
-        assert not self._updated, "call update() once in every step, inside the loop over steps()"
-        self.accelerator.backward(loss)
+        assert not self._updated, "call update() once for every batch of a step, inside the loop over steps()"
+        self.accelerator.backward(loss / self.gradient_accumulation)
+        self._pending.append((loss.detach().float(), logs or {}))
+        if len(self._pending) < self.gradient_accumulation:
+            return
+        mean_loss, logs = means(self._pending)
+        self._pending = []
         norm = self.accelerator.clip_grad_norm_(self._trained.values(), self.clip_norm)
-        self._loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        self._loss, norm = torch.stack([mean_loss, norm.float()]).tolist()
         self._updated = True
         rate = self.learning_rate(self.step)
         finite = math.isfinite(self._loss) and math.isfinite(norm)
@@ -221,7 +246,7 @@ class TrainingState:
         self.skipped += not finite
         if not finite or self.step % self.log_every == 0 or self.step == self.total_steps - 1:
             line = {"loss": self._loss, "loss_hex": self._loss.hex(), "learning_rate": rate, "grad_norm": norm}
-            self.log({**line, **(logs or {}), **({} if finite else {"skipped": True})})
+            self.log({**line, **logs, **({} if finite else {"skipped": True})})
         if not finite:
             logger.warning("step %d skipped: loss %g, gradient norm %g", self.step, self._loss, norm)
         if self._streak == MAX_SKIPPED_IN_A_ROW:
