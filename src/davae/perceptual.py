@@ -128,3 +128,11 @@ class LPIPS(nn.Module):
             # a short vector. Both agree to float32 precision: measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
+
+
+def patch_starts(side: int, patch: int, stride: int) -> list[int]:
+    """Where patches begin along a side, in px: every `stride`, and one flush with the end (METHOD section 4).
+
+    A side of 1024 has 7 patches of 256 at a stride of 128; one of 1000 has 7, too, the last one from 744 on.
+    """
+    return [*range(0, side - patch, stride), side - patch]

@@ -30,6 +30,7 @@ class Backbone:
     velocity: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor] = _ports_only
     """(transformer, latents [B,C+D,h,w], sigma [B] in [0, 1], condition) -> velocity [B,C+D,h,w]."""
     lora_targets: tuple[str, ...] = ()
+    classes: bool = False
     """Names of the layers that get LoRA by default, as peft matches them."""
 
 

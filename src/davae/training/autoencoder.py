@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from davae import assets
 from davae.autoencoder_da import AutoencoderDA
@@ -22,7 +23,7 @@ from davae.perceptual import LPIPS, MIN_SIDE
 from davae.recipe import Recipe
 from davae.seeds import generator
 from davae.storage import replaced_whole, write_atomically
-from davae.training.optimisation import OptimisationRecipe, Positive, Weight
+from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, Weight
 from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_base_vae
 
@@ -42,6 +43,15 @@ class LossWeights(Recipe):
     kl_reduction: Literal["mean", "sum"] = "mean"
     """"mean" over elements without 1/2 (the ImageNet set-up), or "sum" with 1/2, averaged over the batch (SD3)."""
     alignment: Weight = 0.5
+    adversarial: Weight = 0.0
+    adversarial_start: NotNegative = 0
+    adversarial_ramp_steps: NotNegative = 0
+    adaptive_adversarial: bool = False
+    adaptive_alignment: bool = False
+    lpips_weights: str = ""
+    lpips_patch: Positive | None = None
+    lpips_stride: Positive | None = None
+    discriminator_learning_rate: Weight = 1e-4
 
 
 class AutoencoderRecipe(OptimisationRecipe):
@@ -59,6 +69,13 @@ class AutoencoderRecipe(OptimisationRecipe):
     base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
+    code: Literal["aligned", "unit variance", "base added", "zero sum"] = "aligned"
+    autoencoder: str = ""
+    frozen_trunk: bool = False
+    decoder_only: bool = False
+    target: Literal["picture", "base reconstruction"] = "picture"
+    detail_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    inverted_dropout: bool = False
     aligned_start: bool = True
     """Of the closed-form start: turn the code towards the base latents; otherwise each component has unit variance."""
     fit_pictures: Positive = 128
@@ -226,3 +243,15 @@ def heldout_picture(autoencoder: AutoencoderDA, pictures: PictureSet) -> UInt8[T
     image = pictures.batch(range(min(8, len(pictures)))).to(autoencoder.device)
     rows = torch.stack([image, autoencoder(image).sample.float()])
     return to_bytes(rearrange(rows, "rows columns c h w -> c (rows h) (columns w)"))
+
+
+def set_trained(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> list[nn.Parameter]:
+    """Training mode for what the recipe trains, whose parameters are returned; the rest frozen, in evaluation mode."""
+    autoencoder.train()
+    frozen = [autoencoder.detail_encoder, autoencoder.detail_quant_conv, autoencoder.detail_downsample]
+    if not recipe.decoder_only:
+        frozen = frozen[:2] if recipe.frozen_trunk else []
+    for module in frozen:
+        if module is not None:
+            module.requires_grad_(False).eval()
+    return autoencoder.detail_parameters()

@@ -56,7 +56,7 @@ class FinetuneRecipe(OptimisationRecipe):
     """At most so many of them, evenly spread."""
     size: Positive = 256
     """Side of the pictures in pixels."""
-    trained: Literal["lora", "layers", "full"] = "lora"
+    trained: Literal["lora", "layers", "full", "ports"] = "lora"
     """Both ports in full and LoRA on the targets; both ports and the targets' own weights; the whole transformer."""
     lora_rank: Positive = 32
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -69,6 +69,11 @@ class FinetuneRecipe(OptimisationRecipe):
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
     shift: Annotated[float, Field(gt=0)] | None = None
     """Timestep shift in training; the scheduler's own if it is left out."""
+    objective: Literal["velocity", "data"] = "velocity"
+    min_snr: Annotated[float, Field(gt=0)] | None = None
+    cosine_weight: Annotated[float, Field(ge=0)] = 0.0
+    detail_noise: Annotated[float, Field(ge=0)] = 0.0
+    ports_start: Literal["zero", "random", "repeat"] = "zero"
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""

@@ -47,6 +47,8 @@ class OptimisationRecipe(Recipe):
     weight_decay: Weight = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Decay = 0.999
+    ema_warmup: bool = False
+    gradient_accumulation: Positive = 1
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the networks' forward pass; losses are float32. "auto" is bf16 where the device computes in it."""
     checkpoint_every: Positive = 250

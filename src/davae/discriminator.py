@@ -1,0 +1,50 @@
+"""The PatchGAN of pix2pix (Isola et al. 2017, arXiv 1611.07004) at VQGAN's settings (arXiv 2012.09841), for stage 1."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+MIN_SIDE = 24
+"""Pixels; below this no position of the logits map is left."""
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures -> a map of logits, one for each overlapping patch of 70 px: above 0 looks real, below 0 looks made.
+
+    Five 4x4 convolutions with padding 1: three of stride 2, two of stride 1. LeakyReLU(0.2) after all but the last;
+    BatchNorm before it after all but the first and the last, and there the convolution has no bias. A real and a made
+    batch are best given apart, as in the reference: each is then normalised with its own statistics.
+
+    The layers are called `main.0` to `main.11`, as in the reference's checkpoints (`loss.discriminator.main.*`).
+
+    Args:
+        generator: of the start: weights of convolutions N(0, 0.02), of BatchNorm N(1, 0.02), BatchNorm's biases 0, the
+            two convolutions' biases uniform within 1 / sqrt(inputs).
+        width: channels after the first convolution; twice as many after each of the next ones, at most 8 times.
+    """
+
+    def __init__(self, generator: torch.Generator, *, width: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        for depth, stride in enumerate((2, 2, 1)):
+            channels = width * 2**depth
+            layers += [
+                nn.Conv2d(channels, 2 * channels, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(2 * channels),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
+        for layer in self.main:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02, generator=generator)
+                if layer.bias is not None:
+                    bound = 1 / math.sqrt(layer.weight[0].numel())
+                    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02, generator=generator)
+
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 rows columns"]:
+        """Logits of pictures in [-1, 1], 24 px or more on each side; h // 8 - 2 rows and w // 8 - 2 columns."""
+        return self.main(image)
