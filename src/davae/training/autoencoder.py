@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -56,6 +56,8 @@ class LossWeights(Recipe):
 
 class AutoencoderRecipe(OptimisationRecipe):
     """Everything that decides a run of stage 1."""
+
+    section: ClassVar[str] = "autoencoder"
 
     base: str = ""
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
