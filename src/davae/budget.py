@@ -67,7 +67,9 @@ def table(figures: Iterable[Figure], source: str) -> str:
 
 
 def _number(value: int | float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
 # -------------------------------------------------------------------------------------------------------- stage 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 
 from davae import assets
 from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
@@ -23,7 +23,7 @@ class Geometry:
 
     source: str
     """Where the configs are from: a folder or a name on the Hub."""
-    vae: AutoencoderKL | AutoencoderTiny
+    vae: ModelMixin
     transformer: ModelMixin
 
 
@@ -68,9 +68,7 @@ def _without_weights(kind: type[Any], source: str, subfolder: str = "transformer
         return kind.from_config(config)
 
 
-def untrained_autoencoder(
-    vae: AutoencoderKL | AutoencoderTiny, *, detail_channels: int, linear_blocks: bool
-) -> AutoencoderDA:
+def untrained_autoencoder(vae: ModelMixin, *, detail_channels: int, linear_blocks: bool) -> AutoencoderDA:
     """An AutoencoderDA on that base, on the meta device.
 
     Raises:
