@@ -21,9 +21,10 @@ LAYERS = [
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures"},
-    {"report"},
+    {"report", "geometry"},
     {"training", "evaluation", "benchmark"},
-    {"demo"},
+    {"demo", "workload"},
+    {"budget"},
     {"cli"},
     {"__main__"},
 ]

@@ -29,6 +29,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of the run.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
+RunFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE; of a section, runs/RECIPE/SECTION.")
+]
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
 AutoencoderPath = Annotated[
     Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA, or of an adapter.")
@@ -95,19 +98,19 @@ def inspect(pipeline: PipelinePath, adapter: Adapter = None, dry_run: DryRun = F
 @app.command()
 def train_autoencoder(
     recipe: RecipePath,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<recipe>.")] = None,
+    out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     dry_run: DryRun = False,
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
     _quiet()
-    from davae.recipe import load_recipe
+    from davae.recipe import load_recipe, run_folder
     from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 
     resolved = load_recipe(AutoencoderRecipe, recipe, _overrides(settings))
     if dry_run:
-        return _say(resolved.to_toml())
-    _say(train_autoencoder(resolved, out or Path("runs") / recipe.stem))
+        return _plan(resolved, recipe)
+    _say(train_autoencoder(resolved, out or run_folder(AutoencoderRecipe, recipe)))
 
 
 @app.command()
@@ -158,19 +161,19 @@ def import_(
 @app.command()
 def finetune(
     recipe: RecipePath,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<recipe>.")] = None,
+    out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     dry_run: DryRun = False,
 ) -> None:
     """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
     _quiet()
-    from davae.recipe import load_recipe
+    from davae.recipe import load_recipe, run_folder
     from davae.training.finetune import FinetuneRecipe, finetune
 
     resolved = load_recipe(FinetuneRecipe, recipe, _overrides(settings))
     if dry_run:
-        return _say(resolved.to_toml())
-    _say(finetune(resolved, out or Path("runs") / recipe.stem))
+        return _plan(resolved, recipe)
+    _say(finetune(resolved, out or run_folder(FinetuneRecipe, recipe)))
 
 
 @app.command()
@@ -297,6 +300,19 @@ def evaluate(
 
     loaded = load_pipeline(pipeline, adapter=adapter, device=_device(device))
     _say(evaluate(loaded, pictures, out, **settings))
+
+
+def _plan(resolved: Any, path: Path) -> None:
+    """Print the recipe and its budget as comments behind it; or why there is none: that need not stop the reader."""
+    from davae.budget import budget_of, table
+    from davae.geometry import read_geometry
+
+    _say(resolved.to_toml())
+    try:
+        geometry = read_geometry(resolved.base, path)
+        _say(table(budget_of(resolved, geometry, path), geometry.source))
+    except DavaeError as error:
+        _say("\n".join(f"# {line}" for line in f"No budget: {error}".splitlines()))
 
 
 def _device(name: str | None) -> str:

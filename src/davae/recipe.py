@@ -1,4 +1,7 @@
-"""Typed, strict settings that are read from TOML: an unknown key, a wrong type or a value out of range is an error."""
+"""Typed, strict settings that are read from TOML: an unknown key, a wrong type or a value out of range is an error.
+
+A file holds one recipe, plainly; or one for each of several stages, in a table that is named after the stage.
+"""
 
 import difflib
 import hashlib
@@ -6,11 +9,16 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
 from davae.errors import SettingsError
+
+SECTIONS = ("autoencoder", "finetune")
+"""The tables of a file that holds the recipes of both stages."""
+SHARED = ("base", "pictures", "limit", "size", "seed")
+"""What may stand above the sections, for both of them: keys that both stages have and mean the same by."""
 
 
 class Recipe(pydantic.BaseModel):
@@ -22,6 +30,8 @@ class Recipe(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    section: ClassVar[str] = ""
+    """The one of `SECTIONS` that holds recipes of this type; "" if these have files of their own only."""
 
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back as an equal recipe; fields that are None are left out."""
@@ -44,17 +54,18 @@ R = TypeVar("R", bound=Recipe)
 def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = None) -> R:
     """The recipe in the TOML file `path`, with `overrides` (dotted keys: `{"optimizer.betas": [0.9, 0.99]}`) on top.
 
+    If the file has sections, the recipe is that of `cls.section`, with the `SHARED` keys that stand above the
+    sections; `overrides` name the recipe's keys, not sections.
+
     Raises:
-        SettingsError: the file is missing or no TOML, a key is unknown or missing, a value has the wrong type or is
-            out of range. The message names the file, the key path, the value given and what is allowed.
+        SettingsError: the file is missing or no TOML, a section is unknown or missing, a key is unknown, missing or
+            given twice, a value has the wrong type or is out of range. The message names the file, the key path, the
+            value given and what is allowed.
     """
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"recipe {path} cannot be read: {error.strerror}; give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe {path} is no valid TOML: {error}") from error
+    values = read_toml(path)
+    if has_sections(cls, values):
+        values = _of_section(cls, values, path)
     for dotted, value in (overrides or {}).items():
         *tables, key = dotted.split(".")
         table = values
@@ -69,6 +80,67 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
     except pydantic.ValidationError as error:
         problems = "\n".join(f"  {_explain(cls, problem)}" for problem in error.errors(include_url=False))
         raise SettingsError(f"recipe {path} does not fit:\n{problems}") from error
+
+
+def run_folder(cls: type[Recipe], path: Path) -> Path:
+    """Where a run of the recipe in the file `path` goes by default: runs/NAME, and for a section runs/NAME/SECTION.
+
+    Raises:
+        SettingsError: the file is missing or no TOML.
+    """
+    folder = Path("runs") / path.stem
+    return folder / cls.section if has_sections(cls, read_toml(path)) else folder
+
+
+def has_sections(cls: type[Recipe], values: Mapping[str, Any]) -> bool:
+    """Whether a file with these values holds recipes in sections; only those types of recipe do that have one."""
+    return bool(cls.section) and any(isinstance(values.get(name), dict) for name in SECTIONS)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file.
+
+    Raises:
+        SettingsError: it is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"recipe {path} cannot be read: {error.strerror}; give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"recipe {path} is no valid TOML: {error}") from error
+
+
+def _of_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The values of the section of `cls`, with the shared ones."""
+    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
+    shared = {name: value for name, value in values.items() if name not in sections}
+    for name in sections:
+        if name not in SECTIONS:
+            nearest = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.5)
+            hint = f"did you mean [{nearest[0]}]? " if nearest else ""
+            allowed = ", ".join(f"[{section}]" for section in SECTIONS)
+            raise SettingsError(
+                f"recipe {path}: unknown section [{name}]: {hint}allowed are {allowed}, and tables inside them, "
+                "such as [autoencoder.loss]"
+            )
+    if cls.section not in sections:
+        raise SettingsError(
+            f"recipe {path} has no section [{cls.section}], only {', '.join(f'[{name}]' for name in sections)}: "
+            "add it, or give another recipe"
+        )
+    own = sections[cls.section]
+    for name in shared:
+        if name not in SHARED:
+            raise SettingsError(
+                f'recipe {path}: key "{name}" stands above the sections, where only {", ".join(SHARED)} may: '
+                f"move it into {' or '.join(f'[{section}]' for section in sections)}"
+            )
+        if name in own:
+            raise SettingsError(
+                f'recipe {path}: key "{name}" is given above the sections and in [{cls.section}]: leave one of them out'
+            )
+    return {**shared, **own}
 
 
 def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What decides a run of stage 1, and which of it fits together."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from davae.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
 from davae.errors import SettingsError
@@ -43,6 +43,8 @@ class LossWeights(Recipe):
 
 class AutoencoderRecipe(OptimisationRecipe):
     """Everything that decides a run of stage 1."""
+
+    section: ClassVar[str] = "autoencoder"
 
     base: str = ""
     """Folder or Hub name of the base pipeline; "" is the shipped one."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 class FinetuneRecipe(OptimisationRecipe):
     """Everything that decides a run of stage 2."""
+
+    section: ClassVar[str] = "finetune"
 
     base: str = ""
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
