@@ -11,7 +11,7 @@ from torch import Tensor
 
 from davae import assets
 from davae.autoencoder_da import AutoencoderDA
-from davae.closed_form import fit_closed_form
+from davae.closed_form import BASE_CODES, Code, fit_closed_form
 from davae.data.order import batch_indices, random_crops
 from davae.data.png import to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
@@ -59,8 +59,8 @@ class AutoencoderRecipe(OptimisationRecipe):
     base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
-    aligned_start: bool = True
-    """Of the closed-form start: turn the code towards the base latents; otherwise each component has unit variance."""
+    code: Code = "aligned"
+    """Of the closed-form start, see `davae.closed_form`: "aligned", "unit variance", "base added" or "zero sum"."""
     fit_pictures: Positive = 128
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128
@@ -184,6 +184,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
                 detail_channels=recipe.detail_channels,
                 base_downsample=recipe.base_downsample,
                 linear_blocks=recipe.start == "closed form",
+                base_in_detail=recipe.start == "closed form" and recipe.code in BASE_CODES,
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
@@ -197,9 +198,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
             )
     if recipe.start == "closed form":
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
-        facts = fit_closed_form(
-            autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, aligned=recipe.aligned_start
-        )
+        facts = fit_closed_form(autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
