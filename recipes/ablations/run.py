@@ -13,6 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,15 +29,23 @@ from davae.evaluation.generation import features_of, sample_many
 from davae.flow import flow_matching_losses, interpolate, velocity_target
 from davae.losses import detail_alignment_loss
 from davae.metrics import kid
+from davae.perceptual import LPIPS
 from davae.record import environment, read_metrics
 from davae.seeds import generator
-from davae.storage import write_json
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.storage import replaced_whole, write_json
+from davae.training.autoencoder import (
+    AutoencoderRecipe,
+    LossWeights,
+    heldout_metrics,
+    start_autoencoder,
+    train_autoencoder,
+)
 from davae.training.finetune import FinetuneRecipe, encode_captions, finetune
 from davae.upgrade import load_autoencoder, load_pipeline
 
 REFERENCE, BASE = "reference", "base + bicubic"
-Results = dict[str, dict[int, dict[str, Any]]]
+Measured = dict[str, Any]
+Results = dict[str, dict[int, Measured]]
 """By arm and seed."""
 STAGE_ONE: dict[str, dict[str, Any]] = {
     REFERENCE: {},
@@ -47,12 +56,14 @@ STAGE_ONE: dict[str, dict[str, Any]] = {
     "base added": {"code": "base added"},
     "r = 2": {"detail_channels": 32},
     "r = 2, zero sum": {"detail_channels": 32, "code": "zero sum"},
-    "r = 2, base added": {"detail_channels": 32, "code": "base added"},
     "r = 3": {"detail_channels": 48},
+}
+"""Changes to `stage_one`, whose own settings are the reference: turned code, alignment 0.02, r = 1, antialiased."""
+STAGE_ONE_ONLY: dict[str, dict[str, Any]] = {
     "random start": {"start": "random"},
     "plain bicubic": {"base_downsample": "bicubic"},
 }
-"""Changes to `stage_one`, whose own settings are the reference: turned code, alignment 0.02, r = 1, antialiased."""
+"""The same, for arms without a stage 2; they come last."""
 STAGE_TWO: dict[str, tuple[str, dict[str, Any]]] = {
     REFERENCE: (REFERENCE, {}),
     "alignment 0": ("alignment 0", {}),
@@ -65,16 +76,16 @@ STAGE_TWO: dict[str, tuple[str, dict[str, Any]]] = {
     "base added": ("base added", {}),
     "r = 2": ("r = 2", {}),
     "r = 2, zero sum": ("r = 2, zero sum", {}),
-    "r = 2, base added": ("r = 2, base added", {}),
-    "r = 3": ("r = 3", {}),
     "LoRA": (REFERENCE, {"trained": "lora"}),
     "full": (REFERENCE, {"trained": "full"}),
+    "r = 3": ("r = 3", {}),
 }
 """The autoencoder of which arm of stage 1, and changes to `stage_two`: warm start, schedule, the layers themselves."""
-PICTURES = 256
+ARMS = STAGE_ONE | STAGE_ONE_ONLY
+PICTURES = 192
 """Training pictures of stage 2, evenly spread over the set."""
-PROMPTS = 64
-SAMPLING: dict[str, Any] = {"steps": 12, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+PROMPTS = 48
+SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 HELDOUT = 16
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 """Noise levels of the held-out losses."""
@@ -91,12 +102,13 @@ def stage_one(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecip
         seed=seed,
         crop=64,
         batch_size=4,
-        learning_rate=4e-4,
+        learning_rate=3e-4,
         warmup_steps=20,
         ema_decay=0.98,
         latent_noise=0.3,
         calibration_pictures=64,
-        heldout_pictures=HELDOUT,
+        fit_pictures=96,
+        heldout_pictures=4,
         evaluate_every=steps,
         checkpoint_every=steps,
         loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=alignment),
@@ -122,22 +134,41 @@ def stage_two(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int) 
     )
 
 
-@torch.no_grad()
-def alignment(autoencoder: AutoencoderDA, pictures: PictureSet) -> float:
-    """The alignment loss of the detail posterior's mean on whole pictures."""
-    image = pictures.batch(range(len(pictures)))
-    return detail_alignment_loss(autoencoder.encode_detail(image)[0], autoencoder.encode_base(image)).item()
+def start(folder: Path, changes: Mapping[str, Any], seed: int) -> Path:
+    """The start of an arm, made once in `folder`: the closed form for all seeds, and for all arms that share it."""
+    own = {name: value for name, value in changes.items() if name != "alignment"}
+    seed = seed if own.get("start") == "random" else 0
+    made = folder / slug("-".join(map(str, [*own.values(), seed]))) / "start"
+    if not made.is_dir():
+        recipe = stage_one(own, 1, seed)
+        pictures = open_pictures(assets.pictures(), size=recipe.size, split="train", limit=recipe.limit).sound()
+        start_autoencoder(recipe, pictures, made)
+    return made
 
 
-def measured_stage_one(folder: Path, recipe: AutoencoderRecipe, heldout: PictureSet) -> dict[str, Any]:
-    """Train an arm; its held-out numbers before and after."""
-    train_autoencoder(recipe, folder)
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "heldout_psnr" in row]
-    found = {}
-    for moment, row, kept in (("before", rows[0], "start"), ("after", rows[-1], "autoencoder")):
-        values = {name: row[f"heldout_{name}"] for name in ("psnr", "ssim", "lpips")}
-        found[moment] = {**values, "alignment": alignment(load_autoencoder(folder / kept), heldout)}
-    return found
+def reconstruction_numbers(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
+    """PSNR, SSIM and LPIPS of whole pictures, and the alignment loss of the detail posterior's mean."""
+    values = heldout_metrics(autoencoder, pictures, lpips)
+    with torch.no_grad():
+        losses = []
+        for indices in torch.arange(len(pictures)).split(8):
+            base = autoencoder.encode_base(image := pictures.batch(indices.tolist()))
+            losses.append(detail_alignment_loss(autoencoder.encode_detail(image, base)[0], base).item())
+    return {**values, "heldout_alignment": statistics.mean(losses)}
+
+
+def measured_stage_one(folder: Path, starts: Path, arm: str, steps: int, seed: int, heldout: PictureSet) -> Measured:
+    """Train an arm of stage 1; its held-out numbers before and after."""
+    changes, lpips = ARMS[arm], LPIPS.alex()
+    made = start(starts, changes, seed)
+    first = partial(reconstruction_numbers, load_autoencoder(made), heldout, lpips)
+    before = kept(made.with_name("measured.json"), first)
+    if not (folder / "start").is_dir():
+        with replaced_whole(folder / "start") as unfinished:
+            shutil.copytree(made, unfinished, dirs_exist_ok=True)
+    train_autoencoder(stage_one(changes, steps, seed), folder)
+    after = reconstruction_numbers(load_autoencoder(folder / "autoencoder"), heldout, lpips)
+    return {"before": before, "after": after}
 
 
 @torch.no_grad()
@@ -164,9 +195,15 @@ def heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
 
 
 def measured_stage_two(
-    folder: Path, recipe: FinetuneRecipe, real: PictureSet, references: Tensor, heldout: PictureSet
-) -> dict[str, Any]:
-    """Train an arm; its losses on held-out latents, its training losses, and KID of pictures from PROMPTS prompts."""
+    folder: Path, recipe: FinetuneRecipe, latents: Path, real: PictureSet, references: Tensor, heldout: PictureSet
+) -> Measured:
+    """Train an arm; its losses on held-out latents, its training losses, and KID of pictures from PROMPTS prompts.
+
+    `latents` are the reference's of the same seed; stage 2 encodes the pictures anew if its autoencoder is another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if latents.is_file() and not (folder / latents.name).exists():
+        shutil.copy(latents, folder)
     pipeline = load_pipeline(finetune(recipe, folder))
     found: dict[str, Any] = heldout_losses(pipeline, heldout)
     curve = [row for row in read_metrics(folder / "metrics.jsonl") if "base_loss" in row]
@@ -174,9 +211,8 @@ def measured_stage_two(
     prompts = evaluation_captions(real)
     made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=recipe.seed, **SAMPLING)
     found["kid"] = 1000 * kid(features_of(made, side=demo.SIZE), references)
-    for heavy in ("pipeline", "checkpoints", "adapter", "latents.safetensors"):  # the numbers stay
-        path = folder / heavy
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for heavy in ("pipeline", "checkpoints", "adapter"):  # the numbers stay
+        shutil.rmtree(folder / heavy, ignore_errors=True)
     return found
 
 
@@ -185,7 +221,7 @@ def evaluation_captions(real: PictureSet) -> list[str]:
     return [real.captions[index * len(real) // PROMPTS] for index in range(PROMPTS)]
 
 
-def measured_base(folder: Path, seed: int, real: PictureSet, references: Tensor) -> dict[str, Any]:
+def measured_base(folder: Path, seed: int, real: PictureSet, references: Tensor) -> Measured:
     """KID of the base pipeline at its own size, enlarged with bicubic."""
     pipeline = load_pipeline(assets.base_pipeline())
     prompts = evaluation_captions(real)
@@ -220,7 +256,7 @@ def table(one: Results, two: Results) -> dict[str, Any]:
     reference = two.get(REFERENCE, {})
     rows = {
         f"stage_one_{moment}": [
-            row(arm, {seed: found[moment] for seed, found in one[arm].items()}, {}) for arm in STAGE_ONE if arm in one
+            row(arm, {seed: found[moment] for seed, found in one[arm].items()}, {}) for arm in ARMS if arm in one
         ]
         for moment in ("before", "after")
     }
@@ -236,8 +272,8 @@ def table(one: Results, two: Results) -> dict[str, Any]:
 def main(
     run: Path,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
-    stage_one_steps: Annotated[int, typer.Option(help="Of every arm of stage 1.")] = 200,
-    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 300,
+    stage_one_steps: Annotated[int, typer.Option(help="Of every arm of stage 1.")] = 120,
+    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 200,
 ) -> None:
     """Train and measure whatever is not there yet."""
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=HELDOUT)
@@ -246,28 +282,37 @@ def main(
     one: Results = defaultdict(dict)
     two: Results = defaultdict(dict)
     budget = {"seeds": seeds, "stage_one_steps": stage_one_steps, "stage_two_steps": stage_two_steps}
+    one_folder, two_folder = run / f"stage1_{stage_one_steps}", run / f"stage2_{stage_one_steps}_{stage_two_steps}"
     counts = {"heldout": HELDOUT, "real": len(real), "prompts": PROMPTS}
 
     def write() -> None:
         facts = {**budget, "counts": counts, "sampling": SAMPLING, "sigmas": SIGMAS, "environment": environment()}
         write_json(run / "result.json", {**table(one, two), **facts})
 
+    def measure_one(arm: str, seed: int) -> None:
+        folder = one_folder / f"{slug(arm)}-{seed}"
+        make = partial(measured_stage_one, folder, run / "starts", arm, stage_one_steps, seed, heldout)
+        one[arm][seed] = kept(folder / "measured.json", make)
+        after = one[arm][seed]["after"]
+        typer.echo(f"stage 1, seed {seed}, {arm}: {after['heldout_psnr']:.2f} dB")
+        write()
+
     for seed in range(seeds):
-        for arm, changes in STAGE_ONE.items():
-            folder = run / "stage1" / f"{slug(arm)}-{seed}"
-            recipe = stage_one(changes, stage_one_steps, seed)
-            one[arm][seed] = kept(folder / "measured.json", partial(measured_stage_one, folder, recipe, heldout))
-            write()
-        folder = run / "stage2" / f"base-{seed}"
+        for arm in STAGE_ONE:
+            measure_one(arm, seed)
+        folder = two_folder / f"base-{seed}"
         two[BASE][seed] = kept(folder / "measured.json", partial(measured_base, folder, seed, real, references))
         for arm, (source, changes) in STAGE_TWO.items():
-            folder = run / "stage2" / f"{slug(arm)}-{seed}"
-            autoencoder = run / "stage1" / f"{slug(source)}-{seed}" / "autoencoder"
+            folder = two_folder / f"{slug(arm)}-{seed}"
+            autoencoder = one_folder / f"{slug(source)}-{seed}" / "autoencoder"
             recipe = stage_two(changes, autoencoder, stage_two_steps, seed)
-            make = partial(measured_stage_two, folder, recipe, real, references, heldout)
+            same = two_folder / f"{slug(REFERENCE)}-{seed}" / "latents.safetensors"
+            make = partial(measured_stage_two, folder, recipe, same, real, references, heldout)
             two[arm][seed] = kept(folder / "measured.json", make)
             typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
             write()
+    for seed, arm in product(range(seeds), STAGE_ONE_ONLY):
+        measure_one(arm, seed)
 
 
 def slug(arm: str) -> str:
