@@ -126,8 +126,8 @@ def _maps_without_base(
     """z_d = S (U^T W Zf - mean), turned towards `base` if it is given; of unit variance otherwise."""
     keep = torch.eye(len(project)).double() - project @ encode
     mean = code.mean(dim=1, keepdim=True)
-    turned = base is not None
-    coordinates = _aligned_coordinates(code - mean, base) if turned else torch.diag(1 / code.std(dim=1, correction=0))
+    scaled = torch.diag(1 / code.std(dim=1, correction=0))
+    coordinates = scaled if base is None else _aligned_coordinates(code - mean, base)
     back = project @ torch.linalg.inv(coordinates)
     return _Maps(
         encoder=(coordinates @ encode, -coordinates @ mean),
