@@ -42,7 +42,8 @@ def markdown(result: dict[str, Any]) -> str:
     counts, where = result["counts"], result["environment"]
     return "\n".join(
         [
-            f"**Stage 1**, {result['stage_one_steps']} steps of four 64 px crops, {counts['heldout']} held-out pictures:\n",
+            f"**Stage 1**, {result['stage_one_steps']} steps of four 64 px crops, {counts['heldout']} held-out "
+            "pictures:\n",
             "| arm | PSNR before, dB | after | LPIPS before | after | alignment loss before | after | seeds |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
             *one,
