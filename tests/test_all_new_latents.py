@@ -84,14 +84,14 @@ def test_linear_blocks_start_at_the_full_pictures_latents_averaged(base: str) ->
 @pytest.mark.parametrize("base", BASES)
 def test_in_closed_form_with_all_directions_it_is_the_base_at_full_size(base: str) -> None:
     autoencoder, image = all_new(base, channels=16), pictures(8)
-    facts = fit_closed_form(autoencoder, image, metric_pictures=2, aligned=False)
+    facts = fit_closed_form(autoencoder, image, metric_pictures=2, code="unit variance")
     assert facts["unexplained"][0] < 1e-12
     vae = BASES[base]().double()
     torch.testing.assert_close(autoencoder(image).sample, vae.decode(latents_of(vae, image)).sample)
     fewer, errors = all_new(base, channels=8), []
     for start in (False, True):
         if start:
-            fit_closed_form(fewer, image, metric_pictures=2, aligned=False)
+            fit_closed_form(fewer, image, metric_pictures=2, code="unit variance")
         errors.append((fewer(image).sample - autoencoder(image).sample).square().mean().item())
     assert errors[1] < errors[0]
     with pytest.raises(SettingsError, match="no base latents to align"):
@@ -103,7 +103,7 @@ def test_in_closed_form_with_all_directions_it_is_the_base_at_full_size(base: st
 def test_calibrated_and_saved_it_is_the_same_picture_of_standard_latents(base: str, linear: bool, tmp_path) -> None:
     autoencoder, image = all_new(base, linear).eval(), pictures(4)
     if linear:
-        fit_closed_form(autoencoder, image, metric_pictures=1, aligned=False)
+        fit_closed_form(autoencoder, image, metric_pictures=1, code="unit variance")
     before = autoencoder(image).sample
     autoencoder.calibrate([image])
     torch.testing.assert_close(autoencoder(image).sample, before)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import tiny
 from davae.autoencoder_da import AutoencoderDA
-from davae.closed_form import LOG_VARIANCE, decoder_metric, fit_closed_form
+from davae.closed_form import BASE_CODES, LOG_VARIANCE, Code, decoder_metric, fit_closed_form
 from davae.errors import DataError, NumericsError, SettingsError
-from davae.losses import detail_alignment_loss
+from davae.losses import channel_group_mean, detail_alignment_loss
 
 METRIC_PICTURES = 4
 
@@ -23,20 +23,20 @@ def pictures() -> Tensor:
     return F.interpolate(coarse, size=32, mode="bicubic").clamp(-1, 1)
 
 
-def untrained(detail_channels: int) -> AutoencoderDA:
+def untrained(detail_channels: int, *, base_in_detail: bool = False) -> AutoencoderDA:
     """C = 4, with scalars that bring its latents to unit scale, as a real one's do."""
     vae = tiny.tiny_taesd().double()
     with torch.no_grad():
         latents = vae.encode(pictures()).latents
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    return AutoencoderDA.from_base(vae, detail_channels=detail_channels)
+    return AutoencoderDA.from_base(vae, detail_channels=detail_channels, base_in_detail=base_in_detail)
 
 
 @functools.cache
-def fitted(detail_channels: int, *, aligned: bool = True, seed: int = 0) -> tuple[AutoencoderDA, dict]:
-    autoencoder = untrained(detail_channels)
+def fitted(detail_channels: int, *, code: Code = "aligned", seed: int = 0) -> tuple[AutoencoderDA, dict]:
+    autoencoder = untrained(detail_channels, base_in_detail=code in BASE_CODES)
     facts = fit_closed_form(
-        autoencoder, pictures(), metric_pictures=METRIC_PICTURES, aligned=aligned, seed=seed, batch_size=10
+        autoencoder, pictures(), metric_pictures=METRIC_PICTURES, code=code, seed=seed, batch_size=10
     )
     return autoencoder, facts
 
@@ -82,10 +82,10 @@ def projection(autoencoder: AutoencoderDA) -> Tensor:
 # --------------------------------------------------------------------------------------------------- what is exact
 
 
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("code", ["aligned", "unit variance", "base added"])
 @pytest.mark.parametrize("detail_channels", [4, 8, 12])
-def test_the_code_holds_its_directions_and_the_base_predicts_the_rest(detail_channels: int, aligned: bool) -> None:
-    autoencoder, _ = fitted(detail_channels, aligned=aligned)
+def test_the_code_holds_its_directions_and_the_base_predicts_the_rest(detail_channels: int, code: Code) -> None:
+    autoencoder, _ = fitted(detail_channels, code=code)
     p = projection(autoencoder)
     assert torch.allclose(p @ p, p, atol=1e-10)
     assert p.trace().item() == pytest.approx(detail_channels, abs=1e-10)
@@ -118,15 +118,15 @@ def test_the_error_in_the_metric_is_the_tail_of_the_spectrum() -> None:
     assert errors[0] > errors[1] > errors[2] > 0
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_scale_of_the_code(aligned: bool) -> None:
-    autoencoder, _ = fitted(8, aligned=aligned)
+@pytest.mark.parametrize("code", ["aligned", "unit variance"])
+def test_scale_of_the_code(code: Code) -> None:
+    autoencoder, _ = fitted(8, code=code)
     with torch.no_grad():
-        code, log_variance = autoencoder.encode_detail(pictures())
-    assert code.mean((0, 2, 3)).abs().max() < 1e-9
-    deviation = code.std((0, 2, 3), correction=0)
-    if aligned:  # one scale for all, the components' own proportions
-        assert code.square().mean().item() == pytest.approx(1, abs=1e-9)
+        detail, log_variance = autoencoder.encode_detail(pictures())
+    assert detail.mean((0, 2, 3)).abs().max() < 1e-9
+    deviation = detail.std((0, 2, 3), correction=0)
+    if code == "aligned":  # one scale for all, the components' own proportions
+        assert detail.square().mean().item() == pytest.approx(1, abs=1e-9)
         assert deviation.max() > 1.2 * deviation.min()
     else:
         assert torch.allclose(deviation, torch.ones(8).double(), atol=1e-9)
@@ -189,7 +189,7 @@ def test_it_starts_nearer_to_the_autoencoder_at_full_size_than_enlarged_base_lat
 @pytest.mark.parametrize("detail_channels", [4, 8])
 @torch.no_grad()
 def test_aligned_code_is_nearest_to_the_base_and_rebuilds_the_same(detail_channels: int) -> None:
-    (aligned, _), (plain, _) = fitted(detail_channels), fitted(detail_channels, aligned=False)
+    (aligned, _), (plain, _) = fitted(detail_channels), fitted(detail_channels, code="unit variance")
     image = pictures()
     assert torch.allclose(aligned(image[:4]).sample, plain(image[:4]).sample, atol=1e-8)
     base, code = aligned.encode_base(image), aligned.encode_detail(image)[0]
@@ -201,6 +201,38 @@ def test_aligned_code_is_nearest_to_the_base_and_rebuilds_the_same(detail_channe
         skew = torch.randn(detail_channels, detail_channels, generator=generator).double()
         rotation = torch.linalg.matrix_exp((0.1 if seed % 2 else 1.0) * (skew - skew.T))
         assert (torch.einsum("ij,bjhw->bihw", rotation, code) - repeated).square().mean() > distance
+
+
+@pytest.mark.parametrize("detail_channels", [4, 8, 12])
+@torch.no_grad()
+def test_with_the_base_added_the_group_mean_is_the_base_and_the_codes_own(detail_channels: int) -> None:
+    autoencoder, _ = fitted(detail_channels, code="base added")
+    base, detail = autoencoder.encode_base(pictures()), autoencoder.encode_detail(pictures())[0]
+    own = rows(detail - base.repeat_interleave(detail_channels // 4, dim=1))
+    assert torch.allclose(own.T @ own / len(own), torch.eye(detail_channels).double(), atol=1e-4)  # the metric's floor
+    assert (own.T @ rows(base) / len(own)).abs().max() < 1e-6  # what least squares leaves knows nothing of the base
+    mean = own.view(len(own), 4, -1).mean(dim=2)
+    assert detail_alignment_loss(detail, base).item() == pytest.approx(mean.square().mean().item(), rel=1e-9)
+    picture = fitted(detail_channels, code="unit variance")[0](pictures()[:4]).sample
+    assert torch.allclose(autoencoder(pictures()[:4]).sample, picture, atol=1e-8)
+
+
+@pytest.mark.parametrize("detail_channels", [8, 12])
+@torch.no_grad()
+def test_codes_of_zero_sum_are_aligned_exactly_and_cost_one_dimension_a_group(detail_channels: int) -> None:
+    autoencoder, facts = fitted(detail_channels, code="zero sum")
+    base, detail = autoencoder.encode_base(pictures()), autoencoder.encode_detail(pictures())[0]
+    assert torch.allclose(channel_group_mean(detail, 4), base, atol=1e-9)
+    own = rows(detail - base.repeat_interleave(detail_channels // 4, dim=1))
+    assert own.square().mean().item() == pytest.approx(1, abs=1e-6)
+    values = torch.linalg.eigvalsh(own.T @ own / len(own))
+    assert torch.allclose(values[:4], torch.zeros(4).double(), atol=1e-12)
+    assert torch.allclose(
+        values[4:], torch.full((detail_channels - 4,), detail_channels / (detail_channels - 4)).double()
+    )
+    fewer, theirs = fitted(detail_channels - 4, code="unit variance")
+    assert torch.allclose(autoencoder(pictures()[:4]).sample, fewer(pictures()[:4]).sample, atol=1e-8)
+    assert facts == theirs
 
 
 @torch.no_grad()
@@ -225,5 +257,9 @@ def test_refusals() -> None:
     paper = AutoencoderDA.from_base(tiny.tiny_taesd().double(), detail_channels=4, linear_blocks=False)
     with pytest.raises(SettingsError, match="linear_blocks"):
         fit_closed_form(paper, pictures())
+    with pytest.raises(SettingsError, match="base_in_detail=True"):
+        fit_closed_form(untrained(8), pictures(), code="zero sum")
+    with pytest.raises(SettingsError, match="0 components: give detail_channels from 8"):
+        fit_closed_form(untrained(4, base_in_detail=True), pictures(), code="zero sum")
     with pytest.raises(NumericsError, match="not finite"):
         fit_closed_form(untrained(4), pictures() * torch.nan)

@@ -4,9 +4,9 @@ from diffusers import SD3Transformer2DModel
 from einops import rearrange
 
 import tiny
-from davae.backbones import widen_transformer
+from davae.backbones import BACKBONES, widen_transformer
 from davae.errors import SettingsError
-from davae.widen import pad_channels
+from davae.widen import LatentPorts, pad_channels, start_ports
 
 PORTS = ("pos_embed.proj.weight", "pos_embed.proj.bias", "proj_out.weight", "proj_out.bias")
 
@@ -77,6 +77,52 @@ def test_both_new_parts_learn_from_the_first_step_on():
     (output - torch.randn_like(output)).square().mean().backward()
     assert widened.pos_embed.proj.weight.grad[:, 16:].abs().min() > 0
     assert widened.proj_out.bias.grad.view(2, 2, 32)[..., 16:].abs().min() > 0
+
+
+def started(start: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The ports of a tiny SD3 widened from 16 to 48 channels, as [base and detail channel, ...]."""
+    widened = widen_transformer(tiny.tiny_sd3(), base_channels=16, detail_channels=32)
+    ports: LatentPorts = BACKBONES["SD3Transformer2DModel"].ports
+    random = torch.Generator().manual_seed(seed)
+    start_ports(widened, ports, base_channels=16, start=start, generator=random)
+    return {
+        "input": widened.pos_embed.proj.weight.transpose(0, 1),
+        "input bias": widened.pos_embed.proj.bias,
+        "output": rearrange(widened.proj_out.weight, "(p q c) d -> c (p q) d", p=2, q=2),
+        "output bias": rearrange(widened.proj_out.bias, "(p q c) -> c (p q)", p=2, q=2),
+    }
+
+
+def test_random_ports_start_as_torch_starts_a_layer_of_that_size_and_leave_the_bases_own():
+    zero, random, other = started("zero"), started("random"), started("random", seed=1)
+    assert torch.equal(random["input bias"], zero["input bias"])
+    # 48 channels of 2x2 come in, 16 features go out: kaiming_uniform_(a=sqrt(5)) is uniform in +-1/sqrt(fan in)
+    for name, fan_in in (("input", 48 * 4), ("output", 16), ("output bias", 16)):
+        assert torch.equal(random[name][:16], zero[name][:16])
+        assert not zero[name][16:].any()
+        new = random[name][16:] * fan_in**0.5
+        assert 0.95 < new.abs().max() <= 1
+        assert new.square().mean().item() == pytest.approx(1 / 3, abs=0.06)
+        assert not torch.equal(random[name], other[name])
+
+
+def test_repeated_ports_keep_the_sum_over_the_input_and_the_output_of_each_channel():
+    zero, repeated = started("zero"), started("repeat")
+    assert torch.equal(repeated["input bias"], zero["input bias"])
+    for channel in (0, 7, 15):
+        group = slice(16 + 2 * channel, 18 + 2 * channel)
+        assert torch.allclose(repeated["input"][channel], zero["input"][channel] / 3)
+        assert torch.allclose(repeated["input"][group], zero["input"][channel].expand(2, -1, -1, -1) / 3)
+        for name in ("output", "output bias"):
+            assert torch.equal(repeated[name][channel], zero[name][channel])
+            assert torch.equal(repeated[name][group], zero[name][[channel, channel]])
+
+
+def test_channels_that_are_no_multiple_of_the_bases_cannot_be_repeated():
+    widened = widen_transformer(tiny.tiny_sd3(), base_channels=16, detail_channels=24)
+    ports = BACKBONES["SD3Transformer2DModel"].ports
+    with pytest.raises(SettingsError, match=r'24 detail channels are no multiple of 16.*"zero" or "random"'):
+        start_ports(widened, ports, base_channels=16, start="repeat", generator=torch.Generator())
 
 
 @pytest.mark.parametrize(("build", "wrong"), [(tiny.tiny_sd3, 8), (tiny.tiny_sd3, 32), (tiny.tiny_flux, 64)])

@@ -119,6 +119,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         shift_factor: the base's, as in diffusers; 0 where the base has none.
         linear_blocks: the two new blocks work on latents through 1x1 shortcuts (the closed-form start), and the base's
             last encoder and first decoder layers stay; otherwise both are skipped, as in the paper.
+        base_in_detail: a 1x1 convolution of the base latents is added to the detail latents' mean, so that these can
+            hold the base's exactly (the codes "base added" and "zero sum" of the closed-form start).
     """
 
     _supports_gradient_checkpointing = False
@@ -136,6 +138,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         linear_blocks: bool = True,
+        base_in_detail: bool = False,
     ) -> None:
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
@@ -154,6 +157,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             into_down, out_of_up = _drop_latent_layers(self.detail_encoder, self.joint_decoder)
         self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, linear_shortcut=linear_blocks)
         self.detail_upsample = DetailUpsample(latent_channels, out_of_up, linear_shortcut=linear_blocks)
+        self.detail_from_base = nn.Conv2d(base_channels, detail_channels, 1, bias=False) if base_in_detail else None
         self.register_buffer("detail_mean", torch.zeros(detail_channels))
         self.register_buffer("detail_std", torch.ones(detail_channels))
         self.use_slicing = False
@@ -172,6 +176,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         base_downsample: str = "bicubic-antialias",
         linear_blocks: bool = True,
         all_new: bool = False,
+        base_in_detail: bool = False,
     ) -> "AutoencoderDA":
         """An untrained AutoencoderDA on a pretrained autoencoder, whose weights all three of its parts start from.
 
@@ -198,6 +203,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             scaling_factor=vae.config.scaling_factor,
             shift_factor=vae.config.shift_factor or 0.0,
             linear_blocks=linear_blocks,
+            base_in_detail=base_in_detail,
         )
         autoencoder._start_from(vae)
         nn.Module.to(autoencoder, dtype=vae.dtype, device=vae.device)  # diffusers' own `to` warns without a reason
@@ -238,13 +244,18 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             return self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
         return self.to_units(_encode(self.base_encoder, self.base_quant_conv, sample))
 
-    def encode_detail(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the detail latents before standardisation, each [B, D, h, w]."""
+    def encode_detail(self, sample: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the detail latents before standardisation, each [B, D, h, w].
+
+        With `base_in_detail` the base latents are needed; give them as `base` where they are known already.
+        """
         if self.config.linear_blocks:
             hidden = self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
         else:
             hidden = _features(self.detail_encoder, sample)
         mean, log_variance = self.detail_downsample(hidden).chunk(2, dim=1)
+        if self.detail_from_base is not None:
+            mean = mean + self.detail_from_base(self.encode_base(sample) if base is None else base)
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
@@ -360,7 +371,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _moments(self, sample: Tensor) -> Tensor:
         base = self.encode_base(sample)
-        mean, log_variance = self.encode_detail(sample)
+        mean, log_variance = self.encode_detail(sample, base)
         scale, shift = self._detail_affine(mean)
         # log|1 / scale| twice, because a variance scales with the square.
         log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
@@ -433,6 +444,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             pretrained = name.partition("_")[2]  # base_encoder, detail_encoder and joint_decoder are named after theirs
             if pretrained in theirs:
                 tensor.copy_(theirs[pretrained])
+        if self.detail_from_base is not None:
+            self.detail_from_base.weight.zero_()
         if self.config.linear_blocks:
             down, up, channels = self.detail_downsample, self.detail_upsample, vae.config.latent_channels
             for parameter in (*down.parameters(), *up.parameters()):

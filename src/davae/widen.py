@@ -5,7 +5,7 @@ Nothing here knows a model family: `davae.backbones` says for each one where its
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -129,23 +129,87 @@ def _padded_ports(
     transformer: ModelMixin, ports: LatentPorts, base_channels: int, detail_channels: int
 ) -> Mapping[str, Tensor]:
     """The state-dict entries of both ports, padded; the bias of the input port has no channel axis and stays."""
+    tensors = transformer.state_dict()
+    with torch.no_grad():
+        return {
+            name: pad_channels(tensors[name], layout, detail_channels, **axes)
+            for name, (layout, axes) in _port_layouts(transformer, ports, base_channels).items()
+        }
+
+
+def _port_layouts(
+    transformer: ModelMixin, ports: LatentPorts, channels: int
+) -> Mapping[str, tuple[str, dict[str, int]]]:
+    """Layout and sizes of the axes in its brackets, of every tensor with a channel axis, which has `channels`."""
     patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
-    rows = transformer.get_parameter(f"{ports.output}.weight").shape[0]
-    sizes = {"p": patch, "q": patch, "k": rows // (patch * patch * base_channels)}
+    tensors = transformer.state_dict()
+    rows = tensors[f"{ports.output}.weight"].shape[0]
+    sizes = {"p": patch, "q": patch, "k": rows // (patch * patch * channels)}
     layouts = {
         f"{ports.input}.weight": ports.input_layout,
         f"{ports.output}.weight": ports.output_layout,
         f"{ports.output}.bias": ports.output_layout.removesuffix(" d"),
     }
+    return {
+        name: (layout, {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout})
+        for name, layout in layouts.items()
+        if name in tensors
+    }
+
+
+PortsStart = Literal["zero", "random", "repeat"]
+
+
+@torch.no_grad()
+def start_ports(
+    transformer: ModelMixin,
+    ports: LatentPorts,
+    *,
+    base_channels: int,
+    start: PortsStart,
+    generator: torch.Generator,
+) -> None:
+    """Start the new half of both ports of a widened transformer otherwise than at zero; for comparisons (METHOD 5.1).
+
+    With r = D / C detail channels to each base channel, and consecutive channels in a group:
+
+    - "zero": as `widen_ports` leaves them, the warm start of the method; nothing is changed.
+    - "random": the new weights and biases as torch starts a layer of the widened size, uniform in +-1/sqrt(fan in).
+      The base's own stay, so its prediction is disturbed by what the detail channels add to the tokens.
+    - "repeat": the input weights of base channel i, divided by 1 + r, for it and for each channel of its group, and the
+      output weights of channel i for each channel of its group. The sum over the input is kept: where the group mean
+      of the detail channels is the base latent, the base prediction is the base's, and so is each detail channel's.
+
+    Args:
+        transformer: widened; its ports are changed in place.
+        ports: where they are.
+        base_channels: C.
+        start: which of the three.
+        generator: of the random numbers, on the CPU.
+
+    Raises:
+        SettingsError: "repeat" with detail channels that are no multiple of the base's.
+    """
+    if start == "zero":
+        return
+    channels = transformer.config.in_channels // ports.packed**2
+    ratio, left = divmod(channels - base_channels, base_channels)
+    if start == "repeat" and left:
+        raise SettingsError(
+            f"{channels - base_channels} detail channels are no multiple of {base_channels}, so the "
+            'base\'s rows cannot be repeated: use "zero" or "random"'
+        )
     tensors = transformer.state_dict()
-    with torch.no_grad():
-        return {
-            name: pad_channels(
-                tensors[name],
-                layout,
-                detail_channels,
-                **{axis: size for axis, size in sizes.items() if axis in layout and "(" in layout},
-            )
-            for name, layout in layouts.items()
-            if name in tensors
-        }
+    for name, (layout, axes) in _port_layouts(transformer, ports, channels).items():
+        others = [axis for axis in layout.replace("(", " ").replace(")", " ").split() if axis != "c"]
+        pattern = " ".join([*others, "c"])
+        weight = rearrange(tensors[name], f"{layout} -> {pattern}", **axes)
+        base = weight[..., :base_channels]
+        if start == "random":
+            fan_in = tensors[f"{name.rpartition('.')[0]}.weight"][0].numel()
+            uniform = torch.rand((*base.shape[:-1], channels - base_channels), generator=generator)
+            new = ((2 * uniform - 1) / fan_in**0.5).to(weight)
+        else:
+            base = base / (1 + ratio) if name.startswith(f"{ports.input}.") else base
+            new = base.repeat_interleave(ratio, dim=-1)
+        tensors[name].copy_(rearrange(torch.cat([base, new], dim=-1), f"{pattern} -> {layout}", **axes))

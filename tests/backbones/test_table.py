@@ -6,6 +6,7 @@ import torch
 import tiny
 from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
+from davae.widen import start_ports
 
 BASE_CHANNELS = 16  # with fewer, matrix kernels may sum the base and the widened model in different orders
 CAPTION = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -122,6 +123,27 @@ def test_the_warm_start_is_exact(case, detail_channels):
     assert expected.std() > 0.01
     assert torch.equal(output[:, :, :BASE_CHANNELS].flatten(1, 2), expected)
     assert torch.equal(output[:, :, BASE_CHANNELS:], torch.zeros_like(output[:, :, BASE_CHANNELS:]))
+
+
+@pytest.mark.parametrize("detail_channels", [16, 48])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_repeated_ports_are_the_base_where_the_group_mean_of_the_detail_is(case, detail_channels):
+    build, run = CASES[case]
+    base, ratio = build(), detail_channels // BASE_CHANNELS
+    widened = widen_transformer(base, base_channels=BASE_CHANNELS, detail_channels=detail_channels)
+    generator = torch.Generator().manual_seed(2)
+    ports = backbone_of(widened).ports
+    start_ports(widened, ports, base_channels=BASE_CHANNELS, start="repeat", generator=generator)
+    latents = torch.randn(2, BASE_CHANNELS, 8, 8, generator=generator)
+    own = torch.randn(2, BASE_CHANNELS, ratio, 8, 8, generator=generator)
+    detail = (latents[:, :, None] + own - own.mean(dim=2, keepdim=True)).flatten(1, 2)
+
+    expected = run(base, latents)
+    expected = expected.unflatten(1, (expected.shape[1] // BASE_CHANNELS, BASE_CHANNELS))
+    output = run(widened, torch.cat([latents, detail], dim=1)).unflatten(1, (expected.shape[1], -1))
+    assert torch.allclose(output[:, :, :BASE_CHANNELS], expected, atol=1e-4)
+    assert torch.allclose(output[:, :, BASE_CHANNELS:], expected.repeat_interleave(ratio, dim=2), atol=1e-4)
 
 
 def test_every_row_has_a_case():

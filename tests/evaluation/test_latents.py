@@ -36,7 +36,7 @@ def others(base_folder: Path, pictures: PictureSet) -> dict[str, AutoencoderDA]:
     made = {}
     for name, all_new in (("plain", False), ("full", True)):
         made[name] = AutoencoderDA.from_base(vae, detail_channels=8, all_new=all_new).eval()
-        fit_closed_form(made[name], images, metric_pictures=2, aligned=False)
+        fit_closed_form(made[name], images, metric_pictures=2, code="unit variance")
         made[name].calibrate([images])
     return made
 

@@ -310,7 +310,7 @@ def test_latents_are_cached_by_pictures_and_autoencoder(autoencoder_folder, trai
     assert path.stat().st_ino == inode, "a hit writes nothing"
 
     other = load_autoencoder(autoencoder_folder)
-    fit_closed_form(other, train_pictures.batch(range(8)), metric_pictures=2, aligned=False)
+    fit_closed_form(other, train_pictures.batch(range(8)), metric_pictures=2, code="unit variance")
     assert not torch.allclose(cached_latents(other, train_pictures, path), first)
     assert torch.equal(cached_latents(autoencoder, train_pictures, path), first)
 

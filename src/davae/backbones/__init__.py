@@ -16,7 +16,9 @@ from davae.widen import LatentPorts, Transformer, widen_ports
 
 
 def _ports_only(*arguments: Any, **keywords: Any) -> NoReturn:
-    raise SettingsError("this family can be widened and upgraded, but not trained here yet; Stable Diffusion 3 and LightningDiT can")
+    raise SettingsError(
+        "this family can be widened and upgraded, but not trained here yet; Stable Diffusion 3 and LightningDiT can"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class Backbone:
     velocity: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor] = _ports_only
     """(transformer, latents [B,C+D,h,w], sigma [B] in [0, 1], condition) -> velocity [B,C+D,h,w]."""
     lora_targets: tuple[str, ...] = ()
-    classes: bool = False
     """Names of the layers that get LoRA by default, as peft matches them."""
+    classes: bool = False
+    """Conditions are class numbers, not captions: `condition` is (pipeline, class numbers) -> class_labels [B]."""
     null_class: Callable[[Any], int] = _ports_only
     """(transformer) -> the class number that means none; the classes are those below it. Only with `classes`."""
     picture_side: Callable[[Any, int | None], int] = _ports_only

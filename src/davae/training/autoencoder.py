@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from davae import assets
 from davae.adapter import INDEX
 from davae.autoencoder_da import AutoencoderDA
-from davae.closed_form import fit_closed_form
+from davae.closed_form import BASE_CODES, fit_closed_form
 from davae.data.order import batch_indices, random_crops
 from davae.data.png import write_png
 from davae.data.sources import PictureSet, open_pictures
@@ -160,9 +160,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     check_sides(recipe, autoencoder.downsample_factor)
     if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
-        facts = fit_closed_form(
-            autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, aligned=recipe.aligned_start
-        )
+        facts = fit_closed_form(autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
@@ -187,6 +185,7 @@ def untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
                 base_downsample=recipe.base_downsample,
                 linear_blocks=recipe.start == "closed form",
                 all_new=recipe.latents == "full",
+                base_in_detail=recipe.start == "closed form" and recipe.code in BASE_CODES,
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from davae.closed_form import Code
 from davae.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
 from davae.errors import SettingsError
 from davae.perceptual import MIN_SIDE
@@ -71,8 +72,8 @@ class AutoencoderRecipe(OptimisationRecipe):
     its latent statistics stay, too: a transformer that was trained on its latents goes on to fit."""
     target: Literal["picture", "base reconstruction"] = "picture"
     """What the reconstruction is compared with: the crop, or what the base autoencoder at full size makes of it."""
-    aligned_start: bool = True
-    """Of the closed-form start: turn the code towards the base latents; otherwise each component has unit variance."""
+    code: Code = "aligned"
+    """Of the closed-form start, see `davae.closed_form`: "aligned", "unit variance", "base added" or "zero sum"."""
     fit_pictures: Positive = 128
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128

@@ -41,6 +41,7 @@ from davae.training.conditions import cached_latents, check_classes, encode_cond
 from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, Weight, attention_on
 from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+from davae.widen import PortsStart, start_ports
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class FinetuneRecipe(OptimisationRecipe):
     """Ends of the names of the layers that get LoRA, or are trained themselves; () is the family's default."""
     adapter: str = ""
     """An adapter folder of the same base to go on from; with LoRA, of the same rank, alpha, targets."""
+    ports_start: PortsStart = "zero"
+    """Of the ports' new half: "zero" is the method's warm start, the others are for comparison (`start_ports`)."""
     batch_size: Positive = 32
     detail_warmup_steps: NotNegative = 200
     """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
@@ -118,6 +121,10 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
     backbone = backbone_of(pipeline.transformer)
+    random, channels = generator(recipe.seed, "ports"), autoencoder.config.base_channels
+    start_ports(
+        pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
+    )
     backbone.picture_side(pipeline, recipe.size)
     pictures = training_pictures(recipe, pipeline.transformer, folder)
     base_sha256 = base_digest(pipeline.transformer)

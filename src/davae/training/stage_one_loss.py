@@ -64,7 +64,7 @@ def stage_one_loss(
     )
     with state.autocast():
         base = autoencoder.encode_base(image)
-        mean, log_variance = autoencoder.encode_detail(image)
+        mean, log_variance = autoencoder.encode_detail(image, base)
         noise = torch.randn(mean.shape, generator=posterior).to(mean)
         detail = mean + (0.5 * log_variance).exp() * noise
         noisy_base, noisy = with_latent_noise(base, detail, recipe.latent_noise, latent)

@@ -1,0 +1,324 @@
+"""The method's choices on the small pair, one changed at a time, on equal budgets and several seeds.
+
+    python recipes/ablations/run.py runs/ablations
+
+trains stage 1 and stage 2 of every arm, first all arms with seed 0, then with the next seed; measures each, and writes
+RUN/result.json after every run. The same command goes on where it stopped; what is measured is not made again. Runs of
+one seed share pictures, crops, noise, prompts and the noise that pictures are sampled from. `figure.py` draws it.
+"""
+
+import json
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from davae import assets, demo
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import backbone_of
+from davae.data.sources import PictureSet, open_pictures
+from davae.evaluation.generation import features_of, sample_many
+from davae.flow import flow_matching_losses, interpolate, velocity_target
+from davae.losses import detail_alignment_loss
+from davae.metrics import kid
+from davae.perceptual import LPIPS
+from davae.record import environment, read_metrics
+from davae.seeds import generator
+from davae.storage import replaced_whole, write_json
+from davae.training.autoencoder import (
+    AutoencoderRecipe,
+    LossWeights,
+    heldout_metrics,
+    start_autoencoder,
+    train_autoencoder,
+)
+from davae.training.finetune import FinetuneRecipe, encode_captions, finetune
+from davae.upgrade import load_autoencoder, load_pipeline
+
+REFERENCE, BASE = "reference", "base + bicubic"
+Measured = dict[str, Any]
+Results = dict[str, dict[int, Measured]]
+"""By arm and seed."""
+STAGE_ONE: dict[str, dict[str, Any]] = {
+    REFERENCE: {},
+    "alignment 0": {"alignment": 0.0},
+    "alignment 0.5": {"alignment": 0.5},
+    "alignment 1": {"alignment": 1.0},
+    "unit variance": {"code": "unit variance"},
+    "base added": {"code": "base added"},
+    "r = 2": {"detail_channels": 32},
+    "r = 2, zero sum": {"detail_channels": 32, "code": "zero sum"},
+    "r = 3": {"detail_channels": 48},
+}
+"""Changes to `stage_one`, whose own settings are the reference: turned code, alignment 0.02, r = 1, antialiased."""
+STAGE_ONE_ONLY: dict[str, dict[str, Any]] = {
+    "random start": {"start": "random"},
+    "plain bicubic": {"base_downsample": "bicubic"},
+}
+"""The same, for arms without a stage 2; they come last."""
+STAGE_TWO: dict[str, tuple[str, dict[str, Any]]] = {
+    REFERENCE: (REFERENCE, {}),
+    "alignment 0": ("alignment 0", {}),
+    "alignment 0.5": ("alignment 0.5", {}),
+    "alignment 1": ("alignment 1", {}),
+    "ports at random": (REFERENCE, {"ports_start": "random"}),
+    "ports repeated": (REFERENCE, {"ports_start": "repeat"}),
+    "no schedule": (REFERENCE, {"detail_warmup_steps": 0}),
+    "unit variance": ("unit variance", {}),
+    "base added": ("base added", {}),
+    "r = 2": ("r = 2", {}),
+    "r = 2, zero sum": ("r = 2, zero sum", {}),
+    "LoRA": (REFERENCE, {"trained": "lora"}),
+    "full": (REFERENCE, {"trained": "full"}),
+    "r = 3": ("r = 3", {}),
+}
+"""The autoencoder of which arm of stage 1, and changes to `stage_two`: warm start, schedule, the layers themselves."""
+ARMS = STAGE_ONE | STAGE_ONE_ONLY
+PICTURES = 192
+"""Training pictures of stage 2, evenly spread over the set."""
+PROMPTS = 48
+SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+HELDOUT = 16
+SIGMAS = (0.2, 0.4, 0.6, 0.8)
+"""Noise levels of the held-out losses."""
+
+
+def stage_one(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
+    """Stage 1 of an arm, on small crops."""
+    changes = dict(arm)
+    alignment = changes.pop("alignment", 0.02)
+    return AutoencoderRecipe(
+        **{"detail_channels": 16, **changes},
+        limit=512,
+        steps=steps,
+        seed=seed,
+        crop=64,
+        batch_size=4,
+        learning_rate=3e-4,
+        warmup_steps=20,
+        ema_decay=0.98,
+        latent_noise=0.3,
+        calibration_pictures=64,
+        fit_pictures=96,
+        heldout_pictures=4,
+        evaluate_every=steps,
+        checkpoint_every=steps,
+        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=alignment),
+    )
+
+
+def stage_two(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int) -> FinetuneRecipe:
+    """Stage 2 of an arm, on what stage 1 made."""
+    changes: dict[str, Any] = {"trained": "layers", "detail_warmup_steps": steps // 4, **arm}
+    return FinetuneRecipe(
+        **changes,
+        limit=PICTURES,
+        autoencoder=str(autoencoder),
+        lora_targets=demo.SMALL_PAIR_TARGETS,
+        steps=steps,
+        learning_rate=3e-3,
+        warmup_steps=20,
+        batch_size=16,
+        prompt_tokens=demo.PROMPT_TOKENS,
+        checkpoint_every=steps,
+        ema_decay=0.98,
+        seed=seed,
+    )
+
+
+def start(folder: Path, changes: Mapping[str, Any], seed: int) -> Path:
+    """The start of an arm, made once in `folder`: the closed form for all seeds, and for all arms that share it."""
+    own = {name: value for name, value in changes.items() if name != "alignment"}
+    seed = seed if own.get("start") == "random" else 0
+    made = folder / slug("-".join(map(str, [*own.values(), seed]))) / "start"
+    if not made.is_dir():
+        recipe = stage_one(own, 1, seed)
+        pictures = open_pictures(assets.pictures(), size=recipe.size, split="train", limit=recipe.limit).sound()
+        start_autoencoder(recipe, pictures, made)
+    return made
+
+
+def reconstruction_numbers(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
+    """PSNR, SSIM and LPIPS of whole pictures, and the alignment loss of the detail posterior's mean."""
+    values = heldout_metrics(autoencoder, pictures, lpips)
+    with torch.no_grad():
+        losses = []
+        for indices in torch.arange(len(pictures)).split(8):
+            base = autoencoder.encode_base(image := pictures.batch(indices.tolist()))
+            losses.append(detail_alignment_loss(autoencoder.encode_detail(image, base)[0], base).item())
+    return {**values, "heldout_alignment": statistics.mean(losses)}
+
+
+def measured_stage_one(folder: Path, starts: Path, arm: str, steps: int, seed: int, heldout: PictureSet) -> Measured:
+    """Train an arm of stage 1; its held-out numbers before and after."""
+    changes, lpips = ARMS[arm], LPIPS.alex()
+    made = start(starts, changes, seed)
+    first = partial(reconstruction_numbers, load_autoencoder(made), heldout, lpips)
+    before = kept(made.with_name("measured.json"), first)
+    if not (folder / "start").is_dir():
+        with replaced_whole(folder / "start") as unfinished:
+            shutil.copytree(made, unfinished, dirs_exist_ok=True)
+    train_autoencoder(stage_one(changes, steps, seed), folder)
+    after = reconstruction_numbers(load_autoencoder(folder / "autoencoder"), heldout, lpips)
+    return {"before": before, "after": after}
+
+
+@torch.no_grad()
+def heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
+    """Velocity losses of held-out latents at fixed noise levels, the same noise for every arm."""
+    vae, transformer = pipeline.vae, pipeline.transformer
+    backbone, channels = backbone_of(transformer), vae.config.base_channels
+    image = heldout.batch(range(len(heldout)))
+    clean = vae.to_units(vae.encode(image).latent_dist.mode())
+    condition = encode_captions(pipeline, backbone, heldout.captions, demo.PROMPT_TOKENS)
+    shape = (len(clean), channels, *clean.shape[2:])
+    rows = []
+    for level in SIGMAS:
+        halves = [torch.randn(shape, generator=generator(0, "held-out base noise"))]
+        for group in range(clean.shape[1] // channels - 1):
+            halves.append(torch.randn(shape, generator=generator(0, "held-out detail noise", group)))
+        noise, sigma = torch.cat(halves, dim=1), torch.full((len(clean),), level)
+        velocity = backbone.velocity(transformer, interpolate(clean, noise, sigma), sigma, condition)
+        target = velocity_target(clean, noise)
+        losses = flow_matching_losses(velocity, target, base_channels=channels, detail_weight=1.0)
+        rows.append(torch.stack([losses.base, losses.detail]))
+    base, detail = torch.stack(rows).mean(dim=0).tolist()
+    return {"heldout_base_loss": base, "heldout_detail_loss": detail}
+
+
+def measured_stage_two(
+    folder: Path, recipe: FinetuneRecipe, latents: Path, real: PictureSet, references: Tensor, heldout: PictureSet
+) -> Measured:
+    """Train an arm; its losses on held-out latents, its training losses, and KID of pictures from PROMPTS prompts.
+
+    `latents` are the reference's of the same seed; stage 2 encodes the pictures anew if its autoencoder is another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if latents.is_file() and not (folder / latents.name).exists():
+        shutil.copy(latents, folder)
+    pipeline = load_pipeline(finetune(recipe, folder))
+    found: dict[str, Any] = heldout_losses(pipeline, heldout)
+    curve = [row for row in read_metrics(folder / "metrics.jsonl") if "base_loss" in row]
+    found["curve"] = [[row["step"], row["base_loss"], row["detail_loss"]] for row in curve]
+    prompts = evaluation_captions(real)
+    made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=recipe.seed, **SAMPLING)
+    found["kid"] = 1000 * kid(features_of(made, side=demo.SIZE), references)
+    for heavy in ("pipeline", "checkpoints", "adapter"):  # the numbers stay
+        shutil.rmtree(folder / heavy, ignore_errors=True)
+    return found
+
+
+def evaluation_captions(real: PictureSet) -> list[str]:
+    """PROMPTS captions, evenly spread over the pictures."""
+    return [real.captions[index * len(real) // PROMPTS] for index in range(PROMPTS)]
+
+
+def measured_base(folder: Path, seed: int, real: PictureSet, references: Tensor) -> Measured:
+    """KID of the base pipeline at its own size, enlarged with bicubic."""
+    pipeline = load_pipeline(assets.base_pipeline())
+    prompts = evaluation_captions(real)
+    made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=seed, **SAMPLING)
+    return {"kid": 1000 * kid(features_of([demo.enlarged(picture) for picture in made], side=demo.SIZE), references)}
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returns, or what it returned in an earlier run."""
+    if not path.is_file():
+        write_json(path, make())
+    return json.loads(path.read_bytes())
+
+
+def mean_and_deviation(values: list[float]) -> list[float]:
+    """Over the seeds."""
+    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def row(arm: str, found: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of one arm by seed as mean and deviation; "kid_difference" is to the reference of the same seed."""
+    names = [name for name, value in next(iter(found.values())).items() if isinstance(value, float)]
+    values: dict[str, Any] = {name: mean_and_deviation([one[name] for one in found.values()]) for name in names}
+    if "kid" in names:
+        differences = [found[seed]["kid"] - reference[seed]["kid"] for seed in found if seed in reference]
+        values["kid_difference"] = mean_and_deviation(differences)
+    return {"arm": arm, "seeds": len(found), **values}
+
+
+def table(one: Results, two: Results) -> dict[str, Any]:
+    """All that is measured so far, as result.json holds it."""
+    reference = two.get(REFERENCE, {})
+    rows = {
+        f"stage_one_{moment}": [
+            row(arm, {seed: found[moment] for seed, found in one[arm].items()}, {}) for arm in ARMS if arm in one
+        ]
+        for moment in ("before", "after")
+    }
+    rows["stage_two"] = [row(arm, two[arm], reference) for arm in (BASE, *STAGE_TWO) if arm in two]
+    curves = {
+        arm: torch.tensor([found["curve"] for found in two[arm].values()]).mean(dim=0).tolist()
+        for arm in STAGE_TWO
+        if arm in two
+    }
+    return {**rows, "curves": curves}
+
+
+def main(
+    run: Path,
+    seeds: Annotated[int, typer.Option(help="How many.")] = 3,
+    stage_one_steps: Annotated[int, typer.Option(help="Of every arm of stage 1.")] = 120,
+    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 200,
+) -> None:
+    """Train and measure whatever is not there yet."""
+    heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=HELDOUT)
+    real = open_pictures(assets.pictures(), size=demo.SIZE, split="train", limit=PICTURES)
+    references = features_of([real.image(index) for index in range(len(real))], side=demo.SIZE)
+    one: Results = defaultdict(dict)
+    two: Results = defaultdict(dict)
+    budget = {"seeds": seeds, "stage_one_steps": stage_one_steps, "stage_two_steps": stage_two_steps}
+    one_folder, two_folder = run / f"stage1_{stage_one_steps}", run / f"stage2_{stage_one_steps}_{stage_two_steps}"
+    counts = {"heldout": HELDOUT, "real": len(real), "prompts": PROMPTS}
+
+    def write() -> None:
+        facts = {**budget, "counts": counts, "sampling": SAMPLING, "sigmas": SIGMAS, "environment": environment()}
+        write_json(run / "result.json", {**table(one, two), **facts})
+
+    def measure_one(arm: str, seed: int) -> None:
+        folder = one_folder / f"{slug(arm)}-{seed}"
+        make = partial(measured_stage_one, folder, run / "starts", arm, stage_one_steps, seed, heldout)
+        one[arm][seed] = kept(folder / "measured.json", make)
+        after = one[arm][seed]["after"]
+        typer.echo(f"stage 1, seed {seed}, {arm}: {after['heldout_psnr']:.2f} dB")
+        write()
+
+    for seed in range(seeds):
+        for arm in STAGE_ONE:
+            measure_one(arm, seed)
+        folder = two_folder / f"base-{seed}"
+        two[BASE][seed] = kept(folder / "measured.json", partial(measured_base, folder, seed, real, references))
+        for arm, (source, changes) in STAGE_TWO.items():
+            folder = two_folder / f"{slug(arm)}-{seed}"
+            autoencoder = one_folder / f"{slug(source)}-{seed}" / "autoencoder"
+            recipe = stage_two(changes, autoencoder, stage_two_steps, seed)
+            same = two_folder / f"{slug(REFERENCE)}-{seed}" / "latents.safetensors"
+            make = partial(measured_stage_two, folder, recipe, same, real, references, heldout)
+            two[arm][seed] = kept(folder / "measured.json", make)
+            typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
+            write()
+    for seed, arm in product(range(seeds), STAGE_ONE_ONLY):
+        measure_one(arm, seed)
+
+
+def slug(arm: str) -> str:
+    """An arm's name as a folder's."""
+    return arm.replace(",", "").replace(" = ", "").replace(" ", "-")
+
+
+if __name__ == "__main__":
+    typer.run(main)
