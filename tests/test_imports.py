@@ -33,8 +33,9 @@ BESIDE = {
     "record": {"recipe"},  # a record holds the recipe
     "assets": set(),
 }
-ALONE = {"autoencoder_da", "autoencoder_taef2", "lightningdit"}  # ship beside weights: torch, diffusers and the standard library only
-"""May be imported by everyone from `backbones` upward."""
+ALONE = {"autoencoder_da", "autoencoder_taef2", "lightningdit"}
+"""Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
+`backbones` upward."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,16 +1,16 @@
-"""Cut the photographs of the TAEF2 runs: 512 px pieces of UFO:AI's photo textures, and other photographs to test on.
+r"""Cut the photographs of the TAEF2 runs: 512 px pieces of UFO:AI's photo textures, and other photographs to test on.
 
 The packages are Debian's (bookworm); nothing is installed, only unpacked:
 
-    apt-get download ufoai-textures scratch python3-skimage libjxl-testdata \\
+    apt-get download ufoai-textures scratch python3-skimage libjxl-testdata \
         lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
     for package in *.deb; do dpkg-deb -x "$package" "unpacked/${package%%_*}"; done
     unzip -q unpacked/ufoai-textures/usr/share/games/ufoai/base/0textures.pk3 -d textures
     python recipes/taef2/build_pictures.py textures unpacked runs/taef2
 
 OUTPUT/textures: pieces of native pixels out of every distinct colour map of at least 512 px, one in the middle of a
-small map, up to four of a large one. About one map in ten is held out; pieces of one map are on one side of davae's
-split, and training maps that look like a held-out one (variants of one wall) are left out.
+small map, up to four of a large one. About one map in ten is held out, one piece of each; training maps that look like
+a held-out one (variants of one wall) are left out.
 OUTPUT/photographs: the middle 352 px of other photographs, all held out, never trained on; wallpapers are reduced.
 Licences are mixed (GPL, CC-BY-SA, CC0), so the pictures stay out of the repository.
 """
@@ -45,9 +45,9 @@ PHOTOGRAPHS = {
 """Where a package has its pictures, and which of them are looked at."""
 NOT_PHOTOGRAPHS = set(
     "party-room room1 room2 room3 spotlight-stage forest brick-wall1 school2 woods-and-bench phantom "
-    "analogpattern_by_Peter_Nerlich umang_by_Abhishek_Mudgal Infinite-Sea_by_Aury88 Painting-Colors_by__herobrine7gamer "
-    "Fossa_by_Jasper_Roks Bridge_by_Sander_Klootwijk moon logo horse bw_text chessboard_RGB color motorcycle_right "
-    "ihc retina truncated".split()
+    "analogpattern_by_Peter_Nerlich umang_by_Abhishek_Mudgal Infinite-Sea_by_Aury88 Fossa_by_Jasper_Roks "
+    "Painting-Colors_by__herobrine7gamer Bridge_by_Sander_Klootwijk moon logo horse bw_text chessboard_RGB color "
+    "motorcycle_right ihc retina truncated".split()
 )
 """Drawings and others, judged by eye."""
 LARGEST_FACTOR = 4
@@ -127,7 +127,8 @@ def main(textures: Path, unpacked: Path, output: Path) -> None:
         if not side and (held @ thumbnail(picture)).max() > ALIKE:
             counts["alike"] += 1
             continue
-        for number, (left, top) in enumerate(corners(*picture.size)):
+        places = corners(*picture.size)
+        for number, (left, top) in enumerate(places[:1] if side else places):
             piece = picture.crop((left, top, left + SIDE, top + SIDE))
             write_piece(piece, output / "textures", key_on_side(f"{name}-{number}", side))
             counts["held out" if side else "train"] += 1

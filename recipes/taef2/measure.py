@@ -1,6 +1,6 @@
-"""Measure the TAEF2 runs on all held-out pictures beside the two bounds: numbers, and crops to look at.
+r"""Measure the TAEF2 runs on all held-out pictures beside the two bounds: numbers, and crops to look at.
 
-    python recipes/taef2/measure.py runs/taef2/base runs/taef2 experiments/taef2 r1=runs/taef2/r1/autoencoder \\
+    python recipes/taef2/measure.py runs/taef2/base runs/taef2 experiments/taef2 r1=runs/taef2/r1/autoencoder \
         r3=runs/taef2/r3/autoencoder
 
 Each named autoencoder is measured on the textures (512 px) and on the photographs (352 px) that build_pictures.py made,
@@ -17,6 +17,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.reconstruction import base_at_full_size, base_enlarged, measure, upgraded
@@ -26,7 +27,6 @@ from davae.storage import write_json
 from davae.upgrade import load_autoencoder, load_base_vae
 
 SIZES = {"textures": 512, "photographs": 352}
-BOUNDS = ("base at half size, bicubic", "base at full size")
 SHOWN = {"textures": (24, 45), "photographs": (12, 20)}
 """Which held-out pictures the comparison shows."""
 CROP = 128
@@ -45,18 +45,18 @@ def draw(sets: dict[str, PictureSet], ways: dict[str, Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def main(base: Path, pictures: Path, output: Path, autoencoders: list[str]) -> None:
+def main(base: Path, pictures: Path, output: Path, autoencoders: list[str] | None = typer.Argument(None)) -> None:
     """Measure AUTOENCODERS, each NAME=FOLDER, made on BASE, on the sets in PICTURES; results go to OUTPUT."""
     vae = load_base_vae(str(base)).to(memory_format=torch.channels_last)
-    folders = dict(entry.split("=", 1) for entry in autoencoders)
+    folders = dict(entry.split("=", 1) for entry in autoencoders or ())
     models = {name: load_autoencoder(Path(folder)) for name, folder in folders.items()}
     for model in models.values():
         model.to(memory_format=torch.channels_last)
-    bounds = (base_enlarged(vae, next(iter(models.values()))), base_at_full_size(vae))
+    untrained = AutoencoderDA.from_base(vae, detail_channels=vae.config.latent_channels)
     ways = {
-        BOUNDS[0]: bounds[0],
+        "base at half size, bicubic": base_enlarged(vae, untrained),
         **{name: upgraded(model) for name, model in models.items()},
-        BOUNDS[1]: bounds[1],
+        "base at full size": base_at_full_size(vae),
     }
     path = output / "results.json"
     facts = json.loads(path.read_text()) if path.is_file() else {}

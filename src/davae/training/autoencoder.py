@@ -99,13 +99,12 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     pictures = pictures.sound(folder / "refused.json")
     heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures)
     heldout = heldout.sound(folder / "refused_heldout.json")
-    autoencoder = start_autoencoder(recipe, pictures, folder / "start")
+    autoencoder = start_autoencoder(recipe, pictures, folder / "start").to(memory_format=torch.channels_last)
     lpips = LPIPS.alex()
     state = recipe.training_state(
         folder, {"autoencoder": autoencoder}, autoencoder.detail_parameters(), label="stage 1"
     )
-    # A fifth faster on CPUs, and what tensor cores read.
-    autoencoder.train().to(memory_format=torch.channels_last)
+    autoencoder.train()
     lpips.to(state.device)
     for step in state.steps():
         if step % recipe.evaluate_every == 0:
@@ -188,6 +187,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
+    autoencoder.to(memory_format=torch.channels_last)  # CPUs convolve by a fifth to a half faster
     for name, measured in (("size", True), ("crop", recipe.loss.lpips > 0)):
         side = getattr(recipe, name)
         if side % autoencoder.downsample_factor or side > recipe.size or (measured and side < MIN_SIDE):
