@@ -3,9 +3,9 @@ r"""Measure the TAEF2 runs on all held-out pictures beside the two bounds: numbe
     python recipes/taef2/measure.py runs/taef2/base runs/taef2 experiments/taef2 r1=runs/taef2/r1/autoencoder \
         r3=runs/taef2/r3/autoencoder
 
-Each named autoencoder is measured on the textures (512 px) and on the photographs (352 px) that build_pictures.py made,
-with davae's own evaluation. OUTPUT/results.json keeps what is measured: a name that is there already is not measured
-again. OUTPUT/pictures.jpg shows crops of native pixels.
+Each named autoencoder is measured on the held-out textures (512 px) and on the photographs (352 px) that
+build_pictures.py made, with davae's own evaluation. OUTPUT/results.json keeps what is measured: a name that is there
+already is not measured again. OUTPUT/pictures.jpg shows crops of native pixels.
 """
 
 import json
@@ -26,7 +26,12 @@ from davae.record import environment
 from davae.storage import write_json
 from davae.upgrade import load_autoencoder, load_base_vae
 
-SIZES = {"textures": 512, "photographs": 352}
+SETS: dict[str, tuple[str, int, int | None]] = {
+    "curve": ("textures", 512, 8),
+    "textures": ("textures", 512, None),
+    "photographs": ("photographs", 352, None),
+}
+"""Folder, size, and how many; the first is what the recipes evaluate on as they train."""
 SHOWN = {"textures": (24, 45), "photographs": (12, 20)}
 """Which held-out pictures the comparison shows."""
 CROP = 128
@@ -35,8 +40,9 @@ CROP = 128
 def draw(sets: dict[str, PictureSet], ways: dict[str, Callable[[Tensor], Tensor]], path: Path) -> None:
     """Rows of pictures: the original, then every way; the middle CROP pixels of each, as they are."""
     rows = []
-    for name, pictures in sets.items():
-        image = pictures.batch(SHOWN[name])
+    for name, shown in SHOWN.items():
+        pictures = sets[name]
+        image = pictures.batch(shown)
         columns = [image, *(way(image).float().clamp(-1, 1) for way in ways.values())]
         first = (pictures.size - CROP) // 2
         middle = slice(first, first + CROP)
@@ -60,7 +66,10 @@ def main(base: Path, pictures: Path, output: Path, autoencoders: list[str] | Non
     }
     path = output / "results.json"
     facts = json.loads(path.read_text()) if path.is_file() else {}
-    sets = {name: open_pictures(pictures / name, size=size, split="heldout") for name, size in SIZES.items()}
+    sets = {
+        name: open_pictures(pictures / folder, size=size, split="heldout", limit=limit)
+        for name, (folder, size, limit) in SETS.items()
+    }
     lpips = LPIPS.alex()
     for name, heldout in sets.items():
         known = facts.setdefault(name, {"count": len(heldout), "size": heldout.size, "values": {}})["values"]

@@ -48,7 +48,7 @@ class AutoencoderRecipe(OptimisationRecipe):
     """Everything that decides a run of stage 1."""
 
     base: str = ""
-    """Folder or Hub name of the base pipeline; "" is the shipped one."""
+    """Folder or Hub name of the base pipeline, or folder of a bare autoencoder; "" is the shipped pipeline."""
     pictures: str = ""
     """Folder of captioned pictures or shards; "" is the shipped set."""
     limit: Positive | None = None
