@@ -32,9 +32,9 @@ SETS: dict[str, tuple[str, int, int | None]] = {
     "photographs": ("photographs", 352, None),
 }
 """Folder, size, and how many; the first is what the recipes evaluate on as they train."""
-SHOWN = {"textures": (24, 45), "photographs": (12, 20)}
+SHOWN = {"textures": (14, 44), "photographs": (20, 34)}
 """Which held-out pictures the comparison shows."""
-CROP = 128
+CROP = 96
 
 
 def draw(sets: dict[str, PictureSet], ways: dict[str, Callable[[Tensor], Tensor]], path: Path) -> None:
@@ -47,7 +47,7 @@ def draw(sets: dict[str, PictureSet], ways: dict[str, Callable[[Tensor], Tensor]
         first = (pictures.size - CROP) // 2
         middle = slice(first, first + CROP)
         rows += list(torch.cat([column[..., middle, middle] for column in columns], dim=3))
-    Image.fromarray(to_bytes(torch.cat(rows, dim=1)).permute(1, 2, 0).numpy()).save(path, quality=85, optimize=True)
+    Image.fromarray(to_bytes(torch.cat(rows, dim=1)).permute(1, 2, 0).numpy()).save(path, quality=80, optimize=True)
 
 
 @torch.no_grad()
