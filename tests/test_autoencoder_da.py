@@ -26,7 +26,7 @@ def quantised_kl() -> AutoencoderKL:
     return AutoencoderKL(**settings, **types).eval()
 
 
-BASES = {"kl": tiny.tiny_vae, "quantised kl": quantised_kl, "tiny": tiny.tiny_taesd}
+BASES = {"kl": tiny.tiny_vae, "quantised kl": quantised_kl, "tiny": tiny.tiny_taesd, "taef2": tiny.tiny_taef2}
 KINDS = list(itertools.product(BASES, (True, False)))
 
 

@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from davae import ClassConditionalFlowPipeline, LightningDiT2DModel
+from davae import AutoencoderTAEF2, ClassConditionalFlowPipeline, LightningDiT2DModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -56,6 +56,23 @@ def tiny_taesd(latent_channels: int = 4) -> AutoencoderTiny:
         num_decoder_blocks=(1, 1, 1),
         latent_channels=latent_channels,
     ).eval()
+
+
+def tiny_taef2(latent_channels: int = 4) -> AutoencoderTAEF2:
+    """An f4 `AutoencoderTAEF2` with two middle parts on either side, their normalisation's weights random."""
+    torch.manual_seed(0)
+    vae = AutoencoderTAEF2(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 2),
+        num_decoder_blocks=(2, 1, 1),
+        latent_channels=latent_channels,
+    )
+    with torch.no_grad():
+        for norm in (module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.5, 0.5)
+    return vae.eval()
 
 
 def _ports_alive(transformer: ModelMixin) -> ModelMixin:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin as ModelMixin
 
     from davae.autoencoder_da import AutoencoderDA
+    from davae.autoencoder_taef2 import AutoencoderTAEF2
     from davae.backbones import widen_transformer
     from davae.class_conditional import ClassConditionalFlowPipeline
     from davae.flow import detail_weight, scheduled_flow_matching_loss
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderDA",
+    "AutoencoderTAEF2",
     "ClassConditionalFlowPipeline",
     "LightningDiT2DModel",
     "channel_group_mean",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOME = {
     "AutoencoderDA": "davae.autoencoder_da",
+    "AutoencoderTAEF2": "davae.autoencoder_taef2",
     "ClassConditionalFlowPipeline": "davae.class_conditional",
     "LightningDiT2DModel": "davae.lightningdit",
     "ModelMixin": "diffusers",

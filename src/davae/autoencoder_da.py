@@ -25,6 +25,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 BASE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+TAEF2 = "AutoencoderTAEF2"
+"""The one base class outside diffusers, in `davae.autoencoder_taef2`; see `base_class`."""
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
 """`base_downsample` of the config -> torch's `antialias`.
 
@@ -142,7 +144,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
-        base = BASE_CLASSES[base_config["_class_name"]].from_config(dict(base_config))
+        base = base_class(base_config["_class_name"]).from_config(dict(base_config))
         quant_conv = getattr(base, "quant_conv", None)
         self.base_encoder = base.encoder.requires_grad_(False).eval() if base_channels else None
         self.base_quant_conv = quant_conv if base_channels else None
@@ -189,7 +191,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
         """
-        _check_class(type(vae).__name__)
+        base_class(type(vae).__name__)
         stages = tuple(vae.config.block_out_channels)
         settings = inspect.signature(type(vae).__init__).parameters.keys() & vae.config.keys()
         base_channels = 0 if all_new else vae.config.latent_channels
@@ -457,15 +459,26 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
                 down.shortcut.weight[:channels, :, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=1) / 4
 
 
-def _check_class(name: str) -> None:
+def base_class(name: str) -> type[AutoencoderKL | AutoencoderTiny]:
+    """The class of a base autoencoder by its name.
+
+    Raises:
+        ValueError: no base autoencoder is called so; the message names those that are.
+    """
+    if name == TAEF2:
+        from davae.autoencoder_taef2 import AutoencoderTAEF2  # the one base that diffusers does not have
+
+        return AutoencoderTAEF2
     if name not in BASE_CLASSES:
-        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {', '.join(BASE_CLASSES)}.")
+        allowed = ", ".join((*BASE_CLASSES, TAEF2))
+        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {allowed}.")
+    return BASE_CLASSES[name]
 
 
 def _check_settings(
     base_config: dict, base_channels: int, detail_channels: int, resolution_factor: int, base_downsample: str
 ) -> None:
-    _check_class(base_config["_class_name"])
+    base_class(base_config["_class_name"])
     groups = base_channels or base_config["latent_channels"]  # all new: as many as base and detail would have
     if detail_channels <= 0 or detail_channels % groups:
         nearest = max(1, round(detail_channels / groups)) * groups

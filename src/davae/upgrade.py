@@ -22,7 +22,7 @@ from davae.adapter import (
     read_index,
     tensors_digest,
 )
-from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
+from davae.autoencoder_da import AutoencoderDA, base_class
 from davae.backbones import check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.class_conditional import ClassConditionalFlowPipeline
@@ -206,19 +206,29 @@ def _half_of(base: nn.Module | None, folder: Path, digest: str) -> dict[str, tor
 def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> AutoencoderKL | AutoencoderTiny:
     """The autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
 
+    A folder without `model_index.json` but with a `config.json` is the autoencoder itself.
+
     Raises:
-        CheckpointError: there is no pipeline.
-        SettingsError: its VAE is of a class that cannot be upgraded.
+        CheckpointError: there is no pipeline, and no autoencoder.
+        SettingsError: the autoencoder is of a class that cannot be upgraded.
     """
+    bare = (Path(base) / "config.json").is_file() and not (Path(base) / "model_index.json").exists()
     try:
-        name = DiffusionPipeline.load_config(base)["vae"][1]
-        kind = BASE_CLASSES.get(name)
-        if kind is not None:
-            vae = kind.from_pretrained(base, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+        if bare:
+            name = _read_json(Path(base) / "config.json")["_class_name"]
+        else:
+            name = DiffusionPipeline.load_config(base)["vae"][1]
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
-    if kind is None:
-        raise SettingsError(f"the VAE of {base} is a {name}; allowed are {', '.join(BASE_CLASSES)}")
+    try:
+        kind = base_class(name)
+    except ValueError as error:
+        raise SettingsError(f"the VAE of {base}: {error}") from error
+    place = {} if bare else {"subfolder": "vae"}
+    try:
+        vae = kind.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **place)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
     _check_whole(vae, f"VAE of {base}")
     return vae.to(device).eval()
 
@@ -241,8 +251,10 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
     vae = pipeline.vae
     if isinstance(vae, AutoencoderDA):
         raise SettingsError("this pipeline is upgraded already: give upgrade() the base pipeline")
-    if type(vae).__name__ not in BASE_CLASSES:
-        raise SettingsError(f"the pipeline's VAE is a {type(vae).__name__}; allowed are {', '.join(BASE_CLASSES)}")
+    try:
+        base_class(type(vae).__name__)
+    except ValueError as error:
+        raise SettingsError(f"the pipeline's VAE: {error}") from error
     if not isinstance(autoencoder, AutoencoderDA):
         raise SettingsError(
             f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"

@@ -311,3 +311,9 @@ def test_the_shipped_pictures_that_are_not_square_are_cropped():
     white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     expected = torch.from_numpy(np.array(white)[4:-4]).permute(2, 0, 1)
     assert torch.equal(pictures.image(pictures.keys.index("0035-20e3")), expected)
+
+
+def test_where_no_captions_are_needed_a_picture_without_one_is_used(tmp_path):
+    fill(tmp_path, {"a.png": picture(0), "b.png": picture(1), "b.txt": b"two"})
+    assert open_pictures(tmp_path, size=SIZE, captions=False).captions == ["", "two"]
+    assert open_pictures(tmp_path, size=SIZE).keys == ["b"]

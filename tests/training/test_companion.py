@@ -137,3 +137,21 @@ def test_a_checkpoint_without_it_is_refused(tmp_path: Path) -> None:
         state.update(first.weight.square().sum())
     with pytest.raises(CheckpointError, match=r"second\.safetensors does not fit: the model, not the checkpoint"):
         begun(tmp_path, companion())
+
+
+def test_batches_of_a_step_are_one_batch_in_parts() -> None:
+    whole, parts = companion(), companion()
+    for second in (whole, parts):
+        second.model.eval()  # BatchNorm would see another batch
+        second.prepare(torch.device("cpu"))
+    parts.gradient_accumulation = 2
+    before = tensors(parts)
+    batch = torch.randn(8, 4, generator=generator(0, "batch", 0))
+    whole.update((whole.model(batch) - 1).square().mean())
+    for index, half in enumerate(batch.chunk(2)):
+        assert same(tensors(parts), before) is (index < 2)
+        parts.update((parts.model(half) - 1).square().mean())
+    found, expected = tensors(parts), tensors(whole)
+    assert found.keys() == expected.keys() != before.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)

@@ -138,7 +138,13 @@ class PictureSet:
 
 
 def open_pictures(
-    source: Path, *, size: int, split: str | None = None, limit: int | None = None, classes: bool = False
+    source: Path,
+    *,
+    size: int,
+    split: str | None = None,
+    limit: int | None = None,
+    captions: bool = True,
+    classes: bool = False,
 ) -> PictureSet:
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
@@ -149,6 +155,7 @@ def open_pictures(
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
         limit: most pictures; so many are taken at equal distances in the list of keys, so that they are not all alike.
+        captions: each picture needs one; otherwise the caption of one without is "".
         classes: each picture needs a class instead of a caption: a whole number in its `.cls` or the "class" of its
             `.json`; in a folder of pictures, if none has those, the sub-folder at the top that it lies in. Sub-folders
             that hold pictures are numbered from 0 in sorted order, whatever the split.
@@ -172,15 +179,15 @@ def open_pictures(
             first, *others = samples[key].pictures
             refused += [Refusal(other.name, f"same name as {first.name}; rename one of them") for other in others]
             try:
-                entries.append(_entry(key, first, samples[key].texts, size, folders if classes else None))
+                entries.append(_entry(key, first, samples[key].texts, size, folders if classes else None, captions))
             except PictureRefused as error:
                 refused.append(Refusal(error.name, error.reason))
     if not entries:
         rule = " (about one key in ten is held out, by a hash of its name: give more pictures)"
         what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
-        labels = "classes" if classes else "captions beside them"
-        raise DataError(f"{what}; looked for {suffixes} of at least {size} pixels with {labels}; {summarise(refused)}")
+        labels = " with classes" if classes else " with captions beside them" if captions else ""
+        raise DataError(f"{what}; looked for {suffixes} of at least {size} pixels{labels}; {summarise(refused)}")
     names: list[str] = []
     if classes:
         numbers, names = number_classes([entry.label for entry in entries if entry.label is not None], folders)
@@ -245,9 +252,14 @@ def _list(source: Path) -> tuple[Samples, list[Refusal]]:
 
 
 def _entry(
-    key: str, picture: StoredBytes, texts: dict[str, StoredBytes], min_side: int, folders: Mapping[str, int] | None
+    key: str,
+    picture: StoredBytes,
+    texts: dict[str, StoredBytes],
+    min_side: int,
+    folders: Mapping[str, int] | None,
+    needs_caption: bool,
 ) -> Entry:
-    """A picture with its caption; or, if `folders` is given, with its class number or the sub-folder out of these."""
+    """A picture with its caption, "" if it has and `needs_caption` none; or, if `folders` is given, with its class number or the sub-folder out of these."""
     if picture.length > MAX_FILE_BYTES:
         reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
         raise PictureRefused(picture.name, reason)
@@ -259,10 +271,10 @@ def _entry(
         raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
     caption = read_caption(picture.name, texts)
     if folders is None:
-        if caption is None:
+        if caption is None and needs_caption:
             refusal = 'no caption; put it beside the picture as .txt, or as "caption" in a .json'
             raise PictureRefused(picture.name, refusal)
-        return Entry(key, picture, caption)
+        return Entry(key, picture, caption or "")
     label: int | str | None = read_class(picture.name, texts)
     if label is None and (top := key.partition("/")[0]) in folders and "/" in key:
         label = top

@@ -156,7 +156,9 @@ def draw_latents(
             raise SettingsError(
                 f"size={size} must be a multiple of {autoencoder.downsample_factor}, the downsample factor of {name}"
             )
-    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound(out / "refused.json")
+    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False).sound(
+        out / "refused.json"
+    )
     found = _encoded(autoencoders, heldout)
     rows = {
         name: chosen_positions(heldout, autoencoder.downsample_factor, points, seed=seed)

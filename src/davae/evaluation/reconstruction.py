@@ -176,7 +176,9 @@ def reconstruct(
             factor = tokenizers[name].factor
             raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
     features = EfficientNetLite0Features(autoencoder.device) if with_kid else None
-    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit).sound(out / "refused.json")
+    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False).sound(
+        out / "refused.json"
+    )
     values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(autoencoder.device))
     kids = {} if features is None else reconstruction_kid(heldout, tokenizers, features, device=autoencoder.device)
     tokens = tokenizers[OURS].tokens(size, patch)

@@ -15,12 +15,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
+from davae.autoencoder_taef2 import AutoencoderTAEF2
 from davae.errors import CheckpointError, SettingsError
 from davae.seeds import generator
 from davae.upgrade import LOADING_ERRORS, load_model
 
 CLASSES: dict[str, type[ModelMixin]] = {
     **BASE_CLASSES,
+    "AutoencoderTAEF2": AutoencoderTAEF2,
     "AutoencoderDC": AutoencoderDC,
     "AutoencoderDA": AutoencoderDA,
 }

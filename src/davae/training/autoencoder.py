@@ -47,13 +47,13 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit)
+    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit, captions=False)
     pictures = pictures.sound(folder / "refused.json")
-    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures)
+    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures, captions=False)
     heldout = heldout.sound(folder / "refused_heldout.json")
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
-    autoencoder = start_autoencoder(recipe, pictures, folder / "start")
+    autoencoder = start_autoencoder(recipe, pictures, folder / "start").to(memory_format=torch.channels_last)
     base_vae = load_base_vae(base_of(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = discriminator_of(recipe)
     trained = set_trained(autoencoder, recipe)
@@ -122,6 +122,7 @@ def discriminator_of(recipe: AutoencoderRecipe) -> Companion | None:
         betas=recipe.betas,
         weight_decay=recipe.weight_decay,
         clip_norm=recipe.clip_norm,
+        gradient_accumulation=recipe.gradient_accumulation,
     )
 
 
@@ -157,6 +158,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         return load_autoencoder(folder)
     check_choices(recipe)
     autoencoder = going_on(recipe) if recipe.autoencoder else untrained(recipe)
+    autoencoder.to(memory_format=torch.channels_last)  # CPUs convolve by a fifth to a half faster
     check_sides(recipe, autoencoder.downsample_factor)
     if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]

@@ -48,9 +48,9 @@ class AutoencoderRecipe(OptimisationRecipe):
     section: ClassVar[str] = "autoencoder"
 
     base: str = ""
-    """Folder or Hub name of the base pipeline; "" is the shipped one."""
+    """Folder or Hub name of the base pipeline, or folder of a bare autoencoder; "" is the shipped pipeline."""
     pictures: str = ""
-    """Folder of captioned pictures or shards; "" is the shipped set."""
+    """Folder of pictures or shards; "" is the shipped set. Captions and classes play no part in stage 1."""
     limit: Positive | None = None
     """At most so many of them, evenly spread."""
     size: Positive = 256
@@ -59,7 +59,7 @@ class AutoencoderRecipe(OptimisationRecipe):
     latents: Literal["detail", "full"] = "detail"
     """"detail" beside base latents; or "full": all `detail_channels` latents are new and none is the base's, as in the
     reference's mode of that name. There is nothing to align then, and no transformer to start from."""
-    base_downsample: Literal["bicubic", "bicubic-antialias"] = "bicubic-antialias"
+    base_downsample: Literal["bicubic", "bicubic-antialias", "bicubic-unclamped"] = "bicubic-antialias"
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
     autoencoder: str = ""

@@ -27,8 +27,8 @@ MAX_SKIPPED_IN_A_ROW = 5
 class Companion:
     """A model, an AdamW at a constant learning rate, and their part of a `TrainingState`'s checkpoints.
 
-    Give it to the state, which moves it to its device and loads it when it resumes; then, in every step in which the
-    model is trained, call `update` once. There is no EMA of it.
+    Give it to the state, which moves it to its device and loads it when it resumes; then, for every batch of a step in
+    which the model is trained, call `update` once. There is no EMA of it.
 
     Args:
         name: of the model; a checkpoint has a file `name`.safetensors and one `name`_optimizer.safetensors.
@@ -37,6 +37,7 @@ class Companion:
         betas: AdamW's two.
         weight_decay: AdamW's, decoupled.
         clip_norm: the largest norm of all its gradients together.
+        gradient_accumulation: calls of `update` that make one step of its optimiser.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Companion:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip_norm: float = 1.0,
+        gradient_accumulation: int = 1,
     ) -> None:
         self.name, self.model = name, model
         self.learning_rate, self.betas = learning_rate, betas
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
+        self.gradient_accumulation = gradient_accumulation
         self.skipped = 0
         self._streak = 0
+        self._pending: list[Tensor] = []
         self._trained = named_parameters({name: model}, model.parameters())
 
     def prepare(self, device: torch.device) -> None:
@@ -69,7 +73,7 @@ class Companion:
         self._keep_buffers()
 
     def update(self, loss: Tensor) -> None:
-        """Backward of the loss, and one step of the optimiser.
+        """Backward of a batch's loss, and after a step's last batch one step of the optimiser.
 
         If the loss or the norm of the gradients is not finite, the step is skipped: weights and moments stay bit for
         bit as they were, and the buffers (BatchNorm's statistics) go back to those of the last step that was not.
@@ -77,9 +81,14 @@ class Companion:
         Raises:
             NumericsError: five steps in a row were skipped.
         """
-        loss.backward()
+        (loss / self.gradient_accumulation).backward()
+        self._pending.append(loss.detach().float())
+        if len(self._pending) < self.gradient_accumulation:
+            return
+        mean = torch.stack(self._pending).mean()
+        self._pending = []
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
-        value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        value, norm_value = torch.stack([mean, norm.float()]).tolist()
         finite = math.isfinite(value) and math.isfinite(norm_value)
         if finite:
             self.optimizer.step()
