@@ -315,5 +315,5 @@ def test_the_shipped_pictures_that_are_not_square_are_cropped():
 
 def test_where_no_captions_are_needed_a_picture_without_one_is_used(tmp_path):
     fill(tmp_path, {"a.png": picture(0), "b.png": picture(1), "b.txt": b"two"})
-    assert open_pictures(tmp_path, size=SIZE, captions=False).captions == ["", "two"]
-    assert open_pictures(tmp_path, size=SIZE).keys == ["b"]
+    assert open_pictures(tmp_path, size=32, captions=False).captions == ["", "two"]
+    assert open_pictures(tmp_path, size=32).keys == ["b"]

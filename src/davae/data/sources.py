@@ -259,7 +259,10 @@ def _entry(
     folders: Mapping[str, int] | None,
     needs_caption: bool,
 ) -> Entry:
-    """A picture with its caption, "" if it has and `needs_caption` none; or, if `folders` is given, with its class number or the sub-folder out of these."""
+    """A picture with its caption; or, if `folders` is given, with its class number or the sub-folder out of these.
+
+    Without `needs_caption` the caption of one that has none is "".
+    """
     if picture.length > MAX_FILE_BYTES:
         reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
         raise PictureRefused(picture.name, reason)
