@@ -60,7 +60,7 @@ class AutoencoderRecipe(OptimisationRecipe):
     start: Literal["closed form", "random"] = "closed form"
     """Of the two new blocks: least squares in the decoder's metric (METHOD section 10), or random as in the paper."""
     code: Code = "aligned"
-    """Of the closed-form start, see `davae.closed_form`: "aligned", "unit variance", "base added" or "zero sum"."""
+    """Of the closed-form start: what the detail latents are at first, see `davae.closed_form.Code`."""
     fit_pictures: Positive = 128
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128
