@@ -82,7 +82,7 @@ def projection(autoencoder: AutoencoderDA) -> Tensor:
 # --------------------------------------------------------------------------------------------------- what is exact
 
 
-@pytest.mark.parametrize("code", ["aligned", "unit variance", "base added"])
+@pytest.mark.parametrize("code", ["aligned", "unit variance", "residual", "base added"])
 @pytest.mark.parametrize("detail_channels", [4, 8, 12])
 def test_the_code_holds_its_directions_and_the_base_predicts_the_rest(detail_channels: int, code: Code) -> None:
     autoencoder, _ = fitted(detail_channels, code=code)
@@ -215,6 +215,16 @@ def test_with_the_base_added_the_group_mean_is_the_base_and_the_codes_own(detail
     assert detail_alignment_loss(detail, base).item() == pytest.approx(mean.square().mean().item(), rel=1e-9)
     picture = fitted(detail_channels, code="unit variance")[0](pictures()[:4]).sample
     assert torch.allclose(autoencoder(pictures()[:4]).sample, picture, atol=1e-8)
+
+
+@torch.no_grad()
+def test_the_residual_code_knows_nothing_of_the_base_and_zero_is_what_the_base_predicts() -> None:
+    autoencoder, _ = fitted(8, code="residual")
+    base, code = autoencoder.encode_base(pictures()), autoencoder.encode_detail(pictures())[0]
+    assert (rows(code).T @ rows(base) / len(rows(base))).abs().max() < 1e-6
+    assert torch.allclose(code.std((0, 2, 3), correction=0), torch.ones(8).double(), atol=1e-9)
+    without = autoencoder.detail_upsample(torch.cat([base, torch.zeros_like(code)], dim=1))
+    assert torch.allclose(rows(F.pixel_unshuffle(without, 2)), prediction(), atol=1e-7)
 
 
 @pytest.mark.parametrize("detail_channels", [8, 12])

@@ -31,7 +31,7 @@ from davae.storage import write_json
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.upgrade import load_autoencoder, load_base_vae
 
-SHIPPED = assets.upgrade() / "vae"
+SHIPPED = assets.upgrade()
 
 
 def recipe(dropout: float, steps: int) -> AutoencoderRecipe:
@@ -102,7 +102,7 @@ def numbers(made: Tensor, pictures: PictureSet, real: Tensor, lpips: LPIPS) -> d
 def measured(kept: Path, folder: Path, pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, Any]:
     """The numbers of one autoencoder, by what its detail latents were; what `kept` holds is not measured again."""
     found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.is_file() else {}
-    autoencoder = load_autoencoder(folder)
+    autoencoder = load_autoencoder(folder, base=load_base_vae(str(assets.base_pipeline())))
     base, detail = autoencoder.split(latents(autoencoder, pictures))
     for name, change in changes(autoencoder).items():
         if name not in found:
@@ -117,7 +117,8 @@ def measured(kept: Path, folder: Path, pictures: PictureSet, real: Tensor, lpips
 @torch.no_grad()
 def measured_base(pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, dict[str, float]]:
     """The numbers of the base autoencoder at half the size, enlarged with bicubic."""
-    way = base_enlarged(load_base_vae(str(assets.base_pipeline())), load_autoencoder(SHIPPED))
+    vae = load_base_vae(str(assets.base_pipeline()))
+    way = base_enlarged(vae, load_autoencoder(SHIPPED, base=vae))
     batches = [pictures.batch(indices.tolist()) for indices in torch.arange(len(pictures)).split(8)]
     return {"": numbers(torch.cat([way(batch).clamp(-1, 1) for batch in batches]), pictures, real, lpips)}
 

@@ -66,9 +66,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the run; the same folder goes on where it stopped.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of the run; it goes on where it stopped.")] = Path("runs/demo"),
     budget: Annotated[str, typer.Option(help="tiny (a check that all runs) or short (the demo).")] = "short",
     seed: Seed = 0,
     dry_run: DryRun = False,

@@ -19,21 +19,23 @@ LOG_VARIANCE = -6.0
 """Of the code's posterior at the start: deviation 0.05 beside the code's 1."""
 PROBES = 2
 
-Code = Literal["aligned", "unit variance", "base added", "zero sum"]
+Code = Literal["aligned", "unit variance", "residual", "base added", "zero sum"]
 """What the detail latents are at the start. c are the first components U^T W Zf, k of the residual's principal ones.
 
 - "aligned": c turned to where its channels are nearest to their group's base latents, and scaled as a whole, so that
   distances in it are distances in pixels.
 - "unit variance": c, each component with unit variance.
-- "base added": U^T W R, each with unit variance, and the base latent in each of its r channels; the group mean is the
-  base latent and the code's own group mean.
-- "zero sum": the same with D - C components, which sum to zero in each group: the group mean is the base latent. Needs
-  r >= 2.
+- "residual": U^T W R, each with unit variance: nothing of the base is in it. Zero detail is the picture that the base
+  predicts.
+- "base added": the same, and the base latent in each of its r channels; the group mean is the base latent and the
+  code's own group mean.
+- "zero sum": "base added" with D - C components, which sum to zero in each group: the group mean is the base latent.
+  Needs r >= 2.
 
-The decoder's map undoes all of them: the first three start with the same picture, the last one with that of D - C.
+The decoder's map undoes all of them: the first four start with the same picture, the last one with that of D - C.
 """
-BASE_CODES: tuple[Code, ...] = ("base added", "zero sum")
-"""Those that hold the base latents: they need an AutoencoderDA with `base_in_detail`."""
+BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
+"""Those that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""
 
 
 class _Maps(NamedTuple):
@@ -91,7 +93,8 @@ def fit_closed_form(
     encode, project = directions.T @ root, inverse @ directions
     if code in BASE_CODES:
         coordinates = _spread(code, encode @ residual, len(base), autoencoder.config.detail_channels)
-        maps = _maps_with_base(prediction, offset, encode, project, coordinates)
+        added = code != "residual"
+        maps = _maps_with_base(prediction, offset, encode, project, coordinates, added=added)
     else:
         maps = _maps_without_base(
             prediction, offset, encode, project, encode @ full, base if code == "aligned" else None
@@ -141,10 +144,15 @@ def _maps_without_base(
     )
 
 
-def _maps_with_base(prediction: Tensor, offset: Tensor, encode: Tensor, project: Tensor, coordinates: Tensor) -> _Maps:
-    """z_d = S U^T W (Zf - A Zb - a) + Zb in each of its r channels, and Zf^ = A Zb + a + W^-1 U S^+ (z_d - Zb)."""
+def _maps_with_base(
+    prediction: Tensor, offset: Tensor, encode: Tensor, project: Tensor, coordinates: Tensor, *, added: bool
+) -> _Maps:
+    """z_d = S U^T W (Zf - A Zb - a) + Zb in each of its r channels, and Zf^ = A Zb + a + W^-1 U S^+ (z_d - Zb).
+
+    Without the two Zb behind the signs if not `added`.
+    """
     channels = prediction.shape[1]
-    repeat = torch.eye(channels).double().repeat_interleave(len(coordinates) // channels, dim=0)
+    repeat = torch.eye(channels).double().repeat_interleave(len(coordinates) // channels, dim=0) * added
     weights, back = coordinates @ encode, project @ torch.linalg.pinv(coordinates)
     return _Maps(
         encoder=(weights, -weights @ offset),
@@ -156,7 +164,7 @@ def _maps_with_base(prediction: Tensor, offset: Tensor, encode: Tensor, project:
 def _spread(code: Code, components: Tensor, base_channels: int, detail_channels: int) -> Tensor:
     """S, [D, k]: components [k, N] of mean zero onto the D channels, the mean variance of their part 1."""
     scale = torch.diag(1 / components.std(dim=1, correction=0))
-    if code == "base added":
+    if code != "zero sum":
         return scale
     ratio = detail_channels // base_channels
     # An orthonormal basis of the vectors of length r that sum to zero: all but the first, constant column.

@@ -101,7 +101,7 @@ def test_the_loss_falls_and_heldout_pictures_profit(trained: tuple[Path, str]) -
     assert len(drawn) == len(heldout)
     originals, reconstructions = read_png(drawn[-1]).chunk(2, dim=1)
     assert originals.shape == reconstructions.shape == (3, 64, 64 * 3)  # as many as are held out
-    assert 0 < (originals.float() - reconstructions.float()).abs().mean() < 64
+    assert 0 < (originals.float() - reconstructions.float()).abs().mean() < 80  # noise: 85 or more
     assert len(heldout) == 4  # before steps 0, 20, 40, and at the end
     assert heldout[-1] > heldout[0] + 0.5
 

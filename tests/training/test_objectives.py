@@ -19,7 +19,7 @@ from davae.record import read_metrics
 from davae.seeds import generator
 from davae.training.conditions import cached_latents, expect_noise
 from davae.training.finetune import FinetuneRecipe, finetune, flow_loss, trained_parameters
-from davae.upgrade import load_autoencoder, load_pipeline, upgrade
+from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
 
 CHANNELS = 4
 """Of the base."""
@@ -190,8 +190,8 @@ def test_losses_are_logged_apart_and_add_up(optioned: Path) -> None:
 
 def test_a_pipeline_trained_on_noisy_latents_decodes_their_units(recipe: FinetuneRecipe, optioned: Path) -> None:
     before = load_autoencoder(Path(recipe.autoencoder))
-    for folder in ("pipeline", "adapter"):
-        after = load_autoencoder(optioned / folder / "vae")
+    for folder in ("pipeline/vae", "adapter"):
+        after = load_autoencoder(optioned / folder, base=load_base_vae(recipe.base))
         assert torch.allclose(after.detail_std, (before.detail_std.square() + 0.25).sqrt())
     base, detail = torch.randn(1, 12, 8, 8, generator=generator(0, "test")).split([4, 8], dim=1)
     detail = before.to_units(detail)

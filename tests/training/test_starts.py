@@ -41,7 +41,13 @@ def test_every_code_starts_with_the_same_picture_but_zero_sum_which_is_aligned(
     pictures = open_pictures(picture_folder, size=64, split="train")
     image = pictures.batch(range(4))
     made, aligned = {}, {}
-    codes: dict[Code, float] = {"aligned": 0.3, "unit variance": 0.3, "base added": 0.3, "zero sum": 0.0}
+    codes: dict[Code, float] = {
+        "aligned": 0.3,
+        "unit variance": 0.3,
+        "residual": 0.3,
+        "base added": 0.3,
+        "zero sum": 0.0,
+    }
     for code, least in codes.items():
         recipe = recipe_for(base_folder, picture_folder, code=code)
         autoencoder = start_autoencoder(recipe, pictures, tmp_path / code / "start")
@@ -49,6 +55,7 @@ def test_every_code_starts_with_the_same_picture_but_zero_sum_which_is_aligned(
         made[code], aligned[code] = autoencoder(image).sample, detail_alignment_loss(detail, base).item()
         assert aligned[code] >= least
     assert torch.allclose(made["base added"], made["aligned"], atol=1e-4)
+    assert torch.allclose(made["residual"], made["aligned"], atol=1e-4)
     assert torch.allclose(made["unit variance"], made["aligned"], atol=1e-4)
     assert not torch.allclose(made["zero sum"], made["aligned"], atol=1e-2)
     assert aligned["zero sum"] < 1e-8

@@ -73,7 +73,7 @@ class AutoencoderRecipe(OptimisationRecipe):
     target: Literal["picture", "base reconstruction"] = "picture"
     """What the reconstruction is compared with: the crop, or what the base autoencoder at full size makes of it."""
     code: Code = "aligned"
-    """Of the closed-form start, see `davae.closed_form`: "aligned", "unit variance", "base added" or "zero sum"."""
+    """Of the closed-form start: what the detail latents are at first, see `davae.closed_form.Code`."""
     fit_pictures: Positive = 128
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128
