@@ -228,6 +228,38 @@ def test_section_10_the_closed_form_start(fitted: tuple[AutoencoderDA, torch.Ten
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("code", ["unit variance", "residual", "base added", "zero sum"])
+def test_section_10_the_other_codes(code: str) -> None:
+    vae, held = tiny.tiny_sd3_pipeline().vae, code != "unit variance"
+    autoencoder = AutoencoderDA.from_base(vae, detail_channels=8, linear_blocks=True, base_in_detail=held)
+    autoencoder = autoencoder.double().eval()
+    pictures = torch.from_numpy(np.tanh(normal(6, 3, 32, 32)))
+    fit_closed_form(autoencoder, pictures, seed=1, code=code)
+    base = autoencoder.encode_base(pictures).numpy()
+    full = np.stack([unshuffled(picture) for picture in autoencoder.encode_pretrained(pictures).numpy()])
+    zb, zf = (array.transpose(1, 0, 2, 3).reshape(array.shape[1], -1) for array in (base, full))
+    ones = np.vstack([zb, np.ones(zb.shape[1])])
+    residual = zf - np.linalg.lstsq(ones.T, zf.T, rcond=None)[0].T @ ones
+    values, vectors = np.linalg.eigh(decoder_metric(autoencoder, pictures[:24], 1).numpy())
+    root = vectors * np.sqrt(values) @ vectors.T
+    components = np.linalg.eigh(root @ residual @ residual.T @ root).eigenvectors[:, ::-1].T @ root
+    found = autoencoder.encode_detail(pictures)[0].numpy().transpose(1, 0, 2, 3).reshape(8, -1)
+    shared = np.repeat(zb, 2, axis=0)
+    if code == "zero sum":  # D - C = 4 components; what is added to the base sums to zero in each group of two
+        added, expected = found - shared, components[:4] @ residual
+        close(added[0::2] + added[1::2], np.zeros((4, zb.shape[1])), tolerance=1e-6)
+        kept = np.sqrt(2) * added[0::2]
+    else:
+        kept = found - shared if code == "base added" else found
+        expected = components[:8] @ (residual if held else zf)
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    expected = expected / expected.std(axis=1, keepdims=True)
+    signs = np.sign((kept * expected).sum(axis=1, keepdims=True))  # of an eigenvector, free
+    scale = np.sqrt(2) if code == "zero sum" else 1.0  # mean variance 1 over the D channels
+    close(kept, scale * signs * expected, tolerance=1e-5)
+
+
+@torch.no_grad()
 def test_section_1_4_latent_statistics_and_units(fitted: tuple[AutoencoderDA, torch.Tensor]) -> None:
     autoencoder, pictures = fitted
     raw = autoencoder.encode_detail(pictures)[0].numpy()

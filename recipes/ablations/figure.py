@@ -1,6 +1,6 @@
-"""The ablations' figure and tables: `python recipes/ablations/figure.py runs/ablations/result.json docs/ablations.png`.
+"""The ablations' figure: `python recipes/ablations/figure.py runs/ablations/result.json docs/ablations.png`.
 
-Prints the tables as Markdown. Every number is the mean over the seeds, +- their standard deviation.
+Every dot is the mean over the seeds, with their standard deviation.
 """
 
 import json
@@ -16,53 +16,6 @@ from PIL import Image
 BASE = "base + bicubic"
 ONE, TWO, BEFORE = "#2b83c6", "#d55e00", "#8a8a84"
 Row = dict[str, Any]
-
-
-def spread(row: Row, name: str, digits: int) -> str:
-    """A number as Markdown; empty where it was not measured."""
-    if name not in row:
-        return ""
-    mean, deviation = row[name]
-    return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if row["seeds"] > 1 else "")
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Both tables and where they come from."""
-    one = [
-        f"| {row['arm']} | {before['heldout_psnr'][0]:.2f} | {spread(row, 'heldout_psnr', 2)} | "
-        f"{before['heldout_lpips'][0]:.4f} | {spread(row, 'heldout_lpips', 4)} | "
-        f"{before['heldout_alignment'][0]:.3f} | {spread(row, 'heldout_alignment', 3)} | {row['seeds']} |"
-        for before, row in zip(result["stage_one_before"], result["stage_one_after"], strict=True)
-    ]
-    two = [
-        f"| {row['arm']} | {spread(row, 'kid', 1)} | {'' if row['arm'] in (BASE, 'reference') else difference(row)} | "
-        f"{spread(row, 'heldout_base_loss', 3)} | {spread(row, 'heldout_detail_loss', 3)} | {row['seeds']} |"
-        for row in result["stage_two"]
-    ]
-    counts, where = result["counts"], result["environment"]
-    return "\n".join(
-        [
-            f"**Stage 1**, {result['stage_one_steps']} steps of four 64 px crops, {counts['heldout']} held-out "
-            "pictures:\n",
-            "| arm | PSNR before, dB | after | LPIPS before | after | alignment loss before | after | seeds |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
-            *one,
-            f"\n**Stage 2**, {result['stage_two_steps']} steps of 16 on {counts['real']} pictures; KID of "
-            f"{counts['prompts']} pictures, losses of held-out latents:\n",
-            "| arm | KID x 1000 (EfficientNet-Lite0) | difference to the reference | base loss | detail loss | seeds |",
-            "|---|---:|---:|---:|---:|---:|",
-            *two,
-            f"\n*`python recipes/ablations/run.py RUN --stage-one-steps {result['stage_one_steps']} --stage-two-steps "
-            f"{result['stage_two_steps']}`, commit {str(where['commit'])[:10]}; mean +- standard deviation over the "
-            "seeds. Detail losses of different codes or r are of different targets, and no comparison.*\n",
-        ]
-    )
-
-
-def difference(row: Row) -> str:
-    """KID minus the reference's of the same seed."""
-    mean, deviation = row["kid_difference"]
-    return f"{mean:+.1f} +- {deviation:.1f}"
 
 
 def dots(axes: Axes, rows: Sequence[Row], name: str, title: str, colour: str, *, filled: bool = True) -> None:
@@ -109,10 +62,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main(result: Path, picture: Path) -> None:
-    """Draw the figure, print the tables."""
-    found = json.loads(result.read_text())
-    draw(found, picture)
-    typer.echo(markdown(found))
+    """Draw the figure."""
+    draw(json.loads(result.read_bytes()), picture)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ from davae.training.autoencoder import (
     start_autoencoder,
     train_autoencoder,
 )
-from davae.training.finetune import FinetuneRecipe, encode_captions, finetune
+from davae.training.conditions import encode_captions
+from davae.training.finetune import FinetuneRecipe, finetune
 from davae.upgrade import load_autoencoder, load_pipeline
 
 REFERENCE, BASE = "reference", "base + bicubic"
