@@ -108,8 +108,8 @@ def _detail(result: Row) -> list[str]:
         "| autoencoder |" + "".join(f" {name} |" for name in names),
         "|---|" + "---:|" * len(names),
         *rows,
-        f"\n*`python recipes/small_pair/measure_detail.py RUN`, {_origin(result)}; as in the paper's Fig. S2, whose rFID "
-        "is 0.47, randomised 8.25, zeroed 2.93.*\n",
+        f"\n*`python recipes/small_pair/measure_detail.py RUN`, {_origin(result)}; as in the paper's Fig. S2, whose "
+        "rFID is 0.47, randomised 8.25, zeroed 2.93.*\n",
     ]
 
 
