@@ -78,8 +78,7 @@ def _rivals(ours: Row, result: Row) -> list[str]:
     empty = "|" * len(batches)
     return [
         "**Against rivals of equal training**, same prompts, seeds and real pictures:\n",
-        "| | tokens | KID x 1000 | PSNR, dB | LPIPS |"
-        + "".join(f" s a picture, batch {batch} |" for batch in batches),
+        "| | tokens | KID x 1000 | PSNR, dB | LPIPS |" + "".join(f" s a picture, batch {batch} |" for batch in batches),
         "|---|---:|---:|---:|---:|" + "---:|" * len(batches),
         f"| shipped upgrade | 64 | {_distance(ours['kid']['shipped upgrade'])} | {shipped['psnr']:.2f} | "
         f"{shipped['lpips']:.4f} |{timed[0]}",

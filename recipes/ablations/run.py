@@ -4,7 +4,8 @@
 
 trains stage 1 and stage 2 of every arm, first all arms with seed 0, then with the next seed; measures each, and writes
 RUN/result.json after every run. The same command goes on where it stopped; what is measured is not made again. Runs of
-one seed share pictures, crops, noise, prompts and the noise that pictures are sampled from. `figure.py` draws it.
+one seed share pictures, crops, noise, prompts and the noise that pictures are sampled from. With `--only SEED` another
+process may make a later seed's runs in RUN once seed 0 is through stage 1. `figure.py` draws the result.
 """
 
 import json
@@ -276,7 +277,8 @@ def main(
     run: Path,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
     stage_one_steps: Annotated[int, typer.Option(help="Of every arm of stage 1.")] = 120,
-    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 200,
+    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 240,
+    only: Annotated[int | None, typer.Option(help="This seed alone: several processes may share RUN.")] = None,
 ) -> None:
     """Train and measure whatever is not there yet."""
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=HELDOUT)
@@ -290,7 +292,8 @@ def main(
 
     def write() -> None:
         facts = {**budget, "counts": counts, "sampling": SAMPLING, "sigmas": SIGMAS, "environment": environment()}
-        write_json(run / "result.json", {**table(one, two), **facts})
+        name = "result.json" if only is None else f"result-{only}.json"
+        write_json(run / name, {**table(one, two), **facts})
 
     def measure_one(arm: str, seed: int) -> None:
         folder = one_folder / f"{slug(arm)}-{seed}"
@@ -300,7 +303,8 @@ def main(
         typer.echo(f"stage 1, seed {seed}, {arm}: {after['heldout_psnr']:.2f} dB")
         write()
 
-    for seed in range(seeds):
+    chosen = range(seeds) if only is None else (only,)
+    for seed in chosen:
         for arm in STAGE_ONE:
             measure_one(arm, seed)
         folder = two_folder / f"base-{seed}"
@@ -314,7 +318,7 @@ def main(
             two[arm][seed] = kept(folder / "measured.json", make)
             typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
             write()
-    for seed, arm in product(range(seeds), STAGE_ONE_ONLY):
+    for seed, arm in product(chosen, STAGE_ONE_ONLY):
         measure_one(arm, seed)
 
 

@@ -1,10 +1,11 @@
-"""What the detail latents are worth: reconstructions with them as they are, another picture's, random, zero, guessed.
+r"""What the detail latents are worth: reconstructions with them as they are, another picture's, random, zero, guessed.
 
-    python recipes/small_pair/measure_detail.py runs/detail
+    python recipes/small_pair/measure_detail.py runs/detail \
+        "residual code, detail dropout"=runs/stage1_residual/autoencoder
 
-trains on from the shipped autoencoder, with detail dropout and for comparison without, and measures these two and the
-shipped one on the held-out pictures; RUN/result.json (copied into experiments/results/detail.json). The same command
-goes on where it stopped. The paper's Fig. S2: rFID 0.47, with random detail 8.25, with zeroed detail 2.93.
+measures the shipped autoencoder and those named on the held-out pictures, beside base + bicubic, and writes
+RUN/result.json (copied into experiments/results/detail.json). What is measured is kept, case by case. The paper's
+Fig. S2: rFID 0.47, with random detail 8.25, with zeroed detail 2.93.
 """
 
 import json
@@ -28,32 +29,9 @@ from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.seeds import generator
 from davae.storage import write_json
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.upgrade import load_autoencoder, load_base_vae
 
 SHIPPED = assets.upgrade()
-
-
-def recipe(dropout: float, steps: int) -> AutoencoderRecipe:
-    """Stage 1 of the shipped pair, on from the shipped autoencoder, on smaller crops."""
-    return AutoencoderRecipe(
-        autoencoder=str(SHIPPED),
-        detail_dropout=dropout,
-        steps=steps,
-        crop=64,
-        batch_size=4,
-        learning_rate=3e-4,
-        warmup_steps=20,
-        ema_decay=0.99,
-        latent_noise=0.3,
-        calibration_pictures=256,
-        heldout_pictures=8,
-        evaluate_every=steps,
-        checkpoint_every=50,
-        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.02),
-    )
-
-
 Change = Callable[[Tensor, Tensor], Tensor]
 """Base and detail latents [B, C or D, h, w] of some pictures, in units -> what stands for the detail latents."""
 
@@ -125,34 +103,22 @@ def measured_base(pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str,
 
 def main(
     run: Path,
-    steps: Annotated[int, typer.Option(help="Of the training with and without dropout.")] = 300,
-    dropout: Annotated[float, typer.Option(help="Of the detail latents of a whole picture.")] = 0.1,
+    autoencoders: Annotated[list[str] | None, typer.Argument(help="NAME=FOLDER of each.")] = None,
     count: Annotated[int | None, typer.Option(help="Held-out pictures; all of them if not given.")] = None,
 ) -> None:
-    """Train and measure what is not there yet."""
+    """Measure what is not measured yet."""
     lpips = LPIPS.alex()
     pictures = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=count)
     real = features_of([pictures.image(index) for index in range(len(pictures))], side=demo.SIZE)
-    rows: dict[str, Any] = {}
-    cases = {
-        "base + bicubic": None,
-        "shipped": None,
-        f"trained on, detail dropout {dropout}": dropout,
-        "trained on": 0.0,
-    }
-    for name, probability in cases.items():
-        kept = run / f"{name.replace(' ', '-')}.json"
-        if name == "base + bicubic":
-            if not kept.is_file():
-                write_json(kept, measured_base(pictures, real, lpips))
-            rows[name] = json.loads(kept.read_bytes())
-        else:
-            folder = SHIPPED
-            if probability is not None:
-                folder = train_autoencoder(recipe(probability, steps), run / f"dropout-{probability}")
-            rows[name] = measured(kept, folder, pictures, real, lpips)
-        facts = {"heldout": len(pictures), "steps": steps, "features": EfficientNetLite0Features.name}
-        write_json(run / "result.json", {"rows": rows, **facts, "environment": environment()})
+    named = [entry.rpartition("=") for entry in autoencoders or ()]
+    kept = run / "base.json"
+    if not kept.is_file():
+        write_json(kept, measured_base(pictures, real, lpips))
+    rows: dict[str, Any] = {"base + bicubic": json.loads(kept.read_bytes())}
+    for name, folder in {"shipped": SHIPPED, **{name: Path(folder) for name, _, folder in named}}.items():
+        rows[name] = measured(run / f"{name.replace(' ', '-')}.json", folder, pictures, real, lpips)
+    facts = {"heldout": len(pictures), "features": EfficientNetLite0Features.name}
+    write_json(run / "result.json", {"rows": rows, **facts, "environment": environment()})
 
 
 if __name__ == "__main__":
