@@ -277,7 +277,7 @@ def main(
     run: Path,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
     stage_one_steps: Annotated[int, typer.Option(help="Of every arm of stage 1.")] = 120,
-    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 240,
+    stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 160,
     only: Annotated[int | None, typer.Option(help="This seed alone: several processes may share RUN.")] = None,
 ) -> None:
     """Train and measure whatever is not there yet."""
