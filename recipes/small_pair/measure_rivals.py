@@ -4,7 +4,8 @@
 
 samples the native pipeline (train_base_transformer.py with native_256.toml) with measure.py's prompts, seeds and
 settings, times it against the upgrade at batch sizes 1 and 16, in turns, and writes RUN/result.json (copied into
-experiments/results/rivals.json). Pictures that are there already are not made again.
+experiments/results/rivals.json). Pictures that are there already are not made again; without the upscaler's result it
+makes them and leaves.
 """
 
 import json
@@ -60,6 +61,8 @@ def main(
     made = generation.sample_many(
         pipelines[demo.NATIVE], prompts, run / "native", label="native", size=demo.SIZE, **SAMPLING
     )
+    if not upscaler.is_file():
+        raise typer.Exit()
     trained = [line for line in read_metrics(training / "metrics.jsonl") if "loss" in line] if training else []
     facts: dict[str, Any] = {
         "kid": demo.measure_kid({"native 256 px model": made}, real, 0),
