@@ -75,7 +75,7 @@ def tiny_taef2(latent_channels: int = 4) -> AutoencoderTAEF2:
     return vae.eval()
 
 
-def _ports_alive(transformer: ModelMixin) -> ModelMixin:
+def ports_alive(transformer: ModelMixin) -> ModelMixin:
     """Random numbers wherever a new model of this class is zero, so that its output depends on everything."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def _ports_alive(transformer: ModelMixin) -> ModelMixin:
 
 def tiny_sd3(channels: int = 16, *, patch_size: int = 2, sample_size: int = 8) -> SD3Transformer2DModel:
     """Two joint blocks, the first with dual attention as in SD 3.5."""
-    return _ports_alive(
+    return ports_alive(
         SD3Transformer2DModel(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -106,7 +106,7 @@ def tiny_sd3(channels: int = 16, *, patch_size: int = 2, sample_size: int = 8) -
 
 
 def tiny_flux(channels: int = 16) -> FluxTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         FluxTransformer2DModel(
             in_channels=4 * channels,
             num_layers=1,
@@ -121,7 +121,7 @@ def tiny_flux(channels: int = 16) -> FluxTransformer2DModel:
 
 
 def tiny_qwen(channels: int = 16) -> QwenImageTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         QwenImageTransformer2DModel(
             in_channels=4 * channels,
             out_channels=channels,
@@ -135,7 +135,7 @@ def tiny_qwen(channels: int = 16) -> QwenImageTransformer2DModel:
 
 
 def tiny_sana(channels: int = 16, *, patch_size: int = 1) -> SanaTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         SanaTransformer2DModel(
             in_channels=channels,
             out_channels=channels,
@@ -153,7 +153,7 @@ def tiny_sana(channels: int = 16, *, patch_size: int = 1) -> SanaTransformer2DMo
 
 
 def tiny_pixart(channels: int = 16, *, patch_size: int = 2) -> PixArtTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         PixArtTransformer2DModel(
             in_channels=channels,
             out_channels=2 * channels,
@@ -169,7 +169,7 @@ def tiny_pixart(channels: int = 16, *, patch_size: int = 2) -> PixArtTransformer
 
 
 def tiny_dit(channels: int = 16, *, patch_size: int = 2) -> DiTTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         DiTTransformer2DModel(
             in_channels=channels,
             out_channels=2 * channels,
@@ -186,7 +186,7 @@ def tiny_lightningdit(
     channels: int = 16, *, patch_size: int = 2, sample_size: int = 8, qk_norm: bool = True
 ) -> LightningDiT2DModel:
     """Two blocks of width 16, 10 classes."""
-    return _ports_alive(
+    return ports_alive(
         LightningDiT2DModel(
             sample_size=sample_size,
             patch_size=patch_size,

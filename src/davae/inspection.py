@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import backbone_of, check_parts
-from davae.widen import LatentPorts
+from davae.widen import LatentPorts, patch_side
 
 _RESOLUTION_FACTOR = 2
 
@@ -22,7 +22,7 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
     check_parts(pipeline)
     transformer, autoencoder = pipeline.transformer, pipeline.vae
     ports = backbone_of(transformer).ports
-    patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
+    patch = patch_side(transformer, ports)
     factor = _downsample_factor(pipeline)
     channels = transformer.config.in_channels // ports.packed**2
     detail_channels = autoencoder.config.get("detail_channels", 0)

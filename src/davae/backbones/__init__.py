@@ -51,9 +51,19 @@ BACKBONES: dict[str, Backbone] = {
     "QwenImageTransformer2DModel": Backbone(
         LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2),
     ),
+    "Flux2Transformer2DModel": Backbone(
+        LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
+    ),
     "SanaTransformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")),
     "PixArtTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
     "DiTTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")),
+    "HunyuanDiT2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
+    "AuraFlowTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d (c p q)", "proj_out", "(p q c) d")),
+    "CogView4Transformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d (c p q)", "proj_out", "(c p q) d")),
+    "Lumina2Transformer2DModel": Backbone(LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d")),
+    "ZImageTransformer2DModel": Backbone(
+        LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2),
+    ),
     "LightningDiT2DModel": Backbone(
         lightningdit.PORTS,
         lightningdit.condition,
