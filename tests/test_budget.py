@@ -275,9 +275,9 @@ def test_trained_layers_are_counted(tiny) -> None:
     assert figures["trained in this stage"] == figures["both latent ports"] + 2 * 16 * 16  # two blocks of width 16
 
 
-def test_a_family_that_cannot_be_trained_is_refused(tiny) -> None:
+def test_a_family_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
     autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-    with pytest.raises(SettingsError, match="not trained"):
+    with pytest.raises(SettingsError, match="budget of a SanaTransformer2DModel cannot be counted"):
         finetune_budget(FinetuneRecipe(size=64), Geometry("x", tiny.vae, tiny_sana().to(META)), autoencoder)
 
 

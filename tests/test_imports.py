@@ -18,6 +18,7 @@ LAYERS = [
     {"storage"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
+    {"noise_prediction"},
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures"},

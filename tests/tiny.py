@@ -209,9 +209,8 @@ def tiny_class_pipeline(*, vae: ModelMixin | None = None) -> ClassConditionalFlo
     return pipeline
 
 
-def _clip(seed: int) -> CLIPTextModelWithProjection:
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
+def clip_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=2 + 2 * len(LETTERS),
         hidden_size=16,
         intermediate_size=16,
@@ -223,10 +222,14 @@ def _clip(seed: int) -> CLIPTextModelWithProjection:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModelWithProjection(config).eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip(seed: int) -> CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    return CLIPTextModelWithProjection(clip_config()).eval()
+
+
+def clip_tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
@@ -242,9 +245,9 @@ def tiny_sd3_pipeline(*, vae: ModelMixin | None = None) -> StableDiffusion3Pipel
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=_clip(1),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_clip(2),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5,
         tokenizer_3=T5Tokenizer(vocab=t5_vocabulary, extra_ids=0),
     )

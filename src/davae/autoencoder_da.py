@@ -330,6 +330,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Latents / scaling_factor + shift_factor: the inverse of `to_units`."""
         return latents / self.config.scaling_factor + self.config.shift_factor
 
+    def standardise(self, latents: Tensor) -> Tensor:
+        """Latents as `encode` gives them -> as the transformer sees them, by what stock pipelines do in between."""
+        return self.to_units(latents)
+
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure mean and deviation of every detail channel over `batches` of pictures (float64) and keep them.

@@ -219,7 +219,7 @@ def test_an_unknown_family_is_refused():
 
 
 def test_a_family_with_ports_only_says_that_it_cannot_be_trained():
-    backbone = backbone_of(tiny.tiny_flux())
+    backbone = backbone_of(families.tiny_auraflow())
     with pytest.raises(SettingsError, match="not trained here yet"):
         backbone.condition(None, ["a"])
     with pytest.raises(SettingsError, match="not trained here yet"):

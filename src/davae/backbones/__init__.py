@@ -3,57 +3,18 @@
 To add a family, add its row; `tests/backbones/test_table.py` then checks that its warm start is exact.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
-
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
 
-from davae.backbones import fixed_size, lightningdit, sd3
+from davae.backbones import flux, lightningdit, sd3
+from davae.backbones.family import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.widen import LatentPorts, Transformer, widen_ports
 
-
-def _ports_only(*arguments: Any, **keywords: Any) -> NoReturn:
-    raise SettingsError(
-        "this family can be widened and upgraded, but not trained here yet; Stable Diffusion 3 and LightningDiT can"
-    )
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """All that davae knows of a transformer's family."""
-
-    ports: LatentPorts
-    """Where latents enter and leave."""
-    condition: Callable[..., dict[str, Tensor]] = _ports_only
-    """(pipeline, prompts, ...) -> the keyword arguments that the transformer wants besides latents and time."""
-    velocity: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor] = _ports_only
-    """(transformer, latents [B,C+D,h,w], sigma [B] in [0, 1], condition) -> velocity [B,C+D,h,w]."""
-    lora_targets: tuple[str, ...] = ()
-    """Names of the layers that get LoRA by default, as peft matches them."""
-    classes: bool = False
-    """Conditions are class numbers, not captions: `condition` is (pipeline, class numbers) -> class_labels [B]."""
-    null_class: Callable[[Any], int] = _ports_only
-    """(transformer) -> the class number that means none; the classes are those below it. Only with `classes`."""
-    picture_side: Callable[[Any, int | None], int] = _ports_only
-    """(pipeline, pixels or None for the default) -> side in pixels; raises SettingsError for one it cannot make."""
-
-
 BACKBONES: dict[str, Backbone] = {
-    "SD3Transformer2DModel": Backbone(
-        sd3.PORTS, sd3.condition, sd3.velocity, sd3.LORA_TARGETS, picture_side=sd3.picture_side
-    ),
-    "FluxTransformer2DModel": Backbone(
-        LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
-    ),
-    "QwenImageTransformer2DModel": Backbone(
-        LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2),
-    ),
-    "Flux2Transformer2DModel": Backbone(
-        LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
-    ),
+    "SD3Transformer2DModel": sd3.BACKBONE,
+    "FluxTransformer2DModel": flux.BACKBONE,
+    "Flux2Transformer2DModel": Backbone(LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)),
+    "QwenImageTransformer2DModel": Backbone(LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2)),
     "SanaTransformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")),
     "PixArtTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
     "DiTTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")),
@@ -62,16 +23,9 @@ BACKBONES: dict[str, Backbone] = {
     "CogView4Transformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d (c p q)", "proj_out", "(c p q) d")),
     "Lumina2Transformer2DModel": Backbone(LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d")),
     "ZImageTransformer2DModel": Backbone(
-        LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2),
+        LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2)
     ),
-    "LightningDiT2DModel": Backbone(
-        lightningdit.PORTS,
-        lightningdit.condition,
-        lightningdit.velocity,
-        classes=True,
-        null_class=lightningdit.null_class,
-        picture_side=fixed_size.picture_side,
-    ),
+    "LightningDiT2DModel": lightningdit.BACKBONE,
 }
 """By the class name of the transformer."""
 

@@ -1,0 +1,162 @@
+"""Every family end to end, on a tiny real pipeline: upgrade, sample, one step of fine-tuning, save, load, sample."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+import pipelines
+from davae.adapter import target_layers
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import backbone_of
+from davae.evaluation.generation import sample, shared_noise
+from davae.training.finetune_recipe import FinetuneRecipe
+from davae.training.objectives import objective_of
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
+
+BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {"flux": pipelines.flux}
+PROMPTS = ["red apple", "a pear"]
+TEXT_TOKENS = 8
+C = pipelines.CHANNELS
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def base(request: pytest.FixtureRequest) -> DiffusionPipeline:
+    with torch.random.fork_rng(devices=[]):
+        return pipelines.quiet(BUILDERS[request.param]())
+
+
+def upgrade_of(base: DiffusionPipeline) -> DiffusionPipeline:
+    """Widened by as many channels, its detail encoder such that its latents vary."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=C, linear_blocks=True).eval()
+        torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
+    return pipelines.quiet(upgrade(base, autoencoder))
+
+
+@pytest.fixture(scope="module")
+def upgraded(base: DiffusionPipeline) -> DiffusionPipeline:
+    return upgrade_of(base)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made(pipeline: DiffusionPipeline, size: int, **settings) -> Tensor:
+    quick = {"seed": 1, "steps": 2, "guidance_scale": 1.0, "prompt_tokens": TEXT_TOKENS, **settings}
+    return sample(pipeline, PROMPTS, size=size, **quick)
+
+
+def seen_tokens(pipeline: DiffusionPipeline, size: int) -> list[tuple[int, ...]]:
+    """Shapes of what the input port is given while a picture of this size is made."""
+    shapes = []
+    port = pipeline.transformer.get_submodule(backbone_of(pipeline.transformer).ports.input)
+    hook = port.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    made(pipeline, size)
+    hook.remove()
+    return shapes
+
+
+def test_the_same_class_makes_twice_the_side_of_the_same_tokens(base, upgraded):
+    assert type(upgraded) is type(base)
+    assert made(base, 32).shape == (2, 3, 32, 32)
+    assert made(upgraded, 64).shape == (2, 3, 64, 64)
+    narrow, wide = seen_tokens(base, 32), seen_tokens(upgraded, 64)
+    assert len(narrow) == len(wide) == 2
+    for before, after in zip(narrow, wide, strict=True):
+        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1  # the channels, and nothing else
+        assert np.prod(after) == 2 * np.prod(before)
+
+
+@torch.no_grad()
+def test_sampling_starts_as_the_bases_on_the_base_half(base, upgraded):
+    """With the noise shared, the input port gives the base's tokens in every step: the detail half has no say yet."""
+    tokens: dict[str, list[Tensor]] = {"base": [], "upgraded": []}
+    for name, pipeline, size in (("base", base, 32), ("upgraded", upgraded, 64)):
+        port = pipeline.transformer.get_submodule(backbone_of(pipeline.transformer).ports.input)
+        hook = port.register_forward_hook(lambda _, __, output, name=name: tokens[name].append(output))
+        made(pipeline, size, steps=3)
+        hook.remove()
+    assert len(tokens["base"]) == 3
+    for theirs, ours in zip(tokens["base"], tokens["upgraded"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert (tokens["base"][0] - tokens["base"][-1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_velocity_is_what_the_stock_pipeline_computes(upgraded):
+    """One Euler step from noise to data: the latents that the pipeline returns are noise - velocity at sigma = 1."""
+    pipeline, backbone = upgraded, backbone_of(upgraded.transformer)
+    if backbone.noise is not None:
+        pytest.skip("predicts noise")
+    noise = shared_noise(pipeline, [0, 1], seed=2, side=8)
+    condition = backbone.condition(pipeline, PROMPTS, max_sequence_length=TEXT_TOKENS)
+    velocity = backbone.velocity(pipeline.transformer, noise, torch.ones(2), condition)
+    seen = []
+    hook = pipeline.transformer.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    made(pipeline, 64, seed=2, steps=1)
+    backbone.velocity(pipeline.transformer, noise, torch.ones(2), condition)
+    hook.remove()
+    for theirs, ours in zip(*(each if isinstance(each, list) else [each] for each in seen), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert velocity.shape == noise.shape
+    assert velocity[:, :C].std() > 0.01
+
+
+def test_the_training_shift_is_the_one_that_sampling_has(upgraded):
+    """The scheduler's own sigmas of a picture are the plain ones, warped by `shift`."""
+    backbone, scheduler = backbone_of(upgraded.transformer), upgraded.scheduler
+    if backbone.noise is not None:
+        pytest.skip("predicts noise")
+    made(upgraded, 64, steps=4)
+    shift = backbone.shift(scheduler, 16)
+    plain = torch.linspace(1, 1 / 4, 4)
+    torch.testing.assert_close(scheduler.sigmas[:4], shift * plain / (1 + (shift - 1) * plain), atol=1e-4, rtol=0)
+
+
+def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_path: Path):
+    upgraded = upgrade_of(base)
+    autoencoder, backbone = upgraded.vae, backbone_of(upgraded.transformer)
+    before = made(upgraded, 64)
+    pictures = numbers(2, 3, 64, 64, seed=3).clamp(-1, 1)
+    autoencoder.calibrate([pictures])
+    with torch.no_grad():
+        clean = autoencoder.standardise(autoencoder.encode(pictures).latent_dist.mode())
+        condition = backbone.condition(upgraded, PROMPTS, max_sequence_length=TEXT_TOKENS)
+    assert clean.shape == (2, 2 * C, 8, 8)
+    torch.testing.assert_close(clean[:, C:].mean(dim=(0, 2, 3)), torch.zeros(C), atol=1e-4, rtol=0)
+    torch.testing.assert_close(clean[:, C:].std(dim=(0, 2, 3), correction=0), torch.ones(C), atol=1e-3, rtol=0)
+    objective = objective_of(upgraded, FinetuneRecipe(), base_channels=C, positions=64)
+    noise, time = numbers(*clean.shape, seed=4), objective.draw_times(2, torch.Generator().manual_seed(5))
+    ports = [upgraded.transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
+    optimiser = torch.optim.SGD([p for port in ports for p in port.parameters()], lr=1e-3)
+
+    def loss() -> Tensor:
+        prediction = objective.predict(upgraded.transformer, clean, noise, time, condition)
+        return objective.loss(prediction, clean, noise, time, weight=1.0)[0]
+
+    first = loss()
+    first.backward()
+    optimiser.step()
+    assert loss().item() < first.item()
+    for port in ports:
+        assert port.weight.grad.abs().max() > 0
+
+    after = made(upgraded, 64)
+    assert not torch.equal(after, before)
+    save_pipeline(upgraded, tmp_path / "saved")
+    loaded = pipelines.quiet(load_pipeline(tmp_path / "saved"))
+    assert type(loaded) is type(base)
+    assert torch.equal(made(loaded, 64), after)
+
+
+def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
+    targets = backbone_of(upgraded.transformer).lora_targets
+    assert targets
+    assert len(target_layers(upgraded.transformer, targets)) >= len(targets)
