@@ -1,7 +1,15 @@
 """Tiny real pipelines, one of each family: stock classes, random weights, f4 base autoencoders, 32 px, 16 tokens."""
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+)
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 import tiny
@@ -36,3 +44,36 @@ def flux() -> FluxPipeline:
         tokenizer_2=texts["tokenizer"],
         transformer=tiny.tiny_flux(CHANNELS),
     )
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    return _pixart(PixArtSigmaPipeline)
+
+
+def pixart_alpha() -> PixArtAlphaPipeline:
+    """As published for 1024 px: its sample size, by which pipeline and transformer know that sizes are conditions."""
+    return _pixart(PixArtAlphaPipeline, sample_size=128, heads=3)
+
+
+def _pixart(kind, **settings):
+    texts = t5(8)
+    return kind(
+        tokenizer=texts["tokenizer"],
+        text_encoder=texts["encoder"],
+        vae=tiny.tiny_vae(CHANNELS, shift_factor=None),
+        transformer=tiny.tiny_pixart(CHANNELS, **settings),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def dit() -> DiTPipeline:
+    vae = tiny.tiny_vae(CHANNELS, shift_factor=None)
+    return DiTPipeline(tiny.tiny_dit(CHANNELS), vae, DDIMScheduler(clip_sample=False))
+
+
+def sd3():
+    return tiny.tiny_sd3_pipeline(vae=tiny.tiny_vae(CHANNELS))
+
+
+def lightningdit():
+    return tiny.tiny_class_pipeline(vae=tiny.tiny_vae(CHANNELS))

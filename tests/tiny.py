@@ -28,8 +28,8 @@ from davae import AutoencoderTAEF2, ClassConditionalFlowPipeline, LightningDiT2D
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
-    """An f4 `AutoencoderKL` with the two scalars of a real one."""
+def tiny_vae(latent_channels: int = 4, *, shift_factor: float | None = 0.1) -> AutoencoderKL:
+    """An f4 `AutoencoderKL` with the scalars of a real one."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -39,7 +39,7 @@ def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=latent_channels,
         scaling_factor=1.5,
-        shift_factor=0.1,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
         sample_size=32,
@@ -152,17 +152,19 @@ def tiny_sana(channels: int = 16, *, patch_size: int = 1) -> SanaTransformer2DMo
     )
 
 
-def tiny_pixart(channels: int = 16, *, patch_size: int = 2) -> PixArtTransformer2DModel:
+def tiny_pixart(
+    channels: int = 16, *, patch_size: int = 2, sample_size: int = 8, heads: int = 2
+) -> PixArtTransformer2DModel:
     return ports_alive(
         PixArtTransformer2DModel(
             in_channels=channels,
             out_channels=2 * channels,
             num_layers=1,
-            num_attention_heads=2,
+            num_attention_heads=heads,
             attention_head_dim=8,
-            cross_attention_dim=16,
+            cross_attention_dim=8 * heads,
             caption_channels=8,
-            sample_size=8,
+            sample_size=sample_size,
             patch_size=patch_size,
         )
     )

@@ -52,6 +52,8 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
             )
         },
     }
+    if backbone_of(transformer).advice:
+        facts["once_upgraded"] = backbone_of(transformer).advice
     facts["upgrade"] = None if facts["upgraded"] else _upgrade_effect(transformer, ports, channels, factor, side, patch)
     return facts
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,13 @@ from davae.adapter import (
     tensors_digest,
 )
 from davae.autoencoder_da import AutoencoderDA, base_class
-from davae.backbones import check_parts
+from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
+
+logger = logging.getLogger(__name__)
 
 OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
 """By the `_class_name` of model_index.json, which diffusers would look for in itself."""
@@ -45,9 +48,16 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     the VAE whose place it takes.
 
     Raises:
-        SettingsError: if the transformer's family is unknown, or `autoencoder` was not made from this pipeline's VAE.
+        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, or `autoencoder`
+            was not made from this pipeline's VAE.
     """
     check_parts(pipeline)
+    backbone = backbone_of(pipeline.transformer)
+    if backbone.refusal:
+        raise SettingsError(
+            f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. What is missing is a pipeline that "
+            "asks its VAE; davae.widen_transformer widens the transformer for one of your own"
+        )
     _check_autoencoder(pipeline, autoencoder)
     nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' `to` warns for nothing
     transformer = widen_transformer(
@@ -60,6 +70,8 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     upgraded = type(pipeline)(**{**arguments, "vae": autoencoder, "transformer": transformer})
     if isinstance(pipeline, DiTPipeline):
         upgraded.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
+    if backbone.advice:
+        logger.warning("the upgraded %s: %s", type(pipeline).__name__, backbone.advice)
     return upgraded
 
 

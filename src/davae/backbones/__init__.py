@@ -5,7 +5,7 @@ To add a family, add its row; `tests/backbones/test_table.py` then checks that i
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones import flux, lightningdit, sd3
+from davae.backbones import dit, flux, lightningdit, pixart, sd3
 from davae.backbones.family import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.widen import LatentPorts, Transformer, widen_ports
@@ -16,12 +16,18 @@ BACKBONES: dict[str, Backbone] = {
     "Flux2Transformer2DModel": Backbone(LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)),
     "QwenImageTransformer2DModel": Backbone(LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2)),
     "SanaTransformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")),
-    "PixArtTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
-    "DiTTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")),
-    "HunyuanDiT2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
+    "PixArtTransformer2DModel": pixart.BACKBONE,
+    "DiTTransformer2DModel": dit.BACKBONE,
+    "HunyuanDiT2DModel": Backbone(
+        LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d"),
+        refusal="HunyuanDiTPipeline computes positions for a downsample factor of 8, whatever its VAE's is",
+    ),
     "AuraFlowTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d (c p q)", "proj_out", "(p q c) d")),
     "CogView4Transformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d (c p q)", "proj_out", "(c p q) d")),
-    "Lumina2Transformer2DModel": Backbone(LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d")),
+    "Lumina2Transformer2DModel": Backbone(
+        LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d"),
+        advice="ask for half the side that you want: Lumina2Pipeline counts with a downsample factor of 8",
+    ),
     "ZImageTransformer2DModel": Backbone(
         LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2)
     ),
@@ -38,7 +44,10 @@ def backbone_of(transformer: ModelMixin) -> Backbone:
     """
     name = type(transformer).__name__
     if name not in BACKBONES:
-        raise SettingsError(f"{name} is of no family that davae knows: {', '.join(BACKBONES)}")
+        raise SettingsError(
+            f"{name} is of no family that davae knows: {', '.join(BACKBONES)}. What is missing is its row there: the "
+            "names and layouts of its two latent ports (docs/backbones.md)"
+        )
     return BACKBONES[name]
 
 
@@ -46,12 +55,15 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
     """Refuse a pipeline without a transformer or without an autoencoder.
 
     Raises:
-        SettingsError: one of them is missing.
+        SettingsError: one of them is missing, or the transformer's family is unknown.
     """
     if missing := {"vae", "transformer"} - pipeline.components.keys():
         raise SettingsError(
-            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded"
+            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded. It has "
+            f"{', '.join(sorted(pipeline.components)) or 'no parts'}; allowed are pipelines with a transformer of "
+            f"{', '.join(BACKBONES)}, and a VAE"
         )
+    backbone_of(pipeline.transformer)
 
 
 def widen_transformer(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:

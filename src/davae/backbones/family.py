@@ -51,3 +51,7 @@ class Backbone:
     pipeline's call that make these pictures of this size; not of families with `classes`."""
     clip_tokens: int = 0
     """Text tokens beside those of the longest text encoder."""
+    advice: str = ""
+    """What a call of the stock pipeline must be told once it is upgraded, in words; "" if nothing."""
+    refusal: str = ""
+    """Why the stock pipeline cannot be upgraded, though its transformer can be widened; "" if it can."""
