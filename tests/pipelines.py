@@ -2,16 +2,38 @@
 
 import torch
 from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    ZImagePipeline,
 )
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+import families
 import tiny
 from tiny import LETTERS
 
@@ -77,3 +99,145 @@ def sd3():
 
 def lightningdit():
     return tiny.tiny_class_pipeline(vae=tiny.tiny_vae(CHANNELS))
+
+
+def sana() -> SanaPipeline:
+    """With the deep-compression autoencoder that SANA has, and a DPM solver for flow models."""
+    torch.manual_seed(6)
+    vae = AutoencoderDC(
+        latent_channels=CHANNELS,
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.4,
+    ).eval()
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
+    text = Gemma2Config(
+        vocab_size=len(tokens),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    return SanaPipeline(
+        tokenizer=GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[]),
+        text_encoder=Gemma2Model(text).eval(),
+        vae=vae,
+        transformer=tiny.tiny_sana(CHANNELS),
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", algorithm_type="dpmsolver++"
+        ),
+    )
+
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+QWEN_WORDS = (
+    "Describe the", " image", " by", " detailing", " the", " color,", " shape,", " size,", " texture,", " quantity,",
+    " text,", " spatial", " relationships", " of", " objects", " and", " background:",
+)  # fmt: skip
+"""Of Qwen-Image's template: a token each, so that its beginning has the 34 tokens that the pipeline cuts off."""
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, the marks of a conversation, and the words of Qwen-Image's template."""
+    letters = [*LETTERS, "\u0120", "\u010a", ".", ",", ":"]  # with a space and a line's end, as byte-level BPE has them
+    tokens = ["<|endoftext|>", *letters]
+    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(list(QWEN_WORDS))
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+def qwen_image() -> QwenImagePipeline:
+    torch.manual_seed(7)
+    means, deviations = torch.randn(CHANNELS).tolist(), torch.rand(CHANNELS).add(0.5).tolist()
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=means,
+        latents_std=deviations,
+    ).eval()
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=tiny.tiny_qwen(CHANNELS),
+    )
+
+
+def _qwen3(layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+
+
+def flux2() -> Flux2KleinPipeline:
+    """Its text encoder has the 27 layers whose middle and last are read, its autoencoder statistics of its patches."""
+    torch.manual_seed(8)
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=CHANNELS,
+        sample_size=32,
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(_qwen3(27)).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=families.tiny_flux2(CHANNELS, text_width=48),
+    )
+
+
+def z_image() -> ZImagePipeline:
+    torch.manual_seed(9)
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny.tiny_vae(CHANNELS),
+        text_encoder=Qwen3Model(_qwen3(2)).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=families.tiny_zimage(CHANNELS),
+    )

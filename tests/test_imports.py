@@ -36,7 +36,7 @@ BESIDE = {
     "assets": set(),
     "importing": {"upgrade"},  # fine-tuned ports need the pipeline that they were tuned from
 }
-ALONE = {"autoencoder_da", "autoencoder_taef2", "lightningdit"}
+ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "lightningdit"}
 """Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
 `backbones` upward."""
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
+from davae.autoencoder_bases import base_facts
 from davae.backbones import backbone_of, check_parts
 from davae.widen import LatentPorts, patch_side
 
@@ -76,7 +77,7 @@ def _upgrade_effect(
 
 def _downsample_factor(pipeline: DiffusionPipeline) -> int:
     known = getattr(pipeline, "vae_scale_factor", None)
-    return known or 2 ** (len(pipeline.vae.config.block_out_channels) - 1)  # DiT's pipeline does not say it
+    return known or 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)  # DiT's pipeline does not say it
 
 
 def _layer(transformer: ModelMixin, name: str) -> Any:

@@ -5,7 +5,7 @@ To add a family, add its row; `tests/backbones/test_table.py` then checks that i
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones import dit, flux, lightningdit, pixart, sd3
+from davae.backbones import dit, flux, flux2, lightningdit, pixart, qwen_image, sana, sd3, z_image
 from davae.backbones.family import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.widen import LatentPorts, Transformer, widen_ports
@@ -13,9 +13,9 @@ from davae.widen import LatentPorts, Transformer, widen_ports
 BACKBONES: dict[str, Backbone] = {
     "SD3Transformer2DModel": sd3.BACKBONE,
     "FluxTransformer2DModel": flux.BACKBONE,
-    "Flux2Transformer2DModel": Backbone(LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)),
-    "QwenImageTransformer2DModel": Backbone(LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2)),
-    "SanaTransformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")),
+    "Flux2Transformer2DModel": flux2.BACKBONE,
+    "QwenImageTransformer2DModel": qwen_image.BACKBONE,
+    "SanaTransformer2DModel": sana.BACKBONE,
     "PixArtTransformer2DModel": pixart.BACKBONE,
     "DiTTransformer2DModel": dit.BACKBONE,
     "HunyuanDiT2DModel": Backbone(
@@ -28,9 +28,7 @@ BACKBONES: dict[str, Backbone] = {
         LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d"),
         advice="ask for half the side that you want: Lumina2Pipeline counts with a downsample factor of 8",
     ),
-    "ZImageTransformer2DModel": Backbone(
-        LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2)
-    ),
+    "ZImageTransformer2DModel": z_image.BACKBONE,
     "LightningDiT2DModel": lightningdit.BACKBONE,
 }
 """By the class name of the transformer."""

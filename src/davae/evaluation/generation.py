@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
+from davae.autoencoder_bases import base_facts
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
@@ -34,8 +35,9 @@ def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: i
     So base and upgraded pictures of one index begin alike, and can be compared side by side.
     """
     vae = pipeline.vae
-    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else vae.config.latent_channels
-    extra = vae.config.latent_channels - channels
+    total = base_facts(vae.config).latent_channels
+    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else total
+    extra = total - channels
     rows = []
     for index in indices:
         base = torch.randn(channels, side, side, generator=generator(seed, "base noise", index))

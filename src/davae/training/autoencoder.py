@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from davae import assets
 from davae.adapter import INDEX
+from davae.autoencoder_bases import decode_base
 from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import BASE_CODES, fit_closed_form
 from davae.data.order import batch_indices, random_crops
@@ -127,10 +128,10 @@ def discriminator_of(recipe: AutoencoderRecipe) -> Companion | None:
 
 
 @torch.no_grad()
-def base_reconstruction(autoencoder: AutoencoderDA, base_vae: AutoencoderKL | AutoencoderTiny, image: Tensor) -> Tensor:
+def base_reconstruction(autoencoder: AutoencoderDA, base_vae: ModelMixin, image: Tensor) -> Tensor:
     """What the base autoencoder makes of pictures [B, 3, H, W] at full size: its mode decoded, within [-1, 1]."""
     latents = autoencoder.from_units(autoencoder.encode_pretrained(image))
-    return base_vae.decode(latents).sample.clamp(-1, 1)
+    return decode_base(base_vae, latents).clamp(-1, 1)
 
 
 def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:
