@@ -1,5 +1,7 @@
 """Every row of the table: the widened model is the base on the base channels, and zero on the others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import families
 import tiny
 from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
-from davae.widen import start_ports
+from davae.widen import start_ports, widen_ports
 
 BASE_CHANNELS = 16  # with fewer, matrix kernels may sum the base and the widened model in different orders
 CAPTION = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -174,6 +176,39 @@ def test_the_warm_start_is_exact(case, detail_channels):
     assert expected.std() > 0.01
     assert torch.equal(output[:, :, :BASE_CHANNELS].flatten(1, 2), expected)
     assert torch.equal(output[:, :, BASE_CHANNELS:], torch.zeros_like(output[:, :, BASE_CHANNELS:]))
+
+
+WRONG = {
+    "(p q c) d": "(c p q) d",
+    "(c p q) d": "(p q c) d",
+    "(p q k c) d": "(c k p q) d",
+    "d (c p q)": "d (p q c)",
+    "d (p q c)": "d (c p q)",
+}
+"""Layouts of the same size, in which the channels lie elsewhere."""
+TRIVIAL = ("sd3-1", "sana-1", "lightningdit-1")
+"""Patches of 1 and one prediction: there is nothing beside the channels."""
+
+
+@pytest.mark.parametrize("port", ["input_layout", "output_layout"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in TRIVIAL])
+@torch.no_grad()
+def test_a_wrong_layout_of_the_right_size_is_no_warm_start(case, port):
+    """So the test above fails for a family, and for no other, if one string of its row is wrong."""
+    build, run = CASES[case]
+    base = build()
+    ports = backbone_of(base).ports
+    if getattr(ports, port) not in WRONG:
+        assert getattr(ports, port) == "d c p q"  # of a convolution, which has no flattened axis
+        return
+    broken = replace(ports, **{port: WRONG[getattr(ports, port)]})
+    widened = widen_ports(base, broken, base_channels=BASE_CHANNELS, detail_channels=16)
+    latents = torch.randn(2, BASE_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(2))
+    expected = run(base, latents)
+    groups = expected.shape[1] // BASE_CHANNELS
+    output = run(widened, torch.cat([latents, torch.ones_like(latents)], dim=1)).unflatten(1, (groups, -1))
+    difference = output[:, :, :BASE_CHANNELS].flatten(1, 2) - expected
+    assert difference.abs().max() > 0.1 * expected.std()
 
 
 @pytest.mark.parametrize("case", CASES)

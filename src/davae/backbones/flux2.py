@@ -18,8 +18,11 @@ from davae.widen import LatentPorts
 
 PORTS = LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.linear_out", "to_qkv_mlp_proj", "attn.to_out")
-"""The image stream's attention and MLP output, and both layers of the single-stream blocks; modulation is shared."""
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.linear_out", "to_qkv_mlp_proj")
+"""The image stream's attention and MLP output, and the joint input of the single-stream blocks; modulation is shared.
+
+Their output `attn.to_out` is called as the other blocks' list of layers is, which LoRA cannot be put on.
+"""
 
 GUIDANCE = 4.0
 """The guidance that a distilled model (FLUX.2-dev) is told in training: the stock pipeline's default."""
