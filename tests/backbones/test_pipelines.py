@@ -19,8 +19,9 @@ import pipelines
 from davae.adapter import target_layers
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
-from davae.backbones.packing import unpack
+from davae.backbones.packing import pack, unpack
 from davae.data.png import to_bytes
+from davae.errors import SettingsError
 from davae.evaluation.generation import sample, shared_noise
 from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.objectives import objective_of
@@ -46,6 +47,15 @@ PROMPTS = ["red apple", "a pear"]
 CLASSES = [1, 7]
 TEXT_TOKENS = 32
 C = pipelines.CHANNELS
+
+
+IMG2IMG = {
+    "StableDiffusion3Pipeline": (StableDiffusion3Img2ImgPipeline, {"guidance_scale": 1.0}),
+    "FluxPipeline": (FluxImg2ImgPipeline, {}),
+    "QwenImagePipeline": (QwenImageImg2ImgPipeline, {"true_cfg_scale": 1.0}),
+    "ZImagePipeline": (ZImageImg2ImgPipeline, {"guidance_scale": 0.0}),
+}
+"""Stock pipelines that start from a picture, and how to call them without guidance."""
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -112,6 +122,24 @@ def test_the_same_class_makes_twice_the_side_of_the_same_tokens(base, upgraded):
         assert np.prod(after) == 2 * np.prod(before)
 
 
+def test_the_default_size_doubles_and_others_are_checked(base, upgraded):
+    side = backbone_of(base.transformer).picture_side
+    assert side(upgraded, None) == 2 * side(base, None)
+    assert side(upgraded, 64) == 64
+    with pytest.raises(SettingsError, match=r"size=65: .*allowed"):
+        side(upgraded, 65)
+
+
+def test_a_pipeline_that_davae_does_not_sample_from_is_named(upgraded):
+    """Not the family counts then, but the pipeline: sizes and calls are those of the ones that are tested."""
+    backbone = backbone_of(upgraded.transformer)
+    if backbone.classes or type(upgraded).__name__ not in IMG2IMG:
+        pytest.skip("there is no other pipeline of this family here")
+    kind, _ = IMG2IMG[type(upgraded).__name__]
+    with pytest.raises(SettingsError, match=rf"a {kind.__name__} was given; allowed is {type(upgraded).__name__}"):
+        backbone.picture_side(kind(**upgraded.components), 64)
+
+
 @torch.no_grad()
 def test_sampling_starts_as_the_bases_on_the_base_half(base, upgraded):
     """With the noise shared, the input port gives the base's tokens in every step: the detail half has no say yet."""
@@ -147,30 +175,29 @@ def test_pixart_alpha_is_the_base_where_it_is_told_the_bases_size():
 
 
 @torch.no_grad()
-def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded):
-    """The transformer's raw output in the first step of sampling, against that of `velocity` or `noise` there."""
+def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded, monkeypatch: pytest.MonkeyPatch):
+    """What the scheduler is given in the first step of sampling is `velocity`, or `noise`, at that time."""
     backbone, transformer = backbone_of(upgraded.transformer), upgraded.transformer
-    calls: list[tuple[dict, Tensor | list[Tensor]]] = []
-    hook = transformer.register_forward_hook(
-        lambda _, __, given, output: calls.append((given, output[0])), with_kwargs=True
-    )
+    given, step = [], upgraded.scheduler.step
+
+    def seen_step(output, timestep, *arguments, **settings):
+        given.append((output, timestep))
+        return step(output, timestep, *arguments, **settings)
+
+    monkeypatch.setattr(upgraded.scheduler, "step", seen_step)
     made(upgraded, 64, seed=2)
     start = shared_noise(upgraded, [0, 1], seed=2, side=8)
     if backbone.classes:
         draws = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
         start = torch.cat([torch.randn(1, 2 * C, 8, 8, generator=draw) for draw in draws])
+    theirs, timestep = given[0]
     if backbone.noise is None:
-        predicted = backbone.velocity(
-            transformer, start, upgraded.scheduler.timesteps[0].expand(2) / 1000, condition_of(upgraded)
-        )
+        ours = backbone.velocity(transformer, start, timestep.expand(2) / 1000, condition_of(upgraded))
     else:
-        predicted, _ = backbone.noise(transformer, start, calls[0][0]["timestep"].long(), condition_of(upgraded))
-    hook.remove()
-    (_, theirs), (_, ours) = calls[0], calls[-1]
-    for one, other in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
-    assert predicted.shape == start.shape
-    assert predicted[:, :C].std() > 0.01
+        ours, _ = backbone.noise(transformer, start, timestep.expand(2), condition_of(upgraded))
+    assert ours.shape == start.shape
+    assert ours[:, :C].std() > 0.01
+    torch.testing.assert_close(pack(ours) if theirs.ndim == 3 else ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_the_training_shift_is_the_one_that_sampling_has(upgraded):
@@ -209,15 +236,6 @@ def test_the_stock_pipeline_decodes_what_training_would_encode(upgraded, monkeyp
     standardised = upgraded.vae.standardise(latents.squeeze(2) if latents.ndim == 5 else latents)
     torch.testing.assert_close(standardised, final, atol=1e-4, rtol=1e-4)
     assert final.std() > 0.1
-
-
-IMG2IMG = {
-    "StableDiffusion3Pipeline": (StableDiffusion3Img2ImgPipeline, {"guidance_scale": 1.0}),
-    "FluxPipeline": (FluxImg2ImgPipeline, {}),
-    "QwenImagePipeline": (QwenImageImg2ImgPipeline, {"true_cfg_scale": 1.0}),
-    "ZImagePipeline": (ZImageImg2ImgPipeline, {"guidance_scale": 0.0}),
-}
-"""Stock pipelines that start from a picture, and how to call them without guidance."""
 
 
 def test_a_picture_is_where_img2img_starts(upgraded):
@@ -276,6 +294,17 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
     loaded = pipelines.quiet(load_pipeline(tmp_path / "saved"))
     assert type(loaded) is type(base)
     assert torch.equal(made(loaded, 64), after)
+
+
+@torch.no_grad()
+def test_classes_are_dropped_by_the_recipe_and_not_by_the_model():
+    """DiT's own dropout of labels would act in training mode, on top of `caption_dropout`."""
+    base = pipelines.dit()
+    transformer, latents = base.transformer.train(), numbers(64, C, 8, 8)
+    condition = {"class_labels": torch.full((64,), 7)}
+    predict = backbone_of(transformer).noise
+    once, again = (predict(transformer, latents, torch.full((64,), 500), condition)[0] for _ in range(2))
+    assert torch.equal(once, again)
 
 
 def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
