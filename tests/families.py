@@ -99,7 +99,7 @@ def tiny_lumina2(channels: int = 16) -> Lumina2Transformer2DModel:
             num_kv_heads=1,
             multiple_of=8,
             axes_dim_rope=(8, 4, 4),
-            axes_lens=(16, 8, 8),
+            axes_lens=(256, 8, 8),
             cap_feat_dim=16,
         )
     )

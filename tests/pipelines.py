@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
     AutoencoderDC,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -11,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    Lumina2Pipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
@@ -101,6 +103,23 @@ def lightningdit():
     return tiny.tiny_class_pipeline(vae=tiny.tiny_vae(CHANNELS))
 
 
+def gemma(width: int) -> dict:
+    """A language model and its tokenizer, which knows letters; of two layers, for some read the last but one."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
+    text = Gemma2Config(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    torch.manual_seed(3)
+    tokenizer = GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    return {"text_encoder": Gemma2Model(text).eval(), "tokenizer": tokenizer}
+
+
 def sana() -> SanaPipeline:
     """With the deep-compression autoencoder that SANA has, and a DPM solver for flow models."""
     torch.manual_seed(6)
@@ -114,19 +133,8 @@ def sana() -> SanaPipeline:
         decoder_qkv_multiscales=((), (), ()),
         scaling_factor=0.4,
     ).eval()
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
-    text = Gemma2Config(
-        vocab_size=len(tokens),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-    )
     return SanaPipeline(
-        tokenizer=GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[]),
-        text_encoder=Gemma2Model(text).eval(),
+        **gemma(8),
         vae=vae,
         transformer=tiny.tiny_sana(CHANNELS),
         scheduler=DPMSolverMultistepScheduler(
@@ -240,4 +248,24 @@ def z_image() -> ZImagePipeline:
         text_encoder=Qwen3Model(_qwen3(2)).eval(),
         tokenizer=qwen_tokenizer(),
         transformer=families.tiny_zimage(CHANNELS),
+    )
+
+
+def auraflow() -> AuraFlowPipeline:
+    texts = t5(16)
+    return AuraFlowPipeline(
+        tokenizer=texts["tokenizer"],
+        text_encoder=texts["encoder"],
+        vae=tiny.tiny_vae(CHANNELS, shift_factor=None),
+        transformer=families.tiny_auraflow(CHANNELS),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def lumina2() -> Lumina2Pipeline:
+    return Lumina2Pipeline(
+        transformer=families.tiny_lumina2(CHANNELS),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny.tiny_vae(CHANNELS),
+        **gemma(16),
     )

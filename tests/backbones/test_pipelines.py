@@ -34,6 +34,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen-image": pipelines.qwen_image,
     "sana": pipelines.sana,
     "z-image": pipelines.z_image,
+    "auraflow": pipelines.auraflow,
+    "lumina2": pipelines.lumina2,
     "pixart-sigma": pipelines.pixart_sigma,
     "pixart-alpha": pipelines.pixart_alpha,
     "dit": pipelines.dit,

@@ -254,7 +254,7 @@ def test_an_unknown_family_is_refused():
 
 
 def test_a_family_with_ports_only_says_that_it_cannot_be_trained():
-    backbone = backbone_of(families.tiny_auraflow())
+    backbone = backbone_of(families.tiny_cogview4())
     with pytest.raises(SettingsError, match="not trained here yet"):
         backbone.condition(None, ["a"])
     with pytest.raises(SettingsError, match="not trained here yet"):

@@ -27,6 +27,8 @@ BUILDERS = {
     "qwen-image": pipelines.qwen_image,
     "sana": pipelines.sana,
     "z-image": pipelines.z_image,
+    "auraflow": pipelines.auraflow,
+    "lumina2": pipelines.lumina2,
     "pixart-sigma": pipelines.pixart_sigma,
     "dit": pipelines.dit,
 }

@@ -5,7 +5,7 @@ To add a family, add its row; `tests/backbones/test_table.py` then checks that i
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones import dit, flux, flux2, lightningdit, pixart, qwen_image, sana, sd3, z_image
+from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
 from davae.backbones.family import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.widen import LatentPorts, Transformer, widen_ports
@@ -22,12 +22,9 @@ BACKBONES: dict[str, Backbone] = {
         LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d"),
         refusal="HunyuanDiTPipeline computes positions for a downsample factor of 8, whatever its VAE's is",
     ),
-    "AuraFlowTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d (c p q)", "proj_out", "(p q c) d")),
+    "AuraFlowTransformer2DModel": auraflow.BACKBONE,
     "CogView4Transformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d (c p q)", "proj_out", "(c p q) d")),
-    "Lumina2Transformer2DModel": Backbone(
-        LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d"),
-        advice="ask for half the side that you want: Lumina2Pipeline counts with a downsample factor of 8",
-    ),
+    "Lumina2Transformer2DModel": lumina2.BACKBONE,
     "ZImageTransformer2DModel": z_image.BACKBONE,
     "LightningDiT2DModel": lightningdit.BACKBONE,
 }

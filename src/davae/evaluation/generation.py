@@ -75,7 +75,8 @@ def sample(
     backbone = backbone_of(pipeline.transformer)
     side = backbone.picture_side(pipeline, size)
     indices = range(first_index, first_index + len(prompts))
-    noise = shared_noise(pipeline, indices, seed=seed, side=side // pipeline.vae_scale_factor)
+    factor = 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)  # not every pipeline's own count is its VAE's
+    noise = shared_noise(pipeline, indices, seed=seed, side=side // factor)
     arguments = backbone.call(
         pipeline,
         prompts,
