@@ -7,9 +7,8 @@ import torch
 
 import pipelines
 from davae.autoencoder_bases import decode_base
-from davae.evaluation.reconstruction import reconstruct
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.upgrade import load_autoencoder, load_base_vae
+from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.upgrade import load_autoencoder
 
 BUILDERS = {
     "dc": lambda: pipelines.sana().vae,
@@ -29,15 +28,16 @@ def test_stage_1_starts_in_closed_form_and_lowers_its_loss(name: str, picture_fo
         size=64,
         crop=32,
         detail_channels=pipelines.CHANNELS,
-        fit_pictures=12,
-        steps=3,
+        fit_pictures=6,
+        loss=LossWeights(lpips=0.0),
+        steps=2,
         batch_size=4,
         learning_rate=1e-3,
         warmup_steps=0,
         ema_decay=0.0,
         precision="float32",
         evaluate_every=2,
-        heldout_pictures=2,
+        heldout_pictures=1,
         calibration_pictures=12,
         target="base reconstruction",
     )
@@ -49,8 +49,4 @@ def test_stage_1_starts_in_closed_form_and_lowers_its_loss(name: str, picture_fo
     assert not torch.equal(autoencoder.detail_std, torch.ones_like(autoencoder.detail_std))
     trained = autoencoder.joint_decoder.state_dict()
     assert any(not torch.equal(tensor, frozen[f"decoder.{key}"]) for key, tensor in trained.items())
-    page = reconstruct(
-        autoencoder, picture_folder, tmp_path / "page", base=load_base_vae(str(tmp_path / "base")), size=64, limit=2
-    )
-    assert page.is_file()
     assert decode_base(base, torch.zeros(1, pipelines.CHANNELS, 4, 4)).shape == (1, 3, 16, 16)
