@@ -12,7 +12,7 @@ from diffusers import (
 from tiny import ports_alive
 
 
-def tiny_flux2(channels: int = 16, *, text_width: int = 16) -> Flux2Transformer2DModel:
+def tiny_flux2(channels: int = 16, *, text_width: int = 16, guidance_embeds: bool = False) -> Flux2Transformer2DModel:
     return ports_alive(
         Flux2Transformer2DModel(
             in_channels=4 * channels,
@@ -23,7 +23,7 @@ def tiny_flux2(channels: int = 16, *, text_width: int = 16) -> Flux2Transformer2
             joint_attention_dim=text_width,
             timestep_guidance_channels=16,
             axes_dims_rope=(2, 2, 2, 2),
-            guidance_embeds=False,
+            guidance_embeds=guidance_embeds,
         )
     )
 

@@ -105,9 +105,10 @@ def tiny_sd3(channels: int = 16, *, patch_size: int = 2, sample_size: int = 8) -
     )
 
 
-def tiny_flux(channels: int = 16) -> FluxTransformer2DModel:
+def tiny_flux(channels: int = 16, *, guidance_embeds: bool = False) -> FluxTransformer2DModel:
     return ports_alive(
         FluxTransformer2DModel(
+            guidance_embeds=guidance_embeds,
             in_channels=4 * channels,
             num_layers=1,
             num_single_layers=1,

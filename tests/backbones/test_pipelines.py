@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogView4Pipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
     FluxImg2ImgPipeline,
     QwenImageImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
@@ -15,7 +18,9 @@ from diffusers import (
 )
 from torch import Tensor
 
+import families
 import pipelines
+import tiny
 from davae.adapter import target_layers
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
@@ -103,6 +108,18 @@ def condition_of(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
     return backbone.condition(pipeline, PROMPTS, max_sequence_length=TEXT_TOKENS)
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[tuple[tuple, object]]:
+    """The positional arguments and the result of every call of a method from now on; it does what it did."""
+    calls, method = [], getattr(owner, name)
+
+    def seen(*arguments, **settings):
+        calls.append((arguments, method(*arguments, **settings)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, name, seen)
+    return calls
+
+
 def seen_tokens(pipeline: DiffusionPipeline, size: int) -> list[tuple[int, ...]]:
     """Shapes of what the input port is given while a picture of this size is made."""
     shapes = []
@@ -180,19 +197,13 @@ def test_pixart_alpha_is_the_base_where_it_is_told_the_bases_size():
 def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded, monkeypatch: pytest.MonkeyPatch):
     """What the scheduler is given in the first step of sampling is `velocity`, or `noise`, at that time."""
     backbone, transformer = backbone_of(upgraded.transformer), upgraded.transformer
-    given, step = [], upgraded.scheduler.step
-
-    def seen_step(output, timestep, *arguments, **settings):
-        given.append((output, timestep))
-        return step(output, timestep, *arguments, **settings)
-
-    monkeypatch.setattr(upgraded.scheduler, "step", seen_step)
+    given = recorded(monkeypatch, upgraded.scheduler, "step")
     made(upgraded, 64, seed=2)
     start = shared_noise(upgraded, [0, 1], seed=2, side=8)
     if backbone.classes:
         draws = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
         start = torch.cat([torch.randn(1, 2 * C, 8, 8, generator=draw) for draw in draws])
-    theirs, timestep = given[0]
+    theirs, timestep, *_ = given[0][0]
     if backbone.noise is None:
         ours = backbone.velocity(transformer, start, timestep.expand(2) / 1000, condition_of(upgraded))
     else:
@@ -217,24 +228,13 @@ def test_the_training_shift_is_the_one_that_sampling_has(upgraded):
 
 def test_the_stock_pipeline_decodes_what_training_would_encode(upgraded, monkeypatch: pytest.MonkeyPatch):
     """What it gives the autoencoder, standardised as in training, are the latents of its last step."""
-    steps, given = [], []
-    step, decode = upgraded.scheduler.step, upgraded.vae.decode
-
-    def seen_step(*arguments, **settings):
-        steps.append(step(*arguments, **settings))
-        return steps[-1]
-
-    def seen_decode(latents, *arguments, **settings):
-        given.append(latents)
-        return decode(latents, *arguments, **settings)
-
-    monkeypatch.setattr(upgraded.scheduler, "step", seen_step)
-    monkeypatch.setattr(upgraded.vae, "decode", seen_decode)
+    steps = recorded(monkeypatch, upgraded.scheduler, "step")
+    given = recorded(monkeypatch, upgraded.vae, "decode")
     made(upgraded, 64)
-    final = steps[-1][0]
+    final = steps[-1][1][0]
     if backbone_of(upgraded.transformer).ports.packed > 1:
         final = unpack(final, 8, 8)
-    (latents,) = given
+    (((latents, *_), _),) = given
     standardised = upgraded.vae.standardise(latents.squeeze(2) if latents.ndim == 5 else latents)
     torch.testing.assert_close(standardised, final, atol=1e-4, rtol=1e-4)
     assert final.std() > 0.1
@@ -296,6 +296,47 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
     loaded = pipelines.quiet(load_pipeline(tmp_path / "saved"))
     assert type(loaded) is type(base)
     assert torch.equal(made(loaded, 64), after)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2"])
+@torch.no_grad()
+def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypatch: pytest.MonkeyPatch):
+    """FLUX.1-dev and FLUX.2-dev: `velocity` is what their pipelines compute when they are called without a guidance."""
+    base = BUILDERS[family]()
+    embeds = numbers(1, 5, 16)
+    told = {"prompt_embeds": embeds}
+    if family == "flux":
+        base.transformer = tiny.tiny_flux(C, guidance_embeds=True)
+        told["pooled_prompt_embeds"] = embeds[:, 0]
+    else:
+        models = {"scheduler": base.scheduler, "vae": base.vae}
+        transformer = families.tiny_flux2(C, guidance_embeds=True)
+        base = Flux2Pipeline(**models, transformer=transformer, text_encoder=None, tokenizer=None)
+    pipeline = upgrade_of(pipelines.quiet(base))
+    given, noise = recorded(monkeypatch, pipeline.scheduler, "step"), numbers(1, 2 * C, 8, 8, seed=1)
+    latents = pack(noise) if family == "flux" else torch.nn.functional.pixel_unshuffle(noise, 2)
+    pipeline(**told, latents=latents, height=64, width=64, num_inference_steps=1, output_type="latent")
+    condition = {"encoder_hidden_states": embeds}
+    if family == "flux":
+        condition["pooled_projections"] = embeds[:, 0]
+    ours = backbone_of(pipeline.transformer).velocity(pipeline.transformer, noise, torch.ones(1), condition)
+    torch.testing.assert_close(pack(ours), given[0][0][0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_family_with_ports_only_makes_pictures_of_twice_the_side_as_well():
+    """CogView4, of which davae knows no captions: its stock pipeline is called with what somebody has encoded."""
+    base = CogView4Pipeline(
+        vae=tiny.tiny_vae(C, shift_factor=None),
+        transformer=families.tiny_cogview4(C),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    upgraded = upgrade_of(pipelines.quiet(base))
+    told = {"prompt_embeds": numbers(1, 16, 16), "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "pt"}
+    assert upgraded(**told).images.shape == (1, 3, 64, 64)
+    assert base(**told).images.shape == (1, 3, 32, 32)
 
 
 @torch.no_grad()
