@@ -25,6 +25,7 @@ from davae.adapter import target_layers
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.backbones.packing import pack, unpack
+from davae.backbones.sana import instruction
 from davae.data.png import to_bytes
 from davae.errors import SettingsError
 from davae.evaluation.generation import sample, shared_noise
@@ -321,6 +322,26 @@ def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypa
         condition["pooled_projections"] = embeds[:, 0]
     ours = backbone_of(pipeline.transformer).velocity(pipeline.transformer, noise, torch.ones(1), condition)
     torch.testing.assert_close(pack(ours), given[0][0][0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["sana", "lumina2"])
+def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(family):
+    """It stands alone, where a prompt stands behind an instruction; in a batch and by itself."""
+    pipeline = BUILDERS[family]()
+    condition = backbone_of(pipeline.transformer).condition
+    mixed = condition(pipeline, ["red apple", ""], max_sequence_length=400)
+    embeds, mask, none, no_mask = pipeline.encode_prompt(
+        ["red apple"],
+        max_sequence_length=400,
+        **({"complex_human_instruction": instruction()} if family == "sana" else {}),
+    )
+    for row, expected in enumerate(((embeds, mask), (none, no_mask))):
+        for made, theirs in zip(mixed.values(), expected, strict=True):
+            torch.testing.assert_close(made[row : row + 1], theirs, atol=1e-5, rtol=1e-5)
+    alone = condition(pipeline, [""], max_sequence_length=400)
+    torch.testing.assert_close(alone["encoder_hidden_states"], none, atol=1e-5, rtol=1e-5)
+    assert mask.sum() > no_mask.sum()
 
 
 @torch.no_grad()

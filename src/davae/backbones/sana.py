@@ -46,21 +46,11 @@ def condition(pipeline: SanaPipeline, prompts: Sequence[str], *, max_sequence_le
     Returns:
         `encoder_hidden_states` [B, tokens, width] and `encoder_attention_mask` [B, tokens].
     """
-    rows = []
-    for prompt in prompts:
-        if prompt:
-            embeds, mask, _, _ = pipeline.encode_prompt(
-                [prompt],
-                do_classifier_free_guidance=False,
-                max_sequence_length=max_sequence_length,
-                complex_human_instruction=instruction(),
-            )
-        else:  # what guidance is against; the prompt itself has no say in it
-            _, _, embeds, mask = pipeline.encode_prompt(
-                [prompt], negative_prompt=prompt, max_sequence_length=max_sequence_length
-            )
-        rows.append((embeds, mask))
-    embeds, masks = (torch.cat(values) for values in zip(*rows, strict=True))
+    settings = {"max_sequence_length": max_sequence_length, "complex_human_instruction": instruction()}
+    # The second pair is of no prompt, as guidance is against; what is given as the first has no say in it.
+    embeds, masks, none, no_mask = pipeline.encode_prompt([prompt or " " for prompt in prompts], **settings)
+    given = torch.tensor([bool(prompt) for prompt in prompts], device=embeds.device)[:, None]
+    embeds, masks = torch.where(given[..., None], embeds, none), torch.where(given, masks, no_mask)
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": masks}
 
 
