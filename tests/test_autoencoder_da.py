@@ -369,8 +369,8 @@ class SomebodysOwn(AutoencoderKL):
 
 def test_bases_and_factors_that_are_refused() -> None:
     config = json.loads(trained("kl").to_json_string())
-    with pytest.raises(ValueError, match="AutoencoderDC is not supported; allowed are AutoencoderKL, AutoencoderTiny"):
-        AutoencoderDA.from_config({**config, "base_config": {"_class_name": "AutoencoderDC"}})
+    with pytest.raises(ValueError, match="VQModel is not supported; allowed are AutoencoderKL, AutoencoderTiny"):
+        AutoencoderDA.from_config({**config, "base_config": {"_class_name": "VQModel"}})
     with pytest.raises(ValueError, match="SomebodysOwn is not supported"):
         AutoencoderDA.from_base(SomebodysOwn(block_out_channels=(8,), norm_num_groups=4), detail_channels=4)
     with pytest.raises(ValueError, match="resolution_factor=4"):

@@ -22,7 +22,7 @@ from davae.recipe import load_recipe
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, set_trained
 from davae.training.finetune import FinetuneRecipe
 from davae.workload import condition_of, counting, in_half, meta, stage_one_work
-from tiny import tiny_sana, tiny_sd3_pipeline, tiny_vae
+from tiny import tiny_flux, tiny_sana, tiny_sd3_pipeline, tiny_vae
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SD35M = RECIPES / "sd35m_1024.toml"
@@ -275,9 +275,20 @@ def test_trained_layers_are_counted(tiny) -> None:
     assert figures["trained in this stage"] == figures["both latent ports"] + 2 * 16 * 16  # two blocks of width 16
 
 
-def test_a_family_that_cannot_be_trained_is_refused(tiny) -> None:
+def test_a_budget_of_flux_is_counted_too(tiny) -> None:
     autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-    with pytest.raises(SettingsError, match="not trained"):
+    channels = tiny.vae.config.latent_channels
+    geometry = Geometry("x", tiny.vae, tiny_flux(channels).to(META))
+    recipe = FinetuneRecipe(size=64, trained="full", prompt_tokens=24)
+    figures = {figure.name: figure.value for figure in finetune_budget(recipe, geometry, autoencoder)}
+    assert figures["tokens, 4 x 4"] == 16
+    assert figures["text tokens beside them"] == 24
+    assert figures["transformer, one picture, forward and backward"] > 2 * figures["transformer, one picture, forward"]
+
+
+def test_a_family_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
+    autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    with pytest.raises(SettingsError, match="budget of a SanaTransformer2DModel cannot be counted"):
         finetune_budget(FinetuneRecipe(size=64), Geometry("x", tiny.vae, tiny_sana().to(META)), autoencoder)
 
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"storage"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
+    {"noise_prediction"},
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures"},
@@ -35,7 +36,7 @@ BESIDE = {
     "assets": set(),
     "importing": {"upgrade"},  # fine-tuned ports need the pipeline that they were tuned from
 }
-ALONE = {"autoencoder_da", "autoencoder_taef2", "lightningdit"}
+ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "lightningdit"}
 """Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
 `backbones` upward."""
 

@@ -6,12 +6,23 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 
+import families
+import pipelines
 import tiny
 from davae.adapter import add_lora, base_digest, load_adapter, save_adapter, target_layers
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, save_pipeline, upgrade
+
+
+class OnlyParts(DiffusionPipeline):
+    """A pipeline of an older kind: nothing in it is a transformer."""
+
+    def __init__(self, vae, text_encoder, tokenizer):
+        super().__init__()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+
 
 TARGETS = BACKBONES["SD3Transformer2DModel"].lora_targets
 
@@ -146,6 +157,24 @@ def test_a_dit_pipeline_is_upgraded_as_well(tmp_path):
             torch.testing.assert_close(ours[:, :4], theirs, atol=1e-5, rtol=0)
             assert ours.shape[1] == 16
     assert (made["base"][-1] - made["base"][0]).abs().max() > 0.1
+
+
+def test_a_pipeline_that_cannot_run_upgraded_is_refused_and_says_why(base, autoencoder):
+    base.transformer = families.tiny_hunyuan(4)
+    with pytest.raises(SettingsError, match=r"positions for a downsample factor of 8.*davae.widen_transformer"):
+        upgrade(base, autoencoder)
+
+
+def test_a_pipeline_without_a_transformer_is_told_what_it_lacks(base, autoencoder):
+    parts = {name: base.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+    with pytest.raises(SettingsError, match=r"has no transformer.*It has .*vae.*allowed are .*FluxTransformer2DModel"):
+        upgrade(OnlyParts(**parts), autoencoder)
+
+
+def test_an_upgrade_says_what_the_stock_pipeline_must_be_told(caplog):
+    pixart = pipelines.pixart_sigma()
+    upgrade(pixart, AutoencoderDA.from_base(pixart.vae, detail_channels=16).eval())
+    assert "PixArtSigmaPipeline: call it with use_resolution_binning=False" in caplog.text
 
 
 def test_lora_starts_without_effect_and_trains_the_ports_in_full(base, autoencoder):

@@ -28,8 +28,8 @@ from davae import AutoencoderTAEF2, ClassConditionalFlowPipeline, LightningDiT2D
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
-    """An f4 `AutoencoderKL` with the two scalars of a real one."""
+def tiny_vae(latent_channels: int = 4, *, shift_factor: float | None = 0.1) -> AutoencoderKL:
+    """An f4 `AutoencoderKL` with the scalars of a real one."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -39,7 +39,7 @@ def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=latent_channels,
         scaling_factor=1.5,
-        shift_factor=0.1,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
         sample_size=32,
@@ -75,7 +75,7 @@ def tiny_taef2(latent_channels: int = 4) -> AutoencoderTAEF2:
     return vae.eval()
 
 
-def _ports_alive(transformer: ModelMixin) -> ModelMixin:
+def ports_alive(transformer: ModelMixin) -> ModelMixin:
     """Random numbers wherever a new model of this class is zero, so that its output depends on everything."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def _ports_alive(transformer: ModelMixin) -> ModelMixin:
 
 def tiny_sd3(channels: int = 16, *, patch_size: int = 2, sample_size: int = 8) -> SD3Transformer2DModel:
     """Two joint blocks, the first with dual attention as in SD 3.5."""
-    return _ports_alive(
+    return ports_alive(
         SD3Transformer2DModel(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -105,9 +105,10 @@ def tiny_sd3(channels: int = 16, *, patch_size: int = 2, sample_size: int = 8) -
     )
 
 
-def tiny_flux(channels: int = 16) -> FluxTransformer2DModel:
-    return _ports_alive(
+def tiny_flux(channels: int = 16, *, guidance_embeds: bool = False) -> FluxTransformer2DModel:
+    return ports_alive(
         FluxTransformer2DModel(
+            guidance_embeds=guidance_embeds,
             in_channels=4 * channels,
             num_layers=1,
             num_single_layers=1,
@@ -121,7 +122,7 @@ def tiny_flux(channels: int = 16) -> FluxTransformer2DModel:
 
 
 def tiny_qwen(channels: int = 16) -> QwenImageTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         QwenImageTransformer2DModel(
             in_channels=4 * channels,
             out_channels=channels,
@@ -135,7 +136,7 @@ def tiny_qwen(channels: int = 16) -> QwenImageTransformer2DModel:
 
 
 def tiny_sana(channels: int = 16, *, patch_size: int = 1) -> SanaTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         SanaTransformer2DModel(
             in_channels=channels,
             out_channels=channels,
@@ -152,24 +153,26 @@ def tiny_sana(channels: int = 16, *, patch_size: int = 1) -> SanaTransformer2DMo
     )
 
 
-def tiny_pixart(channels: int = 16, *, patch_size: int = 2) -> PixArtTransformer2DModel:
-    return _ports_alive(
+def tiny_pixart(
+    channels: int = 16, *, patch_size: int = 2, sample_size: int = 8, heads: int = 2
+) -> PixArtTransformer2DModel:
+    return ports_alive(
         PixArtTransformer2DModel(
             in_channels=channels,
             out_channels=2 * channels,
             num_layers=1,
-            num_attention_heads=2,
+            num_attention_heads=heads,
             attention_head_dim=8,
-            cross_attention_dim=16,
+            cross_attention_dim=8 * heads,
             caption_channels=8,
-            sample_size=8,
+            sample_size=sample_size,
             patch_size=patch_size,
         )
     )
 
 
 def tiny_dit(channels: int = 16, *, patch_size: int = 2) -> DiTTransformer2DModel:
-    return _ports_alive(
+    return ports_alive(
         DiTTransformer2DModel(
             in_channels=channels,
             out_channels=2 * channels,
@@ -186,7 +189,7 @@ def tiny_lightningdit(
     channels: int = 16, *, patch_size: int = 2, sample_size: int = 8, qk_norm: bool = True
 ) -> LightningDiT2DModel:
     """Two blocks of width 16, 10 classes."""
-    return _ports_alive(
+    return ports_alive(
         LightningDiT2DModel(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -209,9 +212,8 @@ def tiny_class_pipeline(*, vae: ModelMixin | None = None) -> ClassConditionalFlo
     return pipeline
 
 
-def _clip(seed: int) -> CLIPTextModelWithProjection:
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
+def clip_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=2 + 2 * len(LETTERS),
         hidden_size=16,
         intermediate_size=16,
@@ -223,10 +225,14 @@ def _clip(seed: int) -> CLIPTextModelWithProjection:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModelWithProjection(config).eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip(seed: int) -> CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    return CLIPTextModelWithProjection(clip_config()).eval()
+
+
+def clip_tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
@@ -242,9 +248,9 @@ def tiny_sd3_pipeline(*, vae: ModelMixin | None = None) -> StableDiffusion3Pipel
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=_clip(1),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_clip(2),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5,
         tokenizer_3=T5Tokenizer(vocab=t5_vocabulary, extra_ids=0),
     )

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -151,11 +152,16 @@ def add_lora(
         The trainable parameters, all float32. If the transformer is in half precision, run it under autocast.
 
     Raises:
-        SettingsError: if `rank` is below 1, or a target is a port or no layer at all.
+        SettingsError: if `rank` is below 1, a target is a port or no layer at all, or the class has no LoRA.
     """
     ports = backbone_of(transformer).ports
     if rank < 1:
         raise SettingsError(f"rank={rank} must be 1 or more")
+    if not isinstance(transformer, PeftAdapterMixin):
+        raise SettingsError(
+            f'a {type(transformer).__name__} has no LoRA in diffusers: train the layers themselves, trained="layers", '
+            '"full" or "ports"'
+        )
     target_layers(transformer, targets)
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

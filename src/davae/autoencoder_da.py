@@ -1,6 +1,6 @@
 """AutoencoderDA: a frozen base autoencoder with a detail encoder beside it and a joint decoder behind both.
 
-Imports torch and diffusers only, so that this one file can lie beside weights.
+Imports torch, diffusers and `davae.autoencoder_bases` only, so that both files can lie beside weights.
 """
 
 import copy
@@ -10,23 +10,29 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import (
     AutoencoderMixin,
     DecoderOutput,
     DecoderTiny,
     DiagonalGaussianDistribution,
-    EncoderTiny,
 )
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-BASE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-TAEF2 = "AutoencoderTAEF2"
-"""The one base class outside diffusers, in `davae.autoencoder_taef2`; see `base_class`."""
+from davae.autoencoder_bases import (
+    LINEAR_ONLY,
+    base_class,
+    base_facts,
+    contract,
+    decode_pixels,
+    drop_latent_layers,
+    encode_mode,
+    features,
+)
+
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
 """`base_downsample` of the config -> torch's `antialias`.
 
@@ -123,6 +129,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             last encoder and first decoder layers stay; otherwise both are skipped, as in the paper.
         base_in_detail: a 1x1 convolution of the base latents is added to the detail latents' mean, so that these can
             hold the base's exactly (the codes "base added" and "zero sum" of the closed-form start).
+        encoder_block_out_channels: `block_out_channels` again, for SANA's pipelines; None for others. This and what
+            follows is `autoencoder_bases.contract`.
+        z_dim: `latent_channels` again, for Qwen-Image's pipelines, which also give and take pictures and latents as
+            videos of one frame, [B, channels, 1, height, width].
+        latents_mean: C + D zeros, for Qwen-Image's pipelines: `encode` standardises by itself.
+        latents_std: C + D ones, likewise.
+        batch_norm_eps: of `bn`, which FLUX.2's pipelines read: the base's statistics of 2x2 patches of latents, and for
+            the detail latents mean 0 and variance 1.
     """
 
     _supports_gradient_checkpointing = False
@@ -141,6 +155,11 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         shift_factor: float = 0.0,
         linear_blocks: bool = True,
         base_in_detail: bool = False,
+        encoder_block_out_channels: tuple[int, ...] | list[int] | None = None,
+        z_dim: int | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        batch_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
@@ -154,14 +173,22 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.joint_decoder = base.decoder
         if self.base_quant_conv is not None:
             self.base_quant_conv.requires_grad_(False)
-        into_down = out_of_up = base.config.latent_channels
+        into_down = out_of_up = base_facts(base.config).latent_channels
         if not linear_blocks:
-            into_down, out_of_up = _drop_latent_layers(self.detail_encoder, self.joint_decoder)
+            if base_config["_class_name"] in LINEAR_ONLY:
+                raise ValueError(f"linear_blocks=False: a {base_config['_class_name']} is upgraded with True only.")
+            into_down, out_of_up = drop_latent_layers(self.detail_encoder, self.joint_decoder)
         self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, linear_shortcut=linear_blocks)
         self.detail_upsample = DetailUpsample(latent_channels, out_of_up, linear_shortcut=linear_blocks)
         self.detail_from_base = nn.Conv2d(base_channels, detail_channels, 1, bias=False) if base_in_detail else None
         self.register_buffer("detail_mean", torch.zeros(detail_channels))
         self.register_buffer("detail_std", torch.ones(detail_channels))
+        self.bn: nn.BatchNorm2d | None = None
+        if batch_norm_eps is not None:
+            self.bn = nn.BatchNorm2d(4 * latent_channels, eps=batch_norm_eps, affine=False)
+            self.bn.running_var.fill_(1 - batch_norm_eps)  # so that standardising leaves detail latents as they are
+        if z_dim is not None:
+            self.temperal_downsample = [False] * (len(block_out_channels) - 1)  # stock pipelines count it
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_size = 1024
@@ -172,7 +199,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     @classmethod
     def from_base(
         cls,
-        vae: AutoencoderKL | AutoencoderTiny,
+        vae: ModelMixin,
         *,
         detail_channels: int,
         base_downsample: str = "bicubic-antialias",
@@ -192,20 +219,22 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
         """
         base_class(type(vae).__name__)
-        stages = tuple(vae.config.block_out_channels)
+        facts = base_facts(vae.config)
         settings = inspect.signature(type(vae).__init__).parameters.keys() & vae.config.keys()
-        base_channels = 0 if all_new else vae.config.latent_channels
+        base_channels = 0 if all_new else facts.latent_channels
+        stages = (*facts.stages, facts.stages[-1])
         autoencoder = cls(
             base_config={"_class_name": type(vae).__name__, **{name: vae.config[name] for name in sorted(settings)}},
             base_channels=base_channels,
             detail_channels=detail_channels,
             latent_channels=base_channels + detail_channels,
-            block_out_channels=(*stages, stages[-1]),
+            block_out_channels=stages,
             base_downsample=base_downsample,
-            scaling_factor=vae.config.scaling_factor,
-            shift_factor=vae.config.shift_factor or 0.0,
+            scaling_factor=facts.scaling_factor,
+            shift_factor=facts.shift_factor,
             linear_blocks=linear_blocks,
             base_in_detail=base_in_detail,
+            **contract(vae.config, latent_channels=base_channels + detail_channels, stages=stages),
         )
         autoencoder._start_from(vae)
         nn.Module.to(autoencoder, dtype=vae.dtype, device=vae.device)  # diffusers' own `to` warns without a reason
@@ -243,8 +272,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode_pretrained(self, sample: Tensor) -> Tensor:
         """The base encoder on a picture as it is, scaled as by `encode_base`: [B, base's channels, H / f, W / f]."""
         if self.base_encoder is None:  # all new: the detail encoder is the base's until it is trained
-            return self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
-        return self.to_units(_encode(self.base_encoder, self.base_quant_conv, sample))
+            return self.to_units(encode_mode(self.detail_encoder, self.detail_quant_conv, sample))
+        return self.to_units(encode_mode(self.base_encoder, self.base_quant_conv, sample))
 
     def encode_detail(self, sample: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the detail latents before standardisation, each [B, D, h, w].
@@ -252,9 +281,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         With `base_in_detail` the base latents are needed; give them as `base` where they are known already.
         """
         if self.config.linear_blocks:
-            hidden = self.to_units(_encode(self.detail_encoder, self.detail_quant_conv, sample))
+            hidden = self.to_units(encode_mode(self.detail_encoder, self.detail_quant_conv, sample))
         else:
-            hidden = _features(self.detail_encoder, sample)
+            hidden = features(self.detail_encoder, sample)
         mean, log_variance = self.detail_downsample(hidden).chunk(2, dim=1)
         if self.detail_from_base is not None:
             mean = mean + self.detail_from_base(self.encode_base(sample) if base is None else base)
@@ -263,7 +292,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
         """The joint decoder: base and detail latents, both before standardisation -> [B, 3, H, W]."""
         hidden = self.detail_upsample(torch.cat([base, detail], dim=1))
-        return self.decode_full(hidden) if self.config.linear_blocks else _pixels(self.joint_decoder, hidden)
+        return (
+            self.decode_full(hidden) if self.config.linear_blocks else decode_pixels(self.joint_decoder, None, hidden)
+        )
 
     def decode_full(self, latents: Tensor) -> Tensor:
         """The joint decoder behind its first block: latents of the full picture before standardisation -> [B, 3, H, W].
@@ -271,11 +302,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         Before training this is the base autoencoder's own decoder. Only with linear blocks.
         """
         hidden = self.from_units(latents)
-        if self.joint_post_quant_conv is not None:
-            hidden = self.joint_post_quant_conv(hidden)
         if isinstance(self.joint_decoder, DecoderTiny):
             hidden = torch.tanh(hidden / 3) * 3
-        return _pixels(self.joint_decoder, hidden)
+        return decode_pixels(self.joint_decoder, self.joint_post_quant_conv, hidden)
 
     # ------------------------------------------------------------------------------------------ the diffusers contract
 
@@ -284,12 +313,13 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Posterior over the C + D latents; the base half is deterministic.
 
         Raises:
-            ValueError: a side of the picture is no multiple of the downsample factor.
+            ValueError: a side of the picture is no multiple of the downsample factor, or there are several frames.
         """
+        frames, x = x.ndim == 5, _picture(x)
         self._check_sample(x)
         channels = 2 * self.config.latent_channels
         moments = self._in_pieces(self._moments, x, channels=channels, up=1, down=self.downsample_factor)
-        posterior = DiagonalGaussianDistribution(moments)
+        posterior = DiagonalGaussianDistribution(moments.unsqueeze(2) if frames else moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -299,12 +329,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Pictures [B, 3, H, W], about [-1, 1], of latents [B, C + D, h, w]; `generator` is unused, as in diffusers.
 
         Raises:
-            ValueError: the latents have not C + D channels.
+            ValueError: the latents have not C + D channels, or there are several frames.
         """
+        frames, z = z.ndim == 5, _picture(z)
         c, d = self.config.base_channels, self.config.detail_channels
         if z.shape[1] != c + d:
             raise ValueError(f"latents of {z.shape[1]} channels; this decoder reads {c + d} ({c} base + {d} detail).")
         sample = self._in_pieces(self._pictures, z, channels=3, up=self.downsample_factor, down=1)
+        sample = sample.unsqueeze(2) if frames else sample
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -329,6 +361,13 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_units(self, latents: Tensor) -> Tensor:
         """Latents / scaling_factor + shift_factor: the inverse of `to_units`."""
         return latents / self.config.scaling_factor + self.config.shift_factor
+
+    def standardise(self, latents: Tensor) -> Tensor:
+        """Latents as `encode` gives them -> as the transformer sees them, by what stock pipelines do in between."""
+        if self.bn is None:
+            return self.to_units(latents)
+        mean, variance = (values.view(1, -1, 1, 1) for values in (self.bn.running_mean, self.bn.running_var))
+        return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / (variance + self.bn.eps).sqrt(), 2)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -440,7 +479,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
 
     @torch.no_grad()
-    def _start_from(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+    def _start_from(self, vae: ModelMixin) -> None:
         theirs = vae.state_dict()
         for name, tensor in self.state_dict().items():
             pretrained = name.partition("_")[2]  # base_encoder, detail_encoder and joint_decoder are named after theirs
@@ -448,8 +487,11 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
                 tensor.copy_(theirs[pretrained])
         if self.detail_from_base is not None:
             self.detail_from_base.weight.zero_()
+        if self.bn is not None and self.config.base_channels:
+            for name in ("running_mean", "running_var"):
+                getattr(self.bn, name)[: 4 * self.config.base_channels] = theirs[f"bn.{name}"]
         if self.config.linear_blocks:
-            down, up, channels = self.detail_downsample, self.detail_upsample, vae.config.latent_channels
+            down, up, channels = self.detail_downsample, self.detail_upsample, base_facts(vae.config).latent_channels
             for parameter in (*down.parameters(), *up.parameters()):
                 parameter.zero_()
             down.shortcut.bias[self.config.detail_channels :] = -5.0
@@ -459,34 +501,18 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
                 down.shortcut.weight[:channels, :, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=1) / 4
 
 
-def base_class(name: str) -> type[AutoencoderKL | AutoencoderTiny]:
-    """The class of a base autoencoder by its name.
-
-    Raises:
-        ValueError: no base autoencoder is called so; the message names those that are.
-    """
-    if name == TAEF2:
-        from davae.autoencoder_taef2 import AutoencoderTAEF2  # the one base that diffusers does not have
-
-        return AutoencoderTAEF2
-    if name not in BASE_CLASSES:
-        allowed = ", ".join((*BASE_CLASSES, TAEF2))
-        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {allowed}.")
-    return BASE_CLASSES[name]
-
-
 def _check_settings(
     base_config: dict, base_channels: int, detail_channels: int, resolution_factor: int, base_downsample: str
 ) -> None:
     base_class(base_config["_class_name"])
-    groups = base_channels or base_config["latent_channels"]  # all new: as many as base and detail would have
+    channels = base_facts(base_config).latent_channels
+    groups = base_channels or channels  # all new: as many as base and detail would have
     if detail_channels <= 0 or detail_channels % groups:
         nearest = max(1, round(detail_channels / groups)) * groups
         raise ValueError(
             f"detail_channels={detail_channels} must be a positive multiple of base_channels={groups}: the "
             f"alignment loss averages groups. The nearest is {nearest}."
         )
-    channels = base_config.get("latent_channels", base_channels)
     statistics = [base_config.get(name) for name in ("latents_mean", "latents_std")]
     if statistics != [None, None] and (
         any(each is None or len(each) != channels for each in statistics)
@@ -502,35 +528,11 @@ def _check_settings(
         raise ValueError(f"base_downsample={base_downsample!r}: allowed are {', '.join(DOWNSAMPLE_FILTERS)}.")
 
 
-def _drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> tuple[int, int]:
-    """Take away the encoder's last and the decoder's first layer; channels before the one and behind the other."""
-    if isinstance(encoder, EncoderTiny):
-        last, first = encoder.layers[-1], decoder.layers[0]
-        encoder.layers[-1] = nn.Identity()
-        decoder.layers[0] = nn.Identity()  # type: ignore[assignment]
-    else:
-        last, first = encoder.conv_out, decoder.conv_in
-        encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
-    return last.in_channels, first.out_channels
-
-
-def _features(encoder: nn.Module, sample: Tensor) -> Tensor:
-    """What the encoder's last layer returns, or what it is given where that layer was dropped."""
-    # AutoencoderTiny's networks see pictures in [0, 1]; calling its layers leaves that to us.
-    return encoder.layers(sample.add(1).div(2)) if isinstance(encoder, EncoderTiny) else encoder(sample)
-
-
-def _encode(encoder: nn.Module, quant_conv: nn.Module | None, sample: Tensor) -> Tensor:
-    """The mode of the posterior, in the autoencoder's own scale."""
-    hidden = _features(encoder, sample)
-    if isinstance(encoder, EncoderTiny):
-        return hidden
-    return (hidden if quant_conv is None else quant_conv(hidden)).chunk(2, dim=1)[0]
-
-
-def _pixels(decoder: nn.Module, hidden: Tensor) -> Tensor:
-    """The decoder's layers, and pictures in [-1, 1]."""
-    return decoder.layers(hidden).mul(2).sub(1) if isinstance(decoder, DecoderTiny) else decoder(hidden)
+def _picture(tensor: Tensor) -> Tensor:
+    """The one frame of a video [B, channels, 1, height, width], or what is a picture already."""
+    if tensor.ndim == 5 and tensor.shape[2] != 1:
+        raise ValueError(f"a video of {tensor.shape[2]} frames: this autoencoder is for pictures, one frame.")
+    return tensor.squeeze(2) if tensor.ndim == 5 else tensor
 
 
 def _feather(length: int, like: Tensor) -> Tensor:

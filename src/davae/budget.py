@@ -22,6 +22,7 @@ from davae.recipe import has_sections, load_recipe, read_toml
 from davae.training.autoencoder import AutoencoderRecipe, set_trained
 from davae.training.finetune import FinetuneRecipe, trained_parameters
 from davae.training.optimisation import OptimisationRecipe
+from davae.widen import patch_side
 from davae.workload import Work, condition_of, counting, in_half, meta, stage_one_work, transformer_work
 
 PEAK_TFLOPS = 989
@@ -191,7 +192,7 @@ def _parts(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[
 def _grid(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> list[Figure]:
     ports = backbone_of(transformer).ports
     side = size // autoencoder.downsample_factor
-    patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
+    patch = patch_side(transformer, ports)
     return [
         Figure("latent channels, base and detail", autoencoder.config.latent_channels, "", "derived"),
         Figure("side of the latents", side, "", "derived"),

@@ -9,7 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from davae import assets
-from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
+from davae.autoencoder_bases import BASE_CLASSES
+from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.upgrade import LOADING_ERRORS

@@ -4,8 +4,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
+from davae.autoencoder_bases import base_facts
 from davae.backbones import backbone_of, check_parts
-from davae.widen import LatentPorts
+from davae.widen import LatentPorts, patch_side
 
 _RESOLUTION_FACTOR = 2
 
@@ -22,7 +23,7 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
     check_parts(pipeline)
     transformer, autoencoder = pipeline.transformer, pipeline.vae
     ports = backbone_of(transformer).ports
-    patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
+    patch = patch_side(transformer, ports)
     factor = _downsample_factor(pipeline)
     channels = transformer.config.in_channels // ports.packed**2
     detail_channels = autoencoder.config.get("detail_channels", 0)
@@ -52,6 +53,8 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
             )
         },
     }
+    if backbone_of(transformer).advice:
+        facts["once_upgraded"] = backbone_of(transformer).advice
     facts["upgrade"] = None if facts["upgraded"] else _upgrade_effect(transformer, ports, channels, factor, side, patch)
     return facts
 
@@ -74,7 +77,7 @@ def _upgrade_effect(
 
 def _downsample_factor(pipeline: DiffusionPipeline) -> int:
     known = getattr(pipeline, "vae_scale_factor", None)
-    return known or 2 ** (len(pipeline.vae.config.block_out_channels) - 1)  # DiT's pipeline does not say it
+    return known or 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)  # DiT's pipeline does not say it
 
 
 def _layer(transformer: ModelMixin, name: str) -> Any:

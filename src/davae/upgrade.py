@@ -2,13 +2,14 @@
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, DiTPipeline, ModelMixin
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,12 +23,15 @@ from davae.adapter import (
     read_index,
     tensors_digest,
 )
-from davae.autoencoder_da import AutoencoderDA, base_class
-from davae.backbones import check_parts
+from davae.autoencoder_bases import base_class, base_facts
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.storage import replaced_whole
+
+logger = logging.getLogger(__name__)
 
 OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
 """By the `_class_name` of model_index.json, which diffusers would look for in itself."""
@@ -45,9 +49,16 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     the VAE whose place it takes.
 
     Raises:
-        SettingsError: if the transformer's family is unknown, or `autoencoder` was not made from this pipeline's VAE.
+        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, or `autoencoder`
+            was not made from this pipeline's VAE.
     """
     check_parts(pipeline)
+    backbone = backbone_of(pipeline.transformer)
+    if backbone.refusal:
+        raise SettingsError(
+            f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. What is missing is a pipeline that "
+            "asks its VAE; davae.widen_transformer widens the transformer for one of your own"
+        )
     _check_autoencoder(pipeline, autoencoder)
     nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' `to` warns for nothing
     transformer = widen_transformer(
@@ -60,6 +71,8 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     upgraded = type(pipeline)(**{**arguments, "vae": autoencoder, "transformer": transformer})
     if isinstance(pipeline, DiTPipeline):
         upgraded.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
+    if backbone.advice:
+        logger.warning("the upgraded %s: %s", type(pipeline).__name__, backbone.advice)
     return upgraded
 
 
@@ -131,7 +144,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 def load_autoencoder(
     folder: Path,
     *,
-    base: AutoencoderKL | AutoencoderTiny | None = None,
+    base: ModelMixin | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> AutoencoderDA:
@@ -203,7 +216,7 @@ def _half_of(base: nn.Module | None, folder: Path, digest: str) -> dict[str, tor
     return half
 
 
-def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> AutoencoderKL | AutoencoderTiny:
+def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixin:
     """The autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
 
     A folder without `model_index.json` but with a `config.json` is the autoencoder itself.
@@ -265,11 +278,12 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
             "all latents of this autoencoder are new (base_channels=0): a transformer knows none of them, so there is "
             "no warm start. Use one with a base half, or train a transformer on its latents from scratch"
         )
+    facts = base_facts(vae.config)
     for name, ours, theirs in (
-        ("base_channels", config.base_channels, vae.config.latent_channels),
-        ("scaling_factor", config.scaling_factor, vae.config.scaling_factor),
-        ("shift_factor", config.shift_factor, vae.config.shift_factor or 0.0),
-        ("stages before the detail's", len(config.block_out_channels) - 1, len(vae.config.block_out_channels)),
+        ("base_channels", config.base_channels, facts.latent_channels),
+        ("scaling_factor", config.scaling_factor, facts.scaling_factor),
+        ("shift_factor", config.shift_factor, facts.shift_factor),
+        ("stages before the detail's", len(config.block_out_channels) - 1, len(facts.stages)),
     ):
         if not math.isclose(ours, theirs, rel_tol=1e-6):
             raise SettingsError(
@@ -283,10 +297,19 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
                 f"the autoencoder's {name} of the base latents is {numbers}, and the pipeline's VAE has {wanted}: the "
                 "transformer would see its latents at another scale. Make it with AutoencoderDA.from_base(pipeline.vae)"
             )
+    patches = getattr(vae, "bn", None)
+    for name in ("running_mean", "running_var") if patches is not None else ():
+        ours = None if autoencoder.bn is None else getattr(autoencoder.bn, name)[: 4 * config.base_channels].cpu()
+        theirs = getattr(patches, name).cpu()
+        if ours is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+            raise SettingsError(
+                f"the autoencoder's {name} of 2x2 patches of the base latents is not that of the pipeline's VAE: the "
+                "transformer would see its latents at another scale. Make it with AutoencoderDA.from_base(pipeline.vae)"
+            )
     check_base_encoder(autoencoder, vae)
 
 
-def check_base_encoder(autoencoder: AutoencoderDA, vae: AutoencoderKL | AutoencoderTiny) -> None:
+def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
     """Refuse an autoencoder that was made from another VAE.
 
     Raises:

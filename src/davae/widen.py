@@ -37,6 +37,13 @@ class LatentPorts:
     """Layout of its weight, for instance `"(p q c) d"`."""
     packed: int = 1
     """Side of the patches that the pipeline packs into channels before the transformer sees them; 1 if it does not."""
+    patch: int | None = None
+    """Side of the transformer's own patches, where its config has no `patch_size`."""
+
+
+def patch_side(transformer: ModelMixin, ports: LatentPorts) -> int:
+    """Side in latent positions of what one token holds, packed by the pipeline or by the transformer itself."""
+    return ports.packed if ports.packed > 1 else ports.patch or transformer.config.patch_size
 
 
 def pad_channels(weight: Tensor, layout: str, detail_channels: int, **axes: int) -> Tensor:
@@ -141,7 +148,7 @@ def _port_layouts(
     transformer: ModelMixin, ports: LatentPorts, channels: int
 ) -> Mapping[str, tuple[str, dict[str, int]]]:
     """Layout and sizes of the axes in its brackets, of every tensor with a channel axis, which has `channels`."""
-    patch = ports.packed if ports.packed > 1 else transformer.config.patch_size
+    patch = patch_side(transformer, ports)
     tensors = transformer.state_dict()
     rows = tensors[f"{ports.output}.weight"].shape[0]
     sizes = {"p": patch, "q": patch, "k": rows // (patch * patch * channels)}

@@ -17,14 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone
+from davae.errors import SettingsError
 from davae.geometry import META, Geometry
 from davae.losses import detail_alignment_loss, reconstruction_l1
 from davae.perceptual import LPIPS, patch_starts
 from davae.training.autoencoder import AutoencoderRecipe
 from davae.training.finetune import FinetuneRecipe
 
-CLIP_TOKENS = 77
-"""Of both CLIPs together: Stable Diffusion 3 joins them on the channel axis."""
 VGG_STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 """Convolutions and their channels in the five stages of VGG16."""
 
@@ -176,12 +175,21 @@ def transformer_work(
 
 
 def condition_of(transformer: ModelMixin, backbone: Backbone, prompt_tokens: int) -> dict[str, Tensor]:
-    """What the transformer wants of one caption or class, besides latents and time."""
+    """What the transformer wants of one caption or class, besides latents and time.
+
+    Raises:
+        SettingsError: captions of a family whose shapes are not known here.
+    """
     if backbone.classes:
         return {"class_labels": meta(1, dtype=torch.long)}
-    # Where these are none, the family cannot be trained, and its `velocity` says so.
-    width, pooled = (transformer.config.get(f"{name}_dim", 0) for name in ("joint_attention", "pooled_projection"))
+    dims = [transformer.config.get(f"{name}_dim") for name in ("joint_attention", "pooled_projection")]
+    if None in dims:
+        raise SettingsError(
+            f"the budget of a {type(transformer).__name__} cannot be counted: davae does not know the shapes of its "
+            "captions. Allowed are the families of Stable Diffusion 3, FLUX.1 and LightningDiT"
+        )
+    width, pooled = dims
     return {
-        "encoder_hidden_states": meta(1, CLIP_TOKENS + prompt_tokens, width),
+        "encoder_hidden_states": meta(1, backbone.clip_tokens + prompt_tokens, width),
         "pooled_projections": meta(1, pooled),
     }

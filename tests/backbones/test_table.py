@@ -1,12 +1,15 @@
 """Every row of the table: the widened model is the base on the base channels, and zero on the others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import families
 import tiny
 from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
-from davae.widen import start_ports
+from davae.widen import start_ports, widen_ports
 
 BASE_CHANNELS = 16  # with fewer, matrix kernels may sum the base and the widened model in different orders
 CAPTION = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -64,6 +67,45 @@ def run_sd3(model, latents):
     return model(latents, caption, caption[:, 0], TIMESTEP, return_dict=False)[0]
 
 
+def run_flux2(model, latents):
+    rows, columns = torch.arange(16) // 4, torch.arange(16) % 4
+    ids = torch.stack([torch.zeros(16), rows, columns, torch.zeros(16)], dim=1)
+    return unpack(
+        model(
+            hidden_states=pack(latents),
+            encoder_hidden_states=WIDE_CAPTION,
+            timestep=TIMESTEP / 1000,
+            img_ids=ids,
+            txt_ids=torch.zeros(5, 4),
+            return_dict=False,
+        )[0]
+    )
+
+
+def run_hunyuan(model, latents):
+    mask = torch.ones(2, 5)
+    return model(latents, TIMESTEP, WIDE_CAPTION, mask, CAPTION, mask, return_dict=False)[0]
+
+
+def run_auraflow(model, latents):
+    return model(latents, WIDE_CAPTION, TIMESTEP / 1000, return_dict=False)[0]
+
+
+def run_cogview4(model, latents):
+    size = torch.tensor([[32.0, 32.0]] * 2)
+    return model(latents, WIDE_CAPTION, TIMESTEP, size, size, torch.zeros(2, 2), return_dict=False)[0]
+
+
+def run_lumina2(model, latents):
+    mask = torch.ones(2, 5, dtype=torch.int)
+    return model(latents, 1 - TIMESTEP / 1000, WIDE_CAPTION, mask, return_dict=False)[0]
+
+
+def run_zimage(model, latents):
+    pictures = list(latents.unsqueeze(2).unbind(dim=0))  # one frame each
+    return torch.stack(model(pictures, 1 - TIMESTEP / 1000, list(WIDE_CAPTION), return_dict=False)[0]).squeeze(2)
+
+
 def pack(latents):
     """As `FluxPipeline._pack_latents` and Qwen's: [b, c, 2h, 2w] -> [b, h w, 4c], channels outermost."""
     b, c, h, w = latents.shape
@@ -81,6 +123,13 @@ CASES = {
     "sd3-4": (lambda: tiny.tiny_sd3(patch_size=4), run_sd3),
     "flux": (tiny.tiny_flux, run_flux),
     "qwen": (tiny.tiny_qwen, run_qwen),
+    "flux2": (families.tiny_flux2, run_flux2),
+    "hunyuan-2": (families.tiny_hunyuan, run_hunyuan),
+    "hunyuan-without-variance": (lambda: families.tiny_hunyuan(learn_sigma=False), run_hunyuan),
+    "auraflow-2": (families.tiny_auraflow, run_auraflow),
+    "cogview4": (families.tiny_cogview4, run_cogview4),
+    "lumina2": (families.tiny_lumina2, run_lumina2),
+    "zimage": (families.tiny_zimage, run_zimage),
     "sana-1": (lambda: tiny.tiny_sana(patch_size=1), run_sana),
     "sana-2": (lambda: tiny.tiny_sana(patch_size=2), run_sana),
     "pixart-2": (lambda: tiny.tiny_pixart(patch_size=2), run_pixart),
@@ -93,6 +142,11 @@ CASES = {
 }
 
 
+INTERLEAVED = ("lumina2", "zimage")
+"""Linear input ports whose new columns lie between the old: kernels split sums of more than 192 terms in two."""
+PAIRS = [(case, 16) for case in CASES] + [(case, 32 if case in INTERLEAVED else 48) for case in CASES]
+
+
 @pytest.fixture
 def one_thread():
     """Several threads may split the sums of a 1x1 convolution in another order for 32 input channels than for 16."""
@@ -103,8 +157,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("detail_channels", [16, 48])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "detail_channels"), PAIRS)
 @torch.no_grad()
 def test_the_warm_start_is_exact(case, detail_channels):
     build, run = CASES[case]
@@ -125,8 +178,53 @@ def test_the_warm_start_is_exact(case, detail_channels):
     assert torch.equal(output[:, :, BASE_CHANNELS:], torch.zeros_like(output[:, :, BASE_CHANNELS:]))
 
 
-@pytest.mark.parametrize("detail_channels", [16, 48])
+WRONG = {
+    "(p q c) d": "(c p q) d",
+    "(c p q) d": "(p q c) d",
+    "(p q k c) d": "(c k p q) d",
+    "d (c p q)": "d (p q c)",
+    "d (p q c)": "d (c p q)",
+}
+"""Layouts of the same size, in which the channels lie elsewhere."""
+TRIVIAL = ("sd3-1", "sana-1", "lightningdit-1")
+"""Patches of 1 and one prediction: there is nothing beside the channels."""
+
+
+@pytest.mark.parametrize("port", ["input_layout", "output_layout"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in TRIVIAL])
+@torch.no_grad()
+def test_a_wrong_layout_of_the_right_size_is_no_warm_start(case, port):
+    """So the test above fails for a family, and for no other, if one string of its row is wrong."""
+    build, run = CASES[case]
+    base = build()
+    ports = backbone_of(base).ports
+    if getattr(ports, port) not in WRONG:
+        assert getattr(ports, port) == "d c p q"  # of a convolution, which has no flattened axis
+        return
+    broken = replace(ports, **{port: WRONG[getattr(ports, port)]})
+    widened = widen_ports(base, broken, base_channels=BASE_CHANNELS, detail_channels=16)
+    latents = torch.randn(2, BASE_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(2))
+    expected = run(base, latents)
+    groups = expected.shape[1] // BASE_CHANNELS
+    output = run(widened, torch.cat([latents, torch.ones_like(latents)], dim=1)).unflatten(1, (groups, -1))
+    difference = output[:, :, :BASE_CHANNELS].flatten(1, 2) - expected
+    assert difference.abs().max() > 0.1 * expected.std()
+
+
 @pytest.mark.parametrize("case", CASES)
+def test_the_widened_model_is_a_stock_one_that_saves_and_loads_strictly(case, tmp_path):
+    build, _ = CASES[case]
+    widened = widen_transformer(build(), base_channels=BASE_CHANNELS, detail_channels=16)
+    widened.save_pretrained(tmp_path)
+    kind = type(widened)
+    kind.from_config(kind.load_config(tmp_path)).load_state_dict(widened.state_dict(), strict=True)
+    loaded, found = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    tensors = widened.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(("case", "detail_channels"), PAIRS)
 @torch.no_grad()
 def test_repeated_ports_are_the_base_where_the_group_mean_of_the_detail_is(case, detail_channels):
     build, run = CASES[case]
@@ -156,7 +254,7 @@ def test_an_unknown_family_is_refused():
 
 
 def test_a_family_with_ports_only_says_that_it_cannot_be_trained():
-    backbone = backbone_of(tiny.tiny_flux())
+    backbone = backbone_of(families.tiny_cogview4())
     with pytest.raises(SettingsError, match="not trained here yet"):
         backbone.condition(None, ["a"])
     with pytest.raises(SettingsError, match="not trained here yet"):

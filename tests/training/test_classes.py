@@ -51,6 +51,8 @@ def family(monkeypatch: pytest.MonkeyPatch) -> None:
         BACKBONES["DiTTransformer2DModel"],
         condition=condition,
         velocity=velocity,
+        noise=None,
+        lora_targets=(),
         classes=True,
         null_class=lambda transformer: transformer.config.num_embeds_ada_norm,
         picture_side=fixed_size.picture_side,

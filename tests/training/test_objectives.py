@@ -18,7 +18,8 @@ from davae.recipe import load_recipe
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.training.conditions import cached_latents, expect_noise
-from davae.training.finetune import FinetuneRecipe, finetune, flow_loss, trained_parameters
+from davae.training.finetune import FinetuneRecipe, finetune, trained_parameters
+from davae.training.objectives import flow_loss
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
 
 CHANNELS = 4

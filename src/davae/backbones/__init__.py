@@ -3,65 +3,30 @@
 To add a family, add its row; `tests/backbones/test_table.py` then checks that its warm start is exact.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
-
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
 
-from davae.backbones import fixed_size, lightningdit, sd3
+from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
+from davae.backbones.family import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.widen import LatentPorts, Transformer, widen_ports
 
-
-def _ports_only(*arguments: Any, **keywords: Any) -> NoReturn:
-    raise SettingsError(
-        "this family can be widened and upgraded, but not trained here yet; Stable Diffusion 3 and LightningDiT can"
-    )
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """All that davae knows of a transformer's family."""
-
-    ports: LatentPorts
-    """Where latents enter and leave."""
-    condition: Callable[..., dict[str, Tensor]] = _ports_only
-    """(pipeline, prompts, ...) -> the keyword arguments that the transformer wants besides latents and time."""
-    velocity: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor] = _ports_only
-    """(transformer, latents [B,C+D,h,w], sigma [B] in [0, 1], condition) -> velocity [B,C+D,h,w]."""
-    lora_targets: tuple[str, ...] = ()
-    """Names of the layers that get LoRA by default, as peft matches them."""
-    classes: bool = False
-    """Conditions are class numbers, not captions: `condition` is (pipeline, class numbers) -> class_labels [B]."""
-    null_class: Callable[[Any], int] = _ports_only
-    """(transformer) -> the class number that means none; the classes are those below it. Only with `classes`."""
-    picture_side: Callable[[Any, int | None], int] = _ports_only
-    """(pipeline, pixels or None for the default) -> side in pixels; raises SettingsError for one it cannot make."""
-
-
 BACKBONES: dict[str, Backbone] = {
-    "SD3Transformer2DModel": Backbone(
-        sd3.PORTS, sd3.condition, sd3.velocity, sd3.LORA_TARGETS, picture_side=sd3.picture_side
+    "SD3Transformer2DModel": sd3.BACKBONE,
+    "FluxTransformer2DModel": flux.BACKBONE,
+    "Flux2Transformer2DModel": flux2.BACKBONE,
+    "QwenImageTransformer2DModel": qwen_image.BACKBONE,
+    "SanaTransformer2DModel": sana.BACKBONE,
+    "PixArtTransformer2DModel": pixart.BACKBONE,
+    "DiTTransformer2DModel": dit.BACKBONE,
+    "HunyuanDiT2DModel": Backbone(
+        LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d"),
+        refusal="HunyuanDiTPipeline computes positions for a downsample factor of 8, whatever its VAE's is",
     ),
-    "FluxTransformer2DModel": Backbone(
-        LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
-    ),
-    "QwenImageTransformer2DModel": Backbone(
-        LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2),
-    ),
-    "SanaTransformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")),
-    "PixArtTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")),
-    "DiTTransformer2DModel": Backbone(LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")),
-    "LightningDiT2DModel": Backbone(
-        lightningdit.PORTS,
-        lightningdit.condition,
-        lightningdit.velocity,
-        classes=True,
-        null_class=lightningdit.null_class,
-        picture_side=fixed_size.picture_side,
-    ),
+    "AuraFlowTransformer2DModel": auraflow.BACKBONE,
+    "CogView4Transformer2DModel": Backbone(LatentPorts("patch_embed.proj", "d (c p q)", "proj_out", "(c p q) d")),
+    "Lumina2Transformer2DModel": lumina2.BACKBONE,
+    "ZImageTransformer2DModel": z_image.BACKBONE,
+    "LightningDiT2DModel": lightningdit.BACKBONE,
 }
 """By the class name of the transformer."""
 
@@ -74,7 +39,10 @@ def backbone_of(transformer: ModelMixin) -> Backbone:
     """
     name = type(transformer).__name__
     if name not in BACKBONES:
-        raise SettingsError(f"{name} is of no family that davae knows: {', '.join(BACKBONES)}")
+        raise SettingsError(
+            f"{name} is of no family that davae knows: {', '.join(BACKBONES)}. What is missing is its row there: the "
+            "names and layouts of its two latent ports (docs/backbones.md)"
+        )
     return BACKBONES[name]
 
 
@@ -82,12 +50,15 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
     """Refuse a pipeline without a transformer or without an autoencoder.
 
     Raises:
-        SettingsError: one of them is missing.
+        SettingsError: one of them is missing, or the transformer's family is unknown.
     """
     if missing := {"vae", "transformer"} - pipeline.components.keys():
         raise SettingsError(
-            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded"
+            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded. It has "
+            f"{', '.join(sorted(pipeline.components)) or 'no parts'}; allowed are pipelines with a transformer of "
+            f"{', '.join(BACKBONES)}, and a VAE"
         )
+    backbone_of(pipeline.transformer)
 
 
 def widen_transformer(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:

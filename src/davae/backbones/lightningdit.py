@@ -7,6 +7,8 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import fixed_size
+from davae.backbones.family import Backbone
 from davae.errors import SettingsError
 from davae.lightningdit import LightningDiT2DModel
 from davae.widen import LatentPorts
@@ -40,3 +42,8 @@ def velocity(
 ) -> Float[Tensor, "b latent h w"]:
     """Predict noise - latents at (1 - sigma) latents + sigma noise; its t is 1 - sigma, its sign the other."""
     return -transformer(hidden_states=latents, timestep=1 - sigma, **condition, return_dict=False)[0]
+
+
+BACKBONE = Backbone(
+    PORTS, condition, velocity, classes=True, null_class=null_class, picture_side=fixed_size.picture_side
+)

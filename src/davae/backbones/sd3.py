@@ -1,12 +1,14 @@
 """Stable Diffusion 3 and 3.5: three text encoders, latents in patches of 2, timestep = 1000 sigma."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.errors import SettingsError
+from davae.backbones.family import Backbone
+from davae.backbones.sizes import side_of
 from davae.widen import LatentPorts
 
 PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q c) d")
@@ -19,21 +21,18 @@ def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
     """`size` in pixels, or the pipeline's default if it is None.
 
     Raises:
-        SettingsError: a pipeline of another family than Stable Diffusion 3, or a size that it cannot make.
+        SettingsError: another pipeline than StableDiffusion3Pipeline, or a size that it cannot make.
     """
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
-        raise SettingsError(
-            f"a {type(pipeline).__name__} was given; allowed is StableDiffusion3Pipeline: "
-            "davae upgrades others, too, but neither trains them nor samples from them yet"
-        )
-    config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+    config, factor = pipeline.transformer.config, getattr(pipeline, "vae_scale_factor", 1)
     unit = factor * config.patch_size
-    side, largest = config.sample_size * factor if size is None else size, config.pos_embed_max_size * unit
-    if side not in range(unit, largest + 1, unit):
-        raise SettingsError(
-            f"size={side}: allowed are multiples of {unit}, downsample factor x patch size, up to {largest}"
-        )
-    return side
+    return side_of(
+        pipeline,
+        size,
+        kinds=(StableDiffusion3Pipeline,),
+        default=config.sample_size * factor,
+        unit=unit,
+        largest=(config.get("pos_embed_max_size") or 0) * unit,
+    )
 
 
 def condition(
@@ -67,3 +66,28 @@ def velocity(
 ) -> Float[Tensor, "b latent h w"]:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     return transformer(hidden_states=latents, timestep=1000 * sigma, **condition, return_dict=False)[0]
+
+
+def call(
+    pipeline: StableDiffusion3Pipeline,
+    prompts: Sequence[str],
+    *,
+    noise: Float[Tensor, "b latent h w"],
+    side: int,
+    guidance_scale: float,
+    prompt_tokens: int,
+) -> dict[str, Any]:
+    """Arguments of the stock pipeline's call; guidance of 1 or less is none."""
+    return {
+        "prompt": list(prompts),
+        "height": side,
+        "width": side,
+        "guidance_scale": guidance_scale,
+        "latents": noise,
+        "max_sequence_length": prompt_tokens,
+    }
+
+
+BACKBONE = Backbone(
+    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call, clip_tokens=77
+)

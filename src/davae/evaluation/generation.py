@@ -16,8 +16,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
+from davae.autoencoder_bases import base_facts
 from davae.autoencoder_da import AutoencoderDA
-from davae.backbones.sd3 import picture_side
+from davae.backbones import backbone_of
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
@@ -34,8 +35,9 @@ def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: i
     So base and upgraded pictures of one index begin alike, and can be compared side by side.
     """
     vae = pipeline.vae
-    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else vae.config.latent_channels
-    extra = vae.config.latent_channels - channels
+    total = base_facts(vae.config).latent_channels
+    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else total
+    extra = total - channels
     rows = []
     for index in indices:
         base = torch.randn(channels, side, side, generator=generator(seed, "base noise", index))
@@ -58,31 +60,32 @@ def sample(
     """One picture for each prompt.
 
     Args:
-        pipeline: a Stable Diffusion 3 pipeline, base or upgraded.
+        pipeline: base or upgraded, of a family that has captions and that davae samples from (docs/backbones.md).
         prompts: B of them, in one batch.
         seed: of the noise, together with each picture's index.
         steps: of the sampler.
-        guidance_scale: of classifier-free guidance; 1 or less turns it off.
+        guidance_scale: as the stock pipeline understands it; of classifier-free guidance, mostly, which 1 turns off.
         size: side in pixels; the pipeline's default if None.
-        prompt_tokens: length that T5 pads to; 256 is the stock pipeline's default.
+        prompt_tokens: length that the longest text encoder pads or cuts to.
         first_index: index of the first prompt, for the noise.
 
     Raises:
         SettingsError: a pipeline of another family, or a size that it cannot make.
     """
-    side = picture_side(pipeline, size)
+    backbone = backbone_of(pipeline.transformer)
+    side = backbone.picture_side(pipeline, size)
     indices = range(first_index, first_index + len(prompts))
-    noise = shared_noise(pipeline, indices, seed=seed, side=side // pipeline.vae_scale_factor)
-    pictures = pipeline(
-        list(prompts),
-        height=side,
-        width=side,
-        num_inference_steps=steps,
+    factor = 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)  # not every pipeline's own count is its VAE's
+    noise = shared_noise(pipeline, indices, seed=seed, side=side // factor)
+    arguments = backbone.call(
+        pipeline,
+        prompts,
+        noise=noise.to(pipeline.device, pipeline.transformer.dtype),
+        side=side,
         guidance_scale=guidance_scale,
-        latents=noise.to(pipeline.device, pipeline.transformer.dtype),
-        max_sequence_length=prompt_tokens,
-        output_type="pt",
-    ).images
+        prompt_tokens=prompt_tokens,
+    )
+    pictures = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
     return to_bytes(pictures * 2 - 1)
 
 
@@ -154,7 +157,7 @@ def generate(
     Returns:
         The path of the page.
     """
-    side = picture_side(pipeline, size)
+    side = backbone_of(pipeline.transformer).picture_side(pipeline, size)
     pictures = sample_many(
         pipeline, prompts, out / "pictures", label="generating",
         steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
@@ -188,7 +191,7 @@ def evaluate(
     if count < 4:
         raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
-    side = picture_side(pipeline, None)
+    side = backbone_of(pipeline.transformer).picture_side(pipeline, None)
     real = open_pictures(pictures, size=side).sound(out / "refused.json")
     if len(real) < 2:
         raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")

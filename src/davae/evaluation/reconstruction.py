@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
@@ -129,7 +129,7 @@ def reconstruct(
     pictures: Path,
     out: Path,
     *,
-    base: AutoencoderKL | AutoencoderTiny | None = None,
+    base: ModelMixin | None = None,
     compare: Mapping[str, Tokenizer] | None = None,
     size: int = 256,
     limit: int | None = None,

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderKLQwenImage, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from davae.autoencoder_da import BASE_CLASSES, AutoencoderDA
+from davae.autoencoder_bases import BASE_CLASSES, base_facts, decode_base
+from davae.autoencoder_da import AutoencoderDA
 from davae.autoencoder_taef2 import AutoencoderTAEF2
 from davae.errors import CheckpointError, SettingsError
 from davae.seeds import generator
@@ -23,7 +24,6 @@ from davae.upgrade import LOADING_ERRORS, load_model
 CLASSES: dict[str, type[ModelMixin]] = {
     **BASE_CLASSES,
     "AutoencoderTAEF2": AutoencoderTAEF2,
-    "AutoencoderDC": AutoencoderDC,
     "AutoencoderDA": AutoencoderDA,
 }
 """`_class_name` of an autoencoder's config -> the class that loads it."""
@@ -54,12 +54,12 @@ class Tokenizer:
         return None if rest else side**2
 
 
-def base_at_full_size(vae: AutoencoderKL | AutoencoderTiny) -> Tokenizer:
+def base_at_full_size(vae: ModelMixin) -> Tokenizer:
     """The base autoencoder on the picture itself: the bound that four times the tokens would buy."""
     return stock(vae)
 
 
-def base_enlarged(vae: AutoencoderKL | AutoencoderTiny, autoencoder: AutoencoderDA) -> Tokenizer:
+def base_enlarged(vae: ModelMixin, autoencoder: AutoencoderDA) -> Tokenizer:
     """The base autoencoder on the picture at half size, enlarged with bicubic: what equal tokens give without davae."""
     small, factor = stock(vae), autoencoder.config.resolution_factor
     return Tokenizer(
@@ -72,7 +72,7 @@ def base_enlarged(vae: AutoencoderKL | AutoencoderTiny, autoencoder: Autoencoder
     )
 
 
-def base_unshuffled(vae: AutoencoderKL | AutoencoderTiny) -> Tokenizer:
+def base_unshuffled(vae: ModelMixin) -> Tokenizer:
     """The base autoencoder's latents of the picture itself, 2x2 positions to channels ("simple" in METHOD 2.2).
 
     [B, C, H / f, W / f] -> [B, 4 C, H / 2f, W / 2f] and back: the pictures are those of the base at full size, at the
@@ -126,17 +126,18 @@ def stock(autoencoder: ModelMixin) -> Tokenizer:
     """Any autoencoder of `CLASSES` on the picture itself, with the mode of its posterior where it has one."""
 
     def encode(image: Tensor) -> Tensor:
-        (latents,) = autoencoder.encode(image, return_dict=False)
-        return latents.mode() if isinstance(latents, DiagonalGaussianDistribution) else latents
+        frames = isinstance(autoencoder, AutoencoderKLQwenImage)
+        (latents,) = autoencoder.encode(image.unsqueeze(2) if frames else image, return_dict=False)
+        latents = latents.mode() if isinstance(latents, DiagonalGaussianDistribution) else latents
+        return latents.squeeze(2) if frames else latents
 
-    config = autoencoder.config
-    stages = config["encoder_block_out_channels" if isinstance(autoencoder, AutoencoderDC) else "block_out_channels"]
+    facts_of_it = base_facts(autoencoder.config)
     return Tokenizer(
         encode=encode,
         # Not the model's own forward: AutoencoderTiny's rounds the latents to bytes in between.
-        decode=lambda latents: autoencoder.decode(latents, return_dict=False)[0],
-        factor=2 ** (len(stages) - 1),
-        channels=config.latent_channels,
+        decode=lambda latents: decode_base(autoencoder, latents),
+        factor=2 ** (len(facts_of_it.stages) - 1),
+        channels=facts_of_it.latent_channels,
     )
 
 

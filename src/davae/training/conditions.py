@@ -72,7 +72,7 @@ def cached_latents(
     latents = []
     for indices in track(torch.arange(len(pictures)).split(16), "encoding pictures", console=Console(stderr=True)):
         image = pictures.batch(indices.tolist()).to(autoencoder.device)
-        base, detail = autoencoder.split(autoencoder.to_units(autoencoder.encode(image).latent_dist.mode()))
+        base, detail = autoencoder.split(autoencoder.standardise(autoencoder.encode(image).latent_dist.mode()))
         if detail_noise:
             noise = [
                 torch.randn(detail.shape[1:], generator=generator(seed, "noise on detail latents", index))

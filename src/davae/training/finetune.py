@@ -3,12 +3,10 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from davae import assets
 from davae.adapter import (
@@ -24,78 +22,19 @@ from davae.backbones import backbone_of
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
-from davae.flow import (
-    cosine_loss,
-    detail_weight,
-    flow_matching_losses,
-    interpolate,
-    latents_prediction,
-    min_snr_weight,
-    sample_timesteps,
-    velocity_target,
-)
+from davae.flow import detail_weight
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.storage import write_json
 from davae.training.conditions import cached_latents, check_classes, encode_conditions, expect_noise, move_frozen
-from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, Weight, attention_on
+from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
+from davae.training.objectives import objective_of
+from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
-from davae.widen import PortsStart, start_ports
+from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
-
-
-class FinetuneRecipe(OptimisationRecipe):
-    """Everything that decides a run of stage 2."""
-
-    section: ClassVar[str] = "finetune"
-
-    base: str = ""
-    """Folder or Hub name of the base pipeline; "" is the shipped one."""
-    autoencoder: str = ""
-    """Folder of the trained AutoencoderDA, or an adapter folder, for its own; "" is the shipped upgrade's."""
-    pictures: str = ""
-    """Folder of pictures or shards, with captions or, for a class-conditional base, classes; "" is the shipped set."""
-    limit: Positive | None = None
-    """At most so many of them, evenly spread."""
-    size: Positive = 256
-    """Side of the pictures in pixels."""
-    trained: Literal["lora", "layers", "full", "ports"] = "lora"
-    """Both ports in full and LoRA on the targets; both ports and the targets' own weights; the whole transformer; both
-    ports alone."""
-    lora_rank: Positive = 32
-    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
-    lora_targets: tuple[str, ...] = ()
-    """Ends of the names of the layers that get LoRA, or are trained themselves; () is the family's default."""
-    adapter: str = ""
-    """An adapter folder of the same base to go on from; with LoRA, of the same rank, alpha, targets."""
-    ports_start: PortsStart = "zero"
-    """Of the ports' new half: "zero" is the method's warm start, the others are for comparison (`start_ports`)."""
-    batch_size: Positive = 32
-    detail_warmup_steps: NotNegative = 200
-    """Steps over which the detail channels' weight rises from 0 to 1 (Eq. 12)."""
-    shift: Annotated[float, Field(gt=0)] | None = None
-    """Timestep shift in training; the scheduler's own if it is left out."""
-    objective: Literal["velocity", "data"] = "velocity"
-    """What the squared error is of: the velocity, or the clean latents that it amounts to (sigma^2 times the first)."""
-    min_snr: Annotated[float, Field(gt=0)] | None = None
-    """gamma of the weight min((1 - sigma) / sigma, gamma) of each sample's error; only with objective = "data"."""
-    cosine_weight: Weight = 0.0
-    """Of LightningDiT's cosine term between predicted and true velocity, on all channels from the first step on."""
-    detail_noise: Weight = 0.0
-    """Deviation of the noise that the detail latents get once, when they are encoded; 1 in the reference's ImageNet
-    code. Their statistics in the autoencoder are changed to fit."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """How often a caption is replaced by the empty one, or a class by the null class."""
-    prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
-    """Length of the longest text encoder's output (T5's, in SD3)."""
-
-    @model_validator(mode="after")
-    def _min_snr_is_for_data(self) -> "FinetuneRecipe":
-        if self.min_snr is not None and self.objective != "data":
-            raise ValueError(f'min_snr = {self.min_snr} weights the error of objective = "data", and there is none')
-        return self
 
 
 def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
@@ -138,7 +77,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     move_frozen(pipeline, torch.device("cpu"))
     pipeline.transformer.train()
     base_channels = autoencoder.config.base_channels
-    shift = recipe.shift or pipeline.scheduler.config.shift
+    objective = objective_of(pipeline, recipe, base_channels=base_channels, positions=latents[0, 0].numel())
     for step in state.steps():
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
@@ -146,14 +85,13 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
             random = generator(recipe.seed, "flow", batch)
             clean = latents[indices].to(state.device)
             noise = torch.randn(clean.shape, generator=random).to(state.device)
-            sigma = sample_timesteps(len(indices), shift=shift, generator=random).to(state.device)
+            time = objective.draw_times(len(indices), random).to(state.device)
             kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
             with state.autocast(), attention_on(state.device):
-                noisy = interpolate(clean, noise, sigma)
-                velocity = backbone.velocity(pipeline.transformer, noisy, sigma, condition)
-            state.update(*flow_loss(velocity, clean, noise, sigma, recipe, base_channels=base_channels, weight=weight))
+                prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
+            state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
@@ -176,34 +114,6 @@ def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Pa
     if pictures.class_names:
         write_json(folder / "classes.json", {name: number for number, name in enumerate(pictures.class_names)})
     return pictures
-
-
-def flow_loss(
-    velocity: Tensor,
-    clean: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    recipe: FinetuneRecipe,
-    *,
-    base_channels: int,
-    weight: float,
-) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Stage 2's loss of one batch, and its parts for the log.
-
-    It is Eq. 13 of the recipe's objective, `weight` that of the detail channels (Eq. 12), plus cosine_weight times the
-    cosine term. The logged base and detail loss are of the objective, too, so that Eq. 13 holds between them.
-    """
-    target = velocity_target(clean, noise)
-    pair, factor = (velocity, target), None
-    if recipe.objective == "data":
-        pair = latents_prediction(interpolate(clean, noise, sigma), velocity, sigma), clean
-        factor = None if recipe.min_snr is None else min_snr_weight(sigma, recipe.min_snr)
-    losses = flow_matching_losses(*pair, base_channels=base_channels, detail_weight=weight, sample_weight=factor)
-    logs: dict[str, Tensor | float] = {"base_loss": losses.base, "detail_loss": losses.detail, "detail_weight": weight}
-    if not recipe.cosine_weight:
-        return losses.total, logs
-    cosine = cosine_loss(velocity, target)
-    return losses.total + recipe.cosine_weight * cosine, {**logs, "cosine_loss": cosine.detach()}
 
 
 def trained_parameters(

@@ -2,11 +2,25 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, SettingsError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def channels_last(model: Model) -> Model:
+    """Lay the weights of 2-D convolutions out with channels last, in place: CPUs convolve by a fifth to a half faster.
+
+    Those of 3-D convolutions stay as they are; `nn.Module.to` would fail on them.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def named_parameters(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:

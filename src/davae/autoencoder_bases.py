@@ -1,0 +1,138 @@
+"""Base autoencoders: what AutoencoderDA must know of each class, and what stock pipelines read of its place.
+
+Imports torch and diffusers only, so that it can lie beside weights, with `davae.autoencoder_da`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_dc import Encoder as EncoderDC
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageDecoder3d, QwenImageEncoder3d
+from diffusers.models.autoencoders.vae import DecoderTiny, EncoderTiny
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+BASE_CLASSES: dict[str, type[ModelMixin]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+    "AutoencoderDC": AutoencoderDC,
+    "AutoencoderKLQwenImage": AutoencoderKLQwenImage,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
+}
+TAEF2 = "AutoencoderTAEF2"
+"""The one base class outside diffusers, in `davae.autoencoder_taef2`; see `base_class`."""
+LINEAR_ONLY = ("AutoencoderDC", "AutoencoderKLQwenImage")
+"""Their layers next to the latents have shortcuts or a time axis, and cannot be dropped."""
+
+
+def base_class(name: str) -> type[ModelMixin]:
+    """The class of a base autoencoder by its name.
+
+    Raises:
+        ValueError: no base autoencoder is called so; the message names those that are.
+    """
+    if name == TAEF2:
+        from davae.autoencoder_taef2 import AutoencoderTAEF2  # the one base that diffusers does not have
+
+        return AutoencoderTAEF2
+    if name not in BASE_CLASSES:
+        allowed = ", ".join((*BASE_CLASSES, TAEF2))
+        raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {allowed}.")
+    return BASE_CLASSES[name]
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What every base autoencoder has, though each class's config calls it otherwise."""
+
+    latent_channels: int
+    """C."""
+    stages: tuple[int, ...]
+    """Channels of the encoder's stages; one less than these halve the picture."""
+    scaling_factor: float
+    """1 where the config has none."""
+    shift_factor: float
+    """0 where the config has none."""
+
+
+def base_facts(config: Mapping[str, Any]) -> BaseFacts:
+    """The facts of a base autoencoder's config, or of an AutoencoderDA's."""
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if stages is None:
+        stages = [config["base_dim"] * multiple for multiple in config["dim_mult"]]
+    return BaseFacts(
+        latent_channels=config["latent_channels"] if "latent_channels" in config else config["z_dim"],
+        stages=tuple(stages),
+        scaling_factor=config.get("scaling_factor") or 1.0,
+        shift_factor=config.get("shift_factor") or 0.0,
+    )
+
+
+def contract(config: Mapping[str, Any], *, latent_channels: int, stages: Sequence[int]) -> dict[str, Any]:
+    """What the stock pipelines of a base autoencoder read of its config, for an AutoencoderDA in its place.
+
+    SANA's count the encoder's stages under another name; Qwen-Image's want statistics of each latent channel, which
+    are 0 and 1 here, for AutoencoderDA standardises by itself; FLUX.2's want a batch normalisation of 2x2 patches.
+    """
+    if "encoder_block_out_channels" in config and "block_out_channels" not in config:
+        return {"encoder_block_out_channels": tuple(stages)}
+    if "z_dim" in config:
+        return {
+            "z_dim": latent_channels,
+            "latents_mean": [0.0] * latent_channels,
+            "latents_std": [1.0] * latent_channels,
+        }
+    if "batch_norm_eps" in config:
+        return {"batch_norm_eps": config["batch_norm_eps"]}
+    return {}
+
+
+def drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> tuple[int, int]:
+    """Take away the encoder's last and the decoder's first layer; channels before the one and behind the other."""
+    if isinstance(encoder, EncoderTiny):
+        last, first = encoder.layers[-1], decoder.layers[0]
+        encoder.layers[-1] = nn.Identity()
+        decoder.layers[0] = nn.Identity()  # type: ignore[assignment]
+    else:
+        last, first = encoder.conv_out, decoder.conv_in
+        encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
+    return last.in_channels, first.out_channels
+
+
+def features(encoder: nn.Module, sample: Tensor) -> Tensor:
+    """What the encoder's last layer returns, or what it is given where that layer was dropped."""
+    # AutoencoderTiny's networks see pictures in [0, 1]; calling its layers leaves that to us.
+    return encoder.layers(sample.add(1).div(2)) if isinstance(encoder, EncoderTiny) else encoder(sample)
+
+
+def encode_mode(encoder: nn.Module, quant_conv: nn.Module | None, sample: Tensor) -> Tensor:
+    """The mode of the posterior, in the autoencoder's own scale: [B, 3, H, W] -> [B, C, h, w]."""
+    if isinstance(encoder, QwenImageEncoder3d):  # of videos: a picture is one frame
+        assert quant_conv is not None
+        return quant_conv(encoder(sample.unsqueeze(2))).squeeze(2).chunk(2, dim=1)[0]
+    hidden = features(encoder, sample)
+    if isinstance(encoder, EncoderTiny | EncoderDC):
+        return hidden
+    return (hidden if quant_conv is None else quant_conv(hidden)).chunk(2, dim=1)[0]
+
+
+def decode_pixels(decoder: nn.Module, post_quant_conv: nn.Module | None, hidden: Tensor) -> Tensor:
+    """The decoder behind its convolution of the latents, if there is one: [B, C, h, w] -> [B, 3, H, W], about [-1, 1].
+
+    Tiny's clamp of its latents is left to the caller.
+    """
+    if isinstance(decoder, QwenImageDecoder3d):
+        frame = hidden.unsqueeze(2)
+        return decoder(frame if post_quant_conv is None else post_quant_conv(frame)).squeeze(2)
+    if post_quant_conv is not None:
+        hidden = post_quant_conv(hidden)
+    return decoder.layers(hidden).mul(2).sub(1) if isinstance(decoder, DecoderTiny) else decoder(hidden)
+
+
+def decode_base(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """What a base autoencoder's own `decode` makes of latents [B, C, h, w] in its own scale: [B, 3, H, W]."""
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
+    return vae.decode(latents, return_dict=False)[0]

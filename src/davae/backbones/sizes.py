@@ -1,0 +1,42 @@
+"""Sizes of pictures, for families that make many."""
+
+from diffusers import DiffusionPipeline
+
+from davae.errors import SettingsError
+
+
+def side_of(
+    pipeline: DiffusionPipeline,
+    size: int | None,
+    *,
+    kinds: tuple[type[DiffusionPipeline], ...],
+    default: int,
+    unit: int,
+    largest: int | None = None,
+) -> int:
+    """`size` in pixels, or `default` if it is None.
+
+    Args:
+        pipeline: whose picture it is.
+        size: side in pixels.
+        kinds: the pipelines of this family that davae trains and samples from.
+        default: side in pixels of the stock pipeline, or what that should be.
+        unit: side in pixels of one token: downsample factor x patch.
+        largest: side in pixels; None if nothing limits it.
+
+    Raises:
+        SettingsError: a pipeline of another class, or a size that it cannot make.
+    """
+    if not isinstance(pipeline, kinds):
+        allowed = " or ".join(kind.__name__ for kind in kinds)
+        raise SettingsError(
+            f"a {type(pipeline).__name__} was given; allowed is {allowed}: davae upgrades others of the family, "
+            "too, but neither trains them nor samples from them yet"
+        )
+    side = default if size is None else size
+    if side < unit or side % unit or (largest is not None and side > largest):
+        raise SettingsError(
+            f"size={side}: allowed are multiples of {unit}, downsample factor x patch size"
+            + ("" if largest is None else f", up to {largest}")
+        )
+    return side
