@@ -22,9 +22,9 @@ LAYERS = [
     {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures"},
     {"report", "geometry"},
-    {"training", "evaluation", "benchmark"},
+    {"training", "evaluation"},
     {"demo", "workload"},
-    {"budget"},
+    {"budget", "benchmark"},
     {"cli"},
     {"__main__"},
 ]
