@@ -20,7 +20,7 @@ LAYERS = [
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
-    {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures"},
+    {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
     {"report", "geometry"},
     {"training", "evaluation"},
     {"demo", "workload"},
