@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "davae"
 LAYERS = [
     {"errors", "seeds"},
     {"storage"},
+    {"portable"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"backbones", "closed_form"},

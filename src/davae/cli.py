@@ -116,17 +116,18 @@ def upgrade(
     pipeline: PipelinePath,
     autoencoder: AutoencoderPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the upgraded pipeline.")],
+    portable: Annotated[bool, typer.Option("--portable", help="Loads without davae, by trust_remote_code.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write the upgraded pipeline, warm-started: a stock pipeline for twice the side length at the same tokens."""
     if dry_run:
-        return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
+        return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable})
     from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
     base = load_pipeline(pipeline)
-    save_pipeline(upgrade(base, load_autoencoder(autoencoder, base=base.vae)), out)
+    save_pipeline(upgrade(base, load_autoencoder(autoencoder, base=base.vae)), out, portable=portable)
     _say(out)
 
 
@@ -317,14 +318,13 @@ def bench(
     source |= {"parts": part, "dtype": dtype}
     case: dict[str, Any] = {"size": size, "against_sizes": against_size, "batch": batch, "steps": steps}
     case |= {"prompt_tokens": prompt_tokens, "seed": seed}
-    how: dict[str, Any] = {"repeats": repeats, "warm_up": warm_up}
     if dry_run:
-        return _show({"pipeline": pipeline, **source, **case, **how, "out": out})
+        return _show({"pipeline": pipeline, **source, **case, "repeats": repeats, "warm_up": warm_up, "out": out})
     _quiet()
     from davae.benchmark.bench import bench, cases_of, load_pair
 
     pair = load_pair(pipeline, device=_device(device), **source)
-    _say(bench(cases_of(pair, **case), out, parts=part, **how))
+    _say(bench(cases_of(pair, **case), out, parts=part, repeats=repeats, warm_up=warm_up))
 
 
 def _device(name: str | None) -> str:
