@@ -22,7 +22,7 @@ LAYERS = [
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
-    {"report", "geometry"},
+    {"report", "geometry", "card"},
     {"training", "evaluation"},
     {"demo", "workload"},
     {"budget", "benchmark"},
