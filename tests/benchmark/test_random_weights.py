@@ -1,5 +1,6 @@
 """Pipelines of a given size with random weights, from configs alone."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_it_is_the_pipeline_that_the_configs_describe_and_it_runs(make, tmp_path
 
 def test_weights_are_of_the_dtype_and_layers_are_cut_everywhere(tmp_path: Path) -> None:
     folder = configs(tiny_sd3_pipeline(), tmp_path)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "dual_attention_layers": [0, 1]}))
     made = build(str(folder), layers=1, text=True, dtype=torch.bfloat16, device=CPU)
     modules = [part for part in made.components.values() if isinstance(part, nn.Module)]
     assert {p.dtype for module in modules for p in module.parameters()} == {torch.bfloat16}
