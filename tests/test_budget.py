@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
+from davae import assets
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES, widen_transformer
 from davae.backbones.sd3 import LORA_TARGETS
@@ -42,7 +43,7 @@ def finetune_figures(sd35m: Geometry) -> dict[str, float]:
 
 
 def va_vae() -> AutoencoderKL:
-    folder = RECIPES / "geometry" / "vavae-lightningdit-xl"
+    folder = assets.geometry() / "vavae-lightningdit-xl"
     with META:
         return AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
 

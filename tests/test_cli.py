@@ -23,6 +23,7 @@ VERBS = [
     "reconstruct",
     "latents",
     "evaluate",
+    "bench",
 ]
 
 
@@ -59,6 +60,8 @@ def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
         (["reconstruct", "a", "b", "--compare", "c", "--compare", "d"], {"compare": ["c", "d"], "patch": 2}),
         (["latents", "a", "b", "c"], {"autoencoders": ["a", "b"], "pictures": "c", "neighbours": 10}),
         (["evaluate", "a", "b", "--count", "8"], {"pictures": "b", "count": 8}),
+        (["bench", "a", "--against", "b", "--part", "step"], {"against": "b", "parts": ["step"], "repeats": 7}),
+        (["bench", "--geometry", "sd35m", "--layers", "2"], {"pipeline": None, "geometry": "sd35m", "layers": 2}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -38,6 +38,13 @@ def test_upgrade_then_generate(base: Path, tmp_path: Path) -> None:
         assert apple.size == (64, 64)
 
 
+def test_preview(base: Path, tmp_path: Path) -> None:
+    run("upgrade_pipeline.py", base, tmp_path / "upgraded")
+    told = run("preview.py", tmp_path / "upgraded", base, tmp_path / "watched", "red apple", "6")
+    assert told.splitlines() == ["step 4: 32 x 32 px", "step 5: 32 x 32 px", "picture: 64 x 64 px"]
+    assert {path.name for path in (tmp_path / "watched").iterdir()} == {"step-04.png", "step-05.png", "picture.png"}
+
+
 def test_warm_start(base: Path) -> None:
     lines = run("warm_start.py", base).splitlines()
     assert [float(line.split()[-1]) for line in lines] == [0.0, 0.0]

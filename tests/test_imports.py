@@ -16,16 +16,17 @@ PACKAGE = ROOT / "src" / "davae"
 LAYERS = [
     {"errors", "seeds"},
     {"storage"},
+    {"portable"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"noise_prediction"},
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
-    {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures"},
-    {"report", "geometry"},
-    {"training", "evaluation", "benchmark"},
+    {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
+    {"report", "geometry", "card"},
+    {"training", "evaluation"},
     {"demo", "workload"},
-    {"budget"},
+    {"budget", "benchmark"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,7 +37,7 @@ BESIDE = {
     "assets": set(),
     "importing": {"upgrade"},  # fine-tuned ports need the pipeline that they were tuned from
 }
-ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "lightningdit"}
+ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "lightningdit", "tiled_decoder"}
 """Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
 `backbones` upward."""
 
@@ -159,4 +160,4 @@ def test_files_are_short_and_ascii() -> None:
         text = path.read_text()
         assert text.isascii(), path.name
         # A model that ships beside weights is one file by necessity.
-        assert len(text.splitlines()) <= (550 if path.stem in ALONE else 350), f"{path.name} has two subjects"
+        assert len(text.splitlines()) <= (570 if path.stem in ALONE else 350), f"{path.name} has two subjects"

@@ -1,6 +1,7 @@
 """AutoencoderDA: a frozen base autoencoder with a detail encoder beside it and a joint decoder behind both.
 
-Imports torch, diffusers and `davae.autoencoder_bases` only, so that both files can lie beside weights.
+Imports torch, diffusers, `davae.autoencoder_bases` and `davae.tiled_decoder` only, so that these files can lie beside
+weights.
 """
 
 import copy
@@ -32,6 +33,7 @@ from davae.autoencoder_bases import (
     encode_mode,
     features,
 )
+from davae.tiled_decoder import can_decode_tiles, decode_tiles
 
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
 """`base_downsample` of the config -> torch's `antialias`.
@@ -194,7 +196,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_size = 1024
         """Side of a tile in pixels of the picture; pictures no larger are never tiled."""
         self.tile_overlap = 0.25
-        """Part of a tile's side that it shares with its neighbour and that is feathered."""
+        """Part of a tile's side that it shares with its neighbour and that is feathered: in encoding, and in decoding
+        with AutoencoderTiny's decoder. AutoencoderKL's needs none: its tiles are exact, see `davae.tiled_decoder`."""
+        self.tile_storage: torch.device | str = "cpu"
+        """Where the layers of the whole picture lie while AutoencoderKL's decoder goes over tiles of them."""
 
     @classmethod
     def from_base(
@@ -292,9 +297,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
         """The joint decoder: base and detail latents, both before standardisation -> [B, 3, H, W]."""
         hidden = self.detail_upsample(torch.cat([base, detail], dim=1))
-        return (
-            self.decode_full(hidden) if self.config.linear_blocks else decode_pixels(self.joint_decoder, None, hidden)
-        )
+        return self.decode_full(hidden) if self.config.linear_blocks else self._pixels(hidden, None)
 
     def decode_full(self, latents: Tensor) -> Tensor:
         """The joint decoder behind its first block: latents of the full picture before standardisation -> [B, 3, H, W].
@@ -304,7 +307,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         hidden = self.from_units(latents)
         if isinstance(self.joint_decoder, DecoderTiny):
             hidden = torch.tanh(hidden / 3) * 3
-        return decode_pixels(self.joint_decoder, self.joint_post_quant_conv, hidden)
+        return self._pixels(hidden, self.joint_post_quant_conv)
 
     # ------------------------------------------------------------------------------------------ the diffusers contract
 
@@ -424,6 +427,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         scale, shift = self._detail_affine(detail)
         return self.reconstruct(self._base_inside(base), self.to_units(detail) * scale + shift)
 
+    def _pixels(self, hidden: Tensor, post_quant_conv: nn.Module | None) -> Tensor:
+        """The decoder's layers, on exact tiles if tiling is on and there are any, and pictures in [-1, 1]."""
+        decoder = self.joint_decoder
+        tile = max(1, self.tile_sample_size * self.config.resolution_factor // self.downsample_factor)
+        if self.use_tiling and max(hidden.shape[-2:]) > tile and can_decode_tiles(decoder):
+            hidden = hidden if post_quant_conv is None else post_quant_conv(hidden)
+            return decode_tiles(decoder, hidden, tile=tile, storage=self.tile_storage)
+        return decode_pixels(decoder, post_quant_conv, hidden)
+
     def _base_outside(self, base: Tensor) -> Tensor:
         """The base half as `encode` gives it: the two scalars then make (z - mean) / std * scaling_factor of it."""
         raw, statistics = self.from_units(base), self._base_affine(base)
@@ -455,7 +467,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             return torch.cat([self._in_pieces(run, one, channels=channels, up=up, down=down) for one in x.split(1)])
         height, width = (length // down for length in x.shape[-2:])  # these and all below in latent positions
         tile = max(1, self.tile_sample_size // self.downsample_factor)
-        if not self.use_tiling or max(height, width) <= tile:
+        exact = up > 1 and can_decode_tiles(self.joint_decoder)  # then `_pixels` makes the tiles
+        if not self.use_tiling or exact or max(height, width) <= tile:
             return run(x)
         stride = max(1, int(tile * (1 - self.tile_overlap)))
         tops, lefts = ([*range(0, length - tile, stride), max(0, length - tile)] for length in (height, width))

@@ -16,8 +16,8 @@ from davae import assets
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of, widen_transformer
 from davae.discriminator import PatchDiscriminator
-from davae.errors import SettingsError
-from davae.geometry import META, Geometry, untrained_autoencoder
+from davae.errors import DavaeError, SettingsError
+from davae.geometry import META, Geometry, read_geometry, untrained_autoencoder
 from davae.recipe import has_sections, load_recipe, read_toml
 from davae.training.autoencoder import AutoencoderRecipe, set_trained
 from davae.training.finetune import FinetuneRecipe, trained_parameters
@@ -42,6 +42,16 @@ class Figure(NamedTuple):
     value: int | float
     unit: str
     how: Literal["counted", "derived", "assumed"]
+
+
+def plan_of(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str:
+    """The recipe and its budget as comments behind it; or why there is none: that need not stop the reader."""
+    try:
+        geometry = read_geometry(recipe.base, path)
+        budget = table(budget_of(recipe, geometry, path), geometry.source)
+    except DavaeError as error:
+        budget = "\n".join(f"# {line}" for line in f"No budget: {error}".splitlines())
+    return f"{recipe.to_toml()}\n{budget}"
 
 
 def budget_of(recipe: OptimisationRecipe, geometry: Geometry, path: Path) -> list[Figure]:

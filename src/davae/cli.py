@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,12 +101,13 @@ def train_autoencoder(
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
     _quiet()
-    from davae.recipe import load_recipe, run_folder
+    from davae.budget import plan_of
+    from davae.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 
-    resolved = load_recipe(AutoencoderRecipe, recipe, _overrides(settings))
+    resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:
-        return _plan(resolved, recipe)
+        return _say(plan_of(resolved, recipe))
     _say(train_autoencoder(resolved, out or run_folder(AutoencoderRecipe, recipe)))
 
 
@@ -116,17 +116,18 @@ def upgrade(
     pipeline: PipelinePath,
     autoencoder: AutoencoderPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the upgraded pipeline.")],
+    portable: Annotated[bool, typer.Option("--portable", help="Loads without davae, by trust_remote_code.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write the upgraded pipeline, warm-started: a stock pipeline for twice the side length at the same tokens."""
     if dry_run:
-        return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out})
+        return _show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable})
     from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
     base = load_pipeline(pipeline)
-    save_pipeline(upgrade(base, load_autoencoder(autoencoder, base=base.vae)), out)
+    save_pipeline(upgrade(base, load_autoencoder(autoencoder, base=base.vae)), out, portable=portable)
     _say(out)
 
 
@@ -165,12 +166,13 @@ def finetune(
 ) -> None:
     """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
     _quiet()
-    from davae.recipe import load_recipe, run_folder
+    from davae.budget import plan_of
+    from davae.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.finetune import FinetuneRecipe, finetune
 
-    resolved = load_recipe(FinetuneRecipe, recipe, _overrides(settings))
+    resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:
-        return _plan(resolved, recipe)
+        return _say(plan_of(resolved, recipe))
     _say(finetune(resolved, out or run_folder(FinetuneRecipe, recipe)))
 
 
@@ -189,13 +191,8 @@ def generate(
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "size": size,
-        "prompt_tokens": prompt_tokens,
-        "seed": seed,
-    }
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "prompts": prompts, "out": out, **settings})
     from davae.evaluation.generation import generate
@@ -284,13 +281,8 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
-    settings: dict[str, Any] = {
-        "count": count,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "prompt_tokens": prompt_tokens,
-        "seed": seed,
-    }
+    settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale}
+    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
     if dry_run:
         return _show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
@@ -300,17 +292,39 @@ def evaluate(
     _say(evaluate(loaded, pictures, out, **settings))
 
 
-def _plan(resolved: Any, path: Path) -> None:
-    """Print the recipe and its budget as comments behind it; or why there is none: that need not stop the reader."""
-    from davae.budget import budget_of, table
-    from davae.geometry import read_geometry
+@app.command()
+def bench(
+    pipeline: Annotated[str | None, typer.Argument(metavar="[PIPELINE]", help="As above; not with --geometry.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="A pipeline that it is compared with.")] = None,
+    geometry: Annotated[str | None, typer.Option(help="Instead: random weights of this size, such as sd35m.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks that a --geometry keeps.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl and bench.md.")] = Path("runs/bench"),
+    part: Annotated[list[str], typer.Option(help="Of text, step, decode, to-cpu, whole; all. Repeatable.")] = [],  # noqa: B006
+    size: Size = None,
+    against_size: Annotated[list[int], typer.Option(help="Of BASE; equal pixels and equal tokens. Repeatable.")] = [],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps, of the whole.")] = 28,
+    prompt_tokens: PromptTokens = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements, interleaved.")] = 7,
+    warm_up: Annotated[int, typer.Option(min=1, help="Calls before them.")] = 3,
+    dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on a CPU.")] = None,
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Time a pipeline's parts, alone or against its base, beside what is counted and what the machine can do."""
+    source: dict[str, Any] = {"against": against, "adapter": adapter, "geometry": geometry, "layers": layers}
+    source |= {"parts": part, "dtype": dtype}
+    case: dict[str, Any] = {"size": size, "against_sizes": against_size, "batch": batch, "steps": steps}
+    case |= {"prompt_tokens": prompt_tokens, "seed": seed}
+    if dry_run:
+        return _show({"pipeline": pipeline, **source, **case, "repeats": repeats, "warm_up": warm_up, "out": out})
+    _quiet()
+    from davae.benchmark.bench import bench, cases_of, load_pair
 
-    _say(resolved.to_toml())
-    try:
-        geometry = read_geometry(resolved.base, path)
-        _say(table(budget_of(resolved, geometry, path), geometry.source))
-    except DavaeError as error:
-        _say("\n".join(f"# {line}" for line in f"No budget: {error}".splitlines()))
+    pair = load_pair(pipeline, device=_device(device), **source)
+    _say(bench(cases_of(pair, **case), out, parts=part, repeats=repeats, warm_up=warm_up))
 
 
 def _device(name: str | None) -> str:
@@ -334,17 +348,3 @@ def _say(text: object) -> None:
 
 def _show(facts: dict[str, Any]) -> None:
     _say(json.dumps(facts, indent=2, default=str))
-
-
-def _overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """`["steps=10", "data=pictures"]` -> `{"steps": 10, "data": "pictures"}`: values are TOML, or else bare strings."""
-    overrides: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {setting}: give it as KEY=VALUE, for instance --set steps=100")
-        try:
-            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key.strip()] = text
-    return overrides

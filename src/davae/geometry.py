@@ -34,7 +34,7 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     Args:
         base: folder or Hub name of the pipeline, as in a recipe; "" is the shipped one.
         beside: a recipe's path. Where `base` is no folder, the configs are looked for in the folder of the same name
-            in `geometry/` there, before the Hub is asked.
+            in `geometry/` there, then among the shipped ones, before the Hub is asked.
 
     Raises:
         CheckpointError: there are no such configs here, or they are damaged.
@@ -42,8 +42,9 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     """
     kept = beside.parent / "geometry" / Path(base).name
     source = base or str(assets.base_pipeline())
-    if not Path(source).is_dir() and kept.is_dir():
-        source = str(kept)
+    if not Path(source).is_dir():
+        shipped = assets.geometry() / Path(base).name
+        source = str(next((folder for folder in (kept, shipped) if folder.is_dir()), source))
     try:
         index = DiffusionPipeline.load_config(source)
         (_, vae), (library, transformer) = index["vae"], index["transformer"]

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -80,6 +80,24 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
     except pydantic.ValidationError as error:
         problems = "\n".join(f"  {_explain(cls, problem)}" for problem in error.errors(include_url=False))
         raise SettingsError(f"recipe {path} does not fit:\n{problems}") from error
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """`["steps=10", "data=pictures"]` -> `{"steps": 10, "data": "pictures"}`: values are TOML, or else bare strings.
+
+    Raises:
+        SettingsError: a setting is not KEY=VALUE.
+    """
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {setting}: give it as KEY=VALUE, for instance --set steps=100")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text
+    return overrides
 
 
 def run_folder(cls: type[Recipe], path: Path) -> Path:

@@ -29,6 +29,7 @@ from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import CheckpointError, SettingsError, StorageError
+from davae.portable import ENTRY, make_portable
 from davae.storage import replaced_whole
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,19 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         base_channels=autoencoder.config.base_channels,
         detail_channels=autoencoder.config.detail_channels,
     )
-    settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
-    arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
-    upgraded = type(pipeline)(**{**arguments, "vae": autoencoder, "transformer": transformer})
+    upgraded = _with_parts(pipeline, vae=autoencoder, transformer=transformer)
     if isinstance(pipeline, DiTPipeline):
         upgraded.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
     if backbone.advice:
         logger.warning("the upgraded %s: %s", type(pipeline).__name__, backbone.advice)
     return upgraded
+
+
+def _with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
+    """A new pipeline of the same class, settings and other components: stock ones count the VAE's stages when made."""
+    settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
+    arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
+    return type(pipeline)(**{**arguments, **parts})
 
 
 def load_pipeline(
@@ -102,12 +108,14 @@ def load_pipeline(
     """
     folder = Path(path_or_base)
     absent: dict[str, None] = {}
-    kind = DiffusionPipeline
+    kind, portable = DiffusionPipeline, False
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
         index = _read_json(folder / "model_index.json")
         absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        if portable := index.get("vae") == ENTRY and "vae" not in without:
+            absent["vae"] = None  # its code is the folder's own: ours is used instead
         kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     absent |= dict.fromkeys(without)
     settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
@@ -115,6 +123,8 @@ def load_pipeline(
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    if portable:
+        pipeline = _with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             _check_whole(module, f"{name} of {path_or_base}")
@@ -123,11 +133,13 @@ def load_pipeline(
     return pipeline if device is None else pipeline.to(device)
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool = False) -> None:
     """`pipeline.save_pretrained(folder)`, whole or not at all; a pipeline that is there already is replaced.
 
+    With `portable` the autoencoder's code goes along, and the folder loads without davae (`make_portable`).
+
     Raises:
-        SettingsError: `folder` holds something else than a pipeline.
+        SettingsError: `folder` holds something else than a pipeline, or `pipeline` cannot be portable.
         StorageError: it cannot be written.
     """
     if folder.exists() and not (folder / "model_index.json").is_file():
@@ -139,6 +151,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
             raise
         except Exception as error:  # tokenizers raise no other class, on a full disk, too
             raise StorageError(f"{folder} was not written: {error}. Free space, or choose another folder") from error
+        if portable:
+            make_portable(partial)
 
 
 def load_autoencoder(

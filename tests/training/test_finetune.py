@@ -203,6 +203,17 @@ def test_plain_diffusers_loads_the_result_and_it_is_the_ema(tuned: Run) -> None:
         assert torch.equal(saved[name.removeprefix("transformer.")], shadows[name])
 
 
+def test_each_result_has_a_card_with_its_recipe_and_its_losses(lora: Run) -> None:
+    folder, recipe = lora
+    loss = json.loads((folder / "result.json").read_text())["values"]["base_loss"]
+    for result in ("pipeline", "adapter"):
+        card = (folder / result / "README.md").read_text()
+        assert f"| base loss | {loss:.4g} |" in card
+        assert f"lora_rank = {recipe.lora_rank}" in card
+        assert "Counts: pictures 12, batch size 6." in card
+        assert str(Path(recipe.base).parent) not in card
+
+
 def test_full_finetuning_moves_every_weight(full: Run) -> None:
     folder, recipe = full
     start = upgrade(load_pipeline(recipe.base), load_autoencoder(Path(recipe.autoencoder))).transformer

@@ -1,4 +1,4 @@
-"""Where the files that ship with the package lie: the picture set, the pretrained pair, the weights of LPIPS."""
+"""Where the files that ship with the package lie: pictures, the pretrained pair, LPIPS, configs of full-size bases."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,11 @@ def base_pipeline() -> Path:
 def upgrade() -> Path:
     """Adapter folder of the shipped upgrade: `load_pipeline(base_pipeline(), adapter=upgrade())`."""
     return _folder("upgrade")
+
+
+def geometry() -> Path:
+    """Folder of full-size base pipelines' configs, without weights, by the last part of their names on the Hub."""
+    return _folder("geometry")
 
 
 def lpips() -> Path:

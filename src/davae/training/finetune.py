@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,6 +20,7 @@ from davae.adapter import (
     target_layers,
 )
 from davae.backbones import backbone_of
+from davae.card import model_card, write_card
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
@@ -94,7 +96,9 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
             state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
-    recipe.finish(state, last_losses(state), counts={"pictures": len(pictures), "batch_size": recipe.batch_size})
+    values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
+    recipe.finish(state, values, counts=counts)
+    write_cards(folder, recipe, base=base, metrics=values, counts=counts)
     return saved
 
 
@@ -177,6 +181,24 @@ def last_losses(state: TrainingState) -> dict[str, float | None]:
     path = state.record.metrics_path
     lines = read_metrics(path) if path.exists() else []
     return {name: value for line in lines[-1:] for name, value in line.items() if name.endswith("loss")}
+
+
+def write_cards(
+    folder: Path, recipe: FinetuneRecipe, *, base: str, metrics: dict[str, float | None], counts: dict[str, int]
+) -> None:
+    """A model card in the pipeline and, if there is one, in the adapter folder."""
+    name = "base" if Path(base).is_dir() else base
+    calls = {"pipeline": 'load_pipeline("this folder")', "adapter": f'load_pipeline("{name}", adapter="this folder")'}
+    source = Path(recipe.pictures).name or "the set that davae ships (Fluent Emoji 3D, MIT)"
+    facts: dict[str, Any] = {
+        "data": f"{counts['pictures']:,} pictures of {source}",
+        "metrics": metrics,
+        "counts": counts,
+    }
+    for result, call in calls.items():
+        if (folder / result).is_dir():
+            usage = f"from davae import load_pipeline\n\npipe = {call}"
+            write_card(folder / result, model_card(recipe, usage=usage, base=base, **facts))
 
 
 def save_upgrade(

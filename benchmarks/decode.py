@@ -1,0 +1,53 @@
+"""Decoding in float32, as the weights lie, against bfloat16 with channels last; interleaved.
+
+    OMP_NUM_THREADS=1 python benchmarks/decode.py                  # the shipped upgrade's decoder, 256 px
+    OMP_NUM_THREADS=1 python benchmarks/decode.py --true-size      # SD3.5-Medium's geometry upgraded, 512 px
+
+prints milliseconds (median of 7) and the ratio (median of pairs, least and most).
+"""
+
+import copy
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+from torch import nn
+
+from davae import AutoencoderDA, assets
+from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.upgrade import load_autoencoder, load_base_vae
+
+
+def autoencoder(*, true_size: bool) -> AutoencoderDA:
+    """The shipped one; or SD3.5-Medium's, upgraded, with random weights."""
+    if not true_size:
+        return load_autoencoder(assets.upgrade(), base=load_base_vae(str(assets.base_pipeline())))
+    folder = assets.geometry() / "stable-diffusion-3.5-medium"
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    return AutoencoderDA.from_base(vae, detail_channels=vae.config.latent_channels).eval()
+
+
+def main(
+    true_size: Annotated[bool, typer.Option(help="SD3.5-Medium's geometry instead of the shipped pair.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels.")] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 7,
+) -> None:
+    """Print both times and their ratio."""
+    plain = autoencoder(true_size=true_size)
+    half = nn.Module.to(copy.deepcopy(plain), dtype=torch.bfloat16, memory_format=torch.channels_last)
+    side = (size or (512 if true_size else 256)) // plain.downsample_factor
+    latents = torch.randn(1, plain.config.latent_channels, side, side)
+    runs = {
+        "float32": lambda: plain.decode(latents),
+        "bfloat16, channels last": lambda: half.decode(latents.to(torch.bfloat16, memory_format=torch.channels_last)),
+    }
+    found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
+    for name, measured in found.items():
+        typer.echo(f"{name}: {1000 * spread(measured.seconds).median:.1f} ms")
+    ratio = paired_ratios(*(measured.seconds for measured in found.values()))
+    typer.echo(f"{ratio.median:.2f}x [{ratio.least:.2f}, {ratio.most:.2f}]")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,187 @@
+"""What is timed: one pipeline at one size, taken apart into the work of text encoding, a step, decoding and leaving."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from davae.backbones import Backbone, backbone_of, fixed_size
+from davae.errors import SettingsError
+from davae.geometry import META
+from davae.seeds import generator
+from davae.workload import CLIP_TOKENS, condition_of, counting, in_half, meta
+
+PARTS = ("text", "step", "decode", "to-cpu", "whole")
+"""text: both prompts of guidance through the text encoders. step: the transformer's one call for a guided step, a batch
+of 2 for each picture. decode: the autoencoder's. to-cpu: from decoded pictures on the device to Pillow's. whole: the
+stock pipeline, from prompts to Pillow's pictures."""
+PROMPT = "a red apple on a wooden table"
+GUIDANCE = 4.0
+DECODING = ("decoder", "post_quant_conv", "joint_", "detail_upsample")
+"""How the names of an autoencoder's parts begin that decode."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pipeline at one size."""
+
+    name: str
+    pipeline: DiffusionPipeline
+    size: int
+    """Side of the pictures in pixels."""
+    batch: int = 1
+    """Pictures at a time."""
+    steps: int = 28
+    """Of the sampler, all guided; only "whole" and what is counted for it depend on them."""
+    prompt_tokens: int = 256
+    """Length that T5 pads to."""
+    seed: int = 0
+    """Of latents and conditions."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The row of the transformer's family."""
+        return backbone_of(self.pipeline.transformer)
+
+    @property
+    def latent_side(self) -> int:
+        """Side of the latents."""
+        return self.size // downsample_factor(self.pipeline)
+
+    @property
+    def tokens(self) -> int:
+        """Picture tokens of the transformer."""
+        ports = self.backbone.ports
+        patch = ports.packed if ports.packed > 1 else self.pipeline.transformer.config.patch_size
+        return (self.latent_side // patch) ** 2
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """By component name; none in a class-conditional pipeline, or in one that was built without."""
+        parts = self.pipeline.components.items()
+        return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
+
+
+def downsample_factor(pipeline: DiffusionPipeline) -> int:
+    """Side of a picture / side of its latents."""
+    return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+
+
+def sizes_against(candidate: Case, base: DiffusionPipeline) -> list[int]:
+    """The sizes at which a base is worth comparing: the same pixels, and the same tokens.
+
+    Only the second for a family whose positions fit one token grid.
+    """
+    equal_tokens = candidate.size * downsample_factor(base) // downsample_factor(candidate.pipeline)
+    fixed = candidate.backbone.picture_side is fixed_size.picture_side
+    return [equal_tokens] if fixed else list(dict.fromkeys([candidate.size, equal_tokens]))
+
+
+def parts_of(case: Case, wanted: Sequence[str]) -> list[str]:
+    """The wanted parts in the order of `PARTS`; all that the case has if none is named.
+
+    Raises:
+        SettingsError: an unknown part, text or the whole of a pipeline without its text encoders, or a size that the
+            pipeline cannot make.
+    """
+    case.backbone.picture_side(case.pipeline, case.size)
+    if unknown := [part for part in wanted if part not in PARTS]:
+        raise SettingsError(f"part {unknown[0]!r}: allowed are {', '.join(PARTS)}")
+    lacking = set() if case.text_encoders else {"text"} if case.backbone.classes else {"text", "whole"}
+    if lacking & set(wanted):
+        raise SettingsError(f"{case.name} has no text encoders to time: leave out {' and '.join(sorted(lacking))}")
+    return [part for part in PARTS if part in (wanted or set(PARTS) - lacking)]
+
+
+def runs_of(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """A function without arguments for each part; its inputs, random and never zero, are made here, on the device."""
+    pipeline, where = case.pipeline, case.pipeline.device
+    dtype, batch, guided = pipeline.transformer.dtype, case.batch, 2 * case.batch
+    pipeline.set_progress_bar_config(disable=True)
+
+    def random(purpose: str, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator(case.seed, purpose)).to(where, dtype)
+
+    channels, side = pipeline.vae.config.latent_channels, case.latent_side
+    made: dict[str, Callable[[], object]] = {}
+    if "text" in parts:
+        prompts = [PROMPT] * batch + [""] * batch
+        made["text"] = lambda: case.backbone.condition(pipeline, prompts, max_sequence_length=case.prompt_tokens)
+    if "step" in parts:
+        latents = random("bench latents", guided, channels, side, side)
+        sigma = torch.full((guided,), 0.5, device=where, dtype=dtype)
+        condition: dict[str, Tensor] = {}
+        for name, like in condition_of(pipeline.transformer, case.backbone, case.prompt_tokens).items():
+            condition[name] = random(f"bench {name}", guided, *like.shape[1:])
+            if not like.is_floating_point():
+                condition[name] = torch.zeros(guided, *like.shape[1:], dtype=like.dtype, device=where)
+        made["step"] = lambda: case.backbone.velocity(pipeline.transformer, latents, sigma, condition)
+    if "decode" in parts:
+        codes = random("bench codes", batch, channels, side, side)
+        made["decode"] = lambda: pipeline.vae.decode(codes, return_dict=False)[0]
+    if "to-cpu" in parts:
+        pictures = random("bench pictures", batch, 3, case.size, case.size).clamp(-1, 1)
+        made["to-cpu"] = lambda: pipeline.image_processor.postprocess(pictures, output_type="pil")
+    if "whole" in parts:
+        made["whole"] = lambda: _whole(case)
+    return made
+
+
+def _whole(case: Case) -> object:
+    settings: dict[str, Any] = {"num_inference_steps": case.steps, "guidance_scale": GUIDANCE}
+    settings |= {"height": case.size, "width": case.size, "generator": torch.Generator().manual_seed(case.seed)}
+    if case.backbone.classes:
+        return case.pipeline([0] * case.batch, **settings, guidance_interval=(0.0, 1.0))
+    return case.pipeline([PROMPT] * case.batch, **settings, max_sequence_length=case.prompt_tokens)
+
+
+def parameters_of(case: Case) -> dict[str, int]:
+    """Parameters of transformer, autoencoder and all text encoders."""
+    groups = {
+        "transformer": [case.pipeline.transformer],
+        "autoencoder": [case.pipeline.vae],
+        "text encoders": list(case.text_encoders.values()),
+    }
+    return {name: sum(p.numel() for part in parts for p in part.parameters()) for name, parts in groups.items()}
+
+
+def weight_bytes(case: Case) -> dict[str, int]:
+    """Bytes of the weights that each part must read at least once; the autoencoder's encoder is not the decoder's."""
+    vae = case.pipeline.vae
+    decoder = [part for name, part in vae.named_children() if name.startswith(DECODING)]
+    groups = {"text": list(case.text_encoders.values()), "step": [case.pipeline.transformer], "decode": decoder}
+    return {name: sum(p.nbytes for part in parts for p in part.parameters()) for name, parts in groups.items()}
+
+
+def flops_of(case: Case) -> dict[str, int]:
+    """Operations of each part, for all pictures of a batch, counted on models without weights; attention included.
+
+    A multiplication and its addition are two. "whole" is text, all steps and decode.
+    """
+    pipeline, side = case.pipeline, case.latent_side
+    with META:
+        parts = (pipeline.transformer, pipeline.vae)
+        transformer, vae = (type(part).from_config(part.config) for part in parts)
+        encoders = [in_half(type(encoder)(encoder.config)) for encoder in case.text_encoders.values()]
+    for part in (transformer, vae):
+        in_half(part)
+    latents = meta(1, vae.config.latent_channels, side, side)
+    condition = condition_of(transformer, case.backbone, case.prompt_tokens)
+    with torch.no_grad(), counting() as text:
+        for encoder in encoders:
+            clip = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)
+            encoder(meta(1, CLIP_TOKENS if clip else case.prompt_tokens, dtype=torch.long))
+    with torch.no_grad(), counting() as step:
+        case.backbone.velocity(transformer, latents, meta(1), condition)
+    with torch.no_grad(), counting() as decode:
+        vae.decode(latents)
+    found = {
+        "text": 2 * case.batch * text.flops,
+        "step": 2 * case.batch * step.flops,
+        "decode": case.batch * decode.flops,
+    }
+    return {**found, "whole": found["text"] + case.steps * found["step"] + found["decode"]}
