@@ -13,12 +13,14 @@ from davae.backbones import Backbone, backbone_of, fixed_size
 from davae.errors import SettingsError
 from davae.geometry import META
 from davae.seeds import generator
-from davae.workload import CLIP_TOKENS, condition_of, counting, in_half, meta
+from davae.workload import condition_of, counting, in_half, meta
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
 """text: both prompts of guidance through the text encoders. step: the transformer's one call for a guided step, a batch
 of 2 for each picture. decode: the autoencoder's. to-cpu: from decoded pictures on the device to Pillow's. whole: the
 stock pipeline, from prompts to Pillow's pictures."""
+CLIP_TOKENS = 77
+"""What a CLIP is given, however short the prompt."""
 PROMPT = "a red apple on a wooden table"
 GUIDANCE = 4.0
 DECODING = ("decoder", "post_quant_conv", "joint_", "detail_upsample")
