@@ -65,8 +65,9 @@ BUDGETS = {
 
 
 def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
-    """The demo's stage 1: from the closed-form start."""
+    """The demo's stage 1: from the closed-form start, detail latents what the base cannot say (recipes/ablations)."""
     return AutoencoderRecipe(
+        code="residual",
         limit=budget.pictures,
         steps=budget.stage_one_steps,
         fit_pictures=64,
@@ -80,7 +81,7 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
         checkpoint_every=50,
         ema_decay=0.99,
         seed=seed,
-        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.02),
+        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.0),
     )
 
 
