@@ -13,11 +13,17 @@ Row = dict[str, Any]
 
 def render() -> str:
     """All tables and where they come from, as Markdown."""
-    small_pair, rivals, detail, ablations = (
-        json.loads((RESULTS / f"{name}.json").read_bytes()) for name in ("small_pair", "rivals", "detail", "ablations")
-    )
-    parts = [*_small_pair(small_pair), *_rivals(small_pair, rivals), *_detail(detail), *_ablations(ablations)]
+    small_pair = _read("small_pair")
+    parts = [
+        *_small_pair(small_pair),
+        *_ablations(_read("ablations")),
+    ]
     return "\n".join(parts)
+
+
+def _read(name: str) -> Row:
+    """A result, by the name of its file."""
+    return json.loads((RESULTS / f"{name}.json").read_bytes())
 
 
 def _distance(values: list[float]) -> str:
@@ -143,6 +149,7 @@ def _ablations(result: Row) -> list[str]:
     ]
     counts = result["counts"]
     return [
+        "<details><summary>Ablations: the tables</summary>\n",
         f"**Ablations, stage 1**, {result['stage_one_steps']} steps of four 64 px crops, {counts['heldout']} held-out "
         "pictures:\n",
         "| arm | PSNR before, dB | after | LPIPS before | after | alignment loss before | after | seeds |",
@@ -156,6 +163,7 @@ def _ablations(result: Row) -> list[str]:
         f"\n*`python recipes/ablations/run.py RUN --stage-one-steps {result['stage_one_steps']} --stage-two-steps "
         f"{result['stage_two_steps']}`, {_origin(result)}; mean +- standard deviation over the seeds. Detail losses of "
         "different codes or r are of different targets, and no comparison.*\n",
+        "</details>\n",
     ]
 
 
