@@ -81,7 +81,7 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
         checkpoint_every=50,
         ema_decay=0.99,
         seed=seed,
-        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.0),
+        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.02),
     )
 
 
