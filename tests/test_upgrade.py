@@ -1,4 +1,5 @@
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import families
 import pipelines
 import tiny
+from davae import assets
 from davae.adapter import add_lora, base_digest, load_adapter, save_adapter, target_layers
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
@@ -534,3 +536,13 @@ def test_an_adapter_of_format_1_has_the_whole_autoencoder_and_is_read(trained_la
     (folder / "adapter" / "adapter.json").write_text(json.dumps({**index, "format_version": 1}))
     assert np.array_equal(generate(load_pipeline(folder / "base", adapter=folder / "adapter")), generate(pipeline))
     assert torch.equal(load_autoencoder(folder / "adapter").detail_std, autoencoder.detail_std)
+
+
+def test_an_adapters_autoencoder_is_loaded_without_advice_to_train_what_the_base_gives(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "diffusers.models.modeling_utils")
+    vae = load_base_vae(str(assets.base_pipeline()))
+    load_autoencoder(assets.upgrade(), base=vae)
+    assert "newly initialized" not in caplog.text
+    AutoencoderDA.from_pretrained(assets.upgrade() / "vae")
+    assert "newly initialized" in caplog.text  # what diffusers says without us

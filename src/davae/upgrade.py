@@ -199,12 +199,18 @@ def load_model(
         CheckpointError: the folder is missing, damaged or holds something else.
     """
     given = given or {}
+    loading = logging.getLogger("diffusers.models.modeling_utils")
+    level = loading.level
+    if given:  # it would advise to train what is lacking
+        loading.setLevel(logging.ERROR)
     try:
         model, found = kind.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded as an {kind.__name__}: {error}") from error
+    finally:
+        loading.setLevel(level)
     if lacking := sorted(set(found["missing_keys"]) - given.keys()):
         advice = "copy it anew"
         if (folder.parent / INDEX).is_file():
