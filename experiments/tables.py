@@ -16,6 +16,8 @@ def render() -> str:
     small_pair = _read("small_pair")
     parts = [
         *_small_pair(small_pair),
+        *_rivals(small_pair, _read("rivals")),
+        *_detail(_read("detail")),
         *_ablations(_read("ablations")),
     ]
     return "\n".join(parts)
@@ -81,7 +83,7 @@ def _rivals(ours: Row, result: Row) -> list[str]:
     seconds = {batch: list(values.values()) for batch, values in result["seconds_per_picture"].items()}
     batches = list(seconds)
     timed = ["".join(f" {seconds[batch][place]:.2f} |" for batch in batches) for place in range(2)]
-    empty = "|" * len(batches)
+    empty = " |" * len(batches)
     return [
         "**Against rivals of equal training**, same prompts, seeds and real pictures:\n",
         "| | tokens | KID x 1000 | PSNR, dB | LPIPS |" + "".join(f" s a picture, batch {batch} |" for batch in batches),

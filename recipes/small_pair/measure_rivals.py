@@ -67,7 +67,7 @@ def main(
     facts: dict[str, Any] = {
         "kid": demo.measure_kid({"native 256 px model": made}, real, 0),
         "seconds_per_picture": {str(batch): times(pipelines, batch, repeats) for batch in BATCHES},
-        "native_steps": trained[-1]["step"] if trained else None,
+        "native_steps": trained[-1]["step"] + 1 if trained else None,
         "upscaler": json.loads(upscaler.read_bytes()),
         "counts": {"generated": count, "real": len(real)},
         "sampling": SAMPLING,
