@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 BASE = "base + bicubic"
+OFF_THE_SCALE = "random start"
+"""Too far from the others to be drawn; the table has it."""
 ONE, TWO, BEFORE = "#2b83c6", "#d55e00", "#8a8a84"
 Row = dict[str, Any]
 
@@ -42,9 +44,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for place, (name, title) in enumerate(
         [("heldout_psnr", "PSNR, dB"), ("heldout_lpips", "LPIPS"), ("heldout_alignment", "alignment loss")]
     ):
-        known = result["stage_one_after"]
-        dots(axes[0, place], result["stage_one_before"], name, f"stage 1: {title}", BEFORE, filled=False)
-        dots(axes[0, place], known, name, f"stage 1: {title} (hollow: before)", ONE)
+        before, after = (
+            [row for row in result[f"stage_one_{moment}"] if row["arm"] != OFF_THE_SCALE]
+            for moment in ("before", "after")
+        )
+        dots(axes[0, place], before, name, f"stage 1: {title}", BEFORE, filled=False)
+        dots(axes[0, place], after, name, f"stage 1: {title} (hollow: before)", ONE)
     base = next((row for row in result["stage_two"] if row["arm"] == BASE), None)
     rows = [row for row in result["stage_two"] if row["arm"] != BASE]
     for place, (name, title) in enumerate(
