@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from davae.errors import StorageError
+from davae.errors import CheckpointError, StorageError
 
 
 @contextmanager
@@ -89,6 +89,21 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object: it is damaged, copy the folder anew")
+    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

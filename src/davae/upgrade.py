@@ -1,7 +1,6 @@
 """Upgrade: a base pipeline and an AutoencoderDA become a stock pipeline of twice the side length, at equal tokens."""
 
 import inspect
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from davae.backbones import widen_transformer as widen_transformer  # its public
 from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.portable import ENTRY, make_portable
-from davae.storage import replaced_whole
+from davae.storage import read_json, replaced_whole
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def load_pipeline(
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
-        index = _read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
         absent = {name: None for name, entry in index.items() if entry == [None, None]}
         if portable := index.get("vae") == ENTRY and "vae" not in without:
             absent["vae"] = None  # its code is the folder's own: ours is used instead
@@ -248,7 +247,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
     bare = (Path(base) / "config.json").is_file() and not (Path(base) / "model_index.json").exists()
     try:
         if bare:
-            name = _read_json(Path(base) / "config.json")["_class_name"]
+            name = read_json(Path(base) / "config.json")["_class_name"]
         else:
             name = DiffusionPipeline.load_config(base)["vae"][1]
     except LOADING_ERRORS as error:
@@ -344,13 +343,3 @@ def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
                 f"(SHA-256 {digests[0]} against {digests[1]}). "
                 "Use the pipeline that it was made from, or train one on this pipeline's VAE"
             )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object: it is damaged, copy the folder anew")
-    return found

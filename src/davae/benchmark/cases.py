@@ -19,8 +19,6 @@ PARTS = ("text", "step", "decode", "to-cpu", "whole")
 """text: both prompts of guidance through the text encoders. step: the transformer's one call for a guided step, a batch
 of 2 for each picture. decode: the autoencoder's. to-cpu: from decoded pictures on the device to Pillow's. whole: the
 stock pipeline, from prompts to Pillow's pictures."""
-CLIP_TOKENS = 77
-"""What a CLIP is given, however short the prompt."""
 PROMPT = "a red apple on a wooden table"
 GUIDANCE = 4.0
 DECODING = ("decoder", "post_quant_conv", "joint_", "detail_upsample")
@@ -176,7 +174,8 @@ def flops_of(case: Case) -> dict[str, int]:
     with torch.no_grad(), counting() as text:
         for encoder in encoders:
             clip = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)
-            encoder(meta(1, CLIP_TOKENS if clip else case.prompt_tokens, dtype=torch.long))
+            padded = getattr(encoder.config, "max_position_embeddings", 0)
+            encoder(meta(1, int(padded) if clip else case.prompt_tokens, dtype=torch.long))
     with torch.no_grad(), counting() as step:
         case.backbone.velocity(transformer, latents, meta(1), condition)
     with torch.no_grad(), counting() as decode:
