@@ -20,6 +20,7 @@ from davae.benchmark.cases import (
 )
 from davae.errors import SettingsError
 from davae.geometry import META, read_geometry
+from davae.upgrade import load_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following part of your input was truncated")
@@ -177,3 +178,10 @@ def test_the_true_size_has_the_published_counts() -> None:
     assert found[512]["text"] / 2 == pytest.approx(2.51e12, rel=0.005)
     assert [found[size]["step"] / 2 for size in (512, 1024)] == pytest.approx([2.443e12, 11.25e12], rel=0.005)
     assert [found[size]["decode"] for size in (512, 1024)] == pytest.approx([2.51e12, 10.47e12], rel=0.005)
+
+
+def test_a_clip_with_few_positions_is_counted_at_those() -> None:
+    base = load_pipeline(assets.base_pipeline())
+    assert base.text_encoder.config.max_position_embeddings < 77
+    found = flops_of(case(base, 128))
+    assert 0 < found["text"] < found["step"]
