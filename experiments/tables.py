@@ -84,6 +84,7 @@ def _rivals(ours: Row, result: Row) -> list[str]:
     batches = list(seconds)
     timed = ["".join(f" {seconds[batch][place]:.2f} |" for batch in batches) for place in range(2)]
     empty = " |" * len(batches)
+    flops = {name: result[f"{name}_steps"] * count for name, count in result["training_flops"].items()}
     return [
         "**Against rivals of equal training**, same prompts, seeds and real pictures:\n",
         "| | tokens | KID x 1000 | PSNR, dB | LPIPS |" + "".join(f" s a picture, batch {batch} |" for batch in batches),
@@ -95,18 +96,18 @@ def _rivals(ours: Row, result: Row) -> list[str]:
         f"| base trained on at 256 px, {result['native_steps']:,} steps | 256 | "
         f"{_distance(result['kid']['native 256 px model'])} | | |{timed[1]}",
         f"\n*`recipes/small_pair/latent_upscaler.py`, `native_256.toml`, `measure_rivals.py`; {_origin(result)}, "
-        "one thread.*\n",
+        f"one thread. The last row's training had {flops['native'] / flops['upgrade']:.2f} times the FLOPs of the "
+        "upgrade's stage 2, counted.*\n",
     ]
 
 
 def _detail(result: Row) -> list[str]:
     """What a decoder makes of replaced detail latents."""
-    replaced = next(len(row) for row in result["rows"].values() if len(row) > 1)
-    names = list(next(row for row in result["rows"].values() if len(row) == replaced))
+    autoencoders = {title: found for title, found in result["rows"].items() if title != BASE}
+    names = list(next(iter(autoencoders.values())))
     rows = [
         f"| {title} |" + "".join(f" {found[name]['psnr']:.2f} / {found[name]['kid']:.0f} |" for name in names)
-        for title, found in result["rows"].items()
-        if len(found) == replaced
+        for title, found in autoencoders.items()
     ]
     base = result["rows"][BASE][""]
     return [

@@ -10,15 +10,20 @@ makes them and leaves.
 
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from diffusers import DiffusionPipeline
-from rich.progress import track
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from davae import assets, demo
+from davae.adapter import target_layers
+from davae.backbones import sd3
+from davae.benchmark.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.record import environment, read_metrics
@@ -27,18 +32,49 @@ from davae.upgrade import load_pipeline
 
 SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCHES = (1, 16)
+UPGRADE_STEPS = 4200 + 2800 + 14000 + 2200
+"""Of stage2.toml, stage2_continued.toml, stage2_layers.toml and stage2_final.toml; all are counted as the third."""
+T5_LENGTHS = {12: 0.9, 64: 0.07, 256: 0.03}
+"""How often train_base_transformer.py pads captions to which length."""
+
+
+def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> dict[str, float]:
+    """Operations of one picture in a training step, forward and backward, attention included.
+
+    The upgrade's are stage2_layers.toml's: the image stream's layers and both ports are trained, captions are encoded
+    once. The native run trains all of it, text encoders included.
+    """
+    upgraded.transformer.train().requires_grad_(False)
+    layers = target_layers(upgraded.transformer, demo.SMALL_PAIR_TARGETS)
+    for name in (*layers, sd3.PORTS.input, sd3.PORTS.output):
+        upgraded.transformer.get_submodule(name).requires_grad_(True)
+    parts = (native.transformer, native.text_encoder, native.text_encoder_2, native.text_encoder_3)
+    for part in parts:
+        part.train().requires_grad_(True)
+
+    def count(pipeline: DiffusionPipeline, tokens: int, *, text: bool) -> int:
+        side = demo.SIZE // pipeline.vae_scale_factor
+        latents = torch.randn(1, pipeline.transformer.config.in_channels, side, side)
+        with FlopCounterMode(display=False) as whole, sdpa_kernel(SDPBackend.MATH):  # the fused kernel is not counted
+            with torch.set_grad_enabled(text), FlopCounterMode(display=False) as encoding:
+                condition = sd3.condition(pipeline, ["red apple"], max_sequence_length=tokens)
+            sd3.velocity(pipeline.transformer, latents, torch.tensor([0.5]), condition).square().mean().backward()
+        return whole.get_total_flops() - (0 if text else encoding.get_total_flops())
+
+    found = {tokens: count(native, tokens, text=True) for tokens in T5_LENGTHS}
+    mean = sum(share * found[tokens] for tokens, share in T5_LENGTHS.items())
+    return {"upgrade": count(upgraded, demo.PROMPT_TOKENS, text=False), "native": mean}
 
 
 def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> dict[str, float]:
     """Median seconds per picture of each pipeline, in turns, after one turn to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in pipelines}
-    for repeat in track(range(repeats + 1), f"timing, batches of {batch}"):
-        for name, pipeline in pipelines.items():
-            start = time.perf_counter()
-            generation.sample(pipeline, ["red apple"] * batch, size=demo.SIZE, **SAMPLING)
-            if repeat:
-                seconds[name].append((time.perf_counter() - start) / batch)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    prompts = ["red apple"] * batch
+    runs = {
+        name: partial(generation.sample, pipeline, prompts, size=demo.SIZE, **SAMPLING)
+        for name, pipeline in pipelines.items()
+    }
+    found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
+    return {name: statistics.median(measured.seconds) / batch for name, measured in found.items()}
 
 
 def main(
@@ -67,6 +103,8 @@ def main(
     facts: dict[str, Any] = {
         "kid": demo.measure_kid({"native 256 px model": made}, real, 0),
         "seconds_per_picture": {str(batch): times(pipelines, batch, repeats) for batch in BATCHES},
+        "training_flops": training_flops(*pipelines.values()),
+        "upgrade_steps": UPGRADE_STEPS,
         "native_steps": trained[-1]["step"] + 1 if trained else None,
         "upscaler": json.loads(upscaler.read_bytes()),
         "counts": {"generated": count, "real": len(real)},
