@@ -1,12 +1,12 @@
 """AuraFlow: one T5 whose padding is zero, learned positions, timestep = sigma."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
 from davae.widen import LatentPorts
@@ -57,26 +57,6 @@ def velocity(
     return transformer(latents, timestep=sigma, **condition, return_dict=False)[0]
 
 
-def call(
-    pipeline: AuraFlowPipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
-) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call; guidance of 1 or less is none."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": guidance_scale,
-        "latents": noise,
-        "max_sequence_length": prompt_tokens,
-    }
-
-
 BACKBONE = Backbone(
-    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call, advice=ADVICE
+    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=calling.call, advice=ADVICE
 )

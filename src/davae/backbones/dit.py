@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from davae.backbones import fixed_size
+from davae.backbones.class_labels import class_labels
 from davae.backbones.family import Backbone
 from davae.backbones.variance import split_variance
-from davae.errors import SettingsError
 from davae.widen import LatentPorts
 
 PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")
@@ -30,11 +29,7 @@ def condition(pipeline: DiTPipeline, labels: Sequence[int]) -> dict[str, Tensor]
     Raises:
         SettingsError: a number that is no class and not the null class.
     """
-    null = null_class(pipeline.transformer)
-    foreign = [label for label in labels if label not in range(null + 1)]
-    if foreign:
-        raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")
-    return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=pipeline.transformer.device)}
+    return class_labels(pipeline.transformer, labels, null=null_class(pipeline.transformer))
 
 
 def noise(

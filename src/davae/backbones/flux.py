@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.packing import grid, pack, unpack
 from davae.backbones.sizes import side_of
@@ -66,23 +67,10 @@ def velocity(
 
 
 def call(
-    pipeline: FluxPipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
+    pipeline: FluxPipeline, prompts: Sequence[str], *, noise: Float[Tensor, "b latent h w"], **settings: Any
 ) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call; `guidance_scale` is what a distilled model is told, no second pass."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": guidance_scale,
-        "latents": pack(noise),
-        "max_sequence_length": prompt_tokens,
-    }
+    """As of `calling.call`; `guidance_scale` is what a distilled model is told, no second pass."""
+    return calling.call(pipeline, prompts, noise=pack(noise), **settings)
 
 
 BACKBONE = Backbone(PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call)

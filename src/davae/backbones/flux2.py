@@ -11,6 +11,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.packing import grid, pack, unpack
 from davae.backbones.sizes import side_of
@@ -84,19 +85,10 @@ def call(
     prompts: Sequence[str],
     *,
     noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Arguments of the stock pipelines' call; `guidance_scale` is what a distilled model is told, no second pass."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": guidance_scale,
-        "latents": F.pixel_unshuffle(noise, 2),
-        "max_sequence_length": prompt_tokens,
-    }
+    """As of `calling.call`; `guidance_scale` is what a distilled model is told, no second pass."""
+    return calling.call(pipeline, prompts, noise=F.pixel_unshuffle(noise, 2), **settings)
 
 
 BACKBONE = Backbone(

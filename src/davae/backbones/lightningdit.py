@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
 from davae.backbones import fixed_size
+from davae.backbones.class_labels import class_labels
 from davae.backbones.family import Backbone
-from davae.errors import SettingsError
 from davae.lightningdit import LightningDiT2DModel
 from davae.widen import LatentPorts
 
@@ -27,11 +26,7 @@ def condition(pipeline: DiffusionPipeline, labels: Sequence[int]) -> dict[str, T
     Raises:
         SettingsError: a number that is no class and not the null class.
     """
-    null = null_class(pipeline.transformer)
-    foreign = [label for label in labels if label not in range(null + 1)]
-    if foreign:
-        raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")
-    return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=pipeline.transformer.device)}
+    return class_labels(pipeline.transformer, labels, null=null_class(pipeline.transformer))
 
 
 def velocity(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davae.autoencoder_bases import base_facts
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
 from davae.widen import LatentPorts
@@ -61,24 +62,11 @@ def velocity(
 
 
 def call(
-    pipeline: Lumina2Pipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
+    pipeline: Lumina2Pipeline, prompts: Sequence[str], *, noise: Float[Tensor, "b latent h w"], **settings: Any
 ) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call: sizes by its own count, and guidance of 1 or less is none."""
+    """As of `calling.call`, with sizes by the pipeline's own count."""
     height, width = (COUNTED_FACTOR * length for length in noise.shape[-2:])
-    return {
-        "prompt": list(prompts),
-        "height": height,
-        "width": width,
-        "guidance_scale": guidance_scale,
-        "latents": noise,
-        "max_sequence_length": prompt_tokens,
-    }
+    return {**calling.call(pipeline, prompts, noise=noise, **settings), "height": height, "width": width}
 
 
 BACKBONE = Backbone(

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipelin
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
 from davae.backbones.variance import split_variance
@@ -84,25 +85,11 @@ def noise(
 
 
 def call(
-    pipeline: PixArtSigmaPipeline | PixArtAlphaPipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
+    pipeline: PixArtSigmaPipeline | PixArtAlphaPipeline, prompts: Sequence[str], **settings: Any
 ) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call, which then leaves the size as it is."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": guidance_scale,
-        "latents": noise,
-        "max_sequence_length": prompt_tokens,
-        "clean_caption": False,
-        "use_resolution_binning": False,
-    }
+    """As of `calling.call`; the pipeline then leaves the size and the captions as they are."""
+    arguments = calling.call(pipeline, prompts, **settings)
+    return {**arguments, "clean_caption": False, "use_resolution_binning": False}
 
 
 BACKBONE = Backbone(

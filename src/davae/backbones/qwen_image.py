@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.packing import pack, unpack
 from davae.backbones.sizes import side_of
@@ -72,20 +73,14 @@ def call(
     prompts: Sequence[str],
     *,
     noise: Float[Tensor, "b latent h w"],
-    side: int,
     guidance_scale: float,
-    prompt_tokens: int,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call; guidance of 1 or less is none, and others are against no text."""
-    return {
-        "prompt": list(prompts),
-        "negative_prompt": [""] * len(prompts) if guidance_scale > 1 else None,
-        "true_cfg_scale": guidance_scale,
-        "height": side,
-        "width": side,
-        "latents": pack(noise),
-        "max_sequence_length": prompt_tokens,
-    }
+    """As of `calling.call`; guidance of 1 or less is none, and others are against no text."""
+    arguments = calling.call(pipeline, prompts, noise=pack(noise), guidance_scale=guidance_scale, **settings)
+    del arguments["guidance_scale"]  # a distilled model's, which is another
+    negative = [""] * len(prompts) if guidance_scale > 1 else None
+    return {**arguments, "negative_prompt": negative, "true_cfg_scale": guidance_scale}
 
 
 BACKBONE = Backbone(PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call)

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
 from davae.widen import LatentPorts
@@ -65,25 +66,9 @@ def velocity(
     return transformer(latents, timestep=timestep, **condition, return_dict=False)[0]
 
 
-def call(
-    pipeline: SanaPipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
-) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call, which then leaves the size as it is."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": guidance_scale,
-        "latents": noise,
-        "max_sequence_length": prompt_tokens,
-        "use_resolution_binning": False,
-    }
+def call(pipeline: SanaPipeline, prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """As of `calling.call`; the pipeline then leaves the size as it is."""
+    return {**calling.call(pipeline, prompts, **settings), "use_resolution_binning": False}
 
 
 BACKBONE = Backbone(

@@ -1,12 +1,12 @@
 """Stable Diffusion 3 and 3.5: three text encoders, latents in patches of 2, timestep = 1000 sigma."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
 from davae.widen import LatentPorts
@@ -68,26 +68,6 @@ def velocity(
     return transformer(hidden_states=latents, timestep=1000 * sigma, **condition, return_dict=False)[0]
 
 
-def call(
-    pipeline: StableDiffusion3Pipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Float[Tensor, "b latent h w"],
-    side: int,
-    guidance_scale: float,
-    prompt_tokens: int,
-) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call; guidance of 1 or less is none."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": guidance_scale,
-        "latents": noise,
-        "max_sequence_length": prompt_tokens,
-    }
-
-
 BACKBONE = Backbone(
-    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call, clip_tokens=77
+    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=calling.call, clip_tokens=77
 )

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
 from davae.widen import LatentPorts
@@ -63,19 +64,12 @@ def call(
     prompts: Sequence[str],
     *,
     noise: Float[Tensor, "b latent h w"],
-    side: int,
     guidance_scale: float,
-    prompt_tokens: int,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call, whose guidance counts from 0; here 1 or less is none, as elsewhere."""
-    return {
-        "prompt": list(prompts),
-        "height": side,
-        "width": side,
-        "guidance_scale": max(guidance_scale - 1, 0.0),
-        "latents": noise.float(),
-        "max_sequence_length": prompt_tokens,
-    }
+    """As of `calling.call`; the pipeline's guidance counts from 0, and here 1 or less is none, as elsewhere."""
+    counted = max(guidance_scale - 1, 0.0)
+    return calling.call(pipeline, prompts, noise=noise.float(), guidance_scale=counted, **settings)
 
 
 BACKBONE = Backbone(
