@@ -70,6 +70,11 @@ def base_facts(config: Mapping[str, Any]) -> BaseFacts:
     )
 
 
+def downsample_factor(config: Mapping[str, Any]) -> int:
+    """Side of a picture / side of its latents, of a base autoencoder's config or an AutoencoderDA's."""
+    return 2 ** (len(base_facts(config).stages) - 1)
+
+
 def contract(config: Mapping[str, Any], *, latent_channels: int, stages: Sequence[int]) -> dict[str, Any]:
     """What the stock pipelines of a base autoencoder read of its config, for an AutoencoderDA in its place.
 

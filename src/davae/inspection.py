@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.autoencoder_bases import base_facts
+from davae.autoencoder_bases import downsample_factor
 from davae.backbones import backbone_of, check_parts
 from davae.widen import LatentPorts, patch_side
 
@@ -77,7 +77,7 @@ def _upgrade_effect(
 
 def _downsample_factor(pipeline: DiffusionPipeline) -> int:
     known = getattr(pipeline, "vae_scale_factor", None)
-    return known or 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)  # DiT's pipeline does not say it
+    return known or downsample_factor(pipeline.vae.config)  # DiT's pipeline does not say it
 
 
 def _layer(transformer: ModelMixin, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from diffusers import DiffusionPipeline
 
+from davae.autoencoder_bases import downsample_factor
 from davae.errors import SettingsError
 
 
@@ -11,7 +12,7 @@ def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
     Raises:
         SettingsError: another size.
     """
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    factor = downsample_factor(pipeline.vae.config)
     side = pipeline.transformer.config.sample_size * factor
     if size not in (None, side):
         raise SettingsError(

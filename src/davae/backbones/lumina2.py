@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, Lumina2Pipeline, Lumina2Transformer2DMo
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.autoencoder_bases import base_facts
+from davae.autoencoder_bases import downsample_factor
 from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
@@ -30,7 +30,7 @@ def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
         SettingsError: another pipeline than Lumina2Pipeline, or a size that is no multiple of a token's.
     """
     config = pipeline.transformer.config
-    factor = 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)
+    factor = downsample_factor(pipeline.vae.config)
     unit = config.patch_size * factor
     return side_of(pipeline, size, kinds=(Lumina2Pipeline,), default=config.sample_size * factor, unit=unit)
 

@@ -9,10 +9,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from davae.autoencoder_bases import downsample_factor
 from davae.backbones import Backbone, backbone_of, fixed_size
 from davae.errors import SettingsError
 from davae.geometry import META
 from davae.seeds import generator
+from davae.widen import patch_side
 from davae.workload import condition_of, counting, in_half, meta
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
@@ -50,14 +52,12 @@ class Case:
     @property
     def latent_side(self) -> int:
         """Side of the latents."""
-        return self.size // downsample_factor(self.pipeline)
+        return self.size // downsample_factor(self.pipeline.vae.config)
 
     @property
     def tokens(self) -> int:
         """Picture tokens of the transformer."""
-        ports = self.backbone.ports
-        patch = ports.packed if ports.packed > 1 else self.pipeline.transformer.config.patch_size
-        return (self.latent_side // patch) ** 2
+        return (self.latent_side // patch_side(self.pipeline.transformer, self.backbone.ports)) ** 2
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -66,17 +66,13 @@ class Case:
         return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
 
 
-def downsample_factor(pipeline: DiffusionPipeline) -> int:
-    """Side of a picture / side of its latents."""
-    return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-
-
 def sizes_against(candidate: Case, base: DiffusionPipeline) -> list[int]:
     """The sizes at which a base is worth comparing: the same pixels, and the same tokens.
 
     Only the second for a family whose positions fit one token grid.
     """
-    equal_tokens = candidate.size * downsample_factor(base) // downsample_factor(candidate.pipeline)
+    factor, base_factor = (downsample_factor(pipeline.vae.config) for pipeline in (candidate.pipeline, base))
+    equal_tokens = candidate.size * base_factor // factor
     fixed = candidate.backbone.picture_side is fixed_size.picture_side
     return [equal_tokens] if fixed else list(dict.fromkeys([candidate.size, equal_tokens]))
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
-from davae.autoencoder_bases import base_facts
+from davae.autoencoder_bases import base_facts, downsample_factor
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
@@ -75,7 +75,7 @@ def sample(
     backbone = backbone_of(pipeline.transformer)
     side = backbone.picture_side(pipeline, size)
     indices = range(first_index, first_index + len(prompts))
-    factor = 2 ** (len(base_facts(pipeline.vae.config).stages) - 1)  # not every pipeline's own count is its VAE's
+    factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
     noise = shared_noise(pipeline, indices, seed=seed, side=side // factor)
     arguments = backbone.call(
         pipeline,

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from davae.autoencoder_bases import BASE_CLASSES, base_facts, decode_base
+from davae.autoencoder_bases import BASE_CLASSES, base_facts, decode_base, downsample_factor
 from davae.autoencoder_da import AutoencoderDA
 from davae.autoencoder_taef2 import AutoencoderTAEF2
 from davae.errors import CheckpointError, SettingsError
@@ -131,13 +131,12 @@ def stock(autoencoder: ModelMixin) -> Tokenizer:
         latents = latents.mode() if isinstance(latents, DiagonalGaussianDistribution) else latents
         return latents.squeeze(2) if frames else latents
 
-    facts_of_it = base_facts(autoencoder.config)
     return Tokenizer(
         encode=encode,
         # Not the model's own forward: AutoencoderTiny's rounds the latents to bytes in between.
         decode=lambda latents: decode_base(autoencoder, latents),
-        factor=2 ** (len(facts_of_it.stages) - 1),
-        channels=facts_of_it.latent_channels,
+        factor=downsample_factor(autoencoder.config),
+        channels=base_facts(autoencoder.config).latent_channels,
     )
 
 
