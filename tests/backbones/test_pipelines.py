@@ -376,3 +376,17 @@ def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     if not targets:
         pytest.skip("has none")
     assert len(target_layers(upgraded.transformer, targets)) >= len(targets)
+
+
+@pytest.mark.parametrize(
+    "name", ["sd3", "qwen-image", "sana", "z-image", "auraflow", "lumina2", "pixart-sigma", "pixart-alpha"]
+)
+def test_guidance_of_one_or_less_is_none(name):
+    pipeline = BUILDERS[name]()
+    pipeline.set_progress_bar_config(disable=True)
+    none, less, much = (
+        sample(pipeline, PROMPTS, size=32, seed=0, steps=2, guidance_scale=scale, prompt_tokens=TEXT_TOKENS)
+        for scale in (1.0, 0.5, 6.0)
+    )
+    assert torch.equal(none, less)
+    assert not torch.equal(none, much)
