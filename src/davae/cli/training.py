@@ -1,0 +1,39 @@
+"""Verbs that train: both stages, each from its recipe."""
+
+from davae.cli.options import DryRun, RecipePath, RunFolder, Settings, quiet, say
+
+
+def train_autoencoder(
+    recipe: RecipePath,
+    out: RunFolder = None,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
+    quiet()
+    from davae.budget import plan_of
+    from davae.recipe import load_recipe, parse_overrides, run_folder
+    from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+
+    resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
+    if dry_run:
+        return say(plan_of(resolved, recipe))
+    say(train_autoencoder(resolved, out or run_folder(AutoencoderRecipe, recipe)))
+
+
+def finetune(
+    recipe: RecipePath,
+    out: RunFolder = None,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
+    quiet()
+    from davae.budget import plan_of
+    from davae.recipe import load_recipe, parse_overrides, run_folder
+    from davae.training.finetune import FinetuneRecipe, finetune
+
+    resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
+    if dry_run:
+        return say(plan_of(resolved, recipe))
+    say(finetune(resolved, out or run_folder(FinetuneRecipe, recipe)))
