@@ -245,6 +245,21 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         nn.Module.to(autoencoder, dtype=vae.dtype, device=vae.device)  # diffusers' own `to` warns without a reason
         return autoencoder.train(vae.training)
 
+    @classmethod
+    def from_config(cls, config: dict, return_unused_kwargs: bool = False, **kwargs: object) -> "AutoencoderDA":
+        """An AutoencoderDA of these settings; diffusers' loader calls it, and would ignore those that it does not know.
+
+        Raises:
+            ValueError: a setting that this version does not know, so that it would compute something else.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        if foreign := sorted(name for name in config if not name.startswith("_") and name not in known):
+            raise ValueError(
+                f"this AutoencoderDA was saved by a newer davae: its config has {', '.join(foreign)}, which this "
+                "version does not know. Update davae (of a portable folder: take the code beside its weights)"
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     # ------------------------------------------------------------------------------------------ the method
 
     def base_picture(self, sample: Tensor) -> Tensor:
