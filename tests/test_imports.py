@@ -21,7 +21,7 @@ LAYERS = [
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"noise_prediction"},
     {"backbones", "closed_form"},
-    {"adapter", "class_conditional"},
+    {"adapter", "base_lora", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
     {"report", "geometry", "card"},
     {"training", "evaluation"},

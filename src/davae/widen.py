@@ -148,20 +148,25 @@ def _port_layouts(
     transformer: ModelMixin, ports: LatentPorts, channels: int
 ) -> Mapping[str, tuple[str, dict[str, int]]]:
     """Layout and sizes of the axes in its brackets, of every tensor with a channel axis, which has `channels`."""
-    patch = patch_side(transformer, ports)
     tensors = transformer.state_dict()
     rows = tensors[f"{ports.output}.weight"].shape[0]
-    sizes = {"p": patch, "q": patch, "k": rows // (patch * patch * channels)}
     layouts = {
         f"{ports.input}.weight": ports.input_layout,
         f"{ports.output}.weight": ports.output_layout,
         f"{ports.output}.bias": ports.output_layout.removesuffix(" d"),
     }
+    patch = patch_side(transformer, ports)
     return {
-        name: (layout, {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout})
+        name: (layout, bracket_sizes(layout, patch=patch, predictions=rows // (patch * patch * channels)))
         for name, layout in layouts.items()
         if name in tensors
     }
+
+
+def bracket_sizes(layout: str, *, patch: int, predictions: int) -> dict[str, int]:
+    """What `pad_channels` must be told of a layout: the sizes of the axes in its brackets, but for the channels'."""
+    sizes = {"p": patch, "q": patch, "k": predictions}
+    return {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout}
 
 
 PortsStart = Literal["zero", "random", "repeat"]
