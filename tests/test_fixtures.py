@@ -51,14 +51,14 @@ def check_picture(made: Tensor) -> None:
 
 
 def layout(folder: Path) -> dict[str, object]:
-    """Of every file: names, shapes and dtypes of its tensors, or the keys of davae's own JSON; else that it is there."""
+    """Of every file: names, shapes and dtypes of its tensors, or the keys of davae's own JSON; else nothing."""
     found: dict[str, object] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         found[name] = None
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+                slices = {key: file.get_slice(key) for key in file.keys()}
                 found[name] = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
         elif path.name == "adapter.json" or "autoencoders" in path.parts or name.endswith("vae/config.json"):
             found[name] = sorted(json.loads(path.read_text()))

@@ -240,7 +240,9 @@ def read_index(folder: Path) -> AdapterIndex:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: it has no format_version. Copy it anew") from error
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {version}, davae reads up to {FORMAT_VERSION}: update davae")
+        raise CheckpointError(
+            f"{folder} has format version {version}, davae reads up to {FORMAT_VERSION}: update davae"
+        )
     try:
         return AdapterIndex.model_validate_json(text)
     except ValidationError as error:

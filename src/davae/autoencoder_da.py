@@ -32,6 +32,7 @@ from davae.autoencoder_bases import (
     drop_latent_layers,
     encode_mode,
     features,
+    refuse_newer,
 )
 from davae.tiled_decoder import can_decode_tiles, decode_tiles
 
@@ -247,17 +248,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict, return_unused_kwargs: bool = False, **kwargs: object) -> "AutoencoderDA":
-        """An AutoencoderDA of these settings; diffusers' loader calls it, and would ignore those that it does not know.
-
-        Raises:
-            ValueError: a setting that this version does not know, so that it would compute something else.
-        """
-        known = inspect.signature(cls.__init__).parameters
-        if foreign := sorted(name for name in config if not name.startswith("_") and name not in known):
-            raise ValueError(
-                f"this AutoencoderDA was saved by a newer davae: its config has {', '.join(foreign)}, which this "
-                "version does not know. Update davae (of a portable folder: take the code beside its weights)"
-            )
+        """As every model's, but a setting of a newer version is a ValueError, where others ignore it."""
+        refuse_newer(cls, config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # ------------------------------------------------------------------------------------------ the method

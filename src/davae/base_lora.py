@@ -71,7 +71,11 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
     layouts = {  # of what has the channel axis
         f"transformer.{ports.input}.lora_A.weight": (ports.input_layout, 1, whole[ports.input].shape[1]),
         f"transformer.{ports.output}.lora_B.weight": (ports.output_layout, 0, whole[ports.output].shape[0]),
-        f"transformer.{ports.output}.lora_B.bias": (ports.output_layout.removesuffix(" d"), 0, whole[ports.output].shape[0]),
+        f"transformer.{ports.output}.lora_B.bias": (
+            ports.output_layout.removesuffix(" d"),
+            0,
+            whole[ports.output].shape[0],
+        ),
     }
     padded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -124,10 +124,11 @@ def _check_channels(transformer: ModelMixin, ports: LatentPorts, *, base_channel
     if detail_channels < 1:
         raise SettingsError(f"detail_channels={detail_channels} must be 1 or more")
     for name in (ports.input, ports.output):
-        if not isinstance(transformer.get_submodule(name), nn.Linear | nn.Conv2d):
+        layer = transformer.get_submodule(name)
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer.weight) is not nn.Parameter:
             raise SettingsError(
-                f"the port {name} of this {type(transformer).__name__} is a "
-                f"{type(transformer.get_submodule(name)).__name__}, not a plain layer: "
+                f"the port {name} of this {type(transformer).__name__} is a {type(layer).__name__} with a "
+                f"{type(getattr(layer, 'weight', None)).__name__} for its weight, not a plain layer: "
                 "fuse or unload adapters, and widen before you quantise"
             )
 
