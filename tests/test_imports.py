@@ -25,8 +25,9 @@ LAYERS = [
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
     {"report", "geometry", "card"},
     {"training", "evaluation"},
-    {"demo", "workload"},
+    {"workload"},
     {"budget", "benchmark"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]
