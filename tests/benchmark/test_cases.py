@@ -112,7 +112,7 @@ def test_inputs_are_random_and_never_zero() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_what_the_stock_pipeline_does_in_one(family: str) -> None:
-    """As many rows and tokens of text for each picture, and the same arguments, as the whole has in each of its steps."""
+    """As many rows and tokens of text for each picture as the whole has in each of its steps."""
     base = getattr(pipelines, family)()
     seen: list[dict[str, tuple[int, ...]]] = []
 

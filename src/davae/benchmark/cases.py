@@ -21,8 +21,8 @@ from davae.workload import condition_of, counting, in_half, meta
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
 """text: the prompts through the text encoders, both of guidance. step: the transformer's work for a guided step in one
-call, a batch of 2 for each picture, or of 1 where guidance is an input. decode: the autoencoder's. to-cpu: from decoded pictures on the device to Pillow's. whole: the
-stock pipeline, from prompts to Pillow's pictures."""
+call, a batch of 2 for each picture, or of 1 where guidance is an input. decode: the autoencoder's. to-cpu: from decoded
+pictures on the device to Pillow's. whole: the stock pipeline, from prompts to Pillow's pictures."""
 PROMPT = "a red apple on a wooden table"
 GUIDANCE = 4.0
 COUNTED = (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
