@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.stored import captioned, fill, picture, tar
-from davae.data import listing
+from davae.data import shards
 from davae.data.sources import open_pictures
 from davae.errors import DataError
 
@@ -150,9 +150,9 @@ def test_a_compressed_shard_is_hostile_as_a_plain_one(tmp_path):
 def test_a_compressed_shard_has_a_largest_size(tmp_path, monkeypatch):
     path = compressed(tar(tmp_path / "a.tar", captioned(1)))
     size = len(gzip.decompress(path.read_bytes()))
-    monkeypatch.setattr(listing, "MAX_UNPACKED_BYTES", size)
+    monkeypatch.setattr(shards, "MAX_UNPACKED_BYTES", size)
     assert len(open_pictures(path, size=32)) == 1
-    monkeypatch.setattr(listing, "MAX_UNPACKED_BYTES", size - 1)
+    monkeypatch.setattr(shards, "MAX_UNPACKED_BYTES", size - 1)
     with pytest.raises(DataError, match=rf"more than {size - 1} bytes.*gunzip"):
         open_pictures(path, size=32)
 
