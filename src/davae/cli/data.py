@@ -5,25 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from davae.cli.options import DryRun, print_table, say, show
+from davae.cli.options import DryRun, Pictures, print_table, say, show
 
 app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
 
 AspectRatios = Annotated[
     list[str], typer.Option("--aspect-ratio", metavar="W:H", help="Of a bucket, such as 3:2. Repeatable.")
 ]
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="A folder, a shard, a parquet file; a URL of shards; datasets:NAME?split=train&streaming=true.",
-    ),
-]
 
 
 @app.command()
 def inspect(
-    source: Source,
+    source: Pictures,
     size: Annotated[list[int], typer.Option(min=16, help="Side in pixels. Repeatable, for several resolutions.")] = [  # noqa: B006 - typer reads the default and never changes it
         256
     ],

@@ -30,7 +30,12 @@ Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply 
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
-Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
+Pictures = Annotated[
+    str,
+    typer.Argument(
+        metavar="PICTURES", help="A folder, shards here or at a URL, parquet files, datasets:NAME; see docs/data.md."
+    ),
+]
 
 
 def device_of(name: str | None) -> str:

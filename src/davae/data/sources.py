@@ -3,52 +3,30 @@
 import hashlib
 import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from davae.data.buckets import Bucket, Crop, central_crop, choose_bucket, fit
-from davae.data.labels import folder_classes, number_classes, read_caption, read_class
+from davae.data.buckets import Bucket, Crop, central_crop, fit
+from davae.data.entries import Entry, least, make_entry
+from davae.data.labels import folder_classes, number_classes
 from davae.data.listing import Source, list_source
-from davae.data.pictures import LEFT_OUT, MIN_SIDE, PictureRefused, check_picture, read_picture
-from davae.data.stored import PICTURE_SUFFIXES, Refusal, Sample, StoredBytes
+from davae.data.loading import in_threads
+from davae.data.order import bucket_batch
+from davae.data.pictures import LEFT_OUT, MIN_SIDE, PictureRefused, read_picture
+from davae.data.stored import PICTURE_SUFFIXES, Refusal, summarise
 from davae.errors import DataError, SettingsError
 from davae.storage import write_json
 
 logger = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 512 << 20
 MEMORY_BYTES = 1 << 30
 """A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use."""
-WORKERS = min(8, os.cpu_count() or 1)
-"""Threads that read and decode; Pillow lets go of the interpreter's lock meanwhile."""
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One usable picture of a source."""
-
-    key: str
-    picture: StoredBytes
-    caption: str
-    """Empty only where there is a class."""
-    width: int
-    """Of the upright picture as it is stored, in pixels."""
-    height: int
-    bucket: Bucket
-    label: int | str | None = None
-    """Class number, or name of the sub-folder until that has one; None in a set of captioned pictures."""
 
 
 class PictureSet:
@@ -123,11 +101,15 @@ class PictureSet:
         return as_floats(torch.stack([fit(image, Bucket(side, side)) for image in self._images(indices)]))
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterable[list[int]]:
-        """These pictures' numbers, in batches of one bucket each."""
-        wanted = set(indices)
-        for members in self.members:
-            chosen = [index for index in members if index in wanted]
+        """These pictures' numbers, in their order, in batches of one bucket each."""
+        for bucket in self.buckets:
+            chosen = [index for index in indices if self._entries[index].bucket == bucket]
             yield from (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+
+    def step_indices(self, batch_size: int, *, seed: int, step: int) -> list[int]:
+        """The pictures of one step of training, all of one bucket: see `davae.data.order.bucket_batch`."""
+        bucket, places = bucket_batch(list(map(len, self.members)), batch_size, seed=seed, step=step)
+        return [self.members[bucket][place] for place in places]
 
     def crop(self, index: int) -> Crop:
         """The part of the stored, upright picture that `image` shows."""
@@ -251,7 +233,7 @@ def open_pictures(
 
     def entry(key: str) -> Entry | Refusal:
         try:
-            return _entry(key, samples[key], buckets, folders if classes else None, captions)
+            return make_entry(key, samples[key], buckets, folders if classes else None, captions)
         except PictureRefused as error:
             return Refusal(error.name, error.reason, error.kind)
 
@@ -270,7 +252,7 @@ def open_pictures(
         what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         labels = " with classes" if classes else " with captions beside them" if captions else ""
-        raise DataError(f"{what}; looked for {suffixes} of at least {_least(buckets)}{labels}; {summarise(refused)}")
+        raise DataError(f"{what}; looked for {suffixes} of at least {least(buckets)}{labels}; {summarise(refused)}")
     names: list[str] = []
     if classes:
         numbers, names = number_classes([entry.label for entry in entries if entry.label is not None], folders)
@@ -288,62 +270,3 @@ def heldout(key: str) -> bool:
 def as_floats(images: UInt8[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
     """Bytes as the models' values, float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
-
-
-def summarise(refused: Sequence[Refusal]) -> str:
-    """The number of refusals and the first five of them, in one line."""
-    if not refused:
-        return "0 refused"
-    shown = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:5])
-    return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:
-    """`function` of every item, in order, by `WORKERS` threads that end with the call; `alone` is without them."""
-    if alone or WORKERS == 1 or len(items) < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(WORKERS, len(items))) as pool:
-        return list(pool.map(function, items))
-
-
-def _least(buckets: Sequence[Bucket]) -> str:
-    least = min(buckets, key=lambda bucket: bucket.height * bucket.width)
-    return f"{least.width} pixels" if least.width == least.height else f"{least.width}x{least.height} pixels"
-
-
-def _entry(
-    key: str, sample: Sample, buckets: Sequence[Bucket], folders: Mapping[str, int] | None, needs_caption: bool
-) -> Entry:
-    """A picture with its caption; or, if `folders` is given, with its class number or the sub-folder out of these.
-
-    Without `needs_caption` the caption of one that has none is "".
-    """
-    picture = sample.pictures[0]
-    if picture.length > MAX_FILE_BYTES:
-        reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
-        raise PictureRefused(picture.name, reason, "too large")
-    try:
-        with picture.open() as stream:
-            width, height = check_picture(stream, picture.name, min_side=1)
-    except OSError as error:
-        raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
-    bucket = choose_bucket(width, height, buckets)
-    if bucket is None:
-        reason = (
-            f"{width}x{height} pixels: smaller than {_least(buckets)}, and nothing is scaled up; bring a larger one"
-        )
-        raise PictureRefused(picture.name, reason, "too small")
-    caption = read_caption(picture.name, sample)
-    if folders is None:
-        if caption is None and needs_caption:
-            refusal = 'no caption; put it beside the picture as .txt, or as "caption" in a .json or in metadata.jsonl'
-            raise PictureRefused(picture.name, refusal, "no caption")
-        return Entry(key, picture, caption or "", width, height, bucket)
-    label: int | str | None = read_class(picture.name, sample)
-    if label is None and (top := key.partition("/")[0]) in folders and "/" in key:
-        label = top
-    if label is None:
-        refusal = 'no class; put its number beside the picture as .cls, or as "class" in a .json'
-        reason = f"{refusal}, or sort a folder of pictures into a sub-folder for each class"
-        raise PictureRefused(picture.name, reason, "no class")
-    return Entry(key, picture, caption or "", width, height, bucket, label)

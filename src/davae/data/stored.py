@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,14 @@ class Refusal:
     name: str
     reason: str
     kind: RefusalKind = "damaged"
+
+
+def summarise(refused: Sequence[Refusal]) -> str:
+    """The number of refusals and the first five of them, in one line."""
+    if not refused:
+        return "0 refused"
+    shown = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:5])
+    return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import LEFT_OUT, PictureRefused
-from davae.data.sources import WORKERS, PictureSet, as_floats, in_threads
+from davae.data.sources import PictureSet, as_floats
 from davae.data.stored import Refusal
 from davae.metrics import half_size_psnr
 

@@ -21,8 +21,7 @@ from davae.adapter import (
 )
 from davae.backbones import backbone_of
 from davae.card import model_card, write_card
-from davae.data.order import batch_indices
-from davae.data.sources import PictureSet, open_pictures
+from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.flow import detail_weight
 from davae.record import read_metrics
@@ -83,7 +82,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     for step in state.steps():
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
-            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
+            indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
             random = generator(recipe.seed, "flow", batch)
             clean = latents[indices].to(state.device)
             noise = torch.randn(clean.shape, generator=random).to(state.device)
@@ -109,10 +108,7 @@ def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Pa
         SettingsError: a class that the transformer has not.
     """
     backbone = backbone_of(transformer)
-    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(
-        source, size=recipe.size, split="train", limit=recipe.limit, classes=backbone.classes
-    ).sound(folder / "refused.json")
+    pictures = recipe.training_pictures(folder, classes=backbone.classes)
     if backbone.classes:
         check_classes(pictures, backbone.null_class(transformer))
     if pictures.class_names:
