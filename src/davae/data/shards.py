@@ -6,6 +6,7 @@ import re
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from davae.data.pictures import Stream
 from davae.data.stored import FileBytes, RemoteBytes, RemoteFile, Sample, Samples, StoredBytes
@@ -16,6 +17,8 @@ MAX_UNPACKED_BYTES = 1 << 30
 MAX_MEMBERS = 1_000_000
 """Of one shard."""
 MAX_NAME_BYTES = 1024
+MAX_HEADER_BYTES = 1 << 20
+"""Of one member's extended header, which is read into memory."""
 
 
 def list_shards(shards: list[Path] | list[RemoteFile]) -> Samples:
@@ -54,7 +57,8 @@ def list_shard(shard: Path | RemoteFile) -> Samples:
         with io.BytesIO(memory) if memory is not None else _open(shard) as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
-            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="strict") as tar:
+            headers: Any = _Headers(stream)
+            with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
                 for member in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                     if member.isdir():
@@ -102,6 +106,18 @@ def remote_shards(url: str) -> list[RemoteFile]:
     if not found:
         raise DataError(f"{url} holds no shards; give the URL of a .tar, of a folder of them, or a pattern")
     return found
+
+
+class _Headers:
+    """What tarfile reads headers from: it reads nothing else, and would read one of any size."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes, allowed are {MAX_HEADER_BYTES}")
+        return self._stream.read(size)
 
 
 def _name(shard: Path | RemoteFile) -> str:
