@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from davae import faults
 from davae.data.labels import folder_classes, number_classes, read_caption, read_class
 from davae.data.listing import PICTURE_SUFFIXES, Refusal, Samples, StoredBytes, list_folder, list_shard
 from davae.data.pictures import MIN_SIDE, PictureRefused, check_picture, read_picture
@@ -73,6 +74,7 @@ class PictureSet:
         """
         if index in self._decoded:
             return self._memory[index].clone()
+        faults.at("decode")
         stored = self._entries[index].picture
         picture = fit(read_picture(stored.read(), stored.name, min_side=1), self.size)
         if len(self._memory):
