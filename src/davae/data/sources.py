@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from davae import faults
 from davae.data.buckets import Bucket, Crop, central_crop, fit
 from davae.data.entries import Entry, least, make_entry
 from davae.data.labels import folder_classes, number_classes
@@ -68,6 +69,7 @@ class PictureSet:
         """
         if index in self._memory:
             return self._memory[index].clone()
+        faults.at("decode")
         picture = self.decode(index)
         if self._kept:
             self._memory[index] = picture.clone()

@@ -7,7 +7,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from davae import assets
+from davae import assets, faults
 from davae.adapter import INDEX
 from davae.autoencoder_bases import decode_base
 from davae.autoencoder_da import AutoencoderDA
@@ -68,26 +68,28 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             network.to(state.device)
 
     def evaluate() -> dict[str, float]:
+        faults.at("eval")
         values = heldout_metrics(autoencoder, heldout, alex)
         state.log(values)
         write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
         return values
 
-    def make_crops(batch: int) -> Tensor:
+    def make_crops(batch: int) -> tuple[list[int], Tensor]:
         indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
-        return random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch)
+        return indices, random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch)
 
-    with Ahead(make_crops) as crops:
+    with Ahead(make_crops) as load:
         for step in state.steps():
             if step % recipe.evaluate_every == 0:
                 with state.ema_weights():
                     evaluate()
             for batch in state.batches():
-                image = crops(batch).to(state.device)
+                indices, crops = load(batch)
+                image = faults.at("data", crops.to(state.device))
                 target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
                 opponent = discriminator if step >= recipe.loss.adversarial_start else None
                 loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
-                state.update(loss.total, loss.logs)
+                state.update(loss.total, loss.logs, samples=[pictures.keys[index] for index in indices])
                 if opponent is not None:
                     opponent.update(loss.discriminator)
     with state.ema_weights():

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from davae import assets
+from davae import assets, faults
 from davae.adapter import (
     add_lora,
     base_digest,
@@ -84,15 +84,17 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         for batch in state.batches():
             indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
             random = generator(recipe.seed, "flow", batch)
-            clean = latents[indices].to(state.device)
+            clean = faults.at("encode", latents[indices].to(state.device))
             noise = torch.randn(clean.shape, generator=random).to(state.device)
             time = objective.draw_times(len(indices), random).to(state.device)
             kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
-            condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
+            condition = {name: faults.at("text", values[rows].to(state.device)) for name, values in conditions.items()}
             with state.autocast(), attention_on(state.device):
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
-            state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
+            prediction = faults.at("forward", prediction[0]), prediction[1]
+            loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
+            state.update(loss, logs, samples=[pictures.keys[index] for index in indices])
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
