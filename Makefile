@@ -17,8 +17,8 @@ demo: $(STAMP) ## the whole main job on the shipped pair and pictures; ends with
 test: lint types ## what a change has to pass
 	$(RUN) $(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
 
-soak: $(STAMP) ## the slow tests: kills at random moments, long runs
-	$(RUN) $(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--trials 20" for fewer of each
+	$(RUN) $(BIN)/python -m pytest -m "soak or slow" --soak experiments/results/soak.json --timeout 7200 $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

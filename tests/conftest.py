@@ -1,12 +1,57 @@
-"""What holds for every test: no network. And what takes a moment to make: a tiny pair and its pictures, on disk."""
+"""What holds for every test: no network. And what takes a moment to make: a tiny pair and its pictures, on disk.
+
+And trials, which some tests repeat with other random numbers: few in CI, many in `make soak`.
+"""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from trials import Trials
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--trials", type=int, default=None, help="Trials of each soak test, instead of its CI count.")
+    parser.addoption("--trial", type=int, default=None, help="Run the trial of this number only, to replay it.")
+    parser.addoption("--seed", type=int, default=0, help="Of all random choices of the trials.")
+    parser.addoption("--soak", type=Path, default=None, help="Full counts, a table at the end, and that as JSON.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--soak"):
+        from trials import SoakTable
+
+        config.pluginmanager.register(SoakTable(config))
+
+
+@pytest.fixture
+def trials(request: pytest.FixtureRequest) -> "Trials":
+    """The trials of a test that is marked `soak(promise, ci=..., full=...)`."""
+    from trials import Trials
+
+    return Trials(request.node)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    trials = getattr(item, "funcargs", {}).get("trials")
+    if trials is not None and call.when == "call":
+        report.user_properties += [("trials", trials.done), ("replay", trials.replay)]
+        if report.failed:
+            report.sections.append(("replay", trials.replay))
+    if marker := item.get_closest_marker("soak"):
+        report.user_properties.append(("promise", marker.args[0] if marker.args else ""))
+    return report
 
 
 @pytest.fixture(scope="session")

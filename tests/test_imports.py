@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src" / "davae"
 
 LAYERS = [
     {"errors", "seeds"},
+    {"faults"},
     {"storage"},
     {"portable"},
     {"assets"},

@@ -43,8 +43,13 @@ class Recipe(pydantic.BaseModel):
         return "\n".join(lines).lstrip("\n") + "\n"
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the settings, defaults included, in a canonical form: equal recipes, equal digests."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 (hex) of the settings that are not the defaults, in a canonical form: equal recipes, equal digests.
+
+        A setting that a later version adds so changes no digest; a default that it changes shows in recipe.toml.
+        """
+        canonical = json.dumps(
+            self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":")
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

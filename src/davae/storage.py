@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from davae import faults
 from davae.errors import CheckpointError, StorageError
 
 
@@ -30,8 +31,8 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
         yield partial
         share_as_umask_says(partial)
         if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+            rename(folder, old)
+        rename(partial, folder)
     except (OSError, SafetensorError) as error:
         _put_back(old, folder)
         raise storage_error(folder, sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()), error) from error
@@ -62,14 +63,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content)
+            write(temporary, content)
             fsync(temporary)
-            temporary.replace(path)
+            rename(temporary, path)
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(path, len(content), error) from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed calls of `write_atomically` left below `folder`; for the one process that writes there."""
+    for path in folder.rglob(".*.tmp-*"):
+        path.unlink()
 
 
 def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
@@ -82,8 +89,29 @@ def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
     )
 
 
+def write(path: Path, content: bytes) -> None:
+    """Make the file `path` and fill it."""
+    faults.at("save.open", path)
+    with path.open("wb") as file:
+        faults.at("save.write", path)
+        file.write(content)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name; a file of that name is replaced."""
+    faults.at("save.rename", path)
+    path.replace(target)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and what is in it."""
+    faults.at("save.unlink", folder)
+    shutil.rmtree(folder)
+
+
 def fsync(path: Path) -> None:
     """Force the file or folder `path` onto the disk."""
+    faults.at("save.fsync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from data.stored import captioned, fill, picture, tar
 from davae import assets
-from davae.data.sources import fit, heldout, open_pictures
+from davae.data.buckets import Bucket, fit
+from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError, SettingsError
 from forks import exit_code, forked
 
@@ -226,22 +227,22 @@ def test_a_set_above_the_memory_limit_is_decoded_at_every_use(tmp_path, monkeypa
 
 def test_fit_takes_the_centre_and_keeps_what_has_the_size():
     wide = torch.arange(3 * 16 * 21).remainder(251).to(torch.uint8).reshape(3, 16, 21)
-    assert torch.equal(fit(wide, 16), wide[:, :, 2:18])
-    assert torch.equal(fit(wide.transpose(1, 2), 16), wide[:, :, 2:18].transpose(1, 2))
+    assert torch.equal(fit(wide, Bucket(16, 16)), wide[:, :, 2:18])
+    assert torch.equal(fit(wide.transpose(1, 2), Bucket(16, 16)), wide[:, :, 2:18].transpose(1, 2))
 
 
 def test_fit_scales_down_without_aliases():
     stripes = torch.zeros(3, 128, 128, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    small = fit(stripes, 32)[:, :, 4:-4].float()
+    small = fit(stripes, Bucket(32, 32))[:, :, 4:-4].float()
     assert (small - 127.5).abs().max() <= 2
     flat = torch.full((3, 100, 130), 77, dtype=torch.uint8)
-    assert torch.equal(fit(flat, 48), torch.full((3, 48, 48), 77, dtype=torch.uint8))
+    assert torch.equal(fit(flat, Bucket(48, 48)), torch.full((3, 48, 48), 77, dtype=torch.uint8))
 
 
 def test_fit_never_scales_up():
     with pytest.raises(SettingsError, match="not scaled up"):
-        fit(torch.zeros(3, 16, 15, dtype=torch.uint8), 16)
+        fit(torch.zeros(3, 16, 15, dtype=torch.uint8), Bucket(16, 16))
 
 
 # split and digest

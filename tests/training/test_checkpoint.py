@@ -1,17 +1,21 @@
 import errno
+import hashlib
 import json
 import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from davae import faults
 from davae.errors import CheckpointError, NumericsError, StorageError
 from davae.training.checkpoint import (
+    FORMAT_VERSION,
     Checkpoint,
     DamagedCheckpointError,
     latest_checkpoint,
@@ -20,6 +24,8 @@ from davae.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from forks import exit_code, forked
+from trials import Trials
 
 DIGEST = "c0ffee" * 10 + "beef"
 
@@ -102,30 +108,139 @@ def swap(path: Path, _chance: random.Random) -> None:
     shutil.copy(path.parent.with_name("step-00000001") / path.name, path)
 
 
-@pytest.mark.parametrize(("damage", "times"), [(flip_a_bit, 60), (truncate, 30), (append, 8), (delete, 4), (swap, 4)])
-def test_every_damage_is_found_and_an_older_checkpoint_is_used(
-    tmp_path, caplog, damage: Callable[[Path, random.Random], None], times: int
-):
+def empty(path: Path, _chance: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path, _chance: random.Random) -> None:
+    """The file of the same step of another run."""
+    other = sample(2)
+    other.values["seconds"] = 0.2
+    other.groups["model"]["conv.bias"][0] = other.groups["optimizer"]["half"][0] = 7
+    folder = save_checkpoint(path.parents[1] / "other", other, recipe_digest="f" * 64, keep=1)
+    shutil.copy(folder / path.name, path)
+
+
+def not_finite(path: Path, chance: random.Random) -> None:
+    """Numbers that a disk or a memory made, with a manifest that fits them."""
+    file = path.parent / "model.safetensors"
+    tensors = load_file(file)
+    tensors["conv.bias"][chance.randrange(4)] = chance.choice([float("nan"), float("inf"), -float("inf"), 1e30])
+    save_file(tensors, file)
+    reseal(path.parent)
+
+
+def reseal(folder: Path, **changes: object) -> None:
+    """Make the manifest fit the files, as one who knows the format could."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    for name in manifest["files"] if "files" not in changes else ():
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["digest"]
+    written = lambda: json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()  # noqa: E731
+    manifest["digest"] = hashlib.sha256(written()).hexdigest()
+    (folder / "manifest.json").write_bytes(written())
+
+
+DAMAGES = [flip_a_bit] * 6 + [truncate] * 4 + [append, delete, swap, empty, foreign, not_finite]
+
+
+@pytest.mark.soak("R3", ci=300, full=5000)
+def test_every_damage_is_found_and_an_older_checkpoint_is_used(tmp_path, caplog, trials: Trials):
     source = tmp_path / "source"
     save(source, 1, 2)
-    chance = random.Random(5)
     files = names(source / "step-00000002")
-    for trial in range(times):
-        folder = tmp_path / str(trial)
+    for chance in trials:
+        folder = tmp_path / "trial"
         shutil.copytree(source, folder)
-        victim = folder / "step-00000002" / files[trial % len(files)]
+        victim, damage = folder / "step-00000002" / chance.choice(files), chance.choice(DAMAGES)
         damage(victim, chance)
-        with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(folder / "step-00000002", recipe_digest=DIGEST)
-        assert isinstance(caught.value, DamagedCheckpointError)
         caplog.clear()
-        assert latest_checkpoint(folder) == folder / "step-00000001"
+        assert latest_checkpoint(folder) == folder / "step-00000001", damage
         message = caplog.records[0].getMessage()
         assert caplog.records[0].levelno == logging.WARNING
         assert "step-00000002" in message
-        assert victim.name in message or damage is swap  # a foreign manifest shows in the first file it does not fit
+        if damage not in (swap, foreign, not_finite):  # a foreign manifest shows in the first file it does not fit
+            assert victim.name in message
         kept = next(folder.glob("damaged-step-00000002-*"))
         assert set(names(kept)) >= set(files) - {victim.name}
+        shutil.rmtree(folder)
+
+
+LAYOUTS = [
+    {"model": 1, "optimizer": 1},
+    {"autoencoder": 1, "ema": 1, "optimizer": 1, "discriminator": 1, "discriminator_optimizer": 1},
+    {"transformer": 1},
+]
+"""Groups of tensors, as of a plain run, of stage 1 with a discriminator, and of one file."""
+
+
+@pytest.mark.soak("R2", ci=1, full=3)
+def test_a_save_that_dies_at_any_operation_leaves_the_old_or_the_new(tmp_path, trials: Trials):
+    """Killed right before each file operation of a save, or by a power cut that takes what was not synced with it."""
+    for chance in trials:
+        layout = LAYOUTS[trials.number % len(LAYOUTS)]
+
+        def checkpoint(step: int, layout=layout, chance=chance) -> Checkpoint:
+            numbers = torch.Generator().manual_seed(step)
+            groups = {name: {"weight": torch.randn(5, generator=numbers)} for name in layout}
+            return Checkpoint(step, groups, {"steps": step})
+
+        for action in ("kill", "cut"):
+            for nth in range(1, 200):
+                folder = tmp_path / f"{trials.number} {action} {nth}"
+                save_checkpoint(folder, checkpoint(1), recipe_digest=DIGEST, keep=1)
+
+                def dies(fault: str = f"save:{action}:{nth}", folder: Path = folder) -> None:
+                    faults.arm(fault)
+                    save_checkpoint(folder, checkpoint(2), recipe_digest=DIGEST, keep=1)
+
+                code = exit_code(forked(dies))
+                assert code in (0, -signal.SIGKILL)
+                newest = latest_checkpoint(folder)
+                found = load_checkpoint(newest, recipe_digest=DIGEST)
+                expected = checkpoint(found.step)
+                assert found.values == expected.values
+                assert all(torch.equal(found.groups[g]["weight"], expected.groups[g]["weight"]) for g in layout)
+                assert not list(folder.glob("damaged-*")), "half a checkpoint had a name"
+                remove_litter(folder)
+                assert names(folder)[-1] == newest.name
+                if code == 0:
+                    break
+            assert found.step == 2
+            assert nth > 12 + 2 * len(layout), f"a save has only {nth - 1} operations?"
+
+
+HOSTILE = {
+    "version of text": {"format_version": "1"},
+    "no version": {"format_version": None},
+    "no step": {"step": None},
+    "no files": {"files": []},
+    "a file elsewhere": {"files": {"../state.json": {"bytes": 1, "sha256": ""}}},
+    "an absolute path": {"files": {"/etc/hostname": {"bytes": 1, "sha256": ""}}},
+    "no fingerprint": {"files": {"state.json": None, "model.safetensors": 3}},
+    "no state": {"files": {}},
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_a_manifest_that_fits_its_digest_is_still_checked(tmp_path, changes):
+    save(tmp_path, 1)
+    reseal(tmp_path / "step-00000001", **changes)
+    with pytest.raises(DamagedCheckpointError):
+        load_checkpoint(tmp_path / "step-00000001", recipe_digest=DIGEST)
+
+
+@pytest.mark.parametrize("action", ["flip", "truncate"])
+def test_what_the_disk_did_not_take_is_seen_before_the_old_one_goes(tmp_path, action):
+    save(tmp_path, 1, keep=1)
+    faults.arm(f"save.fsync:{action}:1")
+    try:
+        with pytest.raises(DamagedCheckpointError):
+            save_checkpoint(tmp_path, sample(2), recipe_digest=DIGEST, keep=1)
+    finally:
+        faults.arm("")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
 
 
 def test_all_damaged_means_none_and_is_said(tmp_path, caplog):
@@ -151,10 +266,10 @@ def test_a_renamed_checkpoint_is_damaged(tmp_path):
 
 
 def test_a_newer_format_is_refused_and_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("davae.training.checkpoint.FORMAT_VERSION", 2)
+    monkeypatch.setattr("davae.training.checkpoint.FORMAT_VERSION", FORMAT_VERSION + 1)
     save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version 2") as caught:
+    with pytest.raises(CheckpointError, match=f"format version {FORMAT_VERSION + 1}") as caught:
         latest_checkpoint(tmp_path)
     assert not isinstance(caught.value, DamagedCheckpointError)
     assert names(tmp_path) == ["step-00000001"]

@@ -1,4 +1,4 @@
-"""Both stages, killed at any moment and started again by the same call, end with the same bits."""
+"""Both stages, killed or stopped at any moment and started again by the same call, end with the same bits."""
 
 import os
 import random
@@ -13,98 +13,125 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae import cli, faults
+from davae.recipe import Recipe
+from davae.training.autoencoder import train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
+from davae.training.interruption import SIGNALS
 from forks import exit_code, forked
-from hashes import digests
-
-KILLS = 10
-"""Of each stage, at least."""
-
+from stages import ADVERSARIAL, autoencoder_recipe, finetune_recipe, newest_step, outcome, steps_done
+from trials import Trials
 
 RUNS = [
     "stage 1",
-    "stage 2",
+    "stage 2, accumulated",
     pytest.param("stage 1, random start", marks=pytest.mark.slow),
     pytest.param("stage 1, adversarial", marks=pytest.mark.slow),
+    pytest.param("stage 2", marks=pytest.mark.slow),
     pytest.param("stage 2, full", marks=pytest.mark.slow),
 ]
-
-
-ADVERSARIAL = LossWeights(
-    adversarial=0.1, adversarial_start=2, adversarial_ramp_steps=4, adaptive_adversarial=True, adaptive_alignment=True
-)
+MOST_SAVE_OPERATIONS = 150
+"""About as many file operations as a run's saves have together."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as a program, and what a run leaves that nothing disturbed."""
+    """A stage as a program and as a command, and what a run leaves that nothing disturbed."""
 
-    program: Callable[[Path], Path]
+    recipe: Recipe
     finished: Path
     outcome: dict[str, object]
     seconds: float
 
+    def program(self, folder: Path) -> Path:
+        return (
+            finetune(self.recipe, folder)
+            if isinstance(self.recipe, FinetuneRecipe)
+            else train_autoencoder(self.recipe, folder)
+        )
 
-def outcome(folder: Path) -> dict[str, object]:
-    """SHA-256 of every tensor file outside and inside the last checkpoint, and the metrics without their times."""
-    last = max((folder / "checkpoints").glob("step-*"))
-    tensors = {name: value for name, value in digests(folder).items() if not name.startswith("checkpoints")}
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
-    return {"tensors": tensors, "last": (last.name, digests(last)), "metrics": lines}
+    def command(self, folder: Path) -> Callable[[], None]:
+        file = folder.with_suffix(".toml")
+        file.write_text(self.recipe.to_toml())
+        verb = "finetune" if isinstance(self.recipe, FinetuneRecipe) else "train-autoencoder"
+        return lambda: cli.main([verb, str(file), "--out", str(folder)])
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def stage(request, base_folder, autoencoder_folder, picture_folder, tmp_path_factory) -> Stage:
-    shared = {"base": str(base_folder), "pictures": str(picture_folder), "size": 64, "batch_size": 2, "warmup_steps": 2}
-    autoencoder = AutoencoderRecipe(
-        **shared, crop=32, detail_channels=12, steps=10, fit_pictures=4, checkpoint_every=3, evaluate_every=4
-    )
-    transformer = FinetuneRecipe(
-        **shared,
-        autoencoder=str(autoencoder_folder),
-        steps=12,
-        lora_rank=2,
-        detail_warmup_steps=4,
-        prompt_tokens=8,
-        checkpoint_every=3,
-    )
-    programs: dict[str, Callable[[Path], Path]] = {
-        "stage 1": lambda folder: train_autoencoder(autoencoder, folder),
-        "stage 1, random start": lambda folder: train_autoencoder(
-            autoencoder.model_copy(update={"start": "random"}), folder
-        ),
-        "stage 1, adversarial": lambda folder: train_autoencoder(
-            autoencoder.model_copy(update={"loss": ADVERSARIAL}), folder
-        ),
-        "stage 2": lambda folder: finetune(transformer, folder),
-        "stage 2, full": lambda folder: finetune(transformer.model_copy(update={"trained": "full"}), folder),
+    first, second = (base_folder, picture_folder), (base_folder, autoencoder_folder, picture_folder)
+    recipes = {
+        "stage 1": lambda: autoencoder_recipe(*first),
+        "stage 1, random start": lambda: autoencoder_recipe(*first, start="random"),
+        "stage 1, adversarial": lambda: autoencoder_recipe(*first, loss=ADVERSARIAL, gradient_accumulation=2),
+        "stage 2": lambda: finetune_recipe(*second),
+        "stage 2, accumulated": lambda: finetune_recipe(*second, batch_size=1, gradient_accumulation=2),
+        "stage 2, full": lambda: finetune_recipe(*second, trained="full", skip_spikes=True),
     }
-    folder, program = tmp_path_factory.mktemp("undisturbed"), programs[request.param]
+    folder = tmp_path_factory.mktemp("undisturbed")
+    stage = Stage(recipes[request.param](), folder, {}, 0.0)
     began = time.monotonic()
-    assert exit_code(forked(lambda: program(folder))) == 0
-    return Stage(program, folder, outcome(folder), time.monotonic() - began)
+    assert exit_code(forked(lambda: stage.program(folder))) == 0
+    return Stage(stage.recipe, folder, outcome(folder), time.monotonic() - began)
 
 
-def test_killed_at_random_moments(stage: Stage, tmp_path: Path) -> None:
-    chance = random.Random(11)
-    kills = trial = 0
-    while kills < KILLS:
-        folder = tmp_path / str(trial)
-        for _ in range(5):
-            pid = forked(lambda folder=folder: stage.program(folder))
-            time.sleep(chance.uniform(0.05, 0.7) * stage.seconds)
-            os.kill(pid, signal.SIGKILL)
-            if (code := exit_code(pid)) == 0:
-                break
+def killed(program: Callable[[], object], chance: random.Random, seconds: float) -> int:
+    """The exit code of a program that is killed at a random moment: in half of the cases, of a save."""
+    if chance.random() < 0.5:
+        nth = chance.randint(1, MOST_SAVE_OPERATIONS)
+
+        def killed_in_a_save() -> None:
+            faults.arm(f"save:kill:{nth}")
+            program()
+
+        return exit_code(forked(killed_in_a_save))
+    pid = forked(program)
+    time.sleep(chance.uniform(0.05, 0.7) * seconds)
+    os.kill(pid, signal.SIGKILL)
+    return exit_code(pid)
+
+
+@pytest.mark.soak("R1", ci=25, full=500)
+def test_killed_at_random_moments(stage: Stage, trials: Trials, tmp_path: Path) -> None:
+    """Up to five kills in a row, then to the end; a kill costs no more than the steps since the last checkpoint."""
+    for chance in trials:
+        folder, kills = tmp_path / str(trials.number), 0
+        program = lambda folder=folder: stage.program(folder)  # noqa: E731
+        while kills < 5 and (code := killed(program, chance, stage.seconds)):
             assert code == -signal.SIGKILL
+            assert steps_done(folder) - newest_step(folder) <= stage.recipe.checkpoint_every
             kills += 1
-        else:
-            assert exit_code(forked(lambda folder=folder: stage.program(folder))) == 0
+        if kills == 5:
+            assert exit_code(forked(program)) == 0
         assert outcome(folder) == stage.outcome
-        trial += 1
-        assert trial < 10, "the runs were over before they could be killed"
+        assert not list(folder.rglob("*.tmp-*"))
+        trials.done += kills - 1
+        shutil.rmtree(folder)
+
+
+@pytest.mark.soak("R5", ci=15, full=150)
+def test_stopped_by_a_signal_at_a_random_moment(stage: Stage, trials: Trials, tmp_path: Path) -> None:
+    """The command leaves soon, with 128 + the signal; in the training loop with a checkpoint of the step it was in.
+
+    Outside the loop there is nothing to save: the signal acts as in any program, and to a shell its code is the same.
+    """
+    for chance in trials:
+        folder, signum = tmp_path / str(trials.number), chance.choice(SIGNALS)
+        command = stage.command(folder)
+        pid = forked(command)
+        time.sleep(chance.uniform(0.05, 0.9) * stage.seconds)
+        os.kill(pid, signum)
+        began = time.monotonic()
+        code = exit_code(pid)
+        assert time.monotonic() - began < 10
+        assert code in (128 + signum, -signum, 0)
+        in_the_loop = 0 < steps_done(folder) < stage.recipe.steps
+        if code == 128 + signum and in_the_loop:
+            assert newest_step(folder) == steps_done(folder)
+        assert code != 0 or not in_the_loop
+        assert exit_code(forked(command)) == 0
+        assert outcome(folder) == stage.outcome
+        shutil.rmtree(folder)
 
 
 def test_killed_before_any_rename_of_what_it_leaves(stage: Stage, tmp_path: Path) -> None:
@@ -140,11 +167,9 @@ def test_a_discriminator_killed_between_checkpoints_ends_with_the_same_bits(
     base_folder: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     """Killed before its second checkpoint has its name, it goes on from the first, in which the discriminator is."""
-    recipe = AutoencoderRecipe(
-        **{"base": str(base_folder), "pictures": str(picture_folder), "size": 64, "crop": 32, "batch_size": 2},
-        **{"detail_channels": 12, "fit_pictures": 4, "steps": 4, "checkpoint_every": 2, "evaluate_every": 5},
-        loss=ADVERSARIAL.model_copy(update={"adversarial_start": 1, "lpips": 0.0}),
-    )
+    loss = ADVERSARIAL.model_copy(update={"adversarial_start": 1, "lpips": 0.0})
+    changes = {"loss": loss, "steps": 4, "checkpoint_every": 2, "evaluate_every": 5}
+    recipe = autoencoder_recipe(base_folder, picture_folder, **changes)
 
     def killed(folder: Path) -> None:
         def hook(event: str, arguments: tuple[object, ...]) -> None:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from davae import __version__
-from davae.cli import making, measuring, training
+from davae.cli import data, making, measuring, training
 from davae.cli.options import say
 from davae.errors import DavaeError
 
@@ -35,6 +35,7 @@ verbs: dict[str, Callable[..., None]] = {  # in the order of `davae --help`
 }
 for name, verb in verbs.items():
     app.command(name=name)(verb)
+app.add_typer(data.app, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

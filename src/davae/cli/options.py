@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from davae.errors import SettingsError
 
@@ -27,7 +30,12 @@ Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply 
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
-Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures, or WebDataset shards.")]
+Pictures = Annotated[
+    str,
+    typer.Argument(
+        metavar="PICTURES", help="A folder, shards here or at a URL, parquet files, datasets:NAME; see docs/data.md."
+    ),
+]
 
 
 def device_of(name: str | None) -> str:
@@ -49,6 +57,14 @@ def quiet() -> None:
 def say(text: object) -> None:
     """Print a line for the user, or for a script, to stdout."""
     _stdout.print(str(text), markup=False)
+
+
+def print_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table for the user to stdout; what is in its cells is text and no markup."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    _stdout.print(table)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -5,45 +5,58 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from davae.data.listing import Samples, StoredBytes
 from davae.data.pictures import PictureRefused
+from davae.data.stored import Sample, Samples, StoredBytes
 from davae.errors import DataError
 
 MAX_TEXT_BYTES = 1 << 20
 
-Texts = Mapping[str, StoredBytes]
+CAPTION_KEYS = ("caption", "text", "txt")
+CLASS_KEYS = ("class", "label", "cls")
 
 
-def read_caption(name: str, texts: Texts) -> str | None:
-    """The `.txt`, or else the "caption" of the `.json`, without white space around it; None if it is none.
+def read_caption(name: str, sample: Sample) -> str | None:
+    """What is said about a picture, without white space around it; None if nothing is.
+
+    The first that is there of its `.txt`, its `.caption`, its `.json` and its row in a table; of the latter two the
+    first of `CAPTION_KEYS`.
 
     Raises:
         PictureRefused: a text is too long or not UTF-8, or the `.json` is no JSON.
     """
-    caption = _metadata(name, texts).get("caption")
-    if ".txt" in texts:
-        caption = _text(texts[".txt"])
-    return caption.strip() or None if isinstance(caption, str) else None
+    metadata = _metadata(name, sample)
+    for suffix in (".txt", ".caption"):
+        if suffix in sample.texts:
+            return _text(sample.texts[suffix]).strip() or None
+    for table in (metadata, sample.row):
+        for key in CAPTION_KEYS:
+            if isinstance(given := table.get(key), str):
+                return given.strip() or None
+    return None
 
 
-def read_class(name: str, texts: Texts) -> int | None:
-    """The number in the `.cls`, or else the "class" of the `.json`; None if neither is there.
+def read_class(name: str, sample: Sample) -> int | None:
+    """The number in the `.cls`, or else the first of `CLASS_KEYS` in the `.json` or in the row; None if none is there.
 
     Raises:
         PictureRefused: what is there is no whole number from 0, or as `read_caption`.
     """
-    if ".cls" in texts:
-        given: Any = _text(texts[".cls"]).strip()
+    if ".cls" in sample.texts:
+        given: Any = _text(sample.texts[".cls"]).strip()
         number = int(given) if re.fullmatch("[0-9]{1,9}", given) else None
-        place = texts[".cls"].name
+        place = sample.texts[".cls"].name
     else:
-        given = _metadata(name, texts).get("class")
+        beside = sample.texts[".json"].name if ".json" in sample.texts else ""
+        tables = ((_metadata(name, sample), beside), (sample.row, "its row"))
+        found = [
+            (table[key], f'the "{key}" of {where}') for table, where in tables for key in CLASS_KEYS if key in table
+        ]
+        given, place = next(((value, place) for value, place in found if value is not None), (None, ""))
         if given is None:
             return None
         number = given if type(given) is int and 0 <= given < 10**9 else None  # a bool is an int, too
-        place = f'the "class" of {texts[".json"].name}'
     if number is None:
-        raise PictureRefused(name, f"{place} is {str(given)[:40]!r}; allowed is a whole number from 0")
+        raise PictureRefused(name, f"{place} is {str(given)[:40]!r}; allowed is a whole number from 0", "text")
     return number
 
 
@@ -68,22 +81,26 @@ def number_classes(classes: Sequence[int | str], names: Mapping[str, int]) -> tu
     return [names[given] if isinstance(given, str) else given for given in classes], list(names) if str in kinds else []
 
 
-def _metadata(name: str, texts: Texts) -> dict[str, Any]:
+def _metadata(name: str, sample: Sample) -> dict[str, Any]:
     """The `.json`; empty if there is none, or one that holds no object."""
-    if ".json" not in texts:
+    stored = sample.texts.get(".json")
+    if stored is None:
         return {}
     try:
-        metadata = json.loads(_text(texts[".json"]))
+        metadata = json.loads(_text(stored))
         json.dumps(metadata, ensure_ascii=False).encode()  # escapes can spell half characters, which are no text
     except (ValueError, RecursionError) as error:
-        raise PictureRefused(name, f"its {texts['.json'].name} is no JSON ({error}); mend it") from error
+        if isinstance(error, PictureRefused):
+            raise
+        raise PictureRefused(name, f"its {stored.name} is no JSON ({error}); mend it", "text") from error
     return metadata if isinstance(metadata, dict) else {}
 
 
 def _text(stored: StoredBytes) -> str:
     if stored.length > MAX_TEXT_BYTES:
-        raise PictureRefused(stored.name, f"{stored.length} bytes of text, allowed are {MAX_TEXT_BYTES}; shorten it")
+        reason = f"{stored.length} bytes of text, allowed are {MAX_TEXT_BYTES}; shorten it"
+        raise PictureRefused(stored.name, reason, "text")
     try:
         return stored.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PictureRefused(stored.name, f"its text is not UTF-8 ({error}); save it as UTF-8") from error
+        raise PictureRefused(stored.name, f"its text is not UTF-8 ({error}); save it as UTF-8", "text") from error

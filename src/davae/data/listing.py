@@ -1,177 +1,66 @@
-"""The pictures and captions of a folder or of a WebDataset shard, listed without decoding; nothing goes to disk."""
+"""What a source holds, listed without decoding: a folder, shards, a table of rows; here or elsewhere."""
 
-import gzip
-import os
-import stat
-import tarfile
-import zlib
+from collections import Counter
 from dataclasses import dataclass, field
-from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
-from davae.data.pictures import PictureRefused
+from davae.data.folders import list_folder
+from davae.data.rows import SCHEME, is_rows, list_rows, load_parquet, load_rows, load_saved
+from davae.data.shards import list_shards, remote_shards
+from davae.data.stored import PICTURE_SUFFIXES, Refusal, Samples
 from davae.errors import DataError
 
-PICTURE_SUFFIXES = frozenset(
-    ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp "
-    # pictures that are not read: listed, so that they are refused by name rather than passed over in silence
-    ".avif .cr2 .dng .eps .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga".split()
-)
-
-MAX_UNPACKED_BYTES = 1 << 30
-"""Of one compressed shard, which stays in memory while its set is in use."""
+Source = Path | str | Any
+"""A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`."""
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A picture that is left out, and why."""
+class Listing:
+    """The samples of a source by their keys, and what is refused already."""
 
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class StoredBytes:
-    """A run of bytes on disk: a file, or the content of a shard's member."""
-
-    name: str
-    """What messages call it: the path inside the source."""
-    path: Path
-    offset: int
-    length: int
-    memory: bytes | None = field(default=None, repr=False, compare=False)
-    """What `offset` counts in, if it is not the file itself: the shard in `path`, unpacked."""
-
-    def read(self) -> bytes:
-        """All of them.
-
-        Raises:
-            PictureRefused: the file is gone, unreadable, or shorter than when it was listed.
-        """
-        try:
-            with self.path.open("rb") if self.memory is None else BytesIO(self.memory) as stream:
-                stream.seek(self.offset)
-                data = stream.read(self.length)
-        except OSError as error:
-            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
-        if len(data) != self.length:
-            raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
-        return data
+    samples: Samples
+    refused: list[Refusal] = field(default_factory=list)
+    folders: bool = False
+    """Whether the keys are paths in a folder of pictures, whose sub-folders may be classes."""
 
 
-@dataclass
-class Sample:
-    """What a source holds under one key: encoded pictures, a `.txt`, a `.json` and a `.cls`."""
-
-    pictures: list[StoredBytes] = field(default_factory=list)
-    texts: dict[str, StoredBytes] = field(default_factory=dict)
-
-    def add(self, suffix: str, content: StoredBytes) -> None:
-        """Take one file in, by its suffix; what is neither a picture nor one of the three texts is passed over."""
-        if suffix in PICTURE_SUFFIXES:
-            self.pictures.append(content)
-        elif suffix in (".txt", ".json", ".cls"):
-            self.texts[suffix] = content
-
-
-Samples = dict[str, Sample]
-
-
-def list_folder(folder: Path) -> tuple[Samples, list[Refusal]]:
-    """Everything below `folder` that is not hidden; the key is the path without its suffix, as in "cats/tabby".
-
-    Links to files are followed, links to folders are not. What is not a regular file is refused.
-    """
-    samples: Samples = {}
-    refused: list[Refusal] = []
-
-    def refuse(error: OSError) -> None:
-        name = os.path.relpath(error.filename, folder)
-        refused.append(Refusal(name, f"a folder that cannot be listed ({error.strerror}); mend its rights"))
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(parent, name)
-            relative = path.relative_to(folder)
-            suffix = path.suffix.lower()
-            try:
-                relative.as_posix().encode()
-                status = path.stat()
-            except UnicodeEncodeError:
-                refused.append(Refusal(ascii(relative.as_posix()), "its name is not UTF-8; rename it"))
-                continue
-            except OSError as error:
-                refused.append(Refusal(relative.as_posix(), f"cannot be opened ({error.strerror}); mend or remove it"))
-                continue
-            if stat.S_ISREG(status.st_mode):
-                content = StoredBytes(relative.as_posix(), path, 0, status.st_size)
-                samples.setdefault(relative.with_suffix("").as_posix(), Sample()).add(suffix, content)
-            elif suffix in PICTURE_SUFFIXES:
-                refused.append(Refusal(relative.as_posix(), "not a regular file; remove it"))
-    return samples, refused
-
-
-def list_shard(path: Path) -> Samples:
-    """The members of one shard, in its order, by WebDataset's key: the path up to the name's first dot.
-
-    Of a plain tar nothing is unpacked, and of each member only its place in the file is kept. A `.tar.gz` is unpacked
-    into memory, never to disk.
+def list_source(source: Source) -> Listing:
+    """Find out what a source is, by what is there, and list it.
 
     Raises:
-        DataError: the tar is damaged or cut off, or it is compressed and not named `.tar.gz`, or unpacked it has more
-            than `MAX_UNPACKED_BYTES`; or it holds a link, a device or another thing that is no plain file, a name that
-            is absolute or leads upward, or a name twice. A tar that does is not to be trusted.
+        DataError: it is missing, damaged, not to be trusted, or two things at once.
+        SettingsError: what it needs is not installed.
     """
-    memory = _unpack(path) if path.name.endswith(".gz") else None
-    size = path.stat().st_size if memory is None else len(memory)
-    samples: Samples = {}
-    seen: set[str] = set()
-    try:
-        stream = None if memory is None else BytesIO(memory)
-        with tarfile.open(path, "r:", fileobj=stream, encoding="utf-8", errors="strict") as shard:
-            for member in shard:
-                if member.isdir():
-                    continue
-                _check_member(path, member, seen, size)
-                name = PurePosixPath(member.name)
-                stem, dot, suffix = name.name.partition(".")
-                content = StoredBytes(f"{path.name}/{name}", path, member.offset_data, member.size, memory)
-                samples.setdefault((name.parent / stem).as_posix(), Sample()).add((dot + suffix).lower(), content)
-            end = shard.offset
-    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: no sound, uncompressed tar ({error}); make or download it again") from error
-    # tarfile stops without a word where a header is damaged or missing
-    if StoredBytes(path.name, path, end, max(0, min(512, size - end)), memory).read() != bytes(512):
-        raise DataError(f"{path}: damaged or cut off at byte {end}; make or download it again")
-    return samples
-
-
-def _unpack(path: Path) -> bytes:
-    try:
-        with gzip.open(path) as stream:
-            data = stream.read(MAX_UNPACKED_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: no sound gzip file ({error}); make or download it again") from error
-    if len(data) > MAX_UNPACKED_BYTES:
+    if is_rows(source):
+        return Listing(list_rows(source, "the dataset"))
+    if isinstance(source, str) and source.startswith(SCHEME):
+        return Listing(list_rows(load_rows(source), source))
+    if isinstance(source, str) and "://" in source:
+        return Listing(list_shards(remote_shards(source)))
+    path = Path(source)
+    if path.is_file():
+        rows = path.suffix == ".parquet"
+        return Listing(list_rows(load_parquet([path]), str(path)) if rows else list_shards([path]))
+    if not path.is_dir():
         raise DataError(
-            f"{path}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, the most of one compressed shard; "
-            "gunzip it: a plain tar of any size is read in place"
+            f"{path} is no folder, no tar shard and no parquet file; give the path of one, a URL of shards, "
+            f"or {SCHEME}NAME"
         )
-    return data
+    return _list_folder(path)
 
 
-def _check_member(path: Path, member: tarfile.TarInfo, seen: set[str], size: int) -> None:
-    place = f"{path}: member {member.name!r}"
-    name = PurePosixPath(member.name)
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        raise DataError(f"{place} is no plain file; only plain files are allowed, so make the shard again without it")
-    if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
-        raise DataError(f"{place} has a name that leads out of the shard; only relative names without .. are allowed")
-    if name.as_posix() in seen:
-        raise DataError(f"{place} is there twice; every name must be there once, so make the shard again")
-    if member.offset_data + member.size > size:
-        raise DataError(f"{place} is longer than the file; make or download the shard again")
-    seen.add(name.as_posix())
+def _list_folder(folder: Path) -> Listing:
+    """A folder of shards, of parquet files, of a saved dataset, or of pictures."""
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return Listing(list_rows(load_saved(folder), str(folder)))
+    shards = sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")])
+    tables = sorted(path for path in folder.glob("*.parquet") if path.name != "metadata.parquet")
+    if not shards and not tables:
+        return Listing(*list_folder(folder), folders=True)
+    found = [(shards, "shards"), (tables, "parquet files")]
+    loose = Counter(path.suffix.lower() for path in folder.iterdir())
+    kinds = [kind for some, kind in [*found, (loose.keys() & PICTURE_SUFFIXES, "pictures")] if some]
+    if len(kinds) > 1:
+        raise DataError(f"{folder} holds both {' and '.join(kinds)}; move either to a folder of its own")
+    return Listing(list_shards(shards) if shards else list_rows(load_parquet(tables), str(folder)))

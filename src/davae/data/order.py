@@ -3,6 +3,10 @@
 No state is kept, so whoever resumes at a step sees what an undisturbed run would have seen.
 """
 
+import heapq
+from collections.abc import Sequence
+from fractions import Fraction
+
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
@@ -11,11 +15,11 @@ from davae.errors import SettingsError
 from davae.seeds import generator
 
 
-def batch_indices(count: int, batch_size: int, *, seed: int, step: int) -> list[int]:
+def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: int = 0) -> list[int]:
     """The pictures of one step, out of `count`.
 
-    The epochs' permutations, each keyed by (seed, epoch), are strung together and cut into batches: every epoch has
-    every picture exactly once, and a batch may reach from one epoch into the next.
+    The epochs' permutations, each keyed by (seed, epoch, bucket), are strung together and cut into batches: every epoch
+    has every picture exactly once, and a batch may reach from one epoch into the next.
 
     Raises:
         SettingsError: a number is outside its range.
@@ -25,11 +29,44 @@ def batch_indices(count: int, batch_size: int, *, seed: int, step: int) -> list[
         raise SettingsError(f"{given}: allowed are at least one picture, a batch of at least 1, and steps from 0")
     indices: list[int] = []
     epoch, start = divmod(step * batch_size, count)
+    position = (bucket,) if bucket else ()
     while len(indices) < batch_size:
-        permutation = torch.randperm(count, generator=generator(seed, "picture order", epoch))
+        permutation = torch.randperm(count, generator=generator(seed, "picture order", epoch, *position))
         indices += permutation[start : start + batch_size - len(indices)].tolist()
         epoch, start = epoch + 1, 0
     return indices
+
+
+def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int) -> tuple[int, list[int]]:
+    """The bucket of one step, and its pictures among the `counts[bucket]` that it has.
+
+    Each bucket has batches of its own, those of `batch_indices`, so that every picture is there once in each epoch of
+    its bucket. Batch k of a bucket of n pictures stands at (k + 1/2) batch_size / n epochs, and the steps go through
+    all batches as these stand: at any step every bucket has had its share to within one batch, a bucket of one picture
+    as well. With one bucket that is `batch_indices`.
+
+    Raises:
+        SettingsError: a number is outside its range.
+    """
+    if not counts or min(counts) < 1 or batch_size < 1 or step < 0:
+        given = f"counts={list(counts)}, batch_size={batch_size}, step={step}"
+        raise SettingsError(
+            f"{given}: allowed are buckets of at least one picture, batches of at least 1, steps from 0"
+        )
+    # At (step - buckets) batches into the stream, rounding has left out or added half a batch of each bucket at most.
+    epochs = Fraction(max(0, step - len(counts)) * batch_size, sum(counts))
+    done = [int(epochs * count / batch_size + Fraction(1, 2)) for count in counts]
+    stands = [
+        (Fraction(2 * number + 1, count), bucket)
+        for bucket, (number, count) in enumerate(zip(done, counts, strict=True))
+    ]
+    heapq.heapify(stands)
+    for _ in range(step - sum(done)):
+        _, bucket = stands[0]
+        done[bucket] += 1
+        heapq.heapreplace(stands, (Fraction(2 * done[bucket] + 1, counts[bucket]), bucket))
+    _, bucket = stands[0]
+    return bucket, batch_indices(counts[bucket], batch_size, seed=seed, step=done[bucket], bucket=bucket)
 
 
 def random_crops(

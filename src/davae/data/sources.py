@@ -1,51 +1,42 @@
-"""Pictures with captions or classes, from a folder or from WebDataset shards, as square tensors of one size."""
+"""Pictures with captions or classes, from any source, as tensors of one size or of a few."""
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
-from davae.data.labels import folder_classes, number_classes, read_caption, read_class
-from davae.data.listing import PICTURE_SUFFIXES, Refusal, Samples, StoredBytes, list_folder, list_shard
-from davae.data.pictures import MIN_SIDE, PictureRefused, check_picture, read_picture
+from davae import faults
+from davae.data.buckets import Bucket, Crop, central_crop, fit
+from davae.data.entries import Entry, least, make_entry
+from davae.data.labels import folder_classes, number_classes
+from davae.data.listing import Source, list_source
+from davae.data.loading import in_threads
+from davae.data.order import bucket_batch
+from davae.data.pictures import LEFT_OUT, MIN_SIDE, PictureRefused, read_picture
+from davae.data.stored import PICTURE_SUFFIXES, Refusal, summarise
 from davae.errors import DataError, SettingsError
 from davae.storage import write_json
 
 logger = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 512 << 20
 MEMORY_BYTES = 1 << 30
 """A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One usable picture of a source."""
-
-    key: str
-    picture: StoredBytes
-    caption: str
-    """Empty only where there is a class."""
-    label: int | str | None = None
-    """Class number, or name of the sub-folder until that has one; None in a set of captioned pictures."""
 
 
 class PictureSet:
     """Captioned pictures in the order of their keys, decoded when they are first used; made by `open_pictures`.
 
     `keys` and `captions` run in step with the pictures, and so do `classes`, if the set was opened with classes;
-    `class_names` are in the order of class numbers, if these are numbered sub-folders. `refused` lists what the source
-    holds and the set does not, with reasons.
+    `class_names` are in the order of class numbers, if these are numbered sub-folders. `buckets` are the sizes that the
+    pictures have, and `members` the pictures of each. `refused` lists what the source holds and the set does not, with
+    reasons.
     """
 
     def __init__(
@@ -58,51 +49,106 @@ class PictureSet:
         self.captions = [entry.caption for entry in entries]
         self.classes = [entry.label for entry in entries if isinstance(entry.label, int)]
         self.class_names = list(class_names)
-        kept = len(entries) * 3 * size * size <= MEMORY_BYTES
-        self._memory = torch.empty(len(entries) if kept else 0, 3, size, size, dtype=torch.uint8)
-        self._decoded: set[int] = set()
+        self.buckets = sorted({entry.bucket for entry in entries})
+        self.members: list[list[int]] = [[] for _ in self.buckets]
+        for index, entry in enumerate(entries):
+            self.members[self.buckets.index(entry.bucket)].append(index)
+        self._kept = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
+        self._memory: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def image(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        """One picture, centre-cropped to a square and scaled down as `fit` does.
+    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """One picture, centre-cropped to the shape of its bucket and scaled down as `fit` does.
+
+        A JPEG of at least four times the bucket's longer side is decoded at a smaller scale, never under twice it.
 
         Raises:
             PictureRefused: its pixels are damaged, which its header did not show; `sound` finds such pictures at once.
         """
-        if index in self._decoded:
+        if index in self._memory:
             return self._memory[index].clone()
-        stored = self._entries[index].picture
-        picture = fit(read_picture(stored.read(), stored.name, min_side=1), self.size)
-        if len(self._memory):
-            self._memory[index] = picture
-            self._decoded.add(index)
+        faults.at("decode")
+        picture = self.decode(index)
+        if self._kept:
+            self._memory[index] = picture.clone()
         return picture
 
-    def batch(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 size size"]:
-        """Several pictures, float32 in [-1, 1]."""
-        return torch.stack([self.image(index) for index in indices]).float() / 127.5 - 1
+    def decode(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """As `image`, from the encoded bytes in any case."""
+        entry = self._entries[index]
+        enough = 2 * max(entry.bucket.height, entry.bucket.width)
+        decoded = read_picture(entry.picture.read(), entry.picture.name, min_side=1, enough=enough)
+        if decoded.shape[1] < entry.bucket.height or decoded.shape[2] < entry.bucket.width:
+            # a PNG that lies on its side, and says so behind its pixels only
+            reason = f"{decoded.shape[2]}x{decoded.shape[1]} pixels when upright, too small; save it upright"
+            raise PictureRefused(entry.picture.name, reason, "too small")
+        return fit(decoded, entry.bucket)
 
-    def sound(self, report: Path | None = None) -> "PictureSet":
+    def batch(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
+        """Several pictures of one bucket, float32 in [-1, 1]; what is not in memory is decoded in `WORKERS` threads.
+
+        Raises:
+            SettingsError: they are of several buckets.
+            PictureRefused: as `image`.
+        """
+        if len({self._entries[index].bucket[:2] for index in indices}) > 1:
+            raise SettingsError("a batch of several buckets: take the pictures of one, see PictureSet.members")
+        return as_floats(torch.stack(self._images(indices)))
+
+    def squares(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 side side"]:
+        """Several pictures of any buckets: central squares as large as the smallest side of all buckets allows."""
+        side = min(min(bucket.height, bucket.width) for bucket in self.buckets)
+        return as_floats(torch.stack([fit(image, Bucket(side, side)) for image in self._images(indices)]))
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterable[list[int]]:
+        """These pictures' numbers, in their order, in batches of one bucket each."""
+        for bucket in self.buckets:
+            chosen = [index for index in indices if self._entries[index].bucket == bucket]
+            yield from (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+
+    def step_indices(self, batch_size: int, *, seed: int, step: int) -> list[int]:
+        """The pictures of one step of training, all of one bucket: see `davae.data.order.bucket_batch`."""
+        bucket, places = bucket_batch(list(map(len, self.members)), batch_size, seed=seed, step=step)
+        return [self.members[bucket][place] for place in places]
+
+    def crop(self, index: int) -> Crop:
+        """The part of the stored, upright picture that `image` shows."""
+        entry = self._entries[index]
+        return central_crop(entry.width, entry.height, entry.bucket)
+
+    def original_size(self, index: int) -> tuple[int, int]:
+        """Width and height of the stored picture held upright, in pixels."""
+        return self._entries[index].width, self._entries[index].height
+
+    def _images(self, indices: Sequence[int]) -> list[Tensor]:
+        return in_threads(self.image, indices, alone=all(index in self._memory for index in indices))
+
+    def sound(self, report: Path | None = None, *, max_unreadable: float = 1.0) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
 
         Args:
             report: a JSON file for the reasons of all refusals, by name; without any there is none.
+            max_unreadable: the largest share of the source's pictures, rounded up to whole pictures, that may be
+                refused because they cannot be read. Pictures that are too small or lack a caption or class do not
+                count: whoever gathers pictures expects some, while many damaged files mean a broken download.
 
         Raises:
-            DataError: none is left.
+            DataError: none is left, or too many cannot be read.
             StorageError: `report` cannot be written.
         """
-        usable = []
-        damaged = []
-        for index in range(len(self)):
+
+        def refusal(index: int) -> Refusal | None:
             try:
                 self.image(index)
             except PictureRefused as error:
-                damaged.append(Refusal(error.name, error.reason))
-            else:
-                usable.append(index)
+                return Refusal(error.name, error.reason, error.kind)
+            return None
+
+        found = in_threads(refusal, range(len(self)))
+        usable = [index for index, refusal in enumerate(found) if refusal is None]
+        damaged = [refusal for refusal in found if refusal is not None]
         refused = self.refused + damaged
         if refused and report is not None:
             write_json(report, {refusal.name: refusal.reason for refusal in refused})
@@ -110,16 +156,21 @@ class PictureSet:
             report.unlink(missing_ok=True)  # of an earlier run
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
+        where = f"; all are in {report}" if report and refused else ""
+        unreadable = [refusal for refusal in refused if refusal.kind not in LEFT_OUT]
+        total = len(usable) + len(unreadable)
+        if len(unreadable) > math.ceil(max_unreadable * total):
+            raise DataError(
+                f"{len(unreadable)} of {total} pictures cannot be read, more than the allowed {max_unreadable:.1%} "
+                f"(max_unreadable): is the set complete? {summarise(unreadable)}{where}"
+            )
         if refused:
-            where = f"; all are in {report}" if report else ""
             logger.warning("%d pictures are used, %s%s", len(usable), summarise(refused), where)
         if not damaged:
             return self
         entries = [self._entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        if len(self._memory):
-            rest._memory.copy_(self._memory[usable])
-            rest._decoded.update(range(len(rest)))
+        rest._memory = {new: self._memory[old] for new, old in enumerate(usable) if old in self._memory}
         return rest
 
     @cached_property
@@ -138,32 +189,36 @@ class PictureSet:
 
 
 def open_pictures(
-    source: Path,
+    source: Source,
     *,
     size: int,
     split: str | None = None,
     limit: int | None = None,
     captions: bool = True,
     classes: bool = False,
+    buckets: Sequence[Bucket] = (),
 ) -> PictureSet:
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
     Args:
-        source: a folder of pictures, each with its caption beside it (`cat.png` and `cat.txt`, or the "caption" of
-            `cat.json`); or a WebDataset shard; or a folder of shards (`*.tar`, read in place; `*.tar.gz`, unpacked into
-            memory).
+        source: a folder of pictures, each with its caption beside it (`cat.png` and `cat.txt`, `cat.caption`, or the
+            "caption" or "text" of `cat.json`) or in a `metadata.jsonl` or `metadata.parquet`; a WebDataset shard, or a
+            folder of shards (`*.tar`, read in place; `*.tar.gz`, unpacked into memory), or a URL of them that fsspec
+            knows, with `*` or `{000..099}`; parquet files, or a folder that `datasets` saved, or `datasets:NAME`; or a
+            dataset of Hugging Face `datasets`. See docs/data.md.
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
         limit: most pictures; so many are taken at equal distances in the list of keys, so that they are not all alike.
         captions: each picture needs one; otherwise the caption of one without is "".
-        classes: each picture needs a class instead of a caption: a whole number in its `.cls` or the "class" of its
-            `.json`; in a folder of pictures, if none has those, the sub-folder at the top that it lies in. Sub-folders
-            that hold pictures are numbered from 0 in sorted order, whatever the split.
+        classes: each picture needs a class instead of a caption: a whole number in its `.cls` or the "class" or "label"
+            of its `.json` or row; in a folder of pictures, if none has those, the sub-folder at the top that it lies
+            in. Sub-folders that hold pictures are numbered from 0 in sorted order, whatever the split.
+        buckets: sizes to choose from (`bucket_table`), in place of the square of side `size`.
 
     Raises:
-        SettingsError: an argument is outside its range.
-        DataError: the source is missing, a shard is damaged or not to be trusted, or no picture is usable; or some
-            have a class number, and some only a sub-folder.
+        SettingsError: an argument is outside its range, or a package that the source needs is missing.
+        DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or some have a class
+            number, and some only a sub-folder.
     """
     if size < MIN_SIDE:
         raise SettingsError(f"size={size}: allowed is a side from {MIN_SIDE} pixels")
@@ -171,23 +226,35 @@ def open_pictures(
         raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
     if limit is not None and limit < 1:
         raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
-    samples, refused = _list(Path(source))
-    folders = folder_classes(samples) if classes and not _shards(Path(source)) else {}
+    buckets = tuple(buckets) or (Bucket(size, size),)
+    listing = list_source(source)
+    samples, refused = listing.samples, listing.refused
+    folders = folder_classes(samples) if classes and listing.folders else {}
+    keys = [key for key in sorted(samples) if samples[key].pictures]
+    keys = [key for key in keys if split is None or heldout(key) == (split == "heldout")]
+
+    def entry(key: str) -> Entry | Refusal:
+        try:
+            return make_entry(key, samples[key], buckets, folders if classes else None, captions)
+        except PictureRefused as error:
+            return Refusal(error.name, error.reason, error.kind)
+
     entries = []
-    for key in sorted(key for key, sample in samples.items() if sample.pictures):
-        if split is None or heldout(key) == (split == "heldout"):
-            first, *others = samples[key].pictures
-            refused += [Refusal(other.name, f"same name as {first.name}; rename one of them") for other in others]
-            try:
-                entries.append(_entry(key, first, samples[key].texts, size, folders if classes else None, captions))
-            except PictureRefused as error:
-                refused.append(Refusal(error.name, error.reason))
+    for key, found in zip(keys, in_threads(entry, keys), strict=True):
+        first, *others = samples[key].pictures
+        refused += [
+            Refusal(other.name, f"same name as {first.name}; rename one of them", "same name") for other in others
+        ]
+        if isinstance(found, Refusal):
+            refused.append(found)
+        else:
+            entries.append(found)
     if not entries:
         rule = " (about one key in ten is held out, by a hash of its name: give more pictures)"
         what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         labels = " with classes" if classes else " with captions beside them" if captions else ""
-        raise DataError(f"{what}; looked for {suffixes} of at least {size} pixels{labels}; {summarise(refused)}")
+        raise DataError(f"{what}; looked for {suffixes} of at least {least(buckets)}{labels}; {summarise(refused)}")
     names: list[str] = []
     if classes:
         numbers, names = number_classes([entry.label for entry in entries if entry.label is not None], folders)
@@ -202,86 +269,6 @@ def heldout(key: str) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
 
 
-def fit(picture: UInt8[Tensor, "3 height width"], size: int) -> UInt8[Tensor, "3 size size"]:
-    """The central square, scaled down to `size` by Pillow's antialiased bicubic filter on 8 bits, the same everywhere.
-
-    Raises:
-        SettingsError: the picture is smaller than `size`.
-    """
-    height, width = picture.shape[1:]
-    side = min(height, width)
-    if side < size:
-        raise SettingsError(f"size={size}: a picture of {width}x{height} pixels is not scaled up; take a smaller size")
-    top, left = (height - side) // 2, (width - side) // 2
-    square = picture[:, top : top + side, left : left + side]
-    if side == size:
-        return square.contiguous()
-    image = Image.fromarray(square.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def summarise(refused: Sequence[Refusal]) -> str:
-    """The number of refusals and the first five of them, in one line."""
-    if not refused:
-        return "0 refused"
-    shown = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:5])
-    return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
-
-
-def _shards(source: Path) -> list[Path]:
-    """The shards that a source is made of; none if it is a folder of pictures."""
-    return sorted([*source.glob("*.tar"), *source.glob("*.tar.gz")]) if source.is_dir() else [source]
-
-
-def _list(source: Path) -> tuple[Samples, list[Refusal]]:
-    if not source.is_dir() and not source.is_file():
-        raise DataError(f"{source} is no folder and no tar shard; give the path of one")
-    shards = _shards(source)
-    if not shards:
-        return list_folder(source)
-    loose = Counter(path.suffix.lower() for path in source.iterdir()) if source.is_dir() else Counter()
-    if loose.keys() & PICTURE_SUFFIXES:
-        raise DataError(f"{source} holds both shards and pictures; move either to a folder of its own")
-    samples: Samples = {}
-    for shard in shards:
-        listed = list_shard(shard)
-        for key in listed.keys() & samples.keys():
-            raise DataError(f"{shard}: its key {key!r} is in an earlier shard too; every key must be there once")
-        samples |= listed
-    return samples, []
-
-
-def _entry(
-    key: str,
-    picture: StoredBytes,
-    texts: dict[str, StoredBytes],
-    min_side: int,
-    folders: Mapping[str, int] | None,
-    needs_caption: bool,
-) -> Entry:
-    """A picture with its caption; or, if `folders` is given, with its class number or the sub-folder out of these.
-
-    Without `needs_caption` the caption of one that has none is "".
-    """
-    if picture.length > MAX_FILE_BYTES:
-        reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
-        raise PictureRefused(picture.name, reason)
-    try:
-        # a shard's member is read whole: Pillow needs a stream that begins with the picture
-        with BytesIO(picture.read()) if picture.offset else picture.path.open("rb") as stream:
-            check_picture(stream, picture.name, min_side=min_side)
-    except OSError as error:
-        raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
-    caption = read_caption(picture.name, texts)
-    if folders is None:
-        if caption is None and needs_caption:
-            refusal = 'no caption; put it beside the picture as .txt, or as "caption" in a .json'
-            raise PictureRefused(picture.name, refusal)
-        return Entry(key, picture, caption or "")
-    label: int | str | None = read_class(picture.name, texts)
-    if label is None and (top := key.partition("/")[0]) in folders and "/" in key:
-        label = top
-    if label is None:
-        refusal = 'no class; put its number beside the picture as .cls, or as "class" in a .json'
-        raise PictureRefused(picture.name, f"{refusal}, or sort a folder of pictures into a sub-folder for each class")
-    return Entry(key, picture, caption or "", label)
+def as_floats(images: UInt8[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
+    """Bytes as the models' values, float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1

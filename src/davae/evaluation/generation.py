@@ -19,6 +19,7 @@ from davae.adapter import tensors_digest
 from davae.autoencoder_bases import base_facts, downsample_factor
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
+from davae.data.listing import Source
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
@@ -170,7 +171,7 @@ def generate(
 
 def evaluate(
     pipeline: DiffusionPipeline,
-    pictures: Path,
+    pictures: Source,
     out: Path,
     *,
     count: int = 1000,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
+from davae.data.listing import Source
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.embedding import MOST_POINTS, principal_components, tsne
@@ -120,7 +121,7 @@ def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> di
 
 def draw_latents(
     autoencoders: Mapping[str, AutoencoderDA],
-    pictures: Path,
+    pictures: Source,
     out: Path,
     *,
     size: int = 256,

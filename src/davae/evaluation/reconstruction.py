@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
+from davae.data.listing import Source
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
@@ -126,7 +127,7 @@ def tokenizer_table(
 
 def reconstruct(
     autoencoder: AutoencoderDA,
-    pictures: Path,
+    pictures: Source,
     out: Path,
     *,
     base: ModelMixin | None = None,

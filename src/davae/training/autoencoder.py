@@ -7,12 +7,13 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from davae import assets
+from davae import assets, faults
 from davae.adapter import INDEX
 from davae.autoencoder_bases import decode_base
 from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import BASE_CODES, fit_closed_form
-from davae.data.order import batch_indices, random_crops
+from davae.data.loading import Ahead
+from davae.data.order import random_crops
 from davae.data.png import write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.discriminator import PatchDiscriminator
@@ -48,10 +49,10 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
 
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
-    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(source, size=recipe.size, split="train", limit=recipe.limit, captions=False)
-    pictures = pictures.sound(folder / "refused.json")
-    heldout = open_pictures(source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures, captions=False)
+    pictures = recipe.training_pictures(folder, captions=False)
+    heldout = open_pictures(
+        recipe.source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures, captions=False
+    )
     heldout = heldout.sound(folder / "refused_heldout.json")
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
@@ -67,24 +68,30 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             network.to(state.device)
 
     def evaluate() -> dict[str, float]:
+        faults.at("eval")
         values = heldout_metrics(autoencoder, heldout, alex)
         state.log(values)
         write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
         return values
 
-    for step in state.steps():
-        if step % recipe.evaluate_every == 0:
-            with state.ema_weights():
-                evaluate()
-        for batch in state.batches():
-            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
-            image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch).to(state.device)
-            target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
-            opponent = discriminator if step >= recipe.loss.adversarial_start else None
-            loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
-            state.update(loss.total, loss.logs)
-            if opponent is not None:
-                opponent.update(loss.discriminator)
+    def make_crops(batch: int) -> tuple[list[int], Tensor]:
+        indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
+        return indices, random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch)
+
+    with Ahead(make_crops) as load:
+        for step in state.steps():
+            if step % recipe.evaluate_every == 0:
+                with state.ema_weights():
+                    evaluate()
+            for batch in state.batches():
+                indices, crops = load(batch)
+                image = faults.at("data", crops.to(state.device))
+                target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
+                opponent = discriminator if step >= recipe.loss.adversarial_start else None
+                loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
+                state.update(loss.total, loss.logs, samples=[pictures.keys[index] for index in indices])
+                if opponent is not None:
+                    opponent.update(loss.discriminator)
     with state.ema_weights():
         autoencoder.eval()
         if not (recipe.decoder_only and recipe.autoencoder):
@@ -142,9 +149,9 @@ def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: Autoenco
         NumericsError: the detail latents came to nothing.
     """
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
-    chunks = chosen[: recipe.calibration_pictures].split(16)
+    chunks = pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16)
     try:
-        autoencoder.calibrate(pictures.batch(chunk.tolist()) for chunk in chunks)
+        autoencoder.calibrate(pictures.batch(chunk) for chunk in chunks)
     except ValueError as error:  # that file knows no davae and its errors
         raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
 
@@ -164,7 +171,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     check_sides(recipe, autoencoder.downsample_factor)
     if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
-        facts = fit_closed_form(autoencoder, pictures.batch(chosen.tolist()), seed=recipe.seed, code=recipe.code)
+        facts = fit_closed_form(autoencoder, pictures.squares(chosen.tolist()), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())

@@ -7,7 +7,8 @@ from davae.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
 from davae.errors import SettingsError
 from davae.perceptual import MIN_SIDE
 from davae.recipe import Recipe
-from davae.training.optimisation import Decay, NotNegative, OptimisationRecipe, Positive, Weight
+from davae.training.optimisation import Decay, NotNegative, Positive, Weight
+from davae.training.pictures_recipe import PicturesRecipe
 
 
 class LossWeights(Recipe):
@@ -42,19 +43,13 @@ class LossWeights(Recipe):
     """Constant; the discriminator's other settings are the autoencoder's."""
 
 
-class AutoencoderRecipe(OptimisationRecipe):
+class AutoencoderRecipe(PicturesRecipe):
     """Everything that decides a run of stage 1."""
 
     section: ClassVar[str] = "autoencoder"
 
     base: str = ""
     """Folder or Hub name of the base pipeline, or folder of a bare autoencoder; "" is the shipped pipeline."""
-    pictures: str = ""
-    """Folder of pictures or shards; "" is the shipped set. Captions and classes play no part in stage 1."""
-    limit: Positive | None = None
-    """At most so many of them, evenly spread."""
-    size: Positive = 256
-    """Side of the pictures in pixels: twice what the base was made for."""
     detail_channels: Positive = 16
     latents: Literal["detail", "full"] = "detail"
     """"detail" beside base latents; or "full": all `detail_channels` latents are new and none is the base's, as in the
@@ -77,7 +72,7 @@ class AutoencoderRecipe(OptimisationRecipe):
     fit_pictures: Positive = 128
     """How many pictures the closed-form start is fitted on."""
     crop: Positive = 128
-    """Side of the training crops in pixels."""
+    """Side of the training crops in pixels, square in all buckets."""
     batch_size: Positive = 8
     latent_noise: Weight = 0.0
     """Noise on what the joint decoder reads, so that it forgives a transformer's small errors: of deviation |N(0, 1)|
@@ -122,13 +117,17 @@ def check_sides(recipe: AutoencoderRecipe, factor: int) -> None:
     needs = [(MIN_SIDE, "LPIPS")] if loss.lpips else []
     needs += [(DISCRIMINATOR_MIN_SIDE, "the discriminator")] if loss.adversarial else []
     least, who = max(needs, default=(0, ""))
-    for name, lower in (("size", 0), ("crop", least)):
-        side = getattr(recipe, name)
-        if side % factor or side > recipe.size or side < lower:
-            bound = f"from {lower}, which {who} needs, " if lower else ""
-            raise SettingsError(
-                f"{name}={side}: allowed are multiples of {factor}, the downsample factor, "
-                f"{bound}up to size={recipe.size}"
-            )
+    sides = [side for bucket in recipe.buckets for side in bucket[:2]]
+    if any(side % factor for side in sides):
+        raise SettingsError(
+            f"size={recipe.size}, bucket_step={recipe.bucket_step}: the pictures' sides are {sorted(set(sides))}; "
+            f"allowed are multiples of {factor}, the downsample factor"
+        )
+    if recipe.crop % factor or not least <= recipe.crop <= min(sides):
+        bound = f"from {least}, which {who} needs, " if least else ""
+        raise SettingsError(
+            f"crop={recipe.crop}: allowed are multiples of {factor}, the downsample factor, "
+            f"{bound}up to {min(sides)}, the shortest side of a picture at size={recipe.size}"
+        )
     if loss.lpips_patch is not None and not MIN_SIDE <= loss.lpips_patch <= recipe.crop:
         raise SettingsError(f"lpips_patch={loss.lpips_patch}: allowed are {MIN_SIDE} to crop={recipe.crop}")

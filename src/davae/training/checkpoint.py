@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from davae import faults
 from davae.errors import CheckpointError, NumericsError
-from davae.storage import fsync, share_as_umask_says, storage_error
+from davae.storage import fsync, read_json, remove, rename, share_as_umask_says, storage_error, write
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LARGEST = 1e19
+"""Numbers above it are refused as those that are not finite: their squares, and so every norm, overflow float32."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         The folder of the new checkpoint.
 
     Raises:
-        NumericsError: a tensor holds a number that is not finite; nothing is written.
-        StorageError: the disk is full, read-only or failing; nothing of the new checkpoint stays, the old ones do.
+        NumericsError: a tensor holds a number that is not finite, or above `LARGEST`; nothing is written.
+        StorageError: the disk is full, read-only or failing; the old checkpoints stay, and of the new one nothing, or,
+            if only the last fsync failed, all of it.
+        DamagedCheckpointError: what is on the disk is not what was written; the old checkpoints stay.
     """
     target = folder / f"step-{checkpoint.step:08d}"
     temporary = folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -56,12 +60,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _check_finite(checkpoint)
+        if bad := _bad_tensor(checkpoint.groups):
+            raise NumericsError(
+                f"step {checkpoint.step}: {bad}, so no checkpoint is written. The older ones are sound: lower the "
+                "learning rate and start a new run"
+            )
+        faults.at("save.open", temporary)
         temporary.mkdir()
         _write_files(temporary, checkpoint, recipe_digest)
         share_as_umask_says(temporary)
         fsync(temporary)
-        temporary.rename(target)
+        rename(temporary, target)
         fsync(folder)
     except (OSError, SafetensorError) as error:
         raise storage_error(target, needed, error) from error
@@ -85,7 +94,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     found = _checkpoints(folder)
     for path in reversed(found):
         try:
-            verify_checkpoint(path)
+            if bad := _bad_tensor(_groups(path, verify_checkpoint(path))):
+                raise DamagedCheckpointError(f"{path} is damaged: {bad}")
         except DamagedCheckpointError as damage:
             aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
             logger.warning("%s; moved aside to %s, falling back to an older one", damage, aside.name)
@@ -111,20 +121,14 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing, or has another length or SHA-256, or the folder was renamed.
         CheckpointError: the checkpoint was written by a newer version of davae.
     """
-    manifest_path = path / "manifest.json"
-    try:
-        content = manifest_path.read_bytes()
-        manifest = json.loads(content)
-        if content != _canonical({**manifest, "digest": _digest_of(manifest)}):
-            raise DamagedCheckpointError(f"{manifest_path} is damaged: its own digest does not fit")
-    except OSError as error:
-        raise DamagedCheckpointError(f"{manifest_path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise DamagedCheckpointError(f"{manifest_path} is damaged: {error}") from error
+    faults.at("load", path)
+    manifest = _manifest(path / "manifest.json")
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {manifest['format_version']}, davae reads {FORMAT_VERSION}: update davae"
         )
+    if "state.json" not in manifest["files"] or any(Path(name).name != name for name in manifest["files"]):
+        raise DamagedCheckpointError(f"{path / 'manifest.json'} is damaged: these are no files of a checkpoint")
     if path.name != f"step-{manifest['step']:08d}":
         raise DamagedCheckpointError(f"{path} is damaged: it holds step {manifest['step']}")
     for name, expected in manifest["files"].items():
@@ -132,8 +136,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             found = _fingerprint(path / name)
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
-        if found["bytes"] != expected["bytes"]:
-            reason = f"{found['bytes']:,} bytes instead of {expected['bytes']:,}"
+        if found != expected and isinstance(expected, dict) and found["bytes"] != expected.get("bytes"):
+            reason = f"{found['bytes']:,} bytes instead of {expected.get('bytes')}"
             raise DamagedCheckpointError(f"{path / name} is damaged: {reason}")
         if found != expected:
             raise DamagedCheckpointError(f"{path / name} is damaged: its SHA-256 is not the manifest's")
@@ -147,13 +151,16 @@ def load_checkpoint(path: Path, *, recipe_digest: str) -> Checkpoint:
         CheckpointError: it is damaged, or it belongs to a recipe with another digest.
     """
     manifest = verify_checkpoint(path)
-    if manifest["recipe_digest"] != recipe_digest:
+    # Digests of format 1 were taken over the defaults, too: theirs is another for every new setting.
+    if manifest["recipe_digest"] != recipe_digest and manifest["format_version"] > 1:
         raise CheckpointError(
             f"{path} was written with the recipe of digest {manifest['recipe_digest'][:12]}, this run has digest "
             f"{recipe_digest[:12]}. Give the old recipe to go on with it, or a new folder to start afresh"
         )
-    groups = {Path(name).stem: load_file(path / name) for name in manifest["files"] if name.endswith(".safetensors")}
-    return Checkpoint(manifest["step"], groups, json.loads((path / "state.json").read_text()))
+    values = read_json(path / "state.json")
+    if manifest["format_version"] < 2:
+        values |= {"recent": [], "spikes": 0}
+    return Checkpoint(manifest["step"], _groups(path, manifest), values)
 
 
 def remove_litter(folder: Path) -> None:
@@ -162,30 +169,59 @@ def remove_litter(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _check_finite(checkpoint: Checkpoint) -> None:
-    for group, tensors in checkpoint.groups.items():
+def _manifest(path: Path) -> dict[str, Any]:
+    """The content of a manifest.json whose own digest fits, with all keys of their types."""
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        if content != _canonical({**manifest, "digest": _digest_of(manifest)}):
+            raise DamagedCheckpointError(f"{path} is damaged: its own digest does not fit")
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
+    for key, kind in {"format_version": int, "step": int, "recipe_digest": str, "files": dict}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise DamagedCheckpointError(f"{path} is damaged: {key} is {manifest.get(key)!r}")
+    return manifest
+
+
+def _groups(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The tensors in the files that a manifest names, by group and name."""
+    groups = {}
+    for name in manifest["files"]:
+        if name.endswith(".safetensors"):
+            try:
+                groups[Path(name).stem] = load_file(path / name)
+            except (OSError, SafetensorError) as error:
+                raise DamagedCheckpointError(f"{path / name} is damaged: {error}") from error
+    return groups
+
+
+def _bad_tensor(groups: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """What is wrong with the first tensor that no checkpoint may hold; "" if there is none."""
+    for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise NumericsError(
-                    f"step {checkpoint.step}: {group} tensor {name} holds numbers that are not finite, so no checkpoint"
-                    " is written. The older ones are sound: lower the learning rate and start a new run"
-                )
+            if tensor.numel() and not tensor.abs().amax() <= LARGEST:  # false for NaN, too
+                return f"{group} tensor {name} holds numbers that are not finite, or above {LARGEST:g}"
+    return ""
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> None:
     for group, tensors in checkpoint.groups.items():
+        faults.at("save.open", folder / f"{group}.safetensors")
         save_file(dict(tensors), folder / f"{group}.safetensors")
-    (folder / "state.json").write_bytes(_canonical(checkpoint.values))
+    write(folder / "state.json", _canonical(checkpoint.values))
     files = sorted(folder.iterdir())
-    for file in files:
-        fsync(file)
     manifest = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "recipe_digest": recipe_digest,
         "files": {file.name: _fingerprint(file) for file in files},
     }
-    (folder / "manifest.json").write_bytes(_canonical({**manifest, "digest": _digest_of(manifest)}))
+    for file in files:  # after the fingerprints, so that these are of what was written, not of what a disk made of it
+        fsync(file)
+    write(folder / "manifest.json", _canonical({**manifest, "digest": _digest_of(manifest)}))
     fsync(folder / "manifest.json")
 
 
@@ -199,8 +235,8 @@ def _remove(path: Path) -> None:
     # Renamed first: a kill half way through leaves litter, not a checkpoint that looks damaged.
     doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        rename(path, doomed)
+        remove(doomed)
     except OSError as error:
         raise storage_error(path, 0, error) from error
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from davae import faults
 from davae.errors import NumericsError
 from davae.training.tensors import (
     copy_into,
@@ -81,6 +82,7 @@ class Companion:
         Raises:
             NumericsError: five steps in a row were skipped.
         """
+        loss = faults.at("discriminator", loss)
         (loss / self.gradient_accumulation).backward()
         self._pending.append(loss.detach().float())
         if len(self._pending) < self.gradient_accumulation:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from davae import faults
 from davae.adapter import tensors_digest
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone
@@ -71,6 +72,7 @@ def cached_latents(
     autoencoder.eval()
     latents = []
     for indices in track(torch.arange(len(pictures)).split(16), "encoding pictures", console=Console(stderr=True)):
+        faults.at("cache")
         image = pictures.batch(indices.tolist()).to(autoencoder.device)
         base, detail = autoencoder.split(autoencoder.standardise(autoencoder.encode(image).latent_dist.mode()))
         if detail_noise:

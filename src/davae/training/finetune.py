@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from davae import assets
+from davae import assets, faults
 from davae.adapter import (
     add_lora,
     base_digest,
@@ -21,8 +21,7 @@ from davae.adapter import (
 )
 from davae.backbones import backbone_of
 from davae.card import model_card, write_card
-from davae.data.order import batch_indices
-from davae.data.sources import PictureSet, open_pictures
+from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.flow import detail_weight
 from davae.record import read_metrics
@@ -83,17 +82,19 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     for step in state.steps():
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
-            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
+            indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
             random = generator(recipe.seed, "flow", batch)
-            clean = latents[indices].to(state.device)
+            clean = faults.at("encode", latents[indices].to(state.device))
             noise = torch.randn(clean.shape, generator=random).to(state.device)
             time = objective.draw_times(len(indices), random).to(state.device)
             kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
-            condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
+            condition = {name: faults.at("text", values[rows].to(state.device)) for name, values in conditions.items()}
             with state.autocast(), attention_on(state.device):
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
-            state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
+            prediction = faults.at("forward", prediction[0]), prediction[1]
+            loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
+            state.update(loss, logs, samples=[pictures.keys[index] for index in indices])
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
@@ -109,10 +110,7 @@ def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Pa
         SettingsError: a class that the transformer has not.
     """
     backbone = backbone_of(transformer)
-    source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
-    pictures = open_pictures(
-        source, size=recipe.size, split="train", limit=recipe.limit, classes=backbone.classes
-    ).sound(folder / "refused.json")
+    pictures = recipe.training_pictures(folder, classes=backbone.classes)
     if backbone.classes:
         check_classes(pictures, backbone.null_class(transformer))
     if pictures.class_names:

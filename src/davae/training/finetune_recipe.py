@@ -4,11 +4,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from davae.training.optimisation import NotNegative, OptimisationRecipe, Positive, Weight
+from davae.training.optimisation import NotNegative, Positive, Weight
+from davae.training.pictures_recipe import PicturesRecipe
 from davae.widen import PortsStart
 
 
-class FinetuneRecipe(OptimisationRecipe):
+class FinetuneRecipe(PicturesRecipe):
     """Everything that decides a run of stage 2."""
 
     section: ClassVar[str] = "finetune"
@@ -17,12 +18,6 @@ class FinetuneRecipe(OptimisationRecipe):
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
     autoencoder: str = ""
     """Folder of the trained AutoencoderDA, or an adapter folder, for its own; "" is the shipped upgrade's."""
-    pictures: str = ""
-    """Folder of pictures or shards, with captions or, for a class-conditional base, classes; "" is the shipped set."""
-    limit: Positive | None = None
-    """At most so many of them, evenly spread."""
-    size: Positive = 256
-    """Side of the pictures in pixels."""
     trained: Literal["lora", "layers", "full", "ports"] = "lora"
     """Both ports in full and LoRA on the targets; both ports and the targets' own weights; the whole transformer; both
     ports alone."""

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a polite request: the first one is noted, the second one acts as if davae were not there."""
+"""Signals as a polite request to stop: the first one is noted, the second one acts as if davae were not there."""
 
 import signal
 import threading
@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from davae.errors import DavaeError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Of a person, of a system that shuts down, and of a cluster's queue that warns before its time limit (Slurm's
+`--signal=USR1@120`)."""
 
 
 class Interrupted(DavaeError):
@@ -27,7 +31,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of dying of them; the handlers that were there before come back at the end.
+    """Note these `SIGNALS` instead of dying of them; the handlers that were there before come back at the end.
 
     After the first signal the former handlers are back at once, so that a second one is not held up by a long step.
     Outside the main thread, where Python allows no handlers, nothing is installed.
@@ -36,7 +40,7 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    former = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def restore() -> None:
         for signum, handler in former.items():

@@ -1,7 +1,6 @@
 """What both stages say about their optimiser, and the training state that follows from it."""
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from davae.errors import CheckpointError
-from davae.recipe import Recipe
+from davae.recipe import Recipe, load_recipe
 from davae.record import alone
+from davae.storage import remove_temporaries
 from davae.training.companion import Companion
 from davae.training.state import TrainingState
 
@@ -56,6 +56,11 @@ class OptimisationRecipe(Recipe):
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the networks' forward pass; losses are float32. "auto" is bf16 where the device computes in it."""
     checkpoint_every: Positive = 250
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl; skipped steps, spikes and the last step have one in any case."""
+    skip_spikes: bool = False
+    """Skip a step whose loss or gradient norm is over 6 standard deviations above the mean of the last 128 steps, as
+    OLMo does. Without, such a step is clipped as any other; either way it is logged with its pictures."""
     seed: NotNegative = 0
 
     @contextmanager
@@ -69,13 +74,14 @@ class OptimisationRecipe(Recipe):
         """
         kept = folder / "recipe.toml"
         with alone(folder):
+            remove_temporaries(folder)
             if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
-                theirs, ours = (tomllib.loads(text) for text in (kept.read_text(), self.to_toml()))
-                names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+                theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
+                names = [name for name in type(self).model_fields if getattr(theirs, name) != getattr(self, name)]
                 if names:
                     raise CheckpointError(
                         f"{folder} holds a run of another recipe, see {kept}, where "
-                        f"{', '.join(f'{name} = {theirs.get(name)!r}' for name in names)}. "
+                        f"{', '.join(f'{name} = {getattr(theirs, name)!r}' for name in names)}. "
                         "Give that recipe to go on with it, or a new folder"
                     )
             yield
@@ -109,6 +115,8 @@ class OptimisationRecipe(Recipe):
             gradient_accumulation=self.gradient_accumulation,
             mixed_precision=None if self.precision == "float32" else self.precision,
             checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+            skip_spikes=self.skip_spikes,
             seed=self.seed,
             recipe_digest=self.digest(),
             label=label,
@@ -119,7 +127,7 @@ class OptimisationRecipe(Recipe):
 
     def finish(self, state: TrainingState, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:
         """Write the run's result.json; `counts` are completed by those of the steps."""
-        steps = {"steps": state.step, "skipped_steps": state.skipped}
+        steps = {"steps": state.step, "skipped_steps": state.skipped, "spikes": state.spikes}
         state.record.finish(values, recipe=self, device=str(state.device), seed=self.seed, counts={**counts, **steps})
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from davae import faults
 from davae.autoencoder_da import AutoencoderDA
 from davae.losses import (
     adaptive_weight,
@@ -66,10 +67,10 @@ def stage_one_loss(
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image, base)
         noise = torch.randn(mean.shape, generator=posterior).to(mean)
-        detail = mean + (0.5 * log_variance).exp() * noise
+        detail = faults.at("encode", mean + (0.5 * log_variance).exp() * noise)
         noisy_base, noisy = with_latent_noise(base, detail, recipe.latent_noise, latent)
         dropped = with_detail_dropout(noisy, recipe.detail_dropout, dropout, inverted=recipe.inverted_dropout)
-        reconstruction = autoencoder.reconstruct(noisy_base, dropped)
+        reconstruction = faults.at("forward", autoencoder.reconstruct(noisy_base, dropped))
         perceptual = perceptual_loss(lpips, reconstruction, target, weights)
         played = {} if opponent is None else adversarial_losses(opponent.model, reconstruction, target)
     discriminator = played.pop("discriminator", image.new_zeros(()))

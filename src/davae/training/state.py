@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from rich.console import Console
 from torch import Tensor, nn
 
+from davae import faults
 from davae.errors import NumericsError, SettingsError
 from davae.record import RunRecord, alone
 from davae.seeds import generator
@@ -28,6 +29,7 @@ from davae.training.checkpoint import (
 from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
 from davae.training.interruption import Interrupted, stop_requests
 from davae.training.progress import StepProgress
+from davae.training.spikes import Spikes
 from davae.training.tensors import (
     copy_into,
     live_tensors,
@@ -92,6 +94,7 @@ class TrainingState:
         checkpoint_every: int = 100,
         keep: int = 3,
         log_every: int = 10,
+        skip_spikes: bool = False,
         console: Console | None = None,
         companion: Companion | None = None,
     ) -> None:
@@ -117,6 +120,7 @@ class TrainingState:
             checkpoint_every: steps between checkpoints.
             keep: how many of the newest checkpoints stay.
             log_every: steps between lines of metrics.jsonl.
+            skip_spikes: skip the steps that `Spikes` sees, instead of only telling of them.
             console: where progress is shown; the default is a new one on stderr.
             companion: another model with an optimiser of its own, whose steps the caller takes and which joins the
                 checkpoints.
@@ -139,7 +143,7 @@ class TrainingState:
             mixed_precision = "bf16" if computes_bfloat16(self.device) else None
         self.mixed_precision = mixed_precision
         self.checkpoint_every, self.keep, self.log_every = checkpoint_every, keep, log_every
-        self.recipe_digest = recipe_digest
+        self.skip_spikes, self.recipe_digest = skip_spikes, recipe_digest
         self.record = RunRecord(folder)
         self._folder = self.record.folder / "checkpoints"
         self._console = console or Console(stderr=True)
@@ -159,6 +163,8 @@ class TrainingState:
         self._streak = 0
         self._updated = False
         self._pending: list[tuple[Tensor, Logs]] = []
+        self._samples: list[str] = []
+        self._spikes = Spikes()
         self._loss = math.nan
         newest = latest_checkpoint(self._folder)
         if newest is not None:
@@ -202,6 +208,11 @@ class TrainingState:
             )
 
     @property
+    def spikes(self) -> int:
+        """How many steps of the whole run were spikes."""
+        return self._spikes.count
+
+    @property
     def batch(self) -> int:
         """The number of the running batch, counted over all steps: what its random numbers are keyed by."""
         return self.step * self.gradient_accumulation + len(self._pending)
@@ -211,44 +222,57 @@ class TrainingState:
         for _ in range(self.gradient_accumulation):
             yield self.batch
 
-    def update(self, loss: Tensor, logs: Logs | None = None) -> None:
+    def update(self, loss: Tensor, logs: Logs | None = None, *, samples: Sequence[str] = ()) -> None:
         """Backward of a batch's loss; after the step's last one a step of optimiser, schedule, EMA, and a metrics line.
 
         A step's loss and logs are the means over its batches. If the loss or the norm of the gradients is not finite,
-        the step is skipped: weights, optimiser and EMA stay bit for bit as they were; the skip is counted and logged.
+        the step is skipped: weights, optimiser and EMA stay bit for bit as they were; the skip is counted and logged,
+        with the names of the step's samples. So is a spike of loss or norm, which is skipped only if `skip_spikes`.
 
         Args:
             loss: a scalar with a graph, the mean over one batch.
             logs: more scalars for the metrics line.
+            samples: names of what is in the batch.
 
         Raises:
             NumericsError: five steps in a row were skipped.
         """
         assert not self._updated, "call update() once for every batch of a step, inside the loop over steps()"
+        loss = faults.at("backward", faults.at("loss", loss))
         self.accelerator.backward(loss / self.gradient_accumulation)
         self._pending.append((loss.detach().float(), logs or {}))
+        self._samples += samples
         if len(self._pending) < self.gradient_accumulation:
             return
         mean_loss, logs = means(self._pending)
-        self._pending = []
+        samples, self._pending, self._samples = self._samples, [], []
+        first = next(iter(self._trained.values()))
+        first.grad = faults.at("clip", faults.at("grad", first.grad))
         norm = self.accelerator.clip_grad_norm_(self._trained.values(), self.clip_norm)
         self._loss, norm = torch.stack([mean_loss, norm.float()]).tolist()
         self._updated = True
         rate = self.learning_rate(self.step)
         finite = math.isfinite(self._loss) and math.isfinite(norm)
-        if finite:
+        spike = finite and self._spikes.see(self._loss, norm)
+        skipped = not finite or (spike and self.skip_spikes)
+        if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            faults.at("step")
             self.optimizer.step()
             self._ema.step(self._trained.values())
+            self._ema.shadow_params[0] = faults.at("ema", self._ema.shadow_params[0])
         self.optimizer.zero_grad(set_to_none=True)
         self._streak = 0 if finite else self._streak + 1
-        self.skipped += not finite
-        if not finite or self.step % self.log_every == 0 or self.step == self.total_steps - 1:
+        self.skipped += skipped
+        odd = {name: True for name, seen in {"skipped": skipped, "spike": spike}.items() if seen}
+        if skipped or spike or self.step % self.log_every == 0 or self.step == self.total_steps - 1:
             line = {"loss": self._loss, "loss_hex": self._loss.hex(), "learning_rate": rate, "grad_norm": norm}
-            self.log({**line, **logs, **({} if finite else {"skipped": True})})
-        if not finite:
-            logger.warning("step %d skipped: loss %g, gradient norm %g", self.step, self._loss, norm)
+            self.log({**line, **logs, **odd, **({"samples": list(samples)} if odd and samples else {})})
+        if odd:
+            what, names = " and ".join(odd), ", ".join(samples) or "not named"
+            message = "step %d: %s: loss %g, gradient norm %g; its samples: %s"
+            logger.warning(message, self.step, what, self._loss, norm, names)
         if self._streak == MAX_SKIPPED_IN_A_ROW:
             raise NumericsError(
                 f"{self.label}: loss or gradient was not finite in {self._streak} steps in a row (step {self.step}: "
@@ -256,7 +280,7 @@ class TrainingState:
                 "steps or lower the learning rate"
             )
 
-    def log(self, values: Mapping[str, Tensor | float | str | bool]) -> None:
+    def log(self, values: Mapping[str, Tensor | float | str | bool | list[str]]) -> None:
         """Append a line to metrics.jsonl at once, under the running step: for example, held-out metrics."""
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
         self.record.append({"step": self.step, **plain, "seconds": round(self.seconds, 3)})
@@ -292,6 +316,8 @@ class TrainingState:
             "ema_steps": self._ema.optimization_step,
             "skipped": self.skipped,
             "skipped_in_a_row": self._streak,
+            "spikes": self._spikes.count,
+            "recent": list(self._spikes.recent),
             "seconds": self.seconds,
         }
         if self._companion is not None:
@@ -311,6 +337,8 @@ class TrainingState:
         self._ema.optimization_step = checkpoint.values["ema_steps"]
         self.skipped = checkpoint.values["skipped"]
         self._streak = checkpoint.values["skipped_in_a_row"]
+        self._spikes = Spikes(tuple(pair) for pair in checkpoint.values["recent"])
+        self._spikes.count = checkpoint.values["spikes"]
         self.seconds = checkpoint.values["seconds"]
         if self._companion is not None:
             self._companion.restore(groups, checkpoint.values.get("companion", {}), path)

@@ -1,0 +1,89 @@
+"""Verbs about pictures: `davae data inspect`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from davae.cli.options import DryRun, Pictures, print_table, say, show
+
+app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
+
+AspectRatios = Annotated[
+    list[str], typer.Option("--aspect-ratio", metavar="W:H", help="Of a bucket, such as 3:2. Repeatable.")
+]
+
+
+@app.command()
+def inspect(
+    source: Pictures,
+    size: Annotated[list[int], typer.Option(min=16, help="Side in pixels. Repeatable, for several resolutions.")] = [  # noqa: B006 - typer reads the default and never changes it
+        256
+    ],
+    aspect_ratios: AspectRatios = [],  # noqa: B006 - as above
+    bucket_step: Annotated[int, typer.Option(min=1, help="The buckets' sides are multiples of this.")] = 32,
+    captions: Annotated[bool, typer.Option(help="Pictures need captions, as in stage 2.")] = True,
+    classes: Annotated[bool, typer.Option(help="Pictures need classes instead.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures, evenly spread.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for inspection.json and contact_sheet.png; by default runs/data/NAME.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Count, measure and show the pictures of a source, and say which are refused and why."""
+    from davae.data.buckets import bucket_table
+
+    sizes = sorted(set(size))
+    buckets = bucket_table(sizes, aspect_ratios, multiple=bucket_step if aspect_ratios or len(sizes) > 1 else 1)
+    settings: dict[str, Any] = {"size": sizes[0], "captions": captions, "classes": classes, "limit": limit}
+    if dry_run:
+        return show({"source": source, **settings, "buckets": [f"{item.width}x{item.height}" for item in buckets]})
+    from davae.data.png import write_png
+    from davae.data.sources import open_pictures
+    from davae.data.survey import contact_sheet, source_name, survey
+    from davae.storage import write_json
+
+    folder = out or Path("runs/data") / source_name(source)
+    pictures = open_pictures(source, buckets=buckets, **settings)
+    facts = {"source": source, **survey(pictures)}
+    write_json(folder / "inspection.json", facts)
+    write_png(folder / "contact_sheet.png", contact_sheet(pictures))
+    if json:
+        return show(facts)
+    _print(facts)
+    say(folder / "inspection.json")
+    say(folder / "contact_sheet.png")
+
+
+def _print(facts: dict[str, Any]) -> None:
+    refused, loader = facts["refused"], facts["loader"]
+    say(f"{facts['pictures']} pictures; {refused['pictures']} refused, {refused['unreadable']} of them unreadable")
+    measured = {
+        "width, px": facts["stored"]["width"],
+        "height, px": facts["stored"]["height"],
+        "megapixels": facts["stored"]["megapixels"],
+        "detail: PSNR to its half size, dB": facts["half_size_psnr_db"],
+        "caption, characters": facts["captions"]["characters"],
+        "caption, words": facts["captions"]["words"],
+    }
+    quantiles = [[name, *(f"{value:g}" for value in values.values())] for name, values in measured.items()]
+    print_table(["", *facts["stored"]["width"]], quantiles)
+    cuts = ["" if row["cut_off"] is None else f"{row['cut_off']:.1%}" for row in facts["buckets"]]
+    rows = zip(facts["buckets"], cuts, strict=True)
+    print_table(
+        ["bucket, px", "pictures", "cut off"],
+        [[f"{row['width']}x{row['height']}", row["pictures"], cut] for row, cut in rows],
+    )
+    if refused["each"]:
+        print_table(["refused", "kind", "reason"], [item.values() for item in refused["each"][:20]])
+        if len(refused["each"]) > 20:
+            say(f"... and {len(refused['each']) - 20} more, in inspection.json")
+    said = facts["captions"]
+    say(f"captions: {said['empty']} empty, {said['repeated']} that several pictures have")
+    if "classes" in facts:
+        found = facts["classes"]
+        say(f"classes: {found['classes']}, of {found['fewest']} to {found['most']} pictures")
+    say(f"detail: {facts['soft']} pictures are soft (above 40 dB)")
+    alone, together = loader["pictures_per_second"]
+    say(f"loader: {alone} pictures/s with one thread, {together} with {loader['threads']}, files just read")

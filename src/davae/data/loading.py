@@ -1,0 +1,60 @@
+"""Many pictures at once by threads, and batches that are made while the last one is still in use."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from davae.errors import SettingsError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that read and decode; Pillow lets go of the interpreter's lock meanwhile."""
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:
+    """`function` of every item, in order, by `WORKERS` threads that end with the call; `alone` is without them."""
+    if alone or WORKERS == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(WORKERS, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+class Ahead(Generic[T]):
+    """`make` of one number after another, the next `count` of them made in a thread meanwhile.
+
+        with Ahead(make) as load:
+            for step in range(start, end):
+                batch = load(step)
+
+    `make` must be a pure function of the number: then this is `make` itself, only earlier. Numbers may be skipped and
+    asked for again. An error of `make` is raised where its number is asked for.
+    """
+
+    def __init__(self, make: Callable[[int], T], *, count: int = 2) -> None:
+        if count < 1:
+            raise SettingsError(f"count={count}: allowed is at least one batch ahead")
+        self._make, self._count = make, count
+        self._pending: dict[int, Future[T]] = {}
+
+    def __enter__(self) -> "Ahead[T]":
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, number: int) -> T:
+        """`make(number)`."""
+        wanted = range(number, number + self._count + 1)
+        for other in self._pending.keys() - wanted:
+            self._pending.pop(other).cancel()
+        for each in wanted:
+            if each not in self._pending:
+                self._pending[each] = self._pool.submit(self._make, each)
+        return self._pending.pop(number).result()

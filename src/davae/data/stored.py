@@ -1,0 +1,241 @@
+"""Encoded pictures and the texts beside them, wherever they lie; and the pictures that are left out, with reasons."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from davae.data.pictures import PictureRefused, RefusalKind, Stream
+from davae.errors import DataError, SettingsError
+
+PICTURE_SUFFIXES = frozenset(
+    ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp "
+    # pictures that are not read: listed, so that they are refused by name rather than passed over in silence
+    ".avif .cr2 .dng .eps .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga".split()
+)
+TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
+
+HEADER_BYTES = 1 << 15
+"""What is fetched at once to see the header of a remote picture."""
+ATTEMPTS = 3
+"""Of reading from afar, a second and then two apart, before it is an error."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A picture that is left out, and why."""
+
+    name: str
+    reason: str
+    kind: RefusalKind = "damaged"
+
+
+def summarise(refused: Sequence[Refusal]) -> str:
+    """The number of refusals and the first five of them, in one line."""
+    if not refused:
+        return "0 refused"
+    shown = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:5])
+    return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Some bytes that can be read again and again: a file, a member of a shard, a cell of a table."""
+
+    name: str
+    """What messages call them: the path inside the source."""
+
+    @property
+    def length(self) -> int:
+        """How many."""
+        return len(self.read())
+
+    def read(self) -> bytes:
+        """All of them.
+
+        Raises:
+            PictureRefused: they are gone, unreadable, or fewer than when they were listed.
+            DataError: the network or the remote store fails.
+        """
+        raise NotImplementedError
+
+    def open(self) -> Stream:
+        """A seekable stream of them, which need not fetch them all."""
+        return io.BytesIO(self.read())
+
+
+@dataclass(frozen=True)
+class FileBytes(StoredBytes):
+    """A run of bytes on disk: a file, or the content of a shard's member."""
+
+    path: Path
+    offset: int
+    size: int
+    memory: bytes | None = field(default=None, repr=False, compare=False)
+    """What `offset` counts in, if it is not the file itself: the shard in `path`, unpacked."""
+
+    @property
+    def length(self) -> int:
+        """How many."""
+        return self.size
+
+    def read(self) -> bytes:
+        """All of them, as `StoredBytes.read`."""
+        try:
+            with self.path.open("rb") if self.memory is None else io.BytesIO(self.memory) as stream:
+                stream.seek(self.offset)
+                data = stream.read(self.size)
+        except OSError as error:
+            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
+        if len(data) != self.size:
+            raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
+        return data
+
+    def open(self) -> Stream:
+        """A stream of them, as `StoredBytes.open`."""
+        # a shard's member is read whole: Pillow needs a stream that begins with the picture
+        return super().open() if self.offset or self.memory is not None else self.path.open("rb")
+
+
+@dataclass(frozen=True)
+class CellBytes(StoredBytes):
+    """A picture in a table, or in memory."""
+
+    get: Callable[[], bytes] = field(repr=False, compare=False)
+
+    def read(self) -> bytes:
+        """All of them, as `StoredBytes.read`."""
+        return self.get()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file at any URL that fsspec knows: s3://, gs://, hf://, https://, file://, memory://, ..."""
+
+    url: str
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(self.url)
+
+    @cached_property
+    def size(self) -> int:
+        """In bytes."""
+        return self._tried(lambda files, path: int(files.size(path)))
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`.
+
+        Raises:
+            DataError: they cannot be read, or there are fewer.
+        """
+        data = self._tried(lambda files, path: files.cat_file(path, start=start, end=end))
+        if len(data) != end - start:
+            raise DataError(f"{self.url}: {len(data)} bytes instead of {end - start} at {start}; is it complete?")
+        return data
+
+    def open(self, start: int = 0, end: int | None = None, buffer: int = HEADER_BYTES) -> Stream:
+        """A seekable stream of the bytes from `start` to before `end`, fetched `buffer` at a time."""
+        return io.BufferedReader(_Range(self, start, self.size if end is None else end), buffer)
+
+    def matches(self) -> list["RemoteFile"]:
+        """The files that this URL, a pattern with *, stands for, in sorted order."""
+        return [
+            RemoteFile(files.unstrip_protocol(path))
+            for files, paths in [self._tried(lambda files, path: (files, sorted(files.glob(path))))]
+            for path in paths
+        ]
+
+    def _tried(self, action: Callable[[Any, str], Any]) -> Any:
+        try:
+            files, path = self._place
+        except (ImportError, ValueError) as error:
+            raise SettingsError(f"{self.url}: {error}; install what reads such URLs, or give a path") from error
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return action(files, path)
+            except FileNotFoundError as error:
+                raise DataError(f"{self.url} is not there; mend the URL") from error
+            except Exception as error:  # every store raises its own
+                if attempt == ATTEMPTS:
+                    what = f"{type(error).__name__}: {error}"
+                    raise DataError(f"{self.url} cannot be read, {attempt} times tried ({what})") from error
+                time.sleep(attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+
+class _Range(io.RawIOBase):
+    """A part of a remote file as a raw stream."""
+
+    def __init__(self, file: RemoteFile, start: int, end: int) -> None:
+        self.file, self.start, self.end, self.position = file, start, end, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move to another place; returns it."""
+        self.position = offset + (0, self.position, self.end - self.start)[whence]
+        if self.position < 0:
+            raise OSError("a place before the beginning")
+        return self.position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fetch as many bytes as fit; returns their number."""
+        first = min(self.start + self.position, self.end)
+        last = min(first + len(buffer), self.end)
+        if last > first:
+            buffer[: last - first] = self.file.read(first, last)
+        self.position += last - first
+        return last - first
+
+
+@dataclass(frozen=True)
+class RemoteBytes(StoredBytes):
+    """The content of a member of a remote shard."""
+
+    file: RemoteFile
+    offset: int
+    size: int
+
+    @property
+    def length(self) -> int:
+        """How many."""
+        return self.size
+
+    def read(self) -> bytes:
+        """All of them, as `StoredBytes.read`."""
+        return self.file.read(self.offset, self.offset + self.size)
+
+    def open(self) -> Stream:
+        """A stream of them, as `StoredBytes.open`."""
+        return self.file.open(self.offset, self.offset + self.size)
+
+
+@dataclass
+class Sample:
+    """What a source holds under one key: encoded pictures, texts by suffix, and the row of a table."""
+
+    pictures: list[StoredBytes] = field(default_factory=list)
+    texts: dict[str, StoredBytes] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, suffix: str, content: StoredBytes) -> None:
+        """Take one file in, by its suffix; what is neither a picture nor one of the texts is passed over."""
+        if suffix in PICTURE_SUFFIXES:
+            self.pictures.append(content)
+        elif suffix in TEXT_SUFFIXES:
+            self.texts[suffix] = content
+
+
+Samples = dict[str, Sample]

@@ -1,0 +1,225 @@
+"""Tables: metadata.jsonl and metadata.parquet beside pictures, pictures in parquet and in Hugging Face datasets."""
+
+import json
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+
+from data.stored import captioned, fill, picture, tar
+from davae.data import rows
+from davae.data.sources import open_pictures
+from davae.errors import DataError, SettingsError
+
+datasets = pytest.importorskip("datasets", reason="the extra datasets")
+pyarrow = pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    datasets.disable_progress_bars()
+
+
+def reasons(pictures) -> dict[str, str]:
+    return {refusal.name: refusal.reason for refusal in pictures.refused}
+
+
+def table(path, **columns):
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def lines(*rows_: object) -> bytes:
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows_).encode()
+
+
+# beside pictures
+
+
+def test_captions_of_every_sort_and_which_of_them_wins(tmp_path):
+    files = {f"{name}.png": picture(index) for index, name in enumerate("abcde")}
+    files |= {"sub/f.png": picture(9)}
+    files |= {"a.txt": b"txt", "a.caption": b"caption", "b.caption": b" caption\n", "b.json": b'{"caption": "json"}'}
+    files |= {"c.json": b'{"text": "json"}'}
+    names = ("a.png", "b.png", "c.png", "d.png", "e.png", "sub/f.png")
+    table_rows = [{"file_name": name, "text": f"row of {name}"} for name in names]
+    files |= {"metadata.jsonl": b"\xef\xbb\xbf" + lines(*table_rows[:4], "", *table_rows[5:])}
+    pictures = open_pictures(fill(tmp_path, files), size=32)
+    assert dict(zip(pictures.keys, pictures.captions, strict=True)) == {
+        "a": "txt",
+        "b": "caption",
+        "c": "json",
+        "d": "row of d.png",
+        "sub/f": "row of sub/f.png",
+    }
+    assert list(reasons(pictures)) == ["e.png"]
+
+
+def test_a_table_in_a_sub_folder_and_classes_in_it(tmp_path):
+    files = {"x/1.png": picture(0), "x/2.png": picture(1)}
+    rows_ = [{"file_name": "1.png", "label": 3}, {"file_name": "2.png", "label": 0}]
+    pictures = open_pictures(fill(tmp_path, files | {"x/metadata.jsonl": lines(*rows_)}), size=32, classes=True)
+    assert pictures.classes == [3, 0]
+
+
+def test_a_parquet_table_reads_like_the_lines(tmp_path):
+    files = {"a.png": picture(0), "b.png": picture(1)}
+    fill(tmp_path / "jsonl", files | {"metadata.jsonl": lines({"file_name": "a.png", "text": "A"}, {"file_name": 3})})
+    fill(tmp_path / "parquet", files)
+    table(tmp_path / "parquet/metadata.parquet", file_name=["a.png", None], text=["A", "B"])
+    found = [open_pictures(tmp_path / name, size=32) for name in ("jsonl", "parquet")]
+    assert found[0].digest == found[1].digest
+    assert all(len(pictures.refused) == 2 for pictures in found)
+    (tmp_path / "parquet/metadata.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DataError, match=r"metadata\.parquet: no sound parquet"):
+        open_pictures(tmp_path / "parquet", size=32)
+
+
+def test_rows_without_a_picture_are_refused_by_name(tmp_path):
+    fill(tmp_path.parent, {"outside.png": picture(1)})
+    odd = [
+        {"file_name": "gone.png", "text": "not there"},
+        {"file_name": "../outside.png", "text": "outside"},
+        {"file_name": str(tmp_path.parent / "outside.png"), "text": "outside"},
+        {"file_name": "000.jpg", "text": "of another suffix"},
+        {"file_name": ""},
+        {"file_name": "x/\0/\ud800.png"},
+        {"text": "no name"},
+        ["no object"],
+        '{"file_name": "000.png", "text": "\\ud800"}',
+        "[" * 50_000,
+        "no JSON",
+        "x" * ((1 << 20) + 5),
+    ]
+    pictures = open_pictures(fill(tmp_path, captioned(2) | {"metadata.jsonl": lines(*odd)}), size=32)
+    assert pictures.keys == ["000", "001"]
+    assert pictures.captions == ["picture 0", "picture 1"]
+    kinds = [refusal.kind for refusal in pictures.refused]
+    assert set(kinds) == {"missing", "text"}
+    assert len(kinds) >= len(odd)
+
+
+# pictures in rows
+
+
+def dataset(count: int = 4, **columns):
+    cells = [{"bytes": picture(index), "path": f"{index}.png"} for index in range(count)]
+    given = {"image": cells, "text": [f"picture {index}" for index in range(count)], **columns}
+    return datasets.Dataset.from_dict(given).cast_column("image", datasets.Image())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = captioned(4)
+    return open_pictures(fill(tmp_path / "folder", {f"000000{name}": data for name, data in files.items()}), size=32)
+
+
+def same(found, folder) -> None:
+    assert found.keys == folder.keys
+    assert found.captions == folder.captions
+    assert found.digest == folder.digest
+    assert torch.equal(found.batch(range(4)), folder.batch(range(4)))
+    assert found.refused == []
+
+
+def test_a_dataset_itself_saved_and_streamed_reads_like_the_folder(tmp_path, folder):
+    rows_ = dataset()
+    rows_.save_to_disk(tmp_path / "saved")
+    same(open_pictures(rows_, size=32), folder)
+    same(open_pictures(tmp_path / "saved", size=32), folder)
+    same(open_pictures(rows_.to_iterable_dataset(), size=32), folder)
+
+
+def test_parquet_files_and_names_read_like_the_folder(tmp_path, folder):
+    dataset().to_parquet(tmp_path / "set/train.parquet")
+    same(open_pictures(tmp_path / "set/train.parquet", size=32), folder)
+    same(open_pictures(tmp_path / "set", size=32), folder)
+    same(open_pictures(f"datasets:{tmp_path}/set", size=32), folder)
+    same(open_pictures(f"datasets:{tmp_path}/set?split=train&streaming=true", size=32), folder)
+    part = open_pictures(f"datasets:{tmp_path}/set?streaming=true&take=2", size=32)
+    assert part.keys == folder.keys[:2]
+
+
+def test_plain_bytes_and_webdatasets_columns(tmp_path):
+    path = table(
+        tmp_path / "a.parquet",
+        png=[picture(0), picture(1)],
+        json=[{"caption": "in json"}] * 2,
+        txt=["in txt", None],
+        cls=[3, 4],
+        __key__=["x/b", "x/a"],
+    )
+    pictures = open_pictures(path, size=32, captions=False)
+    assert pictures.keys == ["x/a", "x/b"]
+    assert pictures.captions == ["", "in txt"]
+    assert open_pictures(path, size=32, classes=True).classes == [4, 3]
+
+
+def test_only_pictures_will_do_where_no_captions_are_needed():
+    assert len(open_pictures(dataset().select_columns("image"), size=32, captions=False)) == 4
+
+
+def test_a_cell_that_is_no_picture_is_refused(tmp_path):
+    stream = BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    rows_ = datasets.Dataset.from_dict(
+        {
+            "image": [
+                {"bytes": picture(0), "path": None},
+                {"bytes": b"<html>", "path": None},
+                {"bytes": None, "path": None},
+                {"bytes": None, "path": str(tmp_path / "gone.png")},
+                {"bytes": stream.getvalue(), "path": None},
+            ],
+            "text": ["a caption"] * 5,
+        }
+    )
+    for given in (rows_, rows_.to_iterable_dataset()):
+        pictures = open_pictures(given, size=32)
+        assert pictures.keys == ["000000000"]
+        kinds = {refusal.name: refusal.kind for refusal in pictures.refused}
+        assert list(kinds.values()) == ["format", "damaged", "damaged", "too small"]
+
+
+def test_what_is_no_set_of_pictures_is_a_typed_error(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no column holds pictures, of text"):
+        open_pictures(datasets.Dataset.from_dict({"text": ["a"]}), size=32)
+    with pytest.raises(DataError, match="two rows have the key 'a'"):
+        open_pictures(dataset(2, __key__=["a", "a"]), size=32)
+    splits = datasets.DatasetDict({"one": dataset(), "two": dataset()})
+    with pytest.raises(SettingsError, match="give one of one, two"):
+        open_pictures(splits, size=32)
+    splits.save_to_disk(tmp_path / "splits")
+    with pytest.raises(SettingsError, match="splits/one"):
+        open_pictures(tmp_path / "splits", size=32)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        open_pictures(f"datasets:{tmp_path}/nowhere", size=32)
+    for query in ("shuffle=1", "streaming=yes", "take=-1"):
+        with pytest.raises(SettingsError, match="allowed after the"):
+            open_pictures(f"datasets:a?{query}", size=32)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be loaded"):
+        open_pictures(tmp_path / "a.parquet", size=32)
+    monkeypatch.setattr(rows, "MAX_UNPACKED_BYTES", 5000)
+    with pytest.raises(DataError, match="more than 5000 bytes of pictures in 2 rows"):
+        open_pictures(dataset().to_iterable_dataset(), size=32)
+
+
+def test_two_sorts_of_source_in_one_folder_are_an_error(tmp_path):
+    dataset().to_parquet(tmp_path / "a.parquet")
+    tar(tmp_path / "b.tar", captioned(1))
+    with pytest.raises(DataError, match="both shards and parquet files"):
+        open_pictures(tmp_path, size=32)
+
+
+def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SettingsError, match=r"davae\[datasets\]"):
+        open_pictures(tmp_path / "a.parquet", size=32)

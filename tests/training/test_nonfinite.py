@@ -1,0 +1,116 @@
+"""Numbers that are not finite, put in at any place of both stages' steps, never reach weights or checkpoints."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from davae import faults
+from davae.errors import NumericsError
+from davae.record import read_metrics
+from davae.training.autoencoder import train_autoencoder
+from davae.training.finetune import finetune
+from hashes import digests
+from stages import ADVERSARIAL, autoencoder_recipe, finetune_recipe, newest_step
+from trials import Trials
+
+STEPS = 6
+BAD = 4
+"""The step with the fault."""
+SITES = {
+    "stage 1": ("data", "encode", "forward", "loss", "grad", "ema", "discriminator"),
+    "stage 2": ("encode", "text", "forward", "loss", "grad", "ema"),
+}
+
+
+@pytest.fixture(scope="module", params=SITES)
+def run(request, base_folder, autoencoder_folder, picture_folder, tmp_path_factory):
+    """A function from a folder and a fault to a run with it; what is slow to make is copied from a run without."""
+    changes = {"steps": STEPS, "checkpoint_every": 1}
+    if request.param == "stage 1":
+        loss = ADVERSARIAL.model_copy(update={"adversarial_start": 0})
+        recipe, train = (
+            autoencoder_recipe(base_folder, picture_folder, **changes, evaluate_every=100, loss=loss),
+            train_autoencoder,
+        )
+    else:
+        recipe, train = finetune_recipe(base_folder, autoencoder_folder, picture_folder, **changes), finetune
+    begun = tmp_path_factory.mktemp("begun")
+    train(recipe, begun)
+    for name in ("checkpoints", "autoencoder", "pipeline", "adapter", "pictures"):
+        shutil.rmtree(begun / name, ignore_errors=True)
+
+    def with_fault(folder: Path, fault: str) -> None:
+        shutil.copytree(begun, folder)
+        faults.arm(fault)
+        try:
+            train(recipe, folder)
+        finally:
+            faults.arm("")
+
+    with_fault.stage = request.param
+    return with_fault
+
+
+def tensors(folder: Path, step: int, *, discriminator: bool) -> dict[str, str]:
+    found = digests(folder / "checkpoints" / f"step-{step:08d}")
+    return {name: value for name, value in found.items() if name.startswith("discriminator") == discriminator}
+
+
+def all_finite(folder: Path) -> bool:
+    files = list(folder.glob("checkpoints/step-*/*.safetensors"))
+    return bool(files) and all(tensor.isfinite().all() for file in files for tensor in load_file(file).values())
+
+
+@pytest.mark.soak("R7", ci=1, full=1)
+def test_one_step(run, trials: Trials, tmp_path: Path) -> None:
+    """The step is skipped whole and logged, and the run goes on; where 1e30 overflows nothing, it is clipped."""
+    skipped = []
+    for site in SITES[run.stage]:
+        for action in faults.NUMBERS:
+            folder = tmp_path / f"{site} {action}"
+            fault = f"{site}:{action}:{BAD + 1}"
+            if site == "ema":
+                with pytest.raises(NumericsError, match=f"step {BAD + 1}: ema tensor"):
+                    run(folder, fault)
+                assert newest_step(folder) == BAD
+            else:
+                run(folder, fault)
+                lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+                assert [line["step"] for line in lines] == list(range(STEPS))
+                seen = [line["step"] for line in lines if "skipped" in line]
+                assert seen in ([], [BAD])
+                if seen:
+                    assert lines[BAD]["samples"]
+                    skipped.append((site, action))
+                changed = [
+                    tensors(folder, BAD + 1, discriminator=site == "discriminator")
+                    != tensors(folder, BAD, discriminator=site == "discriminator"),
+                    tensors(folder, BAD + 2, discriminator=False) != tensors(folder, BAD + 1, discriminator=False),
+                ]
+                unchanged = bool(seen) or (site == "discriminator" and action != "huge")
+                assert changed == [not unchanged, True] or (site, action) == ("discriminator", "huge")
+            assert all_finite(folder)
+            trials.done += 1
+    assert {(site, action) for site in SITES[run.stage] for action in ("nan", "inf")} - set(skipped) <= {
+        (site, action) for site in ("ema", "discriminator") for action in ("nan", "inf")
+    }
+
+
+@pytest.mark.soak("R7", ci=1, full=1)
+def test_every_step(run, trials: Trials, tmp_path: Path) -> None:
+    """The run ends after five, with its own exit code; what it has saved is what it began with."""
+    for site in SITES[run.stage]:
+        folder = tmp_path / site
+        with pytest.raises(NumericsError, match=r"5 steps in a row|ema tensor") as caught:
+            run(folder, f"{site}:nan:*")
+        assert caught.value.exit_code == 6
+        if site == "ema":
+            assert newest_step(folder) == 0
+        else:
+            assert newest_step(folder) == 4
+            assert all_finite(folder)
+        own = site == "discriminator"
+        assert own or site == "ema" or tensors(folder, 2, discriminator=own) == tensors(folder, 4, discriminator=own)
+        trials.done += 1

@@ -1,0 +1,119 @@
+"""What both stages say about pictures: buckets in training, and how many unreadable ones are too many."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from davae.data.sources import open_pictures
+from davae.errors import DataError, SettingsError
+from davae.record import read_metrics
+from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from davae.training.finetune import FinetuneRecipe
+from davae.upgrade import load_autoencoder
+from scenes import caption, fill_with_scenes, keys, scene
+
+SIDES = [(64, 64), (96, 64), (64, 96), (128, 128)]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of several shapes and sizes, two of them too small, and square ones held out."""
+    folder = fill_with_scenes(tmp_path_factory.mktemp("uneven"), train=0, held=2)
+    for index, key in enumerate(keys(18, held=False)):
+        width, height = SIDES[index % 4] if index < 16 else (40, 40)
+        image = Image.fromarray(np.ascontiguousarray(scene(index, 128)[:height, :width]))
+        image.save(folder / f"{key}.png")
+        (folder / f"{key}.txt").write_text(caption(index))
+    return folder
+
+
+def stage_one(base: Path, pictures: Path, **changes: object) -> AutoencoderRecipe:
+    settings = {
+        "base": str(base),
+        "pictures": str(pictures),
+        "size": 64,
+        "aspect_ratios": ("1:1", "3:2", "2:3"),
+        "sizes": (128,),
+        "bucket_step": 16,
+        "crop": 32,
+        "detail_channels": 12,
+        "fit_pictures": 8,
+        "steps": 6,
+        "batch_size": 3,
+        "precision": "float32",
+        "checkpoint_every": 3,
+        "evaluate_every": 20,
+        "heldout_pictures": 1,
+        "calibration_pictures": 100,
+    }
+    return AutoencoderRecipe(**(settings | changes))
+
+
+def test_stage_one_trains_on_buckets_and_resumes_as_if_undisturbed(base_folder, uneven, tmp_path) -> None:
+    recipe = stage_one(base_folder, uneven)
+    pictures = recipe.training_pictures(tmp_path)
+    assert [bucket[:2] for bucket in pictures.buckets] == [(48, 80), (64, 64), (80, 48), (128, 128)]
+    assert list(map(len, pictures.members)) == [4, 4, 4, 4]
+    assert {tuple(pictures.batch(pictures.step_indices(3, seed=0, step=step)).shape[2:]) for step in range(6)} == {
+        bucket[:2] for bucket in pictures.buckets
+    }
+    whole = train_autoencoder(recipe, tmp_path / "whole")
+    # the same command again, from the checkpoint in the middle
+    train_autoencoder(recipe, tmp_path / "cut")
+    *earlier, latest = sorted((tmp_path / "cut/checkpoints").iterdir())
+    assert earlier
+    shutil.rmtree(latest)
+    again = train_autoencoder(recipe, tmp_path / "cut")
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
+        for run in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+    first, second = (load_autoencoder(folder).state_dict() for folder in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bucket_step": 4}, "bucket_step=4.*multiples of 8"),
+        ({"crop": 64}, "crop=64.*up to 48"),
+        ({"aspect_ratios": ("3:0",)}, '"3:0"'),
+        ({"sizes": (72,)}, "size=72.*multiples of 16"),
+    ],
+)
+def test_buckets_that_do_not_fit_are_named(base_folder, uneven, tmp_path, changes, named) -> None:
+    with pytest.raises(SettingsError, match=named):
+        train_autoencoder(stage_one(base_folder, uneven, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(("damaged", "allowed", "stops"), [(1, 0.01, False), (2, 0.01, True), (2, 0.2, False)])
+def test_too_many_unreadable_pictures_stop_a_run_and_small_ones_do_not(
+    uneven, tmp_path, damaged, allowed, stops
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in uneven.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for key in keys(damaged, held=False):
+        (folder / f"{key}.png").write_bytes((folder / f"{key}.png").read_bytes()[:-300])
+    recipe = FinetuneRecipe(pictures=str(folder), size=64, max_unreadable=allowed)
+    if stops:
+        with pytest.raises(DataError, match=r"2 of 16 pictures cannot be read, more than the allowed 1\.0%"):
+            recipe.training_pictures(tmp_path)
+        assert len((tmp_path / "refused.json").read_text().splitlines()) == 2 + 2 + 2
+    else:
+        pictures = recipe.training_pictures(tmp_path)
+        assert len(pictures) == 16 - damaged
+        assert len(pictures.refused) == 2 + damaged
+
+
+def test_without_a_setting_any_number_may_be_unreadable(tmp_path) -> None:
+    fill_with_scenes(tmp_path, train=2, held=0)
+    key = keys(1, held=False)[0]
+    (tmp_path / f"{key}.png").write_bytes((tmp_path / f"{key}.png").read_bytes()[:-300])
+    assert len(open_pictures(tmp_path, size=64).sound()) == 1
