@@ -84,6 +84,11 @@ class PictureSet:
         """Several pictures, float32 in [-1, 1]."""
         return torch.stack([self.image(index) for index in indices]).float() / 127.5 - 1
 
+    def fingerprint(self, index: int) -> str:
+        """SHA-256, as hexadecimal, of all that decides what `image` gives: the encoded bytes, and how they are cut."""
+        content = hashlib.sha256(self._entries[index].picture.read()).hexdigest()
+        return hashlib.sha256(f"{content}, central square, {self.size} pixels".encode()).hexdigest()
+
     def sound(self, report: Path | None = None) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
 

@@ -28,8 +28,10 @@ from davae.flow import detail_weight
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.storage import write_json
-from davae.training.conditions import cached_latents, check_classes, encode_conditions, expect_noise, move_frozen
+from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
+from davae.training.inputs import training_inputs
+from davae.training.latents import expect_noise
 from davae.training.objectives import objective_of
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
@@ -72,25 +74,22 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
-    move_frozen(pipeline, state.device)
-    cache, extra = folder / "latents.safetensors", recipe.detail_noise
-    latents = cached_latents(autoencoder, pictures, cache, detail_noise=extra, seed=recipe.seed)
-    conditions = encode_conditions(pipeline, backbone, pictures, recipe.prompt_tokens)
-    move_frozen(pipeline, torch.device("cpu"))
+    latents, conditions = training_inputs(recipe, pipeline, pictures, folder, state.device)
     pipeline.transformer.train()
-    base_channels = autoencoder.config.base_channels
-    objective = objective_of(pipeline, recipe, base_channels=base_channels, positions=latents[0, 0].numel())
+    positions = latents.batch([0], step=0)[0, 0].numel()
+    objective = objective_of(pipeline, recipe, base_channels=autoencoder.config.base_channels, positions=positions)
     for step in state.steps():
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
             indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
             random = generator(recipe.seed, "flow", batch)
-            clean = latents[indices].to(state.device)
+            clean = latents.batch(indices, step=batch).to(state.device)
             noise = torch.randn(clean.shape, generator=random).to(state.device)
             time = objective.draw_times(len(indices), random).to(state.device)
             kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
-            condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
+            found = conditions.batch(rows.tolist())
+            condition = {name: values.to(state.device) for name, values in found.items()}
             with state.autocast(), attention_on(state.device):
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
             state.update(*objective.loss(prediction, clean, noise, time, weight=weight))

@@ -52,6 +52,18 @@ class FinetuneRecipe(OptimisationRecipe):
     """How often a caption is replaced by the empty one, or a class by the null class."""
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""
+    cache: str = ""
+    """Folder of the caches of latents and text embeddings, shared by as many runs as one likes; "" is the run's own."""
+    online: bool = False
+    """Encode pictures and captions at every step instead: slower, and nothing is kept."""
+    flips: bool = False
+    """Mirror half of the pictures, drawn at every step; only with online = true."""
+
+    @model_validator(mode="after")
+    def _flips_are_online(self) -> "FinetuneRecipe":
+        if self.flips and not self.online:
+            raise ValueError("flips = true: cached latents cannot be mirrored; add online = true")
+        return self
 
     @model_validator(mode="after")
     def _min_snr_is_for_data(self) -> "FinetuneRecipe":
