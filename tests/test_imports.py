@@ -23,7 +23,7 @@ LAYERS = [
     {"backbones", "closed_form"},
     {"adapter", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
-    {"report", "geometry", "card"},
+    {"report", "geometry", "card", "sampling", "runs"},
     {"training", "evaluation"},
     {"demo", "workload"},
     {"budget", "benchmark"},

@@ -5,16 +5,19 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from davae.errors import CheckpointError
-from davae.storage import storage_error, write_atomically, write_json
+from davae.errors import CheckpointError, SettingsError
+from davae.storage import read_json, storage_error, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -147,12 +150,80 @@ def damage(path: Path) -> str:
     return "" if found == path.stem else "is damaged (its SHA-256 is not its name)"
 
 
-def cache_folders(folder: Path) -> Iterable[Path]:
-    """The caches below `folder`, each with its cache.json.
+@dataclass(frozen=True)
+class Contents:
+    """What one cache holds: found by `contents`, each shard read in full."""
+
+    folder: Path
+    facts: dict[str, Any]
+    entries: int
+    bytes: int
+    damaged: dict[str, str]
+    """Reasons by file name; those that were set aside are not among them."""
+
+    def to_text(self) -> str:
+        """One line for people, and one for each damaged shard."""
+        facts = ", ".join(f"{name} {str(value)[:16]}" for name, value in self.facts.items() if name != "kind")
+        lines = [f"{self.folder.name}: {self.entries:,} entries, {self.bytes / 2**20:,.1f} MiB ({facts})"]
+        return "\n".join(lines + [f"  {name} {reason}" for name, reason in self.damaged.items()])
+
+
+def contents(folder: Path) -> list[Contents]:
+    """What the caches below `folder` hold, after reading all of it.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no cache.
     """
+    found = []
+    for path in _caches(folder):
+        keys: set[str] = set()
+        damaged = {}
+        for shard in shard_paths(path):
+            if reason := damage(shard):
+                damaged[shard.name] = reason
+            else:
+                keys |= _open(shard)[0].keys()
+        size = sum(shard.stat().st_size for shard in shard_paths(path))
+        found.append(Contents(path, read_json(path / "cache.json"), len(keys), size, damaged))
+    return found
+
+
+def prune(folder: Path, *, days: float | None = None, dry_run: bool = False) -> int:
+    """Remove what no run will read: damaged shards, and what killed writers left. Returns the bytes that were freed.
+
+    Args:
+        folder: of caches.
+        days: remove whole caches, too, in which so long nothing was written.
+        dry_run: only say what would be freed.
+
+    Raises:
+        CheckpointError: there is no cache.
+        SettingsError: a process is writing there; nothing of that cache is removed.
+        StorageError: something cannot be removed.
+    """
+    freed = 0
+    for path in _caches(folder):
+        try:
+            with (path / ".lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shards = shard_paths(path)
+                newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
+                old = days is not None and time.time() - newest > days * 86400
+                useless = [*path.glob(ASIDE + "*"), *path.glob(".*.tmp-*"), *filter(damage, shards)]
+                useless = list(path.iterdir()) if old else useless
+                freed += sum(file.stat().st_size for file in useless)
+                for file in useless if not dry_run else []:
+                    file.unlink()
+                if old and not dry_run:
+                    path.rmdir()
+        except BlockingIOError as error:
+            raise SettingsError(f"a process is writing to {path}: wait for it, and prune again") from error
+        except OSError as error:
+            raise storage_error(path, 0, error) from error
+    return freed
+
+
+def _caches(folder: Path) -> list[Path]:
     found = sorted(path.parent for path in Path(folder).glob("*/cache.json"))
     if not found:
         raise CheckpointError(f"{folder} holds no cache: give the folder that a recipe has as `cache`, or RUN/cache")

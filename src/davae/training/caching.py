@@ -1,9 +1,11 @@
 """Computing what a cache lacks, by all processes at once."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 
@@ -28,7 +30,8 @@ class Share:
     @classmethod
     def ours(cls) -> "Share":
         """As `accelerate launch` or `torchrun` started this process."""
-        state = PartialState()
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        state = PartialState(cpu=several and not torch.cuda.is_available())  # torchrun on CPUs must be told
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 

@@ -35,14 +35,20 @@ from davae.training.latents import expect_noise
 from davae.training.objectives import objective_of
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
+from davae.training.validation import Validation
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+def finetune(recipe: FinetuneRecipe, folder: Path, *, report_to: Sequence[str] = ()) -> Path:
     """Upgrade the base pipeline, fine-tune it and save it; run again, it goes on where it stopped.
+
+    Args:
+        recipe: all that decides the outcome.
+        folder: of the run.
+        report_to: trackers that are shown its metrics, too (`davae.training.trackers.TRACKERS`).
 
     Returns:
         The folder of a stock pipeline, LoRA fused, `folder`/pipeline; unless all was trained, there is
@@ -54,31 +60,31 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     with recipe.alone_in(folder):
-        return _finetune(recipe, folder)
+        return _finetune(recipe, folder, report_to)
 
 
-def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) -> Path:
     base = recipe.base or str(assets.base_pipeline())
-    pipeline = load_pipeline(base)
-    autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
-    expect_noise(autoencoder, recipe.detail_noise)
-    pipeline = upgrade(pipeline, autoencoder)
-    backbone = backbone_of(pipeline.transformer)
-    random, channels = generator(recipe.seed, "ports"), autoencoder.config.base_channels
+    pipeline = upgraded_base(recipe)
+    backbone, channels = backbone_of(pipeline.transformer), pipeline.vae.config.base_channels
+    random = generator(recipe.seed, "ports")
     start_ports(
         pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
     )
-    backbone.picture_side(pipeline, recipe.size)
     pictures = training_pictures(recipe, pipeline.transformer, folder)
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
-    state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
+    models = {"transformer": pipeline.transformer}
+    state = recipe.training_state(folder, models, parameters, label="stage 2", report_to=report_to)
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, state.device)
     pipeline.transformer.train()
     positions = latents.batch([0], step=0)[0, 0].numel()
-    objective = objective_of(pipeline, recipe, base_channels=autoencoder.config.base_channels, positions=positions)
+    objective = objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+    validation = Validation(recipe, pipeline, pictures, folder)
     for step in state.steps():
+        if validation.is_due(step):
+            validation.draw(state)
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
             indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
@@ -93,12 +99,28 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
             with state.autocast(), attention_on(state.device):
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
             state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
+    if recipe.validation_every:
+        validation.draw(state)
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
     recipe.finish(state, values, counts=counts)
     write_cards(folder, recipe, base=base, metrics=values, counts=counts)
     return saved
+
+
+def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
+    """The base pipeline, upgraded by the recipe's autoencoder, its transformer warm-started.
+
+    Raises:
+        SettingsError: a size that it cannot make.
+    """
+    pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
+    autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    expect_noise(autoencoder, recipe.detail_noise)
+    pipeline = upgrade(pipeline, autoencoder)
+    backbone_of(pipeline.transformer).picture_side(pipeline, recipe.size)
+    return pipeline
 
 
 def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path) -> PictureSet:

@@ -52,6 +52,13 @@ class FinetuneRecipe(OptimisationRecipe):
     """How often a caption is replaced by the empty one, or a class by the null class."""
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""
+    validation_every: NotNegative = 0
+    """Steps between pictures with raw and EMA weights, the first at step 0, the last after training; 0 draws none."""
+    validation_prompts: tuple[str, ...] = ()
+    """What is drawn; () is the captions of the first four pictures."""
+    validation_steps: Positive = 28
+    """Of the sampler."""
+    validation_guidance_scale: Weight = 4.0
     cache: str = ""
     """Folder of the caches of latents and text embeddings, shared by as many runs as one likes; "" is the run's own."""
     online: bool = False
