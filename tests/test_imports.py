@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "davae"
 
 LAYERS = [
     {"errors", "seeds"},
-    {"storage"},
+    {"storage", "ranks"},
     {"portable"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},

@@ -25,6 +25,7 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.flow import detail_weight
+from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.storage import write_json
@@ -39,23 +40,31 @@ from davae.widen import start_ports
 logger = logging.getLogger(__name__)
 
 
-def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+def finetune(recipe: FinetuneRecipe, folder: Path, *, rank_timeout: float = TIMEOUT) -> Path:
     """Upgrade the base pipeline, fine-tune it and save it; run again, it goes on where it stopped.
+
+    Args:
+        recipe: all that decides the outcome.
+        folder: of the run; every rank must see it.
+        rank_timeout: seconds that a rank waits for another.
 
     Returns:
         The folder of a stock pipeline, LoRA fused, `folder`/pipeline; unless all was trained, there is
         `folder`/adapter beside it.
 
     Raises:
-        SettingsError: a family that cannot be trained, or a size that the upgraded pipeline cannot make.
+        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, or a batch that
+            the ranks cannot share equally.
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
-    with recipe.alone_in(folder):
-        return _finetune(recipe, folder)
+    ranks = Ranks(rank_timeout)
+    ranks.check_divides("batch_size", recipe.batch_size)
+    with recipe.alone_in(folder, ranks):
+        return _finetune(recipe, folder, ranks)
 
 
-def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks) -> Path:
     base = recipe.base or str(assets.base_pipeline())
     pipeline = load_pipeline(base)
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
@@ -67,14 +76,17 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
     )
     backbone.picture_side(pipeline, recipe.size)
-    pictures = training_pictures(recipe, pipeline.transformer, folder)
+    pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
-    state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
+    models = {"transformer": pipeline.transformer}
+    state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks)
     move_frozen(pipeline, state.device)
     cache, extra = folder / "latents.safetensors", recipe.detail_noise
-    latents = cached_latents(autoencoder, pictures, cache, detail_noise=extra, seed=recipe.seed)
+    latents = ranks.first_then_all(
+        lambda: cached_latents(autoencoder, pictures, cache, detail_noise=extra, seed=recipe.seed)
+    )
     conditions = encode_conditions(pipeline, backbone, pictures, recipe.prompt_tokens)
     move_frozen(pipeline, torch.device("cpu"))
     pipeline.transformer.train()
@@ -83,26 +95,26 @@ def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
     for step in state.steps():
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
-            indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
-            random = generator(recipe.seed, "flow", batch)
+            whole = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=batch)
+            indices, random = ranks.share(whole), generator(recipe.seed, "flow", batch)
             clean = latents[indices].to(state.device)
-            noise = torch.randn(clean.shape, generator=random).to(state.device)
-            time = objective.draw_times(len(indices), random).to(state.device)
-            kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
+            noise = ranks.randn(clean.shape, random).to(state.device)
+            time = ranks.share(objective.draw_times(len(whole), random)).to(state.device)
+            kept = ranks.rand((len(indices),), random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
             with state.autocast(), attention_on(state.device):
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
             state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
     with state.ema_weights():
-        saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
-    values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
-    recipe.finish(state, values, counts=counts)
-    write_cards(folder, recipe, base=base, metrics=values, counts=counts)
-    return saved
+        pipeline.register_modules(transformer=state.whole("transformer"))
+        names = {"base": base, "base_sha256": base_sha256}
+        ranks.first_does(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, **names))
+    ranks.first_does(lambda: leave_record(state, folder, recipe, base=base, pictures=len(pictures)))
+    return folder / "pipeline"
 
 
-def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path) -> PictureSet:
+def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path, ranks: Ranks) -> PictureSet:
     """The pictures to train on, with captions or classes as the transformer's family wants; refusals are on record.
 
     Raises:
@@ -112,10 +124,10 @@ def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Pa
     source = Path(recipe.pictures) if recipe.pictures else assets.pictures()
     pictures = open_pictures(
         source, size=recipe.size, split="train", limit=recipe.limit, classes=backbone.classes
-    ).sound(folder / "refused.json")
+    ).sound(folder / "refused.json" if ranks.first else None)
     if backbone.classes:
         check_classes(pictures, backbone.null_class(transformer))
-    if pictures.class_names:
+    if pictures.class_names and ranks.first:
         write_json(folder / "classes.json", {name: number for number, name in enumerate(pictures.class_names)})
     return pictures
 
@@ -181,6 +193,13 @@ def last_losses(state: TrainingState) -> dict[str, float | None]:
     path = state.record.metrics_path
     lines = read_metrics(path) if path.exists() else []
     return {name: value for line in lines[-1:] for name, value in line.items() if name.endswith("loss")}
+
+
+def leave_record(state: TrainingState, folder: Path, recipe: FinetuneRecipe, *, base: str, pictures: int) -> None:
+    """Write result.json, and the cards of what was made."""
+    values, counts = last_losses(state), {"pictures": pictures, "batch_size": recipe.batch_size}
+    recipe.finish(state, values, counts=counts)
+    write_cards(folder, recipe, base=base, metrics=values, counts=counts)
 
 
 def write_cards(
