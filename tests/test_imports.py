@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "davae"
 LAYERS = [
     {"errors", "seeds"},
     {"faults"},
-    {"storage"},
+    {"storage", "ranks"},
     {"portable"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},

@@ -26,6 +26,7 @@ from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.losses import gradient_l1, reconstruction_l1
 from davae.perceptual import LPIPS
+from davae.ranks import Ranks
 from davae.record import environment
 from davae.sampling import shared_noise
 from davae.seeds import generator
@@ -114,7 +115,8 @@ def train(recipe: UpscalerRecipe, vae: AutoencoderKL, run: Path) -> tuple[Latent
     upscaler = LatentUpscaler(vae.config.latent_channels, recipe.width, recipe.blocks)
     start_linear(upscaler, vae, pictures.batch(range(0, len(pictures), len(pictures) // 128)))
     lpips = LPIPS.alex()
-    state = recipe.training_state(run, {"upscaler": upscaler}, upscaler.parameters(), label="latent upscaler")
+    models, parameters = {"upscaler": upscaler}, upscaler.parameters()
+    state = recipe.training_state(run, models, parameters, label="latent upscaler", ranks=Ranks())
     for step in state.steps():
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step)
