@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
 from davae.autoencoder_bases import base_facts, downsample_factor
-from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
+from davae.backbones.sizes import Size, width_and_height
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
@@ -29,20 +29,25 @@ from davae.seeds import generator
 from davae.storage import write_json
 
 
-def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, side: int) -> Tensor:
-    """Starting noise [B, channels, side, side], keyed by (seed, index): an upgraded pipeline's base half is the base's.
+def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, height: int, width: int) -> Tensor:
+    """Starting noise [B, channels, height, width] of latents, keyed by (seed, index), whose base half is the base's.
 
-    So base and upgraded pictures of one index begin alike, and can be compared side by side.
+    So base and upgraded pictures of one index begin alike, and can be compared side by side; those of an upgrade of an
+    upgrade, too.
     """
-    vae = pipeline.vae
-    total = base_facts(vae.config).latent_channels
-    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else total
-    extra = total - channels
+    upgrades, config = [], pipeline.vae.config
+    while isinstance(config.get("base_config"), dict) and config["base_channels"]:
+        upgrades.insert(0, config["detail_channels"])
+        config = config["base_config"]
+    channels = {"base noise": base_facts(config).latent_channels}
+    channels |= {f"detail noise{f' {n}' if n > 1 else ''}": count for n, count in enumerate(upgrades, 1)}
     rows = []
     for index in indices:
-        base = torch.randn(channels, side, side, generator=generator(seed, "base noise", index))
-        detail = torch.randn(extra, side, side, generator=generator(seed, "detail noise", index))
-        rows.append(torch.cat([base, detail]))
+        parts = [
+            torch.randn(count, height, width, generator=generator(seed, purpose, index))
+            for purpose, count in channels.items()
+        ]
+        rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
@@ -53,10 +58,10 @@ def sample(
     seed: int,
     steps: int = 28,
     guidance_scale: float = 4.0,
-    size: int | None = None,
+    size: Size | None = None,
     prompt_tokens: int = 256,
     first_index: int = 0,
-) -> UInt8[Tensor, "b 3 size size"]:
+) -> UInt8[Tensor, "b 3 height width"]:
     """One picture for each prompt.
 
     Args:
@@ -65,7 +70,7 @@ def sample(
         seed: of the noise, together with each picture's index.
         steps: of the sampler.
         guidance_scale: as the stock pipeline understands it; of classifier-free guidance, mostly, which 1 turns off.
-        size: side in pixels; the pipeline's default if None.
+        size: side in pixels, or width and height; the pipeline's default square if None.
         prompt_tokens: length that the longest text encoder pads or cuts to.
         first_index: index of the first prompt, for the noise.
 
@@ -73,15 +78,16 @@ def sample(
         SettingsError: a pipeline of another family, or a size that it cannot make.
     """
     backbone = backbone_of(pipeline.transformer)
-    side = backbone.picture_side(pipeline, size)
+    width, height = width_and_height(pipeline, size, picture_side=backbone.picture_side)
     indices = range(first_index, first_index + len(prompts))
     factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
-    noise = shared_noise(pipeline, indices, seed=seed, side=side // factor)
+    noise = shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
     arguments = backbone.call(
         pipeline,
         prompts,
         noise=noise.to(pipeline.device, pipeline.transformer.dtype),
-        side=side,
+        height=height,
+        width=width,
         guidance_scale=guidance_scale,
         prompt_tokens=prompt_tokens,
     )
@@ -91,7 +97,7 @@ def sample(
 
 def sample_many(
     pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, *, label: str, batch_size: int = 16, **settings
-) -> list[UInt8[Tensor, "3 size size"]]:
+) -> list[UInt8[Tensor, "3 height width"]]:
     """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing.
 
     Each file says what it was made from: weights, prompt, index and settings. One that differs is made anew.
@@ -148,7 +154,7 @@ def generate(
     *,
     steps: int = 28,
     guidance_scale: float = 4.0,
-    size: int | None = None,
+    size: Size | None = None,
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
@@ -157,12 +163,13 @@ def generate(
     Returns:
         The path of the page.
     """
-    side = backbone_of(pipeline.transformer).picture_side(pipeline, size)
+    picture_side = backbone_of(pipeline.transformer).picture_side
+    width, height = width_and_height(pipeline, size, picture_side=picture_side)
     pictures = sample_many(
         pipeline, prompts, out / "pictures", label="generating",
         steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
     )  # fmt: skip
-    grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])
+    grid = Pictures([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
     write_page(out / "index.html", Report("Generated pictures", lead, [Section("Pictures", "", grid)]))
     return out / "index.html"

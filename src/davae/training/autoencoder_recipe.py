@@ -54,7 +54,9 @@ class AutoencoderRecipe(OptimisationRecipe):
     limit: Positive | None = None
     """At most so many of them, evenly spread."""
     size: Positive = 256
-    """Side of the pictures in pixels: twice what the base was made for."""
+    """Side of the pictures in pixels: `resolution_factor` times what the base was made for."""
+    resolution_factor: Literal[2, 4] = 2
+    """s: the base sees the picture at 1/s of its size. 4 wants `detail_channels` in multiples of 8."""
     detail_channels: Positive = 16
     latents: Literal["detail", "full"] = "detail"
     """"detail" beside base latents; or "full": all `detail_channels` latents are new and none is the base's, as in the
