@@ -150,7 +150,7 @@ def base_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], path: P
     rows = []
     for start in track(range(0, len(prompts), 16), "base latents"):
         batch = prompts[start : start + 16]
-        noise = shared_noise(pipeline, range(start, start + len(batch)), seed=0, side=side)
+        noise = shared_noise(pipeline, range(start, start + len(batch)), seed=0, height=side, width=side)
         made = pipeline(
             batch, num_inference_steps=20, guidance_scale=2.5, latents=noise, max_sequence_length=demo.PROMPT_TOKENS,
             output_type="latent",

@@ -211,6 +211,7 @@ def untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
             return AutoencoderDA.from_base(
                 vae,
                 detail_channels=recipe.detail_channels,
+                resolution_factor=recipe.resolution_factor,
                 base_downsample=recipe.base_downsample,
                 linear_blocks=recipe.start == "closed form",
                 all_new=recipe.latents == "full",
@@ -230,7 +231,7 @@ def going_on(recipe: AutoencoderRecipe) -> AutoencoderDA:
     needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
     vae = load_base_vae(base_of(recipe)) if needed else None
     autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
-    for name in ("detail_channels", "base_downsample"):
+    for name in ("detail_channels", "resolution_factor", "base_downsample"):
         ours, theirs = getattr(recipe, name), autoencoder.config[name]
         if ours != theirs:
             raise SettingsError(f"{name}={ours!r}, but {recipe.autoencoder} has {theirs!r}: say so in the recipe, too")
