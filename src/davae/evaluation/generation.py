@@ -35,7 +35,8 @@ def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: i
     So base and upgraded pictures of one index begin alike, and can be compared side by side; those of an upgrade of an
     upgrade, too.
     """
-    upgrades, config = [], pipeline.vae.config
+    upgrades: list[int] = []
+    config = pipeline.vae.config
     while isinstance(config.get("base_config"), dict) and config["base_channels"]:
         upgrades.insert(0, config["detail_channels"])
         config = config["base_config"]
