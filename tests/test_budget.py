@@ -23,7 +23,8 @@ from davae.recipe import load_recipe
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, set_trained
 from davae.training.finetune import FinetuneRecipe
 from davae.workload import condition_of, counting, in_half, meta, stage_one_work
-from tiny import tiny_flux, tiny_sana, tiny_sd3_pipeline, tiny_vae
+from families import tiny_lumina2
+from tiny import tiny_flux, tiny_sd3_pipeline, tiny_vae
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SD35M = RECIPES / "sd35m_1024.toml"
@@ -289,8 +290,9 @@ def test_a_budget_of_flux_is_counted_too(tiny) -> None:
 
 def test_a_family_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
     autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-    with pytest.raises(SettingsError, match="budget of a SanaTransformer2DModel cannot be counted"):
-        finetune_budget(FinetuneRecipe(size=64), Geometry("x", tiny.vae, tiny_sana().to(META)), autoencoder)
+    channels = tiny.vae.config.latent_channels
+    with pytest.raises(SettingsError, match="budget of a Lumina2Transformer2DModel cannot be counted"):
+        finetune_budget(FinetuneRecipe(size=64), Geometry("x", tiny.vae, tiny_lumina2(channels).to(META)), autoencoder)
 
 
 # ----------------------------------------------------------------------------------------------------- where from

@@ -27,7 +27,6 @@ from davae.demo import (
     run_demo,
     stage_one_recipe,
     stage_two_recipe,
-    tokens,
 )
 from davae.errors import SettingsError
 from davae.recipe import load_recipe
@@ -35,7 +34,6 @@ from davae.report import Pictures, write_page
 from davae.storage import write_json
 from davae.training.autoencoder import AutoencoderRecipe
 from davae.training.finetune import FinetuneRecipe
-from davae.upgrade import load_autoencoder, load_pipeline, upgrade
 from scenes import fill_with_scenes, scene
 
 PLAN = BUDGETS["tiny"]
@@ -102,14 +100,6 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def test_tokens_are_the_same_for_base_and_upgrade_at_twice_the_size(
-    base_folder: Path, autoencoder_folder: Path
-) -> None:
-    base = load_pipeline(base_folder)
-    upgraded = upgrade(base, load_autoencoder(autoencoder_folder))
-    assert (tokens(base, 32), tokens(upgraded, 64), tokens(base, 64)) == (16, 16, 64)
 
 
 def test_a_base_picture_is_enlarged_smoothly() -> None:

@@ -121,13 +121,14 @@ def stage_one(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecip
     )
 
 
-def stage_two(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int) -> FinetuneRecipe:
-    """Stage 2 of an arm, on what stage 1 made."""
+def stage_two(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int, cache: Path) -> FinetuneRecipe:
+    """Stage 2 of an arm, on what stage 1 made; arms of one autoencoder share its latents in `cache`."""
     changes: dict[str, Any] = {"trained": "layers", "detail_warmup_steps": steps // 4, **arm}
     return FinetuneRecipe(
         **changes,
         limit=PICTURES,
         autoencoder=str(autoencoder),
+        cache=str(cache),
         lora_targets=demo.SMALL_PAIR_TARGETS,
         steps=steps,
         learning_rate=3e-3,
@@ -201,15 +202,9 @@ def heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
 
 
 def measured_stage_two(
-    folder: Path, recipe: FinetuneRecipe, latents: Path, real: PictureSet, references: Tensor, heldout: PictureSet
+    folder: Path, recipe: FinetuneRecipe, real: PictureSet, references: Tensor, heldout: PictureSet
 ) -> Measured:
-    """Train an arm; its losses on held-out latents, its training losses, and KID of pictures from PROMPTS prompts.
-
-    `latents` are the reference's of the same seed; stage 2 encodes the pictures anew if its autoencoder is another.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if latents.is_file() and not (folder / latents.name).exists():
-        shutil.copy(latents, folder)
+    """Train an arm; its losses on held-out latents, its training losses, and KID of pictures from PROMPTS prompts."""
     pipeline = load_pipeline(finetune(recipe, folder))
     found: dict[str, Any] = heldout_losses(pipeline, heldout)
     curve = [row for row in read_metrics(folder / "metrics.jsonl") if "base_loss" in row]
@@ -314,9 +309,8 @@ def main(
         for arm, (source, changes) in STAGE_TWO.items():
             folder = two_folder / f"{slug(arm)}-{seed}"
             autoencoder = one_folder / f"{slug(source)}-{seed}" / "autoencoder"
-            recipe = stage_two(changes, autoencoder, stage_two_steps, seed)
-            same = two_folder / f"{slug(REFERENCE)}-{seed}" / "latents.safetensors"
-            make = partial(measured_stage_two, folder, recipe, same, real, references, heldout)
+            recipe = stage_two(changes, autoencoder, stage_two_steps, seed, two_folder / "cache")
+            make = partial(measured_stage_two, folder, recipe, real, references, heldout)
             two[arm][seed] = kept(folder / "measured.json", make)
             typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
             write()

@@ -27,6 +27,7 @@ from davae.evaluation import generation, reconstruction
 from davae.losses import gradient_l1, reconstruction_l1
 from davae.perceptual import LPIPS
 from davae.record import environment
+from davae.sampling import shared_noise
 from davae.seeds import generator
 from davae.storage import write_json
 from davae.training.optimisation import OptimisationRecipe
@@ -147,7 +148,7 @@ def base_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], path: P
     rows = []
     for start in track(range(0, len(prompts), 16), "base latents"):
         batch = prompts[start : start + 16]
-        noise = generation.shared_noise(pipeline, range(start, start + len(batch)), seed=0, side=side)
+        noise = shared_noise(pipeline, range(start, start + len(batch)), seed=0, side=side)
         made = pipeline(
             batch, num_inference_steps=20, guidance_scale=2.5, latents=noise, max_sequence_length=demo.PROMPT_TOKENS,
             output_type="latent",

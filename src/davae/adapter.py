@@ -10,6 +10,7 @@ An adapter folder holds
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.storage import replaced_whole
 
+FORMAT_VERSION: Literal[2] = 2
 INDEX = "adapter.json"
 PORTS = "transformer_ports.safetensors"
 LORA = "transformer_lora.safetensors"
@@ -54,7 +56,7 @@ class AdapterIndex(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2] = FORMAT_VERSION
     """Of the folder's layout; in version 1 `vae/` held the frozen half, too."""
     base: str
     """Name or path of the base pipeline, for people."""
@@ -228,14 +230,23 @@ def read_index(folder: Path) -> AdapterIndex:
     """What the adapter in `folder` says about itself.
 
     Raises:
-        CheckpointError: if there is no adapter, or one of another format.
+        CheckpointError: if there is no adapter, or one that is damaged or newer than this code.
     """
     try:
-        return AdapterIndex.model_validate_json((folder / INDEX).read_bytes())
+        text = (folder / INDEX).read_bytes()
+        version = json.loads(text)["format_version"]
     except OSError as error:
         raise CheckpointError(f"{folder} is no adapter folder: {INDEX} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged: it has no format_version. Copy it anew") from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version}, davae reads up to {FORMAT_VERSION}: update davae"
+        )
+    try:
+        return AdapterIndex.model_validate_json(text)
     except ValidationError as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged or of another format version: {error}") from error
+        raise CheckpointError(f"{folder / INDEX} is damaged: {error}. Copy it anew") from error
 
 
 def check_base(digest: str, folder: Path) -> None:

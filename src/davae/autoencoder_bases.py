@@ -3,6 +3,7 @@
 Imports torch and diffusers only, so that it can lie beside weights, with `davae.autoencoder_da`.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,3 +142,17 @@ def decode_base(vae: ModelMixin, latents: Tensor) -> Tensor:
     if isinstance(vae, AutoencoderKLQwenImage):
         return vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
     return vae.decode(latents, return_dict=False)[0]
+
+
+def refuse_newer(kind: type[ModelMixin], config: Mapping[str, Any]) -> None:
+    """Check that a class knows all settings of a config: what it ignored might be what the weights were made for.
+
+    Raises:
+        ValueError: it does not.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    if foreign := sorted(name for name in config if not name.startswith("_") and name not in known):
+        raise ValueError(
+            f"this {kind.__name__} was saved by a newer davae: its config has {', '.join(foreign)}, which this version "
+            "does not know. Update davae (of a portable folder: take the code beside its weights)"
+        )

@@ -32,6 +32,7 @@ from davae.autoencoder_bases import (
     drop_latent_layers,
     encode_mode,
     features,
+    refuse_newer,
 )
 from davae.tiled_decoder import can_decode_tiles, decode_tiles
 
@@ -244,6 +245,12 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         autoencoder._start_from(vae)
         nn.Module.to(autoencoder, dtype=vae.dtype, device=vae.device)  # diffusers' own `to` warns without a reason
         return autoencoder.train(vae.training)
+
+    @classmethod
+    def from_config(cls, config: dict, return_unused_kwargs: bool = False, **kwargs: object) -> "AutoencoderDA":
+        """As every model's, but a setting of a newer version is a ValueError, where others ignore it."""
+        refuse_newer(cls, config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # ------------------------------------------------------------------------------------------ the method
 

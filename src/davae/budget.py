@@ -148,7 +148,7 @@ def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: Aut
         figures.append(Figure("text tokens beside them", tokens, "", "derived"))
     figures.append(_tflop("transformer, one picture, forward", forward.flops, "counted"))
     passes = _passes(autoencoder, recipe.size)
-    evaluations = 2 * (SAMPLING_EVALUATIONS if backbone.classes else SAMPLING_STEPS)
+    evaluations = backbone.guided_rows * (SAMPLING_EVALUATIONS if backbone.classes else SAMPLING_STEPS)
     sampling = evaluations * forward.flops / 1e12 + passes[1].value
     name = f"sampling a picture: {evaluations} forwards, all guided, and decoding"
     figures += [*passes, Figure(name, sampling, "TFLOP", "derived")]

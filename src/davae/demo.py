@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from davae import assets
+from davae.benchmark.cases import Case, parameters_of, runs_of
+from davae.benchmark.timing import measure_interleaved, spread
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
@@ -186,44 +186,26 @@ def measure_kid(made: dict[str, list[Tensor]], real: PictureSet, seed: int) -> d
 
 def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: int) -> dict[str, dict[str, float]]:
     """Tokens, parameters, seconds per picture and milliseconds per transformer step: medians of interleaved runs."""
-    cases = {BASE: (pipelines[BASE], SIZE // 2), SHIPPED: (pipelines[SHIPPED], SIZE), NATIVE: (pipelines[BASE], SIZE)}
     settings = {"seed": seed, "steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS}
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    steps: dict[str, list[float]] = {name: [] for name in cases}
-    for repeat in track(range(plan.repeats + 1), "timing", console=Console(stderr=True)):
-        for name, (pipeline, size) in cases.items():
-            picture = _seconds(lambda: generation.sample(pipeline, ["red apple"], size=size, **settings))  # noqa: B023
-            step = min(_seconds(lambda: transformer_step(pipeline, size)) for _ in range(5))  # noqa: B023
-            if repeat:  # the first is the warm-up
-                seconds[name].append(picture)
-                steps[name].append(step)
+    cases = {
+        BASE: Case(BASE, pipelines[BASE], SIZE // 2, **settings),
+        SHIPPED: Case(SHIPPED, pipelines[SHIPPED], SIZE, **settings),
+        NATIVE: Case(NATIVE, pipelines[BASE], SIZE, **settings),
+    }
+    seconds: dict[str, dict[str, float]] = {}
+    for part in track(("step", "whole"), "timing", console=Console(stderr=True)):
+        runs = {name: runs_of(case, [part])[part] for name, case in cases.items()}
+        found = measure_interleaved(runs, torch.device("cpu"), repeats=plan.repeats, warm_up=1)
+        seconds[part] = {name: spread(measured.seconds).median for name, measured in found.items()}
     return {
         name: {
-            "tokens": tokens(pipeline, size),
-            "parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
-            "seconds_per_picture": statistics.median(seconds[name]),
-            "step_milliseconds": 1000 * statistics.median(steps[name]),
+            "tokens": case.tokens,
+            "parameters": parameters_of(case)["transformer"],
+            "seconds_per_picture": seconds["whole"][name],
+            "step_milliseconds": 1000 * seconds["step"][name],
         }
-        for name, (pipeline, size) in cases.items()
+        for name, case in cases.items()
     }
-
-
-def tokens(pipeline: DiffusionPipeline, size: int) -> int:
-    """Picture tokens of the transformer at `size` px."""
-    return (size // pipeline.vae_scale_factor // pipeline.transformer.config.patch_size) ** 2
-
-
-@torch.no_grad()
-def transformer_step(pipeline: DiffusionPipeline, size: int) -> None:
-    """One call of the transformer as guidance makes it, a batch of two."""
-    config, side = pipeline.transformer.config, size // pipeline.vae_scale_factor
-    pipeline.transformer(
-        torch.zeros(2, config.in_channels, side, side),
-        torch.zeros(2, 2 * PROMPT_TOKENS, config.joint_attention_dim),
-        torch.zeros(2, config.pooled_projection_dim),
-        torch.zeros(2),
-        return_dict=False,
-    )
 
 
 def main_figure(made: dict[str, list[Tensor]], real: PictureSet, shown: int) -> Pictures:
@@ -321,12 +303,6 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
     given = _kept(folder / "settings.json", lambda: settings)
     if given != settings:
         raise SettingsError(f"{folder} holds a demo with {given}, not {settings}: remove it or give another --out")
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 def _slug(name: str) -> str:

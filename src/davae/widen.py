@@ -124,10 +124,11 @@ def _check_channels(transformer: ModelMixin, ports: LatentPorts, *, base_channel
     if detail_channels < 1:
         raise SettingsError(f"detail_channels={detail_channels} must be 1 or more")
     for name in (ports.input, ports.output):
-        if not isinstance(transformer.get_submodule(name), nn.Linear | nn.Conv2d):
+        layer = transformer.get_submodule(name)
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer.weight) is not nn.Parameter:
             raise SettingsError(
-                f"the port {name} of this {type(transformer).__name__} is a "
-                f"{type(transformer.get_submodule(name)).__name__}, not a plain layer: "
+                f"the port {name} of this {type(transformer).__name__} is a {type(layer).__name__} with a "
+                f"{type(getattr(layer, 'weight', None)).__name__} for its weight, not a plain layer: "
                 "fuse or unload adapters, and widen before you quantise"
             )
 
@@ -148,20 +149,25 @@ def _port_layouts(
     transformer: ModelMixin, ports: LatentPorts, channels: int
 ) -> Mapping[str, tuple[str, dict[str, int]]]:
     """Layout and sizes of the axes in its brackets, of every tensor with a channel axis, which has `channels`."""
-    patch = patch_side(transformer, ports)
     tensors = transformer.state_dict()
     rows = tensors[f"{ports.output}.weight"].shape[0]
-    sizes = {"p": patch, "q": patch, "k": rows // (patch * patch * channels)}
     layouts = {
         f"{ports.input}.weight": ports.input_layout,
         f"{ports.output}.weight": ports.output_layout,
         f"{ports.output}.bias": ports.output_layout.removesuffix(" d"),
     }
+    patch = patch_side(transformer, ports)
     return {
-        name: (layout, {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout})
+        name: (layout, bracket_sizes(layout, patch=patch, predictions=rows // (patch * patch * channels)))
         for name, layout in layouts.items()
         if name in tensors
     }
+
+
+def bracket_sizes(layout: str, *, patch: int, predictions: int) -> dict[str, int]:
+    """What `pad_channels` must be told of a layout: the sizes of the axes in its brackets, but for the channels'."""
+    sizes = {"p": patch, "q": patch, "k": predictions}
+    return {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout}
 
 
 PortsStart = Literal["zero", "random", "repeat"]

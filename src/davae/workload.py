@@ -168,28 +168,37 @@ def transformer_work(
     latents = meta(1, autoencoder.config.latent_channels, side, side)
     condition = condition_of(transformer, backbone, recipe.prompt_tokens)
     with torch.set_grad_enabled(trained), counting(transformer) as work:
-        velocity = backbone.velocity(transformer, latents, meta(1), condition)
+        prediction = backbone.predict(transformer, latents, meta(1), condition)
         if trained:
-            velocity.float().square().mean().backward()
+            prediction.float().square().mean().backward()
     return work
 
 
-def condition_of(transformer: ModelMixin, backbone: Backbone, prompt_tokens: int) -> dict[str, Tensor]:
-    """What the transformer wants of one caption or class, besides latents and time.
+def condition_of(
+    transformer: ModelMixin, backbone: Backbone, prompt_tokens: int, clip_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """What the transformer wants of one caption or class, besides latents and time; `clip_tokens` as published if None.
 
     Raises:
         SettingsError: captions of a family whose shapes are not known here.
     """
     if backbone.classes:
         return {"class_labels": meta(1, dtype=torch.long)}
-    dims = [transformer.config.get(f"{name}_dim") for name in ("joint_attention", "pooled_projection")]
+    config = transformer.config
+    if (width := config.get("caption_channels")) is not None:  # SANA, PixArt
+        mask = meta(1, prompt_tokens, dtype=torch.long)
+        told = {"encoder_hidden_states": meta(1, prompt_tokens, width), "encoder_attention_mask": mask}
+        sized = getattr(transformer, "use_additional_conditions", False)  # PixArt-alpha is told the picture's size
+        return {**told, "downsample_factor": meta(1)} if sized else told
+    dims = [config.get(f"{name}_dim") for name in ("joint_attention", "pooled_projection")]
     if None in dims:
         raise SettingsError(
             f"the budget of a {type(transformer).__name__} cannot be counted: davae does not know the shapes of its "
-            "captions. Allowed are the families of Stable Diffusion 3, FLUX.1 and LightningDiT"
+            "captions. Allowed are the families of Stable Diffusion 3, FLUX.1, SANA, PixArt, DiT and LightningDiT"
         )
     width, pooled = dims
+    clip = backbone.clip_tokens if clip_tokens is None else clip_tokens
     return {
-        "encoder_hidden_states": meta(1, backbone.clip_tokens + prompt_tokens, width),
+        "encoder_hidden_states": meta(1, clip + prompt_tokens, width),
         "pooled_projections": meta(1, pooled),
     }

@@ -28,7 +28,7 @@ from davae.backbones.packing import pack, unpack
 from davae.backbones.sana import instruction
 from davae.data.png import to_bytes
 from davae.errors import SettingsError
-from davae.evaluation.generation import sample, shared_noise
+from davae.sampling import sample, shared_noise
 from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.objectives import objective_of
 from davae.upgrade import load_pipeline, save_pipeline, upgrade

@@ -1,5 +1,7 @@
 """What is timed and what is counted, on tiny pipelines and on the true size without weights."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Stable
 from PIL import Image
 from torch import Tensor
 
+import pipelines
 from davae import AutoencoderDA, assets, upgrade
 from davae.benchmark.cases import (
     PARTS,
@@ -23,7 +26,12 @@ from davae.geometry import META, read_geometry
 from davae.upgrade import load_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following part of your input was truncated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following part of your input was truncated"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' DPM solver
+]
+FAMILIES = ["sd3", "flux", "sana", "pixart_sigma", "pixart_alpha", "dit", "lightningdit"]
+"""Those whose conditions have shapes that are known without their text encoders."""
 
 
 def upgraded(base: DiffusionPipeline, channels: int = 4) -> DiffusionPipeline:
@@ -99,6 +107,47 @@ def test_inputs_are_random_and_never_zero() -> None:
     inputs = {name: value for call in seen for name, value in call.items() if isinstance(value, Tensor)}
     assert {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "codes"} <= inputs.keys()
     assert all(value.abs().min() > 0 for value in inputs.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_what_the_stock_pipeline_does_in_one(family: str) -> None:
+    """As many rows and tokens of text for each picture as the whole has in each of its steps."""
+    base = getattr(pipelines, family)()
+    seen: list[dict[str, tuple[int, ...]]] = []
+
+    def see(module, args, kwargs, output) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        names = ("hidden_states", "encoder_hidden_states", "class_labels")
+        seen.append({name: tuple(given[name].shape) for name in names if given.get(name) is not None})
+
+    base.transformer.register_forward_hook(see, with_kwargs=True)
+    runs = runs_of(case(base, 32, steps=2, batch=3), ["step", "whole"])
+    runs["step"](), runs["whole"]()
+    step, *whole = seen
+    assert whole == [step] * 2
+    assert step["hidden_states"][0] == (3 if family == "flux" else 6)
+    counted = flops_of(case(base, 32, steps=2, batch=3))
+    assert counted["step"] > 0
+    assert counted["whole"] == counted["text"] + 2 * counted["step"] + counted["decode"]
+
+
+def test_text_encoders_whose_tokens_are_not_known_are_left_out() -> None:
+    base = pipelines.sana()
+    assert parts_of(case(base, 32), []) == ["step", "decode", "to-cpu"]
+    with pytest.raises(SettingsError, match="tokens only its tokenizer knows, so none are counted: leave out text and"):
+        parts_of(case(base, 32), ["whole"])
+    assert flops_of(case(base, 32))["text"] == 0
+
+
+def test_clip_tokens_are_those_that_the_pipelines_tokenizers_pad_to() -> None:
+    base = load_pipeline(assets.base_pipeline())
+    seen: list[int] = []
+    hook = lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1])  # noqa: E731
+    base.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        runs_of(case(base, 128, prompt_tokens=12), ["step"])["step"]()
+    assert seen == [base.tokenizer.model_max_length + 12] == [24]
 
 
 def test_every_step_of_the_whole_is_guided() -> None:

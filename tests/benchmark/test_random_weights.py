@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import pipelines
 from davae import assets
 from davae.benchmark.random_weights import GEOMETRIES, build
 from davae.errors import SettingsError
@@ -69,9 +70,30 @@ def test_building_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> Non
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "ports"),
+    [("flux", 11_901_408_320, (64, 64)), ("sana", 1_604_462_752, (32, 32))],
+)
+def test_the_named_geometry_has_the_published_counts(name: str, parameters: int, ports: tuple[int, int]) -> None:
+    transformer = read_geometry(GEOMETRIES[name], Path("nowhere/recipe.toml")).transformer
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == parameters
+    assert (transformer.config.in_channels, transformer.proj_out.weight.shape[0]) == ports
+
+
+@pytest.mark.parametrize("kind", ["num_layers", "num_single_layers"])
+def test_blocks_of_each_kind_are_cut(tmp_path: Path, kind: str) -> None:
+    folder = configs(pipelines.flux(), tmp_path)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, kind: 3}))
+    made = build(str(folder), layers=1, text=False, dtype=torch.float32, device=CPU).transformer
+    assert (len(made.transformer_blocks), len(made.single_transformer_blocks)) == (1, 1)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     settings = {"text": True, "dtype": torch.float32, "device": CPU}
-    with pytest.raises(SettingsError, match=r"geometry 'sd99': allowed are sd35m, lightningdit-xl, or a folder"):
+    with pytest.raises(
+        SettingsError, match=r"geometry 'sd99': allowed are sd35m, flux, sana, lightningdit-xl, or a folder"
+    ):
         build("sd99", layers=None, **settings)
     folder = configs(tiny_class_pipeline(), tmp_path / "tiny")
     with pytest.raises(SettingsError, match=r"layers=3: tiny's transformer has 1 to 2"):

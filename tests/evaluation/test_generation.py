@@ -16,9 +16,9 @@ from davae.evaluation.generation import (
     kid_with_error,
     sample,
     sample_many,
-    shared_noise,
 )
 from davae.metrics import kid
+from davae.sampling import shared_noise
 from davae.seeds import generator
 from davae.upgrade import load_autoencoder, load_pipeline, upgrade
 from hashes import digests

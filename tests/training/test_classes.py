@@ -9,7 +9,6 @@ import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
@@ -20,8 +19,8 @@ from davae.errors import DataError, SettingsError
 from davae.flow import interpolate, sample_timesteps
 from davae.record import read_metrics
 from davae.seeds import generator
-from davae.training.conditions import cached_latents
 from davae.training.finetune import FinetuneRecipe, finetune
+from davae.training.latents import cached_latents
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 from scenes import scene
 from tiny import tiny_vae
@@ -129,7 +128,8 @@ def test_the_first_loss_is_the_bases_own_on_the_classes_or_the_null_class(recipe
     assert all(
         NAMES[number] == key.partition("/")[0] for key, number in zip(pictures.keys, pictures.classes, strict=True)
     )
-    latents = cached_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, tmp_path / "latents.safetensors")
+    cached = cached_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, tmp_path / "cache")
+    latents = cached.batch(range(len(cached)))
     random = generator(3, "flow", 0)
     torch.randn(8, 16, 8, 8, generator=random)
     sample_timesteps(8, shift=2.0, generator=random)
@@ -153,7 +153,9 @@ def test_a_class_conditional_run_leaves_a_stock_pipeline(recipe, tmp_path, train
     assert isinstance(pipeline.vae, AutoencoderDA)
     assert pipeline.transformer.config.in_channels == 16
     start = upgrade(load_pipeline(recipe.base), load_autoencoder(Path(recipe.autoencoder)))
-    latents = load_file(folder / "latents.safetensors")["latents"]
+    pictures = open_pictures(Path(recipe.pictures), size=64, split="train", classes=True)
+    cached = cached_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, folder / "cache")
+    latents = cached.batch(range(len(cached)))
     before, after = (errors(model, latents, [0] * 8)[:, CHANNELS:].mean() for model in (start, pipeline))
     assert after < 0.95 * before
     start, tensors = start.transformer.state_dict(), pipeline.transformer.state_dict()

@@ -12,7 +12,7 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
-from davae.evaluation.generation import sample
+from davae.sampling import sample
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.objectives import objective_of
 from davae.upgrade import load_pipeline, save_pipeline

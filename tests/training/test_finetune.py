@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from davae.adapter import base_digest, read_index
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
-from davae.closed_form import fit_closed_form
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
-from davae.errors import CheckpointError, SettingsError, StorageError
+from davae.errors import CheckpointError, SettingsError
 from davae.flow import detail_weight, interpolate, sample_timesteps
 from davae.record import alone, read_metrics
 from davae.seeds import generator
-from davae.training.conditions import cached_latents, encode_captions
+from davae.training.conditions import encode_captions
 from davae.training.finetune import FinetuneRecipe, finetune
+from davae.training.latents import cached_latents
 from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
 from forks import exit_code, forked
 from hashes import digests
-from scenes import fill_with_scenes
 
 STEPS = 61
 CHANNELS = 4
@@ -88,8 +87,8 @@ def train_pictures(picture_folder: Path) -> PictureSet:
 
 @pytest.fixture(scope="module")
 def latents(autoencoder_folder: Path, train_pictures: PictureSet, tmp_path_factory) -> Tensor:
-    path = tmp_path_factory.mktemp("latents") / "latents.safetensors"
-    return cached_latents(load_autoencoder(autoencoder_folder), train_pictures, path)
+    cached = cached_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path_factory.mktemp("cache"))
+    return cached.batch(range(len(cached)))
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -166,13 +165,13 @@ def test_the_base_pipelines_folder_is_not_touched(recipe, base_folder: Path, tmp
 def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) -> None:
     folder, recipe = tuned
     before = digests(folder)
-    watched = [folder / "latents.safetensors", *(folder / "checkpoints").rglob("*")]
+    watched = [*(folder / "cache").rglob("*"), *(folder / "checkpoints").rglob("*")]
     inodes = [path.stat().st_ino for path in watched]
     finetune(recipe, folder)
     assert digests(folder) == before
     assert [path.stat().st_ino for path in watched] == inodes
     made = {"pipeline"} if recipe.trained == "full" else {"pipeline", "adapter"}
-    files = {"recipe.toml", "environment.json", "metrics.jsonl", "latents.safetensors", "checkpoints", ".lock"}
+    files = {"recipe.toml", "environment.json", "metrics.jsonl", "cache", "checkpoints", ".lock"}
     assert {path.name for path in folder.iterdir()} == made | files | {"result.json"}
     result = json.loads((folder / "result.json").read_text())
     last = read_metrics(folder / "metrics.jsonl")[-1]
@@ -311,56 +310,6 @@ def test_cached_latents_are_in_the_transformers_units(latents: Tensor, train_pic
     detail = latents[:, CHANNELS:]
     torch.testing.assert_close(detail.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(detail.std((0, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
-
-
-def test_latents_are_cached_by_pictures_and_autoencoder(autoencoder_folder, train_pictures, tmp_path) -> None:
-    autoencoder, path = load_autoencoder(autoencoder_folder), tmp_path / "deep" / "latents.safetensors"
-    first = cached_latents(autoencoder, train_pictures, path)
-    inode = path.stat().st_ino
-    assert torch.equal(cached_latents(load_autoencoder(autoencoder_folder), train_pictures, path), first)
-    assert path.stat().st_ino == inode, "a hit writes nothing"
-
-    other = load_autoencoder(autoencoder_folder)
-    fit_closed_form(other, train_pictures.batch(range(8)), metric_pictures=2, code="unit variance")
-    assert not torch.allclose(cached_latents(other, train_pictures, path), first)
-    assert torch.equal(cached_latents(autoencoder, train_pictures, path), first)
-
-    fewer = open_pictures(fill_with_scenes(tmp_path / "others", first=50), size=64, split="train")
-    assert fewer.keys == train_pictures.keys
-    assert not torch.allclose(cached_latents(autoencoder, fewer, path), first)
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-def test_a_recalibrated_autoencoder_is_a_miss(autoencoder_folder, train_pictures, tmp_path) -> None:
-    autoencoder, path = load_autoencoder(autoencoder_folder), tmp_path / "latents.safetensors"
-    first = cached_latents(autoencoder, train_pictures, path)
-    autoencoder.detail_std.mul_(2)
-    second = cached_latents(autoencoder, train_pictures, path)
-    torch.testing.assert_close(second[:, CHANNELS:], first[:, CHANNELS:] / 2)
-
-
-def test_another_size_is_a_miss(autoencoder_folder, picture_folder, train_pictures, tmp_path) -> None:
-    autoencoder, path = load_autoencoder(autoencoder_folder), tmp_path / "latents.safetensors"
-    assert cached_latents(autoencoder, train_pictures, path).shape[2:] == (8, 8)
-    smaller = open_pictures(picture_folder, size=32, split="train")
-    assert cached_latents(autoencoder, smaller, path).shape[2:] == (4, 4)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_damaged_cache_is_made_again_and_said(autoencoder_folder, train_pictures, tmp_path, caplog, kept) -> None:
-    autoencoder, path = load_autoencoder(autoencoder_folder), tmp_path / "latents.safetensors"
-    first = cached_latents(autoencoder, train_pictures, path)
-    sound = path.read_bytes()
-    path.write_bytes(sound[:kept])
-    assert torch.equal(cached_latents(autoencoder, train_pictures, path), first)
-    assert path.read_bytes() == sound
-    assert "latents.safetensors is damaged" in caplog.text
-
-
-def test_a_cache_that_cannot_be_written_is_a_storage_error(autoencoder_folder, train_pictures, tmp_path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError):
-        cached_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path / "file" / "latents.safetensors")
 
 
 def test_captions_are_as_long_as_the_stock_pipeline_makes_them() -> None:

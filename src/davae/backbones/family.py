@@ -49,9 +49,17 @@ class Backbone:
     call: Callable[..., dict[str, Any]] = _ports_only
     """(pipeline, prompts, noise=[B,C+D,h,w], side=pixels, guidance_scale=, prompt_tokens=) -> arguments of the stock
     pipeline's call that make these pictures of this size; not of families with `classes`."""
+    guided_rows: int = 2
+    """Rows of the transformer's batch in a guided step of one picture; 1 where guidance is an input of the model."""
     clip_tokens: int = 0
     """Text tokens beside those of the longest text encoder."""
     advice: str = ""
     """What a call of the stock pipeline must be told once it is upgraded, in words; "" if nothing."""
     refusal: str = ""
     """Why the stock pipeline cannot be upgraded, though its transformer can be widened; "" if it can."""
+
+    def predict(self, transformer: Any, latents: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """One call of the transformer: `velocity`, or `noise` at the step that is `sigma` of all, [B,C+D,h,w]."""
+        if self.noise is None:
+            return self.velocity(transformer, latents, sigma, condition)
+        return self.noise(transformer, latents, (999 * sigma).long(), condition)[0]

@@ -73,4 +73,6 @@ def call(
     return calling.call(pipeline, prompts, noise=pack(noise), **settings)
 
 
-BACKBONE = Backbone(PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call)
+BACKBONE = Backbone(
+    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call, guided_rows=1
+)

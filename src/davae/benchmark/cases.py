@@ -5,24 +5,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from davae.autoencoder_bases import downsample_factor
 from davae.backbones import Backbone, backbone_of, fixed_size
+from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import SettingsError
+from davae.evaluation.generation import shared_noise
 from davae.geometry import META
 from davae.seeds import generator
 from davae.widen import patch_side
 from davae.workload import condition_of, counting, in_half, meta
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
-"""text: both prompts of guidance through the text encoders. step: the transformer's one call for a guided step, a batch
-of 2 for each picture. decode: the autoencoder's. to-cpu: from decoded pictures on the device to Pillow's. whole: the
-stock pipeline, from prompts to Pillow's pictures."""
+"""text: the prompts through the text encoders, both of guidance. step: the transformer's work for a guided step in one
+call, a batch of 2 for each picture, or of 1 where guidance is an input. decode: the autoencoder's. to-cpu: from decoded
+pictures on the device to Pillow's. whole: the stock pipeline, from prompts to Pillow's pictures."""
 PROMPT = "a red apple on a wooden table"
 GUIDANCE = 4.0
+COUNTED = (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
+"""Text encoders whose number of tokens is that of their padding."""
 DECODING = ("decoder", "post_quant_conv", "joint_", "detail_upsample")
 """How the names of an autoencoder's parts begin that decode."""
 
@@ -40,7 +44,7 @@ class Case:
     steps: int = 28
     """Of the sampler, all guided; only "whole" and what is counted for it depend on them."""
     prompt_tokens: int = 256
-    """Length that T5 pads to."""
+    """Length that T5, or what stands in its place, pads to."""
     seed: int = 0
     """Of latents and conditions."""
 
@@ -48,6 +52,11 @@ class Case:
     def backbone(self) -> Backbone:
         """The row of the transformer's family."""
         return backbone_of(self.pipeline.transformer)
+
+    @property
+    def rows(self) -> int:
+        """Of the transformer's batch in a guided step."""
+        return self.batch * self.backbone.guided_rows
 
     @property
     def latent_side(self) -> int:
@@ -87,16 +96,23 @@ def parts_of(case: Case, wanted: Sequence[str]) -> list[str]:
     case.backbone.picture_side(case.pipeline, case.size)
     if unknown := [part for part in wanted if part not in PARTS]:
         raise SettingsError(f"part {unknown[0]!r}: allowed are {', '.join(PARTS)}")
-    lacking = set() if case.text_encoders else {"text"} if case.backbone.classes else {"text", "whole"}
+    lacking, why = set(), "has no text encoders to time"
+    if not case.text_encoders:
+        lacking = {"text"} if case.backbone.classes else {"text", "whole"}
+    elif not all(isinstance(encoder, COUNTED) for encoder in case.text_encoders.values()):
+        lacking, why = (
+            {"text", "whole"},
+            "has a text encoder whose tokens only its tokenizer knows, so none are counted",
+        )
     if lacking & set(wanted):
-        raise SettingsError(f"{case.name} has no text encoders to time: leave out {' and '.join(sorted(lacking))}")
+        raise SettingsError(f"{case.name} {why}: leave out {' and '.join(sorted(lacking))}")
     return [part for part in PARTS if part in (wanted or set(PARTS) - lacking)]
 
 
 def runs_of(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object]]:
     """A function without arguments for each part; its inputs, random and never zero, are made here, on the device."""
     pipeline, where = case.pipeline, case.pipeline.device
-    dtype, batch, guided = pipeline.transformer.dtype, case.batch, 2 * case.batch
+    dtype, batch, rows = pipeline.transformer.dtype, case.batch, case.rows
     pipeline.set_progress_bar_config(disable=True)
 
     def random(purpose: str, *shape: int) -> Tensor:
@@ -105,17 +121,18 @@ def runs_of(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object]]
     channels, side = pipeline.vae.config.latent_channels, case.latent_side
     made: dict[str, Callable[[], object]] = {}
     if "text" in parts:
-        prompts = [PROMPT] * batch + [""] * batch
+        prompts = [PROMPT] * batch + [""] * (rows - batch)
         made["text"] = lambda: case.backbone.condition(pipeline, prompts, max_sequence_length=case.prompt_tokens)
     if "step" in parts:
-        latents = random("bench latents", guided, channels, side, side)
-        sigma = torch.full((guided,), 0.5, device=where, dtype=dtype)
-        condition: dict[str, Tensor] = {}
-        for name, like in condition_of(pipeline.transformer, case.backbone, case.prompt_tokens).items():
-            condition[name] = random(f"bench {name}", guided, *like.shape[1:])
-            if not like.is_floating_point():
-                condition[name] = torch.zeros(guided, *like.shape[1:], dtype=like.dtype, device=where)
-        made["step"] = lambda: case.backbone.velocity(pipeline.transformer, latents, sigma, condition)
+        latents = random("bench latents", rows, channels, side, side)
+        sigma = torch.full((rows,), 0.5, device=where, dtype=dtype)
+        condition = {  # masks are of ones, and the class is the first but one
+            name: random(f"bench {name}", rows, *like.shape[1:])
+            if like.is_floating_point()
+            else torch.ones(rows, *like.shape[1:], dtype=like.dtype, device=where)
+            for name, like in _condition(case, pipeline.transformer).items()
+        }
+        made["step"] = lambda: case.backbone.predict(pipeline.transformer, latents, sigma, condition)
     if "decode" in parts:
         codes = random("bench codes", batch, channels, side, side)
         made["decode"] = lambda: pipeline.vae.decode(codes, return_dict=False)[0]
@@ -127,12 +144,23 @@ def runs_of(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object]]
     return made
 
 
+def _condition(case: Case, transformer: ModelMixin) -> dict[str, Tensor]:
+    """Shapes of what the transformer is told of a picture; the CLIPs pad as the pipeline's tokenizers say."""
+    clip = case.pipeline.tokenizer_max_length if case.backbone.clip_tokens else 0
+    return condition_of(transformer, case.backbone, case.prompt_tokens, clip)
+
+
 def _whole(case: Case) -> object:
-    settings: dict[str, Any] = {"num_inference_steps": case.steps, "guidance_scale": GUIDANCE}
-    settings |= {"height": case.size, "width": case.size, "generator": torch.Generator().manual_seed(case.seed)}
+    settings: dict[str, Any] = {"num_inference_steps": case.steps}
     if case.backbone.classes:
-        return case.pipeline([0] * case.batch, **settings, guidance_interval=(0.0, 1.0))
-    return case.pipeline([PROMPT] * case.batch, **settings, max_sequence_length=case.prompt_tokens)
+        settings |= {"guidance_scale": GUIDANCE, "generator": torch.Generator().manual_seed(case.seed)}
+        if isinstance(case.pipeline, ClassConditionalFlowPipeline):
+            settings |= {"height": case.size, "width": case.size, "guidance_interval": (0.0, 1.0)}
+        return case.pipeline([0] * case.batch, **settings)
+    noise = shared_noise(case.pipeline, range(case.batch), seed=case.seed, side=case.latent_side)
+    noise = noise.to(case.pipeline.device, case.pipeline.transformer.dtype)
+    told = {"noise": noise, "side": case.size, "guidance_scale": GUIDANCE, "prompt_tokens": case.prompt_tokens}
+    return case.pipeline(**case.backbone.call(case.pipeline, [PROMPT] * case.batch, **told), **settings)
 
 
 def parameters_of(case: Case) -> dict[str, int]:
@@ -162,23 +190,27 @@ def flops_of(case: Case) -> dict[str, int]:
     with META:
         parts = (pipeline.transformer, pipeline.vae)
         transformer, vae = (type(part).from_config(part.config) for part in parts)
-        encoders = [in_half(type(encoder)(encoder.config)) for encoder in case.text_encoders.values()]
+        encoders = [
+            in_half(type(encoder)(encoder.config))
+            for encoder in case.text_encoders.values()
+            if isinstance(encoder, COUNTED)
+        ]
     for part in (transformer, vae):
         in_half(part)
     latents = meta(1, vae.config.latent_channels, side, side)
-    condition = condition_of(transformer, case.backbone, case.prompt_tokens)
+    condition = _condition(case, transformer)
     with torch.no_grad(), counting() as text:
         for encoder in encoders:
-            clip = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)
+            clip = not isinstance(encoder, T5EncoderModel)
             padded = getattr(encoder.config, "max_position_embeddings", 0)
             encoder(meta(1, int(padded) if clip else case.prompt_tokens, dtype=torch.long))
     with torch.no_grad(), counting() as step:
-        case.backbone.velocity(transformer, latents, meta(1), condition)
+        case.backbone.predict(transformer, latents, meta(1), condition)
     with torch.no_grad(), counting() as decode:
         vae.decode(latents)
     found = {
-        "text": 2 * case.batch * text.flops,
-        "step": 2 * case.batch * step.flops,
+        "text": case.rows * text.flops,
+        "step": case.rows * step.flops,
         "decode": case.batch * decode.flops,
     }
     return {**found, "whole": found["text"] + case.steps * found["step"] + found["decode"]}

@@ -16,10 +16,15 @@ from davae import assets
 from davae.errors import SettingsError
 from davae.upgrade import OWN_PIPELINES
 
-GEOMETRIES = {"sd35m": "stable-diffusion-3.5-medium", "lightningdit-xl": "vavae-lightningdit-xl"}
+GEOMETRIES = {
+    "sd35m": "stable-diffusion-3.5-medium",
+    "flux": "FLUX.1-dev",
+    "sana": "Sana_1600M_1024px_diffusers",
+    "lightningdit-xl": "vavae-lightningdit-xl",
+}
 """By short name: the folder in `assets.geometry()`."""
-DEPTHS = ("num_layers", "num_hidden_layers")
-"""What configs call the number of blocks."""
+DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers")
+"""What configs call the number of blocks, or of those of one kind."""
 
 
 def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
@@ -27,7 +32,7 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
 
     Args:
         name: a key of `GEOMETRIES`, or a folder of configs as `save_pretrained` lays them, without weights.
-        layers: blocks that the transformer and each text encoder keep; all of them if None.
+        layers: blocks of each kind that the transformer and each text encoder keep; all of them if None.
         text: whether to build the text encoders, which may be the larger part.
         dtype: of the weights.
         device: where they are made.
@@ -70,12 +75,12 @@ def _from_config(kind: type[Any], folder: Path, layers: int | None) -> Any:
 
 
 def _cut(config: dict[str, Any], layers: int | None, folder: Path) -> dict[str, Any]:
-    depth = next((name for name in DEPTHS if name in config), None)
-    if layers is None or depth is None:
+    depths = [name for name in DEPTHS if name in config]
+    if layers is None or not depths:
         return {}
-    if layers not in range(1, config[depth] + 1):
-        raise SettingsError(f"layers={layers}: {folder.parent.name}'s {folder.name} has 1 to {config[depth]}")
-    changed: dict[str, Any] = {depth: layers}
+    if layers not in range(1, (least := min(config[name] for name in depths)) + 1):
+        raise SettingsError(f"layers={layers}: {folder.parent.name}'s {folder.name} has 1 to {least}")
+    changed: dict[str, Any] = dict.fromkeys(depths, layers)
     if "dual_attention_layers" in config:
         changed["dual_attention_layers"] = [layer for layer in config["dual_attention_layers"] if layer < layers]
     return changed

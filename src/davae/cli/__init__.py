@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from davae import __version__
-from davae.cli import data, making, measuring, training
+from davae.cli import cache, data, making, measuring, runs, training
 from davae.cli.options import say
 from davae.errors import DavaeError
 
@@ -32,10 +32,12 @@ verbs: dict[str, Callable[..., None]] = {  # in the order of `davae --help`
     "latents": measuring.latents,
     "evaluate": measuring.evaluate,
     "bench": measuring.bench,
+    "runs": runs.runs,
 }
 for name, verb in verbs.items():
     app.command(name=name)(verb)
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

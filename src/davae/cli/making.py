@@ -103,6 +103,9 @@ def generate(
     prompt_tokens: PromptTokens = 256,
     seed: Seed = 0,
     adapter: Adapter = None,
+    lora: Annotated[
+        str | None, typer.Option(help="A LoRA of the base, or of this model: file, folder or name.")
+    ] = None,
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -110,9 +113,13 @@ def generate(
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
     settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
     if dry_run:
-        return show({"pipeline": pipeline, "adapter": adapter, "prompts": prompts, "out": out, **settings})
+        read = {"pipeline": pipeline, "adapter": adapter, "lora": lora}
+        return show({**read, "prompts": prompts, "out": out, **settings})
+    from davae.base_lora import load_base_lora
     from davae.evaluation.generation import generate
     from davae.upgrade import load_pipeline
 
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
+    if lora is not None:
+        load_base_lora(loaded, lora)
     say(generate(loaded, prompts, out, **settings))

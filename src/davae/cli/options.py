@@ -19,6 +19,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of the run.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
+ReportTo = Annotated[
+    list[str], typer.Option(help="Also show metrics in tensorboard (RUN/tensorboard), wandb or trackio. Repeatable.")
+]
 RunFolder = Annotated[
     Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE; of a section, runs/RECIPE/SECTION.")
 ]

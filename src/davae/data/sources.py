@@ -122,6 +122,13 @@ class PictureSet:
         """Width and height of the stored picture held upright, in pixels."""
         return self._entries[index].width, self._entries[index].height
 
+    def fingerprint(self, index: int) -> str:
+        """SHA-256, as hexadecimal, of all that decides what `image` gives: the encoded bytes, and how they are cut."""
+        entry = self._entries[index]
+        content = hashlib.sha256(entry.picture.read()).hexdigest()
+        size = f"{entry.bucket.width}x{entry.bucket.height} pixels"
+        return hashlib.sha256(f"{content}, centre, {size}".encode()).hexdigest()
+
     def _images(self, indices: Sequence[int]) -> list[Tensor]:
         return in_threads(self.image, indices, alone=all(index in self._memory for index in indices))
 

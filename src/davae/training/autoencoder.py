@@ -1,6 +1,7 @@
 """Stage 1: train the detail encoder and the joint decoder beside a frozen base autoencoder."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +33,13 @@ from davae.upgrade import check_base_encoder, load_autoencoder, load_base_vae
 logger = logging.getLogger(__name__)
 
 
-def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
+def train_autoencoder(recipe: AutoencoderRecipe, folder: Path, *, report_to: Sequence[str] = ()) -> Path:
     """Train, calibrate and save an AutoencoderDA; run again, it goes on where it stopped.
+
+    Args:
+        recipe: all that decides the outcome.
+        folder: of the run.
+        report_to: trackers that are shown its metrics, too (`davae.training.trackers.TRACKERS`).
 
     Returns:
         The folder of the trained autoencoder, `folder`/autoencoder.
@@ -45,10 +51,10 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         DavaeError: whatever data, checkpoints and storage raise.
     """
     with recipe.alone_in(folder):
-        return _train_autoencoder(recipe, folder)
+        return _train_autoencoder(recipe, folder, report_to)
 
 
-def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
+def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, report_to: Sequence[str]) -> Path:
     pictures = recipe.training_pictures(folder, captions=False)
     heldout = open_pictures(
         recipe.source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures, captions=False
@@ -61,7 +67,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     discriminator = discriminator_of(recipe)
     trained = set_trained(autoencoder, recipe)
     state = recipe.training_state(
-        folder, {"autoencoder": autoencoder}, trained, label="stage 1", companion=discriminator
+        folder, {"autoencoder": autoencoder}, trained, label="stage 1", companion=discriminator, report_to=report_to
     )
     for network in (alex, lpips, base_vae):
         if network is not None:

@@ -1,27 +1,144 @@
-"""What stage 2 computes once for all pictures: their latents, and what the transformer is told about each."""
+"""What the transformer is told about each picture: its caption, encoded once and kept on disk, or its class."""
 
-import hashlib
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from rich.console import Console
-from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from davae import faults
-from davae.adapter import tensors_digest
-from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone
+from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
-from davae.seeds import generator
-from davae.storage import write_atomically
+from davae.training.caching import SHARD_BYTES, Share, fill
+from davae.training.fingerprints import sha256_of, text_digest
 
-logger = logging.getLogger(__name__)
+BLOCK = 64
+"""Captions that are encoded together."""
+ROWS = ".rows"
+"""Behind a tensor's name: how many rows it has, if the cache holds less of them (`trimmed`)."""
+
+
+class CachedConditions:
+    """Of captions that lie in a cache, and are read when they are asked for; made by `cached_conditions`."""
+
+    def __init__(self, cache: TensorCache, keys: Sequence[str]) -> None:
+        self._cache, self._keys = cache, keys
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """On the CPU, each value [B, ...]; row 0 is no caption, row 1 + i that of picture i."""
+        read = {key: padded(self._cache[key]) for key in {self._keys[row] for row in rows}}
+        found = [read[self._keys[row]] for row in rows]
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}
+
+
+class OnlineConditions:
+    """Of captions that are encoded when they are asked for, by text encoders on whatever device they are."""
+
+    def __init__(self, pipeline: DiffusionPipeline, backbone: Backbone, pictures: PictureSet, tokens: int) -> None:
+        self._pipeline, self._backbone, self._tokens = pipeline, backbone, tokens
+        self._captions = ["", *pictures.captions]
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """On the CPU, each value [B, ...]; row 0 is no caption, row 1 + i that of picture i."""
+        return encode_captions(self._pipeline, self._backbone, [self._captions[row] for row in rows], self._tokens)
+
+
+class ClassConditions:
+    """Of classes, which need no encoder."""
+
+    def __init__(self, pipeline: DiffusionPipeline, backbone: Backbone, pictures: PictureSet) -> None:
+        null = backbone.null_class(pipeline.transformer)
+        found = backbone.condition(pipeline, [null, *pictures.classes])
+        self._values = {name: values.cpu() for name, values in found.items()}
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """On the CPU, each value [B, ...]; row 0 is the null class, row 1 + i that of picture i."""
+        return {name: values[torch.as_tensor(rows)] for name, values in self._values.items()}
+
+
+Conditions = CachedConditions | OnlineConditions | ClassConditions
+"""The keyword arguments that the transformer wants besides latents and time, for the rows of a set."""
+
+
+def cached_conditions(
+    pipeline: DiffusionPipeline,
+    backbone: Backbone,
+    pictures: PictureSet,
+    folder: Path,
+    *,
+    tokens: int,
+    share: Share | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> CachedConditions:
+    """The conditions of all captions and of none, those that the cache in `folder` lacks encoded first.
+
+    An entry is found by the caption, by text encoders and tokenizers to the last bit, by `tokens`, and by the versions
+    of diffusers and transformers.
+
+    Args:
+        pipeline: with the frozen text encoders.
+        backbone: the family.
+        pictures: N of them, with captions.
+        folder: of caches, made if it is not there.
+        tokens: length of the longest text encoder's output.
+        share: this process's part of the encoding; all of it by default.
+        shard_bytes: size of the cache's files, about.
+    """
+    cache = TensorCache(folder, "text", {"encoders": text_digest(pipeline), "tokens": tokens})
+    captions = ["", *pictures.captions]
+    keys = [sha256_of(caption) for caption in captions]
+
+    def entries(rows: list[int]) -> list[Entry]:
+        found = encode_captions(pipeline, backbone, [captions[row] for row in rows], tokens)
+        return [trimmed({name: values[index] for name, values in found.items()}) for index in range(len(rows))]
+
+    fill(cache, keys, entries, block=BLOCK, unit="captions", share=share or Share(), shard_bytes=shard_bytes)
+    return CachedConditions(cache, keys)
+
+
+def trimmed(condition: Entry) -> Entry:
+    """Without the rows at the end that repeat the one before them bit for bit, such as a mask's zeros; see `padded`."""
+    kept: dict[str, Tensor] = {}
+    for name, values in condition.items():
+        kept[name] = values
+        if values.dim():
+            bits = values.contiguous().reshape(len(values), -1).view(torch.uint8)
+            differs = (bits != bits[-1]).any(dim=1).nonzero()
+            length = int(differs.max()) + 2 if len(differs) else 1
+            if length < len(values):
+                kept[name], kept[name + ROWS] = values[:length].clone(), torch.tensor(len(values))
+    return kept
+
+
+def padded(kept: Entry) -> dict[str, Tensor]:
+    """What `trimmed` was given."""
+    condition = {name: values for name, values in kept.items() if not name.endswith(ROWS)}
+    for name, values in condition.items():
+        if name + ROWS in kept:
+            rest = int(kept[name + ROWS]) - len(values)
+            condition[name] = torch.cat([values, values[-1:].expand(rest, *values.shape[1:])])
+    return condition
+
+
+@torch.no_grad()
+def encode_captions(
+    pipeline: DiffusionPipeline, backbone: Backbone, captions: Sequence[str], tokens: int
+) -> dict[str, Tensor]:
+    """The transformer's conditions for all captions, each value [N, ...], by the frozen text encoders.
+
+    Rows of `encoder_hidden_states` that its mask hides from the transformer are zero.
+    """
+    batches = [
+        backbone.condition(pipeline, list(captions[start : start + BLOCK]), max_sequence_length=tokens)
+        for start in range(0, len(captions), BLOCK)
+    ]
+    found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+    if "encoder_attention_mask" in found:
+        shown = found["encoder_attention_mask"].bool()[..., None]
+        found["encoder_hidden_states"] = found["encoder_hidden_states"].masked_fill(~shown, 0)
+    return found
 
 
 def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
@@ -29,91 +146,6 @@ def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name != "transformer":
             component.to(device)
-
-
-@torch.no_grad()
-def expect_noise(autoencoder: AutoencoderDA, noise: float) -> None:
-    """Make the detail latents' deviations those of latents with noise: std^2 becomes std^2 + noise^2, in place.
-
-    So noisy detail latents have unit variance for the transformer, as the reference's, which measures them with the
-    noise on them (METHOD 1.4). Decoding undoes it.
-    """
-    if noise:
-        autoencoder.detail_std.copy_((autoencoder.detail_std.double().square() + noise**2).sqrt())
-
-
-@torch.no_grad()
-def cached_latents(
-    autoencoder: AutoencoderDA, pictures: PictureSet, path: Path, *, detail_noise: float = 0.0, seed: int = 0
-) -> Tensor:
-    """Latents of all pictures in the transformer's units [N, C + D, h, w]: the posterior's mode, kept in `path`.
-
-    They are used again only for the same pictures, size, autoencoder and noise; another is a miss, and so is a damaged
-    file.
-
-    Args:
-        autoencoder: on the device where it is to run.
-        pictures: N of them.
-        path: of the cache.
-        detail_noise: deviation of Gaussian noise on the detail latents, before standardisation; see `expect_noise`.
-        seed: of the noise, which each picture has by its index, the same in every epoch.
-    """
-    parts = f"{pictures.digest} {pictures.size} {tensors_digest(autoencoder.state_dict())}"
-    if detail_noise:
-        parts += f" noise {detail_noise} {seed}"
-    key = hashlib.sha256(parts.encode()).hexdigest()
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return file.get_tensor("latents")
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s); the pictures are encoded again", path, error)
-    autoencoder.eval()
-    latents = []
-    for indices in track(torch.arange(len(pictures)).split(16), "encoding pictures", console=Console(stderr=True)):
-        faults.at("cache")
-        image = pictures.batch(indices.tolist()).to(autoencoder.device)
-        base, detail = autoencoder.split(autoencoder.standardise(autoencoder.encode(image).latent_dist.mode()))
-        if detail_noise:
-            noise = [
-                torch.randn(detail.shape[1:], generator=generator(seed, "noise on detail latents", index))
-                for index in indices.tolist()
-            ]
-            detail = detail + detail_noise * torch.stack(noise).to(detail) / autoencoder.detail_std.view(-1, 1, 1)
-        latents.append(torch.cat([base, detail], dim=1))
-    tensors = {"latents": torch.cat(latents).cpu().contiguous()}
-    write_atomically(path, save(tensors, metadata={"key": key}))
-    return tensors["latents"]
-
-
-def encode_conditions(
-    pipeline: DiffusionPipeline, backbone: Backbone, pictures: PictureSet, tokens: int
-) -> dict[str, Tensor]:
-    """The transformer's conditions, each value [1 + N, ...]: of no caption or the null class first, then the pictures'.
-
-    Args:
-        pipeline: with the frozen text encoders, where the family has any.
-        backbone: the family.
-        pictures: N of them, with captions or with classes, as the family wants.
-        tokens: length of the longest text encoder's output; of no account for classes.
-    """
-    if not backbone.classes:
-        return encode_captions(pipeline, backbone, ["", *pictures.captions], tokens)
-    found = backbone.condition(pipeline, [backbone.null_class(pipeline.transformer), *pictures.classes])
-    return {name: values.cpu() for name, values in found.items()}
-
-
-@torch.no_grad()
-def encode_captions(
-    pipeline: DiffusionPipeline, backbone: Backbone, captions: list[str], tokens: int
-) -> dict[str, Tensor]:
-    """The transformer's conditions for all captions, each value [N, ...], by the frozen text encoders."""
-    batches = [
-        backbone.condition(pipeline, captions[start : start + 64], max_sequence_length=tokens)
-        for start in range(0, len(captions), 64)
-    ]
-    return {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
 
 
 def check_classes(pictures: PictureSet, null_class: int) -> None:

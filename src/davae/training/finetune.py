@@ -27,19 +27,27 @@ from davae.flow import detail_weight
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.storage import write_json
-from davae.training.conditions import cached_latents, check_classes, encode_conditions, expect_noise, move_frozen
+from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
+from davae.training.inputs import training_inputs
+from davae.training.latents import expect_noise
 from davae.training.objectives import objective_of
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
+from davae.training.validation import Validation
 from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+def finetune(recipe: FinetuneRecipe, folder: Path, *, report_to: Sequence[str] = ()) -> Path:
     """Upgrade the base pipeline, fine-tune it and save it; run again, it goes on where it stopped.
+
+    Args:
+        recipe: all that decides the outcome.
+        folder: of the run.
+        report_to: trackers that are shown its metrics, too (`davae.training.trackers.TRACKERS`).
 
     Returns:
         The folder of a stock pipeline, LoRA fused, `folder`/pipeline; unless all was trained, there is
@@ -51,56 +59,69 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     with recipe.alone_in(folder):
-        return _finetune(recipe, folder)
+        return _finetune(recipe, folder, report_to)
 
 
-def _finetune(recipe: FinetuneRecipe, folder: Path) -> Path:
+def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) -> Path:
     base = recipe.base or str(assets.base_pipeline())
-    pipeline = load_pipeline(base)
-    autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
-    expect_noise(autoencoder, recipe.detail_noise)
-    pipeline = upgrade(pipeline, autoencoder)
-    backbone = backbone_of(pipeline.transformer)
-    random, channels = generator(recipe.seed, "ports"), autoencoder.config.base_channels
+    pipeline = upgraded_base(recipe)
+    backbone, channels = backbone_of(pipeline.transformer), pipeline.vae.config.base_channels
+    random = generator(recipe.seed, "ports")
     start_ports(
         pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
     )
-    backbone.picture_side(pipeline, recipe.size)
     pictures = training_pictures(recipe, pipeline.transformer, folder)
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
-    state = recipe.training_state(folder, {"transformer": pipeline.transformer}, parameters, label="stage 2")
-    move_frozen(pipeline, state.device)
-    cache, extra = folder / "latents.safetensors", recipe.detail_noise
-    latents = cached_latents(autoencoder, pictures, cache, detail_noise=extra, seed=recipe.seed)
-    conditions = encode_conditions(pipeline, backbone, pictures, recipe.prompt_tokens)
-    move_frozen(pipeline, torch.device("cpu"))
+    models = {"transformer": pipeline.transformer}
+    state = recipe.training_state(folder, models, parameters, label="stage 2", report_to=report_to)
+    latents, conditions = training_inputs(recipe, pipeline, pictures, folder, state.device)
     pipeline.transformer.train()
-    base_channels = autoencoder.config.base_channels
-    objective = objective_of(pipeline, recipe, base_channels=base_channels, positions=latents[0, 0].numel())
+    positions = latents.batch([0], step=0)[0, 0].numel()
+    objective = objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+    validation = Validation(recipe, pipeline, pictures, folder)
     for step in state.steps():
+        if validation.is_due(step):
+            validation.draw(state)
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
             indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
             random = generator(recipe.seed, "flow", batch)
-            clean = faults.at("encode", latents[indices].to(state.device))
+            clean = faults.at("encode", latents.batch(indices, step=batch).to(state.device))
             noise = torch.randn(clean.shape, generator=random).to(state.device)
             time = objective.draw_times(len(indices), random).to(state.device)
             kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
-            condition = {name: faults.at("text", values[rows].to(state.device)) for name, values in conditions.items()}
+            found = conditions.batch(rows.tolist())
+            condition = {name: faults.at("text", values.to(state.device)) for name, values in found.items()}
             with state.autocast(), attention_on(state.device):
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
             prediction = faults.at("forward", prediction[0]), prediction[1]
             loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
             state.update(loss, logs, samples=[pictures.keys[index] for index in indices])
+    if recipe.validation_every:
+        validation.draw(state)
     with state.ema_weights():
         saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
     values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
     recipe.finish(state, values, counts=counts)
     write_cards(folder, recipe, base=base, metrics=values, counts=counts)
     return saved
+
+
+def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
+    """The base pipeline, upgraded by the recipe's autoencoder, its transformer warm-started.
+
+    Raises:
+        SettingsError: a size that it cannot make.
+    """
+    pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
+    autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    expect_noise(autoencoder, recipe.detail_noise)
+    pipeline = upgrade(pipeline, autoencoder)
+    backbone_of(pipeline.transformer).picture_side(pipeline, recipe.size)
+    return pipeline
 
 
 def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path) -> PictureSet:

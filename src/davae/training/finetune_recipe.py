@@ -47,6 +47,25 @@ class FinetuneRecipe(PicturesRecipe):
     """How often a caption is replaced by the empty one, or a class by the null class."""
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256
     """Length of the longest text encoder's output (T5's, in SD3)."""
+    validation_every: NotNegative = 0
+    """Steps between pictures with raw and EMA weights, the first at step 0, the last after training; 0 draws none."""
+    validation_prompts: tuple[str, ...] = ()
+    """What is drawn; () is the captions of the first four pictures."""
+    validation_steps: Positive = 28
+    """Of the sampler."""
+    validation_guidance_scale: Weight = 4.0
+    cache: str = ""
+    """Folder of the caches of latents and text embeddings, shared by as many runs as one likes; "" is the run's own."""
+    online: bool = False
+    """Encode pictures and captions at every step instead: slower, and nothing is kept."""
+    flips: bool = False
+    """Mirror half of the pictures, drawn at every step; only with online = true."""
+
+    @model_validator(mode="after")
+    def _flips_are_online(self) -> "FinetuneRecipe":
+        if self.flips and not self.online:
+            raise ValueError("flips = true: cached latents cannot be mirrored; add online = true")
+        return self
 
     @model_validator(mode="after")
     def _min_snr_is_for_data(self) -> "FinetuneRecipe":

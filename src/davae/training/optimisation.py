@@ -1,7 +1,7 @@
 """What both stages say about their optimiser, and the training state that follows from it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +40,8 @@ class OptimisationRecipe(Recipe):
     """AdamW with a linear warm-up and a half cosine, clipped gradients, an EMA, checkpoints."""
 
     steps: NotNegative = 1000
+    batch_size: Positive = 8
+    """Pictures in a batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak, reached after `warmup_steps`."""
     final_learning_rate: Weight = 1e-5
@@ -94,6 +96,7 @@ class OptimisationRecipe(Recipe):
         *,
         label: str,
         companion: Companion | None = None,
+        report_to: Sequence[str] = (),
     ) -> TrainingState:
         """The state of a run with these settings in `folder`, resumed if there is one, its recipe on record."""
         state = TrainingState(
@@ -121,14 +124,18 @@ class OptimisationRecipe(Recipe):
             recipe_digest=self.digest(),
             label=label,
             companion=companion,
+            samples=self.batch_size,
+            report_to=report_to,
         )
         state.record.start(self, device=str(state.device), precision=state.mixed_precision or "float32")
         return state
 
     def finish(self, state: TrainingState, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:
-        """Write the run's result.json; `counts` are completed by those of the steps."""
+        """Write the run's result.json; `counts` are completed by those of the steps. The trackers are done, too."""
         steps = {"steps": state.step, "skipped_steps": state.skipped, "spikes": state.spikes}
         state.record.finish(values, recipe=self, device=str(state.device), seed=self.seed, counts={**counts, **steps})
+        for tracker in state.trackers:
+            tracker.finish()
 
 
 def attention_on(device: torch.device) -> AbstractContextManager[None]:

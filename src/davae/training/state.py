@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from davae.training.tensors import (
     restore_optimizer,
     saved_tensors,
 )
+from davae.training.trackers import check_trackers, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,8 @@ class TrainingState:
         skip_spikes: bool = False,
         console: Console | None = None,
         companion: Companion | None = None,
+        samples: int = 0,
+        report_to: Sequence[str] = (),
     ) -> None:
         """Move the models to the device, make optimiser and EMA, and load the newest sound checkpoint if there is one.
 
@@ -124,9 +128,12 @@ class TrainingState:
             console: where progress is shown; the default is a new one on stderr.
             companion: another model with an optimiser of its own, whose steps the caller takes and which joins the
                 checkpoints.
+            samples: pictures in a batch, for the samples a second that are shown.
+            report_to: trackers that are told what metrics.jsonl is (`start_trackers`).
 
         Raises:
-            SettingsError: a parameter of no model, a reserved name, or more than one process.
+            SettingsError: a parameter of no model, a reserved name, a tracker that is not there, or more than one
+                process.
             CheckpointError: the newest checkpoint belongs to another recipe or to other models.
             StorageError: the folder cannot be written.
         """
@@ -144,6 +151,9 @@ class TrainingState:
         self.mixed_precision = mixed_precision
         self.checkpoint_every, self.keep, self.log_every = checkpoint_every, keep, log_every
         self.skip_spikes, self.recipe_digest = skip_spikes, recipe_digest
+        self.samples, self.report_to = samples, tuple(report_to)
+        check_trackers(self.report_to)
+        self.trackers: list[GeneralTracker] = []
         self.record = RunRecord(folder)
         self._folder = self.record.folder / "checkpoints"
         self._console = console or Console(stderr=True)
@@ -185,6 +195,7 @@ class TrainingState:
         with alone(self.record.folder), stop_requests() as request, self._progress() as progress:
             remove_litter(self._folder)
             self.record.truncate(self.step)
+            self.trackers = start_trackers(self.report_to, self.record.folder, step=self.step)
             while self.step < self.total_steps:
                 began = time.monotonic()
                 torch.manual_seed(generator(self.seed, f"{self.label} step", self.step).initial_seed())
@@ -284,6 +295,9 @@ class TrainingState:
         """Append a line to metrics.jsonl at once, under the running step: for example, held-out metrics."""
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
         self.record.append({"step": self.step, **plain, "seconds": round(self.seconds, 3)})
+        numbers = {name: float(value) for name, value in plain.items() if not isinstance(value, str | bool)}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=self.step)
 
     def autocast(self) -> torch.autocast:
         """The context for the networks' forward pass: bfloat16 where `mixed_precision` says so."""
@@ -302,7 +316,14 @@ class TrainingState:
             self._ema.restore(weights)
 
     def _progress(self) -> StepProgress:
-        return StepProgress(self.label, done=self.step, total=self.total_steps, console=self._console)
+        return StepProgress(
+            self.label,
+            done=self.step,
+            total=self.total_steps,
+            console=self._console,
+            samples=self.samples * self.gradient_accumulation,
+            device=self.device,
+        )
 
     def _save(self) -> None:
         assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"

@@ -1,0 +1,29 @@
+"""Stage 2's caches, made before the run."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from davae.errors import SettingsError
+from davae.training.caching import Share
+from davae.training.finetune import training_pictures, upgraded_base
+from davae.training.finetune_recipe import FinetuneRecipe
+from davae.training.inputs import cache_folder, training_inputs
+
+
+def build_caches(recipe: FinetuneRecipe, folder: Path) -> Path:
+    """Make all that a run of the recipe in `folder` would encode first; returns the caches' folder.
+
+    Started as several processes, each makes its part.
+
+    Raises:
+        SettingsError: the recipe encodes at every step.
+        DavaeError: whatever settings, data and storage raise.
+    """
+    if recipe.online:
+        raise SettingsError("online = true: this recipe encodes at every step and keeps nothing; leave it out")
+    Share.ours()  # before anything else may ask for the device
+    pipeline = upgraded_base(recipe)
+    pictures = training_pictures(recipe, pipeline.transformer, folder)
+    training_inputs(recipe, pipeline, pictures, folder, PartialState().device)
+    return cache_folder(recipe, folder)

@@ -1,0 +1,100 @@
+"""Computing what a cache lacks, by all processes at once."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from davae import faults
+from davae.data.cache import Entry, TensorCache
+from davae.errors import CheckpointError
+from davae.training.progress import StepProgress
+
+SHARD_BYTES = 128 << 20
+"""A shard is written when it is so large, or after `SHARD_SECONDS`: no more is lost when a process is killed."""
+SHARD_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is, all of which do the same; one alone by default."""
+
+    process: int = 0
+    processes: int = 1
+    wait: Callable[[], None] = lambda: None
+    """Returns when all of them have come there."""
+
+    @classmethod
+    def ours(cls) -> "Share":
+        """As `accelerate launch` or `torchrun` started this process."""
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        state = PartialState(cpu=several and not torch.cuda.is_available())  # torchrun on CPUs must be told
+        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def fill(
+    cache: TensorCache,
+    keys: Sequence[str],
+    encode: Callable[[list[int]], list[Entry]],
+    *,
+    block: int,
+    unit: str,
+    share: Share,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Make the entries that the cache lacks; after it, the cache holds all of `keys`, and none that is damaged.
+
+    What is computed together is always the same: places 0 to `block` - 1 of `keys`, the next `block`, and so on, each
+    block by one process. So bits depend neither on kills and restarts nor on the number of processes. Of equal keys the
+    first place's entry is taken.
+
+    Args:
+        cache: to fill.
+        keys: one for each place.
+        encode: computes the entries of these places, which are one block.
+        block: places that are computed together.
+        unit: what is encoded, in the plural, for the progress bar.
+        share: of the work, this process's.
+        shard_bytes: size of a shard, about.
+
+    Raises:
+        StorageError: the cache cannot be written.
+        CheckpointError: entries are gone that had just been written.
+    """
+    cache.set_damaged_aside(process=share.process, processes=share.processes)
+    share.wait()
+    cache.find()
+    first: dict[str, int] = {}
+    for place, key in enumerate(keys):
+        first.setdefault(key, place)
+    lacking: dict[int, list[int]] = {}  # places by number of block
+    for key, place in first.items():
+        if key not in cache and place // block % share.processes == share.process:
+            lacking.setdefault(place // block, []).append(place)
+    if lacking:
+        total, console = sum(map(len, lacking.values())), Console(stderr=True, quiet=share.process > 0)
+        progress = StepProgress(f"encoding {unit}", done=0, total=total, console=console, unit=unit)
+        with cache.writing(), progress:
+            pending: dict[str, Entry] = {}
+            began = time.monotonic()
+            for number, places in sorted(lacking.items()):
+                start = number * block
+                entries = encode(list(range(start, min(start + block, len(keys)))))
+                pending |= {keys[place]: entries[place - start] for place in places}
+                progress.show(progress.done + len(places))
+                size = sum(tensor.nbytes for entry in pending.values() for tensor in entry.values())
+                if size >= shard_bytes or time.monotonic() - began > SHARD_SECONDS or progress.done == total:
+                    faults.at("cache")
+                    cache.write(pending)
+                    pending, began = {}, time.monotonic()
+    share.wait()
+    cache.find()
+    if gone := [key for key in first if key not in cache]:
+        raise CheckpointError(
+            f"{cache.folder} lacks {len(gone)} entries that were to be there: another process has removed them, or has "
+            "failed to make them. Run again"
+        )

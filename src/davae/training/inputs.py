@@ -1,0 +1,54 @@
+"""What stage 2 gives the transformer beside noise and time: latents and conditions, from a cache or encoded anew."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from davae.backbones import backbone_of
+from davae.data.sources import PictureSet
+from davae.training.caching import Share
+from davae.training.conditions import (
+    ClassConditions,
+    Conditions,
+    OnlineConditions,
+    cached_conditions,
+    move_frozen,
+)
+from davae.training.finetune_recipe import FinetuneRecipe
+from davae.training.latents import CachedLatents, OnlineLatents, cached_latents
+
+
+def cache_folder(recipe: FinetuneRecipe, folder: Path) -> Path:
+    """Where the caches of a run in `folder` are."""
+    return Path(recipe.cache) if recipe.cache else folder / "cache"
+
+
+def training_inputs(
+    recipe: FinetuneRecipe, pipeline: DiffusionPipeline, pictures: PictureSet, folder: Path, device: torch.device
+) -> tuple[CachedLatents | OnlineLatents, Conditions]:
+    """Latents and conditions of the pictures; if they are cached, what the cache lacks is made by all processes first.
+
+    Args:
+        recipe: of the run.
+        pipeline: upgraded; its frozen parts encode on `device`, and stay there only if they are needed at every step.
+        pictures: with captions or classes, as the family wants.
+        folder: of the run.
+        device: of the training.
+    """
+    backbone, autoencoder = backbone_of(pipeline.transformer), pipeline.vae
+    move_frozen(pipeline, device)
+    noise, seed = recipe.detail_noise, recipe.seed
+    if recipe.online:
+        latents = OnlineLatents(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed)
+        if backbone.classes:
+            return latents, ClassConditions(pipeline, backbone, pictures)
+        return latents, OnlineConditions(pipeline, backbone, pictures, recipe.prompt_tokens)
+    caches, share = cache_folder(recipe, folder), Share.ours()
+    kept = cached_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, share=share)
+    if backbone.classes:
+        conditions: Conditions = ClassConditions(pipeline, backbone, pictures)
+    else:
+        conditions = cached_conditions(pipeline, backbone, pictures, caches, tokens=recipe.prompt_tokens, share=share)
+    move_frozen(pipeline, torch.device("cpu"))
+    return kept, conditions

@@ -1,0 +1,186 @@
+"""`davae cache`, and runs with a shared cache, with their own, or with none."""
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae.backbones import backbone_of
+from davae.cli import main
+from davae.data.cache import prune
+from davae.data.sources import open_pictures
+from davae.errors import CheckpointError, SettingsError
+from davae.recipe import load_recipe
+from davae.record import read_metrics
+from davae.training.conditions import OnlineConditions, cached_conditions
+from davae.training.finetune import FinetuneRecipe, finetune
+from davae.training.latents import OnlineLatents, cached_latents
+from davae.upgrade import load_autoencoder, load_pipeline
+from hashes import digests
+
+
+@pytest.fixture(scope="module")
+def recipe(base_folder: Path, autoencoder_folder: Path, picture_folder: Path) -> FinetuneRecipe:
+    return FinetuneRecipe(
+        base=str(base_folder),
+        autoencoder=str(autoencoder_folder),
+        pictures=str(picture_folder),
+        size=64,
+        lora_rank=2,
+        steps=3,
+        batch_size=4,
+        prompt_tokens=8,
+        precision="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def built(recipe: FinetuneRecipe, tmp_path_factory) -> Path:
+    """The caches of `davae cache build`."""
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "r.toml").write_text(recipe.model_copy(update={"cache": str(folder / "cache")}).to_toml())
+    main_returns(["cache", "build", str(folder / "r.toml"), "--out", str(folder / "run")], 0)
+    return folder
+
+
+@pytest.fixture
+def caches(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built / "cache", tmp_path / "cache"))
+
+
+def main_returns(arguments: list[str], code: int) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == code
+
+
+def losses(folder: Path) -> list[str]:
+    return [line["loss_hex"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_run_uses_what_was_built_and_trains_as_without(recipe, built, tmp_path) -> None:
+    before = digests(built / "cache")
+    assert len(before) == 2
+    chosen = load_recipe(FinetuneRecipe, built / "r.toml")
+    finetune(chosen, tmp_path / "shared")
+    assert digests(built / "cache") == before
+    assert not (tmp_path / "shared" / "cache").exists()
+    finetune(recipe, tmp_path / "own")
+    assert {Path(name).name for name in digests(tmp_path / "own" / "cache")} == {Path(name).name for name in before}
+    assert losses(tmp_path / "own") == losses(tmp_path / "shared")
+    for name in ("adapter", "pipeline", "checkpoints"):
+        assert digests(tmp_path / "own" / name) == digests(tmp_path / "shared" / name) != {}
+
+
+def test_verify_says_what_there_is_and_what_is_damaged(caches, capsys) -> None:
+    main_returns(["cache", "verify", str(caches)], 0)
+    said = capsys.readouterr().out
+    assert ": 12 entries, " in said  # the pictures
+    assert ": 13 entries, " in said  # their captions, and none
+    assert len(said.splitlines()) == 2
+    victim = next(caches.glob("latents-*/*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    main_returns(["cache", "verify", str(caches)], 4)
+    found = capsys.readouterr()
+    assert f"{victim.name} is damaged (its SHA-256 is not its name)" in found.out
+    assert ": 0 entries, " in found.out
+    assert "1 files are damaged: run again" in found.err
+
+
+def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys) -> None:
+    latents, text = (next(caches.glob(f"{kind}-*")) for kind in ("latents", "text"))
+    sound = digests(text)
+    victim = next(latents.glob("*.safetensors"))
+    size = victim.stat().st_size
+    victim.write_bytes(bytes(size))
+    (text / "damaged-old.safetensors").write_bytes(bytes(3 << 20))
+    (text / ".new.tmp-17").write_bytes(b"half")
+    main_returns(["cache", "prune", str(caches), "--dry-run"], 0)
+    assert capsys.readouterr().out == f"{(size + (3 << 20) + 4) / 2**20:,.1f} MiB would be freed\n"
+    assert victim.exists()
+    main_returns(["cache", "prune", str(caches)], 0)
+    assert capsys.readouterr().out == f"{(size + (3 << 20) + 4) / 2**20:,.1f} MiB freed\n"
+    assert digests(text) == sound
+    assert {path.name for path in text.iterdir()} == {".lock", "cache.json", *sound}
+    assert not digests(latents)
+    old = time.time() - 10 * 86400
+    for path in text.glob("*.safetensors"):
+        os.utime(path, (old, old))
+    prune(caches, days=11.0)
+    assert digests(text) == sound
+    prune(caches, days=9.0)
+    assert not text.exists()
+    shutil.rmtree(latents)
+    with pytest.raises(CheckpointError, match="holds no cache"):
+        prune(caches)
+
+
+def test_a_cache_that_is_written_to_is_not_pruned(caches) -> None:
+    before = {path: path.read_bytes() for path in caches.rglob("*") if path.is_file()}
+    with (next(caches.glob("text-*")) / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(SettingsError, match=r"a process is writing to .*text-"):
+            prune(caches, days=0.0)
+    assert any(path.exists() for path in before if "text-" in str(path))
+    assert all(path.read_bytes() == content for path, content in before.items() if "text-" in str(path))
+
+
+def test_what_was_pruned_under_a_run_is_an_error_with_a_way_out(recipe, caches) -> None:
+    autoencoder = load_autoencoder(Path(recipe.autoencoder))
+    pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
+    latents = cached_latents(autoencoder, pictures, caches)
+    shutil.rmtree(caches)
+    with pytest.raises(CheckpointError, match=r"can no longer be read .*run again"):
+        latents.batch([0])
+
+
+def test_online_encodes_what_the_cache_holds(recipe, caches) -> None:
+    pipeline = load_pipeline(recipe.base)
+    autoencoder, backbone = load_autoencoder(Path(recipe.autoencoder)), backbone_of(pipeline.transformer)
+    pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
+    settings = {"detail_noise": 0.3, "seed": 5}
+    kept = cached_latents(autoencoder, pictures, caches, **settings)
+    fresh = OnlineLatents(autoencoder, pictures, flips=False, **settings)
+    torch.testing.assert_close(fresh.batch([3, 9], 1), kept.batch([3, 9], 1), atol=1e-5, rtol=1e-5)
+    texts = cached_conditions(pipeline, backbone, pictures, caches, tokens=8).batch([0, 5, 0])
+    for name, values in OnlineConditions(pipeline, backbone, pictures, 8).batch([0, 5, 0]).items():
+        torch.testing.assert_close(values, texts[name], atol=1e-5, rtol=1e-5)
+
+
+def test_flips_mirror_half_of_the_pictures_anew_at_every_step(recipe) -> None:
+    autoencoder = load_autoencoder(Path(recipe.autoencoder))
+    pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
+    plain = OnlineLatents(autoencoder, pictures, flips=False, detail_noise=0.0, seed=5)
+    flipping = OnlineLatents(autoencoder, pictures, flips=True, detail_noise=0.0, seed=5)
+    straight, indices = plain.batch(range(12), 0), range(12)
+    base = autoencoder.encode_base(pictures.batch(indices).flip(-1))
+    seen = []
+    for step in (0, 1, 0):
+        found = flipping.batch(indices, step)
+        mirrored = [not torch.allclose(a, b, atol=1e-5) for a, b in zip(found, straight, strict=True)]
+        for index in range(12):
+            if mirrored[index]:
+                torch.testing.assert_close(found[index, :4], base[index], atol=1e-5, rtol=1e-5)
+        seen.append(mirrored)
+    assert seen[0] == seen[2] != seen[1]
+    assert 2 < sum(seen[0]) < 10
+
+
+def test_an_online_run_keeps_nothing_and_learns_the_same(recipe, tmp_path) -> None:
+    finetune(recipe, tmp_path / "cached")
+    finetune(recipe.model_copy(update={"online": True}), tmp_path / "online")
+    assert not (tmp_path / "online" / "cache").exists()
+    first = [float.fromhex(losses(tmp_path / name)[0]) for name in ("cached", "online")]
+    assert first[1] == pytest.approx(first[0], rel=1e-4)
+
+
+def test_what_does_not_go_together_is_refused(recipe, tmp_path) -> None:
+    with pytest.raises(ValueError, match="flips = true: cached latents cannot be mirrored; add online = true"):
+        FinetuneRecipe(flips=True)
+    (tmp_path / "r.toml").write_text(recipe.model_copy(update={"online": True}).to_toml())
+    main_returns(["cache", "build", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run")], 2)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,356 @@
+"""Caches: stale is a miss, damage is named and made again, no partial entry is used, however a build ends (R20)."""
+
+import copy
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+import pipelines
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import backbone_of
+from davae.data.cache import damage, shard_paths
+from davae.data.sources import PictureSet, open_pictures
+from davae.errors import StorageError
+from davae.training.caching import Share
+from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
+from davae.training.fingerprints import model_digest, text_digest
+from davae.training.latents import CachedLatents, cached_latents, encode
+from davae.upgrade import load_autoencoder, load_pipeline
+from forks import exit_code, forked
+from hashes import digests
+from scenes import fill_with_scenes
+
+TRIALS = 20
+COUNT = 40
+"""Pictures: three blocks of latents, the last one short."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> PictureSet:
+    folder = fill_with_scenes(tmp_path_factory.mktemp("pictures"), train=COUNT)
+    return open_pictures(folder, size=64, split="train").sound()
+
+
+@pytest.fixture
+def autoencoder(autoencoder_folder: Path) -> AutoencoderDA:
+    return load_autoencoder(autoencoder_folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(base_folder: Path) -> StableDiffusion3Pipeline:
+    return load_pipeline(base_folder)
+
+
+@pytest.fixture(scope="module")
+def expected(autoencoder_folder: Path, pictures: PictureSet) -> Tensor:
+    """Encoded without a cache: in batches of 16, in the order of the set."""
+    return by_batches(load_autoencoder(autoencoder_folder), pictures)
+
+
+@pytest.fixture(scope="module")
+def built(autoencoder_folder: Path, pictures: PictureSet, tmp_path_factory) -> Path:
+    """A folder of caches with a shard for every block."""
+    folder = tmp_path_factory.mktemp("built")
+    cached_latents(load_autoencoder(autoencoder_folder), pictures, folder, shard_bytes=1)
+    return folder
+
+
+@pytest.fixture
+def ours(built: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(built, tmp_path / "cache"))
+
+
+def by_batches(autoencoder: AutoencoderDA, pictures: PictureSet) -> Tensor:
+    parts = torch.arange(len(pictures)).split(16)
+    return torch.cat([encode(autoencoder, pictures.batch(part.tolist())) for part in parts])
+
+
+def whole(found: CachedLatents) -> Tensor:
+    return found.batch(range(len(found)))
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------------ latents
+
+
+def test_what_is_read_is_what_was_encoded_to_the_last_bit(autoencoder, pictures, ours, expected) -> None:
+    found = cached_latents(autoencoder, pictures, ours)
+    assert len(found) == COUNT
+    assert torch.equal(whole(found), expected)
+    assert torch.equal(found.batch([39, 0, 39], step=7), expected[[39, 0, 39]])
+
+
+def test_a_hit_encodes_nothing_and_writes_nothing(autoencoder, pictures, ours) -> None:
+    before = {path: path.stat().st_mtime_ns for path in [ours, *ours.rglob("*")]}
+    encoded: list[int] = []
+    autoencoder.detail_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    cached_latents(autoencoder, pictures, ours)
+    assert not encoded
+    assert {path: path.stat().st_mtime_ns for path in [ours, *ours.rglob("*")]} == before
+    shards(ours)[0].unlink()
+    cached_latents(autoencoder, pictures, ours)
+    assert len(encoded) == 1, "one block"
+
+
+def test_the_pictures_of_another_set_are_found_by_their_bytes(autoencoder, pictures, ours, expected, tmp_path) -> None:
+    """Under other names, in another order, with one that is new."""
+    for index, path in enumerate(sorted(fill_with_scenes(tmp_path / "all", train=COUNT + 1, held=0).glob("*.png"))):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        path.rename(tmp_path / "other" / f"q{99 - index}.png")
+    others = open_pictures(tmp_path / "other", size=64, captions=False)
+    found = whole(cached_latents(autoencoder, others, ours, shard_bytes=1))
+    assert torch.equal(found[1:], expected.flip(0))
+    assert len(shards(ours)) == 4
+
+
+@pytest.mark.parametrize("change", ["weights", "statistics", "configuration", "size", "bytes"])
+def test_what_is_stale_is_a_miss(autoencoder, pictures, ours, expected, tmp_path, change) -> None:
+    other, files = pictures, len(shards(ours))
+    changed = copy.deepcopy(autoencoder)
+    with torch.no_grad():
+        if change == "weights":  # by the least that float32 can say
+            changed.joint_decoder.conv_out.bias[0] = torch.nextafter(
+                changed.joint_decoder.conv_out.bias[0], torch.tensor(9.0)
+            )
+        elif change == "statistics":
+            changed.detail_std.mul_(2)
+        elif change == "configuration":
+            changed.register_to_config(scaling_factor=3.0)
+        elif change == "size":
+            other = open_pictures(fill_with_scenes(tmp_path / "p", train=COUNT), size=32, split="train")
+        else:
+            folder = fill_with_scenes(tmp_path / "p", train=COUNT, first=50)
+            other = open_pictures(folder, size=64, split="train")
+            assert other.keys == pictures.keys
+    assert torch.equal(whole(cached_latents(changed, other, ours)), by_batches(changed, other))
+    assert len(shards(ours)) > files
+    files = len(shards(ours))
+    assert torch.equal(whole(cached_latents(autoencoder, pictures, ours)), expected)
+    assert len(shards(ours)) == files, "what was there before is still found"
+
+
+def test_the_digest_of_a_model_is_of_what_it_computes(autoencoder, autoencoder_folder, tmp_path) -> None:
+    again = Path(shutil.copytree(autoencoder_folder, tmp_path / "elsewhere"))
+    assert model_digest(load_autoencoder(again)) == model_digest(autoencoder)
+    assert model_digest(autoencoder.to(torch.bfloat16)) != model_digest(load_autoencoder(again))
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda sound: b"",
+    "cut": lambda sound: sound[: len(sound) // 2],
+    "header cut": lambda sound: sound[:20],
+    "one bit of a latent": lambda sound: sound[:-1] + bytes([sound[-1] ^ 1]),
+    "one bit of a key": lambda sound: sound[:40] + bytes([sound[40] ^ 1]) + sound[41:],
+    "longer": lambda sound: sound + b"0",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_is_named_set_aside_and_made_again(autoencoder, pictures, ours, expected, caplog, how) -> None:
+    victim, before = shards(ours)[1], digests(ours)
+    victim.write_bytes(DAMAGES[how](victim.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(whole(cached_latents(autoencoder, pictures, ours)), expected)
+    assert f"{victim} is damaged (its SHA-256 is not its name); set aside" in caplog.text
+    aside = victim.with_name(f"damaged-{victim.name}")
+    assert aside.exists()
+    aside.unlink()
+    assert digests(ours) == before, "the same file again"
+
+
+def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expected, caplog) -> None:
+    changed = copy.deepcopy(autoencoder)
+    changed.detail_std.mul_(2)
+    cached_latents(changed, pictures, ours, shard_bytes=1)
+    mine, theirs = (path for path in ours.iterdir() if path.is_dir())
+    for path in shard_paths(theirs):
+        shutil.copy(path, mine)
+        path.unlink()
+    for path in shard_paths(mine):
+        if not (theirs / path.name).exists():
+            shutil.copy(path, theirs)
+    assert torch.equal(whole(cached_latents(autoencoder, pictures, ours)), expected)
+    assert caplog.text.count("is of another cache; set aside") == 3
+
+
+def test_a_cache_that_cannot_be_written_is_a_storage_error(autoencoder, pictures, tmp_path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError):
+        cached_latents(autoencoder, pictures, tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------- processes, and their ends
+
+
+def test_three_processes_at_once_make_the_entries_of_one(autoencoder, pipeline, pictures, expected, tmp_path) -> None:
+    def build(process: int) -> None:
+        def wait() -> None:
+            nonlocal waits
+            waits += 1
+            (tmp_path / f"{waits}-{process}").touch()
+            while len(list(tmp_path.glob(f"{waits}-*"))) < 3:
+                time.sleep(0.01)
+
+        waits, share = 0, Share(process, 3, wait)
+        cached_latents(autoencoder, pictures, tmp_path / "cache", share=share)
+        cached_conditions(pipeline, backbone, pictures, tmp_path / "cache", tokens=8, share=share)
+
+    backbone = backbone_of(pipeline.transformer)
+    pids = [forked(lambda process=process: build(process)) for process in range(3)]
+    assert [exit_code(pid) for pid in pids] == [0, 0, 0]
+    assert len(shards(tmp_path / "cache")) == 4, "a block of latents by each, and one of captions"
+    assert torch.equal(whole(cached_latents(autoencoder, pictures, tmp_path / "cache")), expected)
+    assert len(shards(tmp_path / "cache")) == 4
+
+
+def test_killed_while_building(request, record_property, autoencoder, pipeline, pictures, expected, tmp_path) -> None:
+    """Half of the times at any moment, half of them at a file operation: what is found then is whole, and is used."""
+    chance, backbone = random.Random(5), backbone_of(pipeline.transformer)
+    trials = request.config.getoption("--trials") or TRIALS
+
+    def build(folder: Path, operation: int = 0) -> None:
+        seen = 0
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal seen
+            if event in ("open", "os.rename", "os.remove") and str(folder) in str(arguments[0]):
+                seen += 1
+                if seen == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        cached_latents(autoencoder, pictures, folder, shard_bytes=1)
+        cached_conditions(pipeline, backbone, pictures, folder, tokens=8)
+
+    began = time.monotonic()
+    assert exit_code(forked(lambda: build(tmp_path / "undisturbed"))) == 0
+    seconds, reference = time.monotonic() - began, digests(tmp_path / "undisturbed")
+    assert len(reference) == 4
+    kills = trial = partly = 0
+    while kills < trials:
+        folder = tmp_path / str(trial)
+        pid = forked(lambda folder=folder, trial=trial: build(folder, trial % 2 * chance.randint(1, 40)))
+        if trial % 2 == 0:
+            time.sleep(chance.uniform(0, seconds))
+            os.kill(pid, signal.SIGKILL)
+        kills += exit_code(pid) == -signal.SIGKILL
+        left = shards(folder)
+        assert all(damage(path) == "" for path in left)
+        partly += 0 < len(left) < 4
+        assert digests(folder).items() <= reference.items()
+        assert exit_code(forked(lambda folder=folder: build(folder))) == 0
+        assert digests(folder) == reference
+        assert not list(folder.rglob(".*.tmp-*")), "the next build removes the litter"
+        shutil.rmtree(folder)
+        trial += 1
+        assert trial < 3 * trials, "the builds were over before they could be killed"
+    assert partly > 0
+    record_property("R20", f"{kills} kills, {partly} between entries: no partial one found, all bits as undisturbed")
+    assert torch.equal(whole(cached_latents(autoencoder, pictures, tmp_path / "undisturbed")), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def all_rows(found: CachedConditions, count: int) -> dict[str, Tensor]:
+    return found.batch(range(count))
+
+
+def test_texts_are_read_as_they_were_encoded(pipeline, pictures, tmp_path) -> None:
+    """Each caption is kept once: 40 pictures have 16 captions."""
+    backbone = backbone_of(pipeline.transformer)
+    captions = ["", *pictures.captions]
+    expected = encode_captions(pipeline, backbone, captions, 8)
+    found = cached_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
+    first = [captions.index(caption) for caption in captions]
+    assert len(set(first)) == 17
+    for name, values in all_rows(found, len(captions)).items():
+        assert torch.equal(values, expected[name][first])
+        torch.testing.assert_close(values, expected[name], atol=1e-6, rtol=1e-6)
+    calls: list[int] = []
+    handle = pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    cached_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
+    assert not calls
+    cached_conditions(pipeline, backbone, pictures, tmp_path, tokens=9)
+    assert calls, "another length is a miss"
+    handle.remove()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_digest_of_the_text_is_of_encoders_and_tokenizers(base_folder: Path) -> None:
+    pipeline = load_pipeline(base_folder)
+    before = text_digest(pipeline)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.weight.zero_()
+        pipeline.encode_prompt("red ball", None, None)  # leaves its padding in the tokenizers
+    assert text_digest(pipeline) == before
+    pipeline.tokenizer_2.model_max_length = 76
+    assert text_digest(pipeline) != before
+    pipeline.tokenizer_2.model_max_length = 77
+    with torch.no_grad():
+        bias = pipeline.text_encoder_3.shared.weight
+        bias[0, 0] = torch.nextafter(bias[0, 0], torch.tensor(9.0))
+    assert text_digest(pipeline) != before
+
+
+def test_repeated_rows_at_the_end_are_not_kept() -> None:
+    condition = {
+        "text": torch.cat([torch.randn(3, 4), torch.zeros(97, 4)]),
+        "signed": torch.tensor([1.0, 0.0, -0.0, 0.0]),
+        "mask": torch.tensor([1] * 3 + [0] * 97),
+        "full": torch.randn(100, 2).bfloat16(),
+        "constant": torch.ones(5, 2),
+        "length": torch.tensor(3),
+    }
+    kept = trimmed(condition)
+    assert {name: len(kept[name]) for name in ("text", "mask", "full", "constant")} == {
+        "text": 4,
+        "mask": 4,
+        "full": 100,
+        "constant": 1,
+    }
+    again = padded(kept)
+    assert again.keys() == condition.keys()
+    for name, values in condition.items():
+        assert torch.equal(again[name], values)
+        assert again[name].dtype == values.dtype
+    assert again["signed"].signbit().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("family", ["sana", "lumina2", "pixart_sigma", "qwen_image", "z_image", "flux2"])
+def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(family: str) -> None:
+    """Zero where it is masked, kept as one row; what the transformer makes of it is the same, bit for bit."""
+    pipeline = getattr(pipelines, family)()
+    backbone = backbone_of(pipeline.transformer)
+    captions = ["red ball", "", "a fish and a tree"]
+    with torch.no_grad():
+        plain = backbone.condition(pipeline, captions, max_sequence_length=40)
+        found = encode_captions(pipeline, backbone, captions, 40)
+        latents = torch.randn(3, pipeline.vae.config.latent_channels, 8, 8)
+        predict, time = backbone.velocity, torch.tensor([0.2, 0.5, 0.9])
+        if backbone.noise is not None:
+            predict, time = backbone.noise, torch.tensor([3, 500, 900])
+        seen, expected = (predict(pipeline.transformer, latents, time, condition) for condition in (found, plain))
+    for one, other in zip(seen, expected, strict=True):
+        assert one is None or torch.equal(one, other)
+    for index in range(3):
+        condition = {name: values[index] for name, values in found.items()}
+        kept = trimmed(condition)
+        assert all(torch.equal(values, condition[name]) for name, values in padded(kept).items())
+        text = kept["caption" if family == "z_image" else "encoder_hidden_states"]
+        assert (len(text) < 40) == (family != "flux2"), "FLUX.2 attends to its padding"
