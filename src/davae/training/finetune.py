@@ -31,7 +31,7 @@ from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
 from davae.training.inputs import training_inputs
 from davae.training.latents import expect_noise
-from davae.training.objectives import objective_of
+from davae.training.objectives import FlowObjective, NoiseObjective, objective_of
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
@@ -78,8 +78,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) ->
     state = recipe.training_state(folder, models, parameters, label="stage 2", report_to=report_to)
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, state.device)
     pipeline.transformer.train()
-    positions = latents.batch([0], step=0)[0, 0].numel()
-    objective = objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+    objectives = bucket_objectives(pipeline, recipe, pictures)
     validation = Validation(recipe, pipeline, pictures, folder)
     for step in state.steps():
         if validation.is_due(step):
@@ -89,6 +88,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) ->
             indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
             random = generator(recipe.seed, "flow", batch)
             clean = faults.at("encode", latents.batch(indices, step=batch).to(state.device))
+            objective = objectives[clean[0, 0].numel()]
             noise = torch.randn(clean.shape, generator=random).to(state.device)
             time = objective.draw_times(len(indices), random).to(state.device)
             kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
@@ -120,8 +120,25 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
-    backbone_of(pipeline.transformer).picture_side(pipeline, recipe.size)
+    for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
+        backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def bucket_objectives(
+    pipeline: DiffusionPipeline, recipe: FinetuneRecipe, pictures: PictureSet
+) -> dict[int, FlowObjective | NoiseObjective]:
+    """The objective for latents of each number of positions h x w: a timestep shift may depend on it.
+
+    Raises:
+        SettingsError: as `objective_of`.
+    """
+    factor, channels = pipeline.vae.downsample_factor, pipeline.vae.config.base_channels
+    grids = {(bucket.height // factor) * (bucket.width // factor) for bucket in pictures.buckets}
+    return {
+        positions: objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+        for positions in sorted(grids)
+    }
 
 
 def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path) -> PictureSet:
