@@ -373,8 +373,8 @@ def test_bases_and_factors_that_are_refused() -> None:
         AutoencoderDA.from_config({**config, "base_config": {"_class_name": "VQModel"}})
     with pytest.raises(ValueError, match="SomebodysOwn is not supported"):
         AutoencoderDA.from_base(SomebodysOwn(block_out_channels=(8,), norm_num_groups=4), detail_channels=4)
-    with pytest.raises(ValueError, match="resolution_factor=4"):
-        AutoencoderDA.from_config({**config, "resolution_factor": 4})
+    with pytest.raises(ValueError, match="resolution_factor=3: allowed are 2 and 4"):
+        AutoencoderDA.from_config({**config, "resolution_factor": 3})
 
 
 def test_pictures_and_latents_that_are_refused() -> None:

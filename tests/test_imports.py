@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "davae"
 LAYERS = [
     {"errors", "seeds"},
     {"faults"},
-    {"storage"},
+    {"storage", "ranks"},
     {"portable"},
     {"assets"},
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
@@ -39,7 +39,7 @@ BESIDE = {
     "assets": set(),
     "importing": {"upgrade"},  # fine-tuned ports need the pipeline that they were tuned from
 }
-ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "lightningdit", "tiled_decoder"}
+ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "detail_blocks", "lightningdit", "tiled_decoder"}
 """Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
 `backbones` upward."""
 

@@ -379,7 +379,7 @@ def test_an_autoencoder_with_other_channels_is_refused(base):
 
 def test_what_is_no_pair_is_refused(base, autoencoder):
     upgraded = upgrade(base, autoencoder)
-    with pytest.raises(SettingsError, match="upgraded already"):
+    with pytest.raises(SettingsError, match="base_channels is 4, the pipeline's VAE has 8"):
         upgrade(upgraded, autoencoder)
     with pytest.raises(SettingsError, match="AutoencoderKL is no AutoencoderDA"):
         upgrade(base, base.vae)

@@ -31,6 +31,7 @@ from davae.flow import flow_matching_losses, interpolate, velocity_target
 from davae.losses import detail_alignment_loss
 from davae.metrics import kid
 from davae.perceptual import LPIPS
+from davae.ranks import Ranks
 from davae.record import environment, read_metrics
 from davae.seeds import generator
 from davae.storage import replaced_whole, write_json
@@ -155,7 +156,7 @@ def start(folder: Path, changes: Mapping[str, Any], seed: int) -> Path:
 
 def reconstruction_numbers(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
     """PSNR, SSIM and LPIPS of whole pictures, and the alignment loss of the detail posterior's mean."""
-    values = heldout_metrics(autoencoder, pictures, lpips)
+    values = heldout_metrics(autoencoder, pictures, lpips, Ranks())
     with torch.no_grad():
         losses = []
         for indices in torch.arange(len(pictures)).split(8):

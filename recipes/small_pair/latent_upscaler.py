@@ -26,6 +26,7 @@ from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.losses import gradient_l1, reconstruction_l1
 from davae.perceptual import LPIPS
+from davae.ranks import Ranks
 from davae.record import environment
 from davae.sampling import shared_noise
 from davae.seeds import generator
@@ -114,7 +115,8 @@ def train(recipe: UpscalerRecipe, vae: AutoencoderKL, run: Path) -> tuple[Latent
     upscaler = LatentUpscaler(vae.config.latent_channels, recipe.width, recipe.blocks)
     start_linear(upscaler, vae, pictures.batch(range(0, len(pictures), len(pictures) // 128)))
     lpips = LPIPS.alex()
-    state = recipe.training_state(run, {"upscaler": upscaler}, upscaler.parameters(), label="latent upscaler")
+    models, parameters = {"upscaler": upscaler}, upscaler.parameters()
+    state = recipe.training_state(run, models, parameters, label="latent upscaler", ranks=Ranks())
     for step in state.steps():
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step)
@@ -148,7 +150,7 @@ def base_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], path: P
     rows = []
     for start in track(range(0, len(prompts), 16), "base latents"):
         batch = prompts[start : start + 16]
-        noise = shared_noise(pipeline, range(start, start + len(batch)), seed=0, side=side)
+        noise = shared_noise(pipeline, range(start, start + len(batch)), seed=0, height=side, width=side)
         made = pipeline(
             batch, num_inference_steps=20, guidance_scale=2.5, latents=noise, max_sequence_length=demo.PROMPT_TOKENS,
             output_type="latent",

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
 from diffusers.models.autoencoders.autoencoder_dc import Encoder as EncoderDC
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageDecoder3d, QwenImageEncoder3d
-from diffusers.models.autoencoders.vae import DecoderTiny, EncoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderTiny, EncoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -22,10 +22,10 @@ BASE_CLASSES: dict[str, type[ModelMixin]] = {
     "AutoencoderKLQwenImage": AutoencoderKLQwenImage,
     "AutoencoderKLFlux2": AutoencoderKLFlux2,
 }
-TAEF2 = "AutoencoderTAEF2"
-"""The one base class outside diffusers, in `davae.autoencoder_taef2`; see `base_class`."""
-LINEAR_ONLY = ("AutoencoderDC", "AutoencoderKLQwenImage")
-"""Their layers next to the latents have shortcuts or a time axis, and cannot be dropped."""
+OWN_CLASSES = ("AutoencoderTAEF2", "AutoencoderDA")
+"""The base classes outside diffusers: one in `davae.autoencoder_taef2`, and what an upgraded pipeline has."""
+LINEAR_ONLY = ("AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderDA")
+"""Their layers next to the latents have shortcuts or a time axis, or are two, and cannot be dropped."""
 
 
 def base_class(name: str) -> type[ModelMixin]:
@@ -34,12 +34,13 @@ def base_class(name: str) -> type[ModelMixin]:
     Raises:
         ValueError: no base autoencoder is called so; the message names those that are.
     """
-    if name == TAEF2:
-        from davae.autoencoder_taef2 import AutoencoderTAEF2  # the one base that diffusers does not have
+    if name in OWN_CLASSES:  # of davae: here, for one of them imports this file
+        from davae.autoencoder_da import AutoencoderDA
+        from davae.autoencoder_taef2 import AutoencoderTAEF2
 
-        return AutoencoderTAEF2
+        return AutoencoderDA if name == "AutoencoderDA" else AutoencoderTAEF2
     if name not in BASE_CLASSES:
-        allowed = ", ".join((*BASE_CLASSES, TAEF2))
+        allowed = ", ".join((*BASE_CLASSES, *OWN_CLASSES))
         raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {allowed}.")
     return BASE_CLASSES[name]
 
@@ -82,15 +83,16 @@ def contract(config: Mapping[str, Any], *, latent_channels: int, stages: Sequenc
     SANA's count the encoder's stages under another name; Qwen-Image's want statistics of each latent channel, which
     are 0 and 1 here, for AutoencoderDA standardises by itself; FLUX.2's want a batch normalisation of 2x2 patches.
     """
-    if "encoder_block_out_channels" in config and "block_out_channels" not in config:
+    given = {name for name, value in config.items() if value is not None}  # an AutoencoderDA's config has all names
+    if "encoder_block_out_channels" in given and ("block_out_channels" not in given or "resolution_factor" in given):
         return {"encoder_block_out_channels": tuple(stages)}
-    if "z_dim" in config:
+    if "z_dim" in given:
         return {
             "z_dim": latent_channels,
             "latents_mean": [0.0] * latent_channels,
             "latents_std": [1.0] * latent_channels,
         }
-    if "batch_norm_eps" in config:
+    if "batch_norm_eps" in given:
         return {"batch_norm_eps": config["batch_norm_eps"]}
     return {}
 
@@ -115,6 +117,8 @@ def features(encoder: nn.Module, sample: Tensor) -> Tensor:
 
 def encode_mode(encoder: nn.Module, quant_conv: nn.Module | None, sample: Tensor) -> Tensor:
     """The mode of the posterior, in the autoencoder's own scale: [B, 3, H, W] -> [B, C, h, w]."""
+    if isinstance(encoder, AutoencoderMixin):  # the encoding half of an AutoencoderDA: the upgrade of an upgrade
+        return encoder.encode(sample).latent_dist.mode()
     if isinstance(encoder, QwenImageEncoder3d):  # of videos: a picture is one frame
         assert quant_conv is not None
         return quant_conv(encoder(sample.unsqueeze(2))).squeeze(2).chunk(2, dim=1)[0]
@@ -129,6 +133,8 @@ def decode_pixels(decoder: nn.Module, post_quant_conv: nn.Module | None, hidden:
 
     Tiny's clamp of its latents is left to the caller.
     """
+    if isinstance(decoder, AutoencoderMixin):  # the decoding half of an AutoencoderDA
+        return decoder.decode(hidden).sample
     if isinstance(decoder, QwenImageDecoder3d):
         frame = hidden.unsqueeze(2)
         return decoder(frame if post_quant_conv is None else post_quant_conv(frame)).squeeze(2)

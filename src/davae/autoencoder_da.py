@@ -1,13 +1,14 @@
 """AutoencoderDA: a frozen base autoencoder with a detail encoder beside it and a joint decoder behind both.
 
-Imports torch, diffusers, `davae.autoencoder_bases` and `davae.tiled_decoder` only, so that these files can lie beside
-weights.
+Imports torch, diffusers, `davae.autoencoder_bases`, `davae.detail_blocks` and `davae.tiled_decoder` only, so that these
+files can lie beside weights.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable
 from itertools import product
+from math import lcm
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ from davae.autoencoder_bases import (
     features,
     refuse_newer,
 )
+from davae.detail_blocks import DetailDownsample as DetailDownsample  # public names of this file
+from davae.detail_blocks import DetailUpsample as DetailUpsample
 from davae.tiled_decoder import can_decode_tiles, decode_tiles
 
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
@@ -43,70 +46,13 @@ The reference code for SD3 uses "bicubic"; its code for ImageNet "bicubic-unclam
 """
 DETERMINISTIC = -30.0
 """Log-variance of the base latents: the floor of diffusers' Gaussian, a standard deviation of 3e-7."""
-
-
-class DetailDownsample(nn.Module):
-    """Space-to-channel block at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/2, W/2] (METHOD 2.1).
-
-    A 3x3 convolution and a pixel unshuffle, beside a shortcut that unshuffles and averages groups of consecutive
-    channels; where 4 Ci is no multiple of Co the shortcut is a 1x1 convolution that starts at zero, without bias.
-    With `linear_shortcut` it is always a 1x1 convolution, with bias: the place of the closed-form start.
-
-    Raises:
-        ValueError: `out_channels` is no multiple of 4.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, linear_shortcut: bool = False) -> None:
-        super().__init__()
-        if out_channels % 4:
-            raise ValueError(f"out_channels={out_channels} must be a multiple of 4: a pixel unshuffle makes 4 of each.")
-        self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
-        self.shortcut: nn.Conv2d | None = None
-        if linear_shortcut:
-            self.shortcut = nn.Conv2d(4 * in_channels, out_channels, 1)
-        elif 4 * in_channels % out_channels:
-            self.shortcut = nn.Conv2d(4 * in_channels, out_channels, 1, bias=False)
-            nn.init.zeros_(self.shortcut.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, Ci, H, W] -> [B, Co, H/2, W/2]; H and W even."""
-        main = F.pixel_unshuffle(self.conv(hidden), 2)
-        folded = F.pixel_unshuffle(hidden, 2)
-        if self.shortcut is not None:
-            return main + self.shortcut(folded)
-        return main + folded.unflatten(1, (main.shape[1], -1)).mean(dim=2)
-
-
-class DetailUpsample(nn.Module):
-    """Channel-to-space block before the joint decoder: [B, Ci, h, w] -> [B, Co, 2h, 2w] (METHOD 2.1).
-
-    A 3x3 convolution and a pixel shuffle, beside a shortcut that repeats each channel 4 Co / Ci times and shuffles.
-    With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
-
-    Raises:
-        ValueError: without `linear_shortcut`, 4 `out_channels` is no multiple of `in_channels`.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, linear_shortcut: bool = False) -> None:
-        super().__init__()
-        if not linear_shortcut and 4 * out_channels % in_channels:
-            raise ValueError(
-                f"in_channels={in_channels} must divide 4 * out_channels={4 * out_channels}: the shortcut repeats "
-                "each channel a whole number of times. Choose detail_channels accordingly, or linear_shortcut=True."
-            )
-        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, 4 * out_channels, 1) if linear_shortcut else None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, Ci, h, w] -> [B, Co, 2h, 2w]."""
-        main = self.conv(hidden)
-        if self.shortcut is not None:
-            return F.pixel_shuffle(main + self.shortcut(hidden), 2)
-        return F.pixel_shuffle(main + hidden.repeat_interleave(main.shape[1] // hidden.shape[1], dim=1), 2)
+RESOLUTION_FACTORS = (2, 4)
+DECODING = ("detail_upsample", "joint_post_quant_conv", "joint_decoder")
+"""Parts that only decode, in the order in which they run. The others only encode."""
 
 
 class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """Base latents of the picture at half size, and detail latents of the picture itself, on one grid.
+    """Base latents of the picture at 1/s of its size, and detail latents of the picture itself, on one grid.
 
     Pictures are [B, 3, H, W] in [-1, 1], H and W multiples of s * f (resolution factor, base downsample factor);
     latents are [B, C + D, H / (s f), W / (s f)], base first. A stock pipeline brings them to the transformer's unit
@@ -117,14 +63,16 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     standardisation*: without statistics of the base, its half is then in units.
 
     Args:
-        base_config: the config of the base autoencoder (AutoencoderKL or AutoencoderTiny); it may hold diffusers'
-            `latents_mean` and `latents_std`, C numbers each, or None.
+        base_config: the config of the base autoencoder; it may hold diffusers' `latents_mean` and `latents_std`, C
+            numbers each, or None. An AutoencoderDA can be the base of another: its C + D latents, standardised, are
+            then the base latents.
         base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own ("full" in METHOD
             2.2): then there is no base encoder, no base half and no alignment.
         detail_channels: D, a multiple of the base's latent channels.
         latent_channels: C + D; img2img pipelines read it.
-        block_out_channels: the base's, with one entry more; stock pipelines count it to find the downsample factor.
-        resolution_factor: s = 2.
+        block_out_channels: the base's, with one entry more for s = 2, two for s = 4; stock pipelines count it to find
+            the downsample factor.
+        resolution_factor: s, 2 or 4.
         base_downsample: the filter that makes the base picture, a key of DOWNSAMPLE_FILTERS.
         scaling_factor: the base's, as in diffusers.
         shift_factor: the base's, as in diffusers; 0 where the base has none.
@@ -168,9 +116,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
         base = base_class(base_config["_class_name"]).from_config(dict(base_config))
         quant_conv = getattr(base, "quant_conv", None)
+        self.detail_encoder = copy.deepcopy(base.encoder)
         self.base_encoder = base.encoder.requires_grad_(False).eval() if base_channels else None
         self.base_quant_conv = quant_conv if base_channels else None
-        self.detail_encoder = copy.deepcopy(base.encoder).requires_grad_(True)
         self.detail_quant_conv = copy.deepcopy(quant_conv) if linear_blocks else None
         self.joint_post_quant_conv = getattr(base, "post_quant_conv", None) if linear_blocks else None
         self.joint_decoder = base.decoder
@@ -181,8 +129,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             if base_config["_class_name"] in LINEAR_ONLY:
                 raise ValueError(f"linear_blocks=False: a {base_config['_class_name']} is upgraded with True only.")
             into_down, out_of_up = drop_latent_layers(self.detail_encoder, self.joint_decoder)
-        self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, linear_shortcut=linear_blocks)
-        self.detail_upsample = DetailUpsample(latent_channels, out_of_up, linear_shortcut=linear_blocks)
+        blocks = {"factor": resolution_factor, "linear_shortcut": linear_blocks}
+        self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, **blocks)
+        self.detail_upsample = DetailUpsample(latent_channels, out_of_up, **blocks)
         self.detail_from_base = nn.Conv2d(base_channels, detail_channels, 1, bias=False) if base_in_detail else None
         self.register_buffer("detail_mean", torch.zeros(detail_channels))
         self.register_buffer("detail_std", torch.ones(detail_channels))
@@ -208,6 +157,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         vae: ModelMixin,
         *,
         detail_channels: int,
+        resolution_factor: int = 2,
         base_downsample: str = "bicubic-antialias",
         linear_blocks: bool = True,
         all_new: bool = False,
@@ -215,11 +165,12 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> "AutoencoderDA":
         """An untrained AutoencoderDA on a pretrained autoencoder, whose weights all three of its parts start from.
 
-        With `linear_blocks` the latents of the full picture are replaced by the base latents, each repeated on 2x2
+        With `linear_blocks` the latents of the full picture are replaced by the base latents, each repeated on s x s
         positions, and the detail latents have no effect, until `closed_form.fit_closed_form` or training sets them;
         without, the new blocks start as in the paper, the 3x3 convolutions at random.
         With `all_new` there is no base half: the detail encoder makes all `detail_channels` latents, and with linear
-        blocks the full picture's latents, averaged over 2x2 positions, stand where the base latents stood.
+        blocks the full picture's latents, averaged over s x s positions, stand where the base latents stood.
+        With an AutoencoderDA for `vae` this is the upgrade of an upgrade: all that `vae` encodes is the base.
 
         Raises:
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
@@ -228,13 +179,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         facts = base_facts(vae.config)
         settings = inspect.signature(type(vae).__init__).parameters.keys() & vae.config.keys()
         base_channels = 0 if all_new else facts.latent_channels
-        stages = (*facts.stages, facts.stages[-1])
+        stages = facts.stages + (resolution_factor.bit_length() - 1) * facts.stages[-1:]
         autoencoder = cls(
             base_config={"_class_name": type(vae).__name__, **{name: vae.config[name] for name in sorted(settings)}},
             base_channels=base_channels,
             detail_channels=detail_channels,
             latent_channels=base_channels + detail_channels,
             block_out_channels=stages,
+            resolution_factor=resolution_factor,
             base_downsample=base_downsample,
             scaling_factor=facts.scaling_factor,
             shift_factor=facts.shift_factor,
@@ -407,6 +359,16 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @property
+    def encoder(self) -> "AutoencoderDA":
+        """The encoding half alone, under the name that other autoencoders have for theirs; it shares the weights."""
+        return self._half(name for name in self._modules if name not in (*DECODING, "bn"))
+
+    @property
+    def decoder(self) -> "AutoencoderDA":
+        """The decoding half alone, likewise."""
+        return self._half(DECODING)
+
+    @property
     def downsample_factor(self) -> int:
         """Side of the picture / side of the latents: s * f."""
         return 2 ** (len(self.config.block_out_channels) - 1)
@@ -437,11 +399,25 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _pixels(self, hidden: Tensor, post_quant_conv: nn.Module | None) -> Tensor:
         """The decoder's layers, on exact tiles if tiling is on and there are any, and pictures in [-1, 1]."""
         decoder = self.joint_decoder
+        if isinstance(decoder, AutoencoderDA):
+            for setting in ("use_tiling", "tile_sample_size", "tile_storage"):
+                setattr(decoder, setting, getattr(self, setting))
         tile = max(1, self.tile_sample_size * self.config.resolution_factor // self.downsample_factor)
         if self.use_tiling and max(hidden.shape[-2:]) > tile and can_decode_tiles(decoder):
             hidden = hidden if post_quant_conv is None else post_quant_conv(hidden)
             return decode_tiles(decoder, hidden, tile=tile, storage=self.tile_storage)
         return decode_pixels(decoder, post_quant_conv, hidden)
+
+    def _decodes_tiles(self) -> bool:
+        decoder = self.joint_decoder
+        return decoder._decodes_tiles() if isinstance(decoder, AutoencoderDA) else can_decode_tiles(decoder)
+
+    def _half(self, parts: Iterable[str]) -> "AutoencoderDA":
+        half = copy.copy(self)
+        kept = {name: self._modules[name] for name in parts if name in self._modules}
+        half._modules = kept | dict.fromkeys(name for name in self._modules if name not in kept)
+        half._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return half
 
     def _base_outside(self, base: Tensor) -> Tensor:
         """The base half as `encode` gives it: the two scalars then make (z - mean) / std * scaling_factor of it."""
@@ -474,7 +450,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             return torch.cat([self._in_pieces(run, one, channels=channels, up=up, down=down) for one in x.split(1)])
         height, width = (length // down for length in x.shape[-2:])  # these and all below in latent positions
         tile = max(1, self.tile_sample_size // self.downsample_factor)
-        exact = up > 1 and can_decode_tiles(self.joint_decoder)  # then `_pixels` makes the tiles
+        exact = up > 1 and self._decodes_tiles()  # then `_pixels` makes the tiles
         if not self.use_tiling or exact or max(height, width) <= tile:
             return run(x)
         stride = max(1, int(tile * (1 - self.tile_overlap)))
@@ -500,25 +476,25 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @torch.no_grad()
     def _start_from(self, vae: ModelMixin) -> None:
-        theirs = vae.state_dict()
-        for name, tensor in self.state_dict().items():
-            pretrained = name.partition("_")[2]  # base_encoder, detail_encoder and joint_decoder are named after theirs
-            if pretrained in theirs:
-                tensor.copy_(theirs[pretrained])
+        for name, part in self.named_children():  # base_encoder, detail_encoder, joint_decoder are named after theirs
+            theirs = getattr(vae, name.partition("_")[2], None)
+            if isinstance(theirs, nn.Module):
+                part.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in part.state_dict()})
         if self.detail_from_base is not None:
             self.detail_from_base.weight.zero_()
         if self.bn is not None and self.config.base_channels:
             for name in ("running_mean", "running_var"):
-                getattr(self.bn, name)[: 4 * self.config.base_channels] = theirs[f"bn.{name}"]
+                getattr(self.bn, name)[: 4 * self.config.base_channels] = getattr(vae.bn, name)
         if self.config.linear_blocks:
             down, up, channels = self.detail_downsample, self.detail_upsample, base_facts(vae.config).latent_channels
             for parameter in (*down.parameters(), *up.parameters()):
                 parameter.zero_()
             down.shortcut.bias[self.config.detail_channels :] = -5.0
-            # Every base channel onto its own four places of the pixel shuffle.
-            up.shortcut.weight[:, :channels, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=0)
+            # Every base channel onto its own s^2 places of the pixel shuffle.
+            places = self.config.resolution_factor**2
+            up.shortcut.weight[:, :channels, 0, 0] = torch.eye(channels).repeat_interleave(places, dim=0)
             if self.base_encoder is None:
-                down.shortcut.weight[:channels, :, 0, 0] = torch.eye(channels).repeat_interleave(4, dim=1) / 4
+                down.shortcut.weight[:channels, :, 0, 0] = torch.eye(channels).repeat_interleave(places, dim=1) / places
 
 
 def _check_settings(
@@ -527,11 +503,18 @@ def _check_settings(
     base_class(base_config["_class_name"])
     channels = base_facts(base_config).latent_channels
     groups = base_channels or channels  # all new: as many as base and detail would have
-    if detail_channels <= 0 or detail_channels % groups:
-        nearest = max(1, round(detail_channels / groups)) * groups
+    if resolution_factor not in RESOLUTION_FACTORS:
+        allowed = " and ".join(map(str, RESOLUTION_FACTORS))
         raise ValueError(
-            f"detail_channels={detail_channels} must be a positive multiple of base_channels={groups}: the "
-            f"alignment loss averages groups. The nearest is {nearest}."
+            f"resolution_factor={resolution_factor}: allowed are {allowed}. For more, upgrade the upgraded again."
+        )
+    half = resolution_factor**2 // 2  # of what an unshuffle makes of a channel; mean and log-variance are two of each
+    unit = lcm(groups, half)
+    if detail_channels <= 0 or detail_channels % unit:
+        nearest = max(1, round(detail_channels / unit)) * unit
+        raise ValueError(
+            f"detail_channels={detail_channels} must be a positive multiple of base_channels={groups}, of which the "
+            f"alignment loss averages groups, and of {half}, half of resolution_factor^2. The nearest is {nearest}."
         )
     statistics = [base_config.get(name) for name in ("latents_mean", "latents_std")]
     if statistics != [None, None] and (
@@ -542,8 +525,6 @@ def _check_settings(
             f"latents_mean and latents_std of base_config must be {channels} numbers each, one for each base channel, "
             f"deviations above 0; or None both. They are {statistics[0]} and {statistics[1]}."
         )
-    if resolution_factor != 2:
-        raise ValueError(f"resolution_factor={resolution_factor}: only 2 is built.")
     if base_downsample not in DOWNSAMPLE_FILTERS:
         raise ValueError(f"base_downsample={base_downsample!r}: allowed are {', '.join(DOWNSAMPLE_FILTERS)}.")
 

@@ -88,9 +88,7 @@ def _number(value: int | float) -> str:
 
 def autoencoder_budget(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Figure]:
     """Stage 1; see `budget_of`."""
-    autoencoder = untrained_autoencoder(
-        geometry.vae, detail_channels=recipe.detail_channels, linear_blocks=recipe.start == "closed form"
-    )
+    autoencoder = _made_by(recipe, geometry)
     set_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
     trained = parameters(autoencoder, discriminator, trained=True)
@@ -118,9 +116,16 @@ def planned_autoencoder(recipe: FinetuneRecipe, geometry: Geometry, path: Path) 
             return AutoencoderDA.from_config(AutoencoderDA.load_config(folder))
     if not has_sections(AutoencoderRecipe, read_toml(path)):
         raise SettingsError(f"there is no autoencoder in {folder} yet, and {path} has no section [autoencoder]")
-    stage_one = load_recipe(AutoencoderRecipe, path)
-    linear = stage_one.start == "closed form"
-    return untrained_autoencoder(geometry.vae, detail_channels=stage_one.detail_channels, linear_blocks=linear)
+    return _made_by(load_recipe(AutoencoderRecipe, path), geometry)
+
+
+def _made_by(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
+    return untrained_autoencoder(
+        geometry.vae,
+        detail_channels=recipe.detail_channels,
+        resolution_factor=recipe.resolution_factor,
+        linear_blocks=recipe.start == "closed form",
+    )
 
 
 def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> list[Figure]:

@@ -1,8 +1,9 @@
 """A start for the detail half without training: least squares and principal components in the decoder's metric.
 
 The pretrained autoencoder already knows how to encode the full picture: its full-size latents, unshuffled onto the
-base grid, are 4 C channels. The base latents predict part of them; the rest is projected on the D directions that cost
-the decoder most pixels. Encoder and decoder maps are the two 1x1 shortcuts of `AutoencoderDA` (METHOD section 10).
+base grid, are s^2 C channels (s the resolution factor). The base latents predict part of them; the rest is projected on
+the D directions that cost the decoder most pixels. Encoder and decoder maps are the two 1x1 shortcuts of `AutoencoderDA`
+(METHOD section 10).
 """
 
 from typing import Literal, NamedTuple
@@ -173,11 +174,11 @@ def _spread(code: Code, components: Tensor, base_channels: int, detail_channels:
 
 
 def _latents(autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Base latents [C, positions] and unshuffled full latents [4 C, positions], float64."""
+    """Base latents [C, positions] and unshuffled full latents [s^2 C, positions], float64."""
     rows = []
     for batch in pictures.split(batch_size):
         batch = batch.to(autoencoder.device, autoencoder.dtype)
-        full = F.pixel_unshuffle(autoencoder.encode_pretrained(batch), 2)
+        full = F.pixel_unshuffle(autoencoder.encode_pretrained(batch), autoencoder.config.resolution_factor)
         rows.append((_positions(autoencoder.encode_base(batch)), _positions(full)))
     base, full = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
     if full.shape[1] < 4 * len(full):
@@ -226,7 +227,7 @@ def _least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
-    """M = E[J^T J], [4C, 4C] in float64, over the positions of `pictures` [N, 3, H, W] in [-1, 1].
+    """M = E[J^T J], [s^2 C, s^2 C] in float64, over the positions of `pictures` [N, 3, H, W] in [-1, 1].
 
     What an error of the unshuffled latents, in units, costs in pixels: J is the decoder's Jacobian, and J^T J is
     estimated from two random +-1 pictures v for each picture, whose g = J^T v one backward pass gives.
@@ -240,7 +241,7 @@ def decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> T
                 latents.requires_grad_(True)
                 pixels = autoencoder.decode_full(latents)
                 (gradient,) = torch.autograd.grad(pixels, latents, (signs * 2.0 - 1.0).to(pixels))
-            columns = _positions(F.pixel_unshuffle(gradient, 2))
+            columns = _positions(F.pixel_unshuffle(gradient, autoencoder.config.resolution_factor))
             metric, count = metric + columns @ columns.T, count + columns.shape[1]
     return metric / count
 

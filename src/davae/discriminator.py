@@ -1,13 +1,58 @@
 """The PatchGAN of pix2pix (Isola et al. 2017, arXiv 1611.07004) at VQGAN's settings (arXiv 2012.09841), for stage 1."""
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
 MIN_SIDE = 24
 """Pixels; below this no position of the logits map is left."""
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors, whose gradient goes back to each of them."""
+
+    @staticmethod
+    def forward(_context: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with the statistics of all ranks' parts of a batch, which are of one size; of one rank, as ever.
+
+    torch's own SyncBatchNorm does the same on GPUs only. Running statistics come out the same on all ranks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        assert self.affine
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        wide, ranks = input.float(), dist.get_world_size()
+        mean = _SumOverRanks.apply(wide.mean(dim=(0, 2, 3))) / ranks
+        centred = wide - mean[:, None, None]
+        variance = _SumOverRanks.apply(centred.square().mean(dim=(0, 2, 3))) / ranks
+        with torch.no_grad():
+            count, momentum = ranks * wide.numel() // wide.shape[1], self.momentum or 0.1
+            self.running_mean.lerp_(mean.detach(), momentum)
+            self.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
 class PatchDiscriminator(nn.Module):
@@ -32,7 +77,7 @@ class PatchDiscriminator(nn.Module):
             channels = width * 2**depth
             layers += [
                 nn.Conv2d(channels, 2 * channels, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(2 * channels),
+                GlobalBatchNorm2d(2 * channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))

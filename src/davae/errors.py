@@ -35,3 +35,9 @@ class NumericsError(DavaeError, ArithmeticError):
     """Numbers that are not finite, too often to go on."""
 
     exit_code = 6
+
+
+class RankError(DavaeError):
+    """A process of several that stopped, died or fell out of step: the others cannot go on without it."""
+
+    exit_code = 7

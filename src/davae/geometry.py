@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from davae import assets
-from davae.autoencoder_bases import BASE_CLASSES
+from davae.autoencoder_bases import BASE_CLASSES, OWN_CLASSES, base_class
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
@@ -48,13 +48,13 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     try:
         index = DiffusionPipeline.load_config(source)
         (_, vae), (library, transformer) = index["vae"], index["transformer"]
-        if vae not in BASE_CLASSES or transformer not in BACKBONES:
+        allowed = (*BASE_CLASSES, *OWN_CLASSES)
+        if vae not in allowed or transformer not in BACKBONES:
             raise SettingsError(
-                f"{source} has a {vae} and a {transformer}; allowed are {', '.join(BASE_CLASSES)} and "
-                f"{', '.join(BACKBONES)}"
+                f"{source} has a {vae} and a {transformer}; allowed are {', '.join(allowed)} and {', '.join(BACKBONES)}"
             )
         kind = getattr(importlib.import_module("davae" if library == "davae" else "diffusers"), transformer)
-        return Geometry(source, _without_weights(BASE_CLASSES[vae], source, "vae"), _without_weights(kind, source))
+        return Geometry(source, _without_weights(base_class(vae), source, "vae"), _without_weights(kind, source))
     except SettingsError:  # also a ValueError, as what diffusers raises
         raise
     except LOADING_ERRORS as error:
@@ -70,7 +70,9 @@ def _without_weights(kind: type[Any], source: str, subfolder: str = "transformer
         return kind.from_config(config)
 
 
-def untrained_autoencoder(vae: ModelMixin, *, detail_channels: int, linear_blocks: bool) -> AutoencoderDA:
+def untrained_autoencoder(
+    vae: ModelMixin, *, detail_channels: int, resolution_factor: int = 2, linear_blocks: bool
+) -> AutoencoderDA:
     """An AutoencoderDA on that base, on the meta device.
 
     Raises:
@@ -78,6 +80,11 @@ def untrained_autoencoder(vae: ModelMixin, *, detail_channels: int, linear_block
     """
     try:
         with META:
-            return AutoencoderDA.from_base(vae, detail_channels=detail_channels, linear_blocks=linear_blocks)
+            return AutoencoderDA.from_base(
+                vae,
+                detail_channels=detail_channels,
+                resolution_factor=resolution_factor,
+                linear_blocks=linear_blocks,
+            )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error

@@ -8,26 +8,32 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from davae.autoencoder_bases import base_facts, downsample_factor
-from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
+from davae.backbones.sizes import Size, width_and_height
 from davae.data.png import to_bytes
 from davae.seeds import generator
 
 
-def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, side: int) -> Tensor:
-    """Starting noise [B, channels, side, side], keyed by (seed, index): an upgraded pipeline's base half is the base's.
+def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, height: int, width: int) -> Tensor:
+    """Starting noise [B, channels, height, width] of latents, keyed by (seed, index), whose base half is the base's.
 
-    So base and upgraded pictures of one index begin alike, and can be compared side by side.
+    So base and upgraded pictures of one index begin alike, and can be compared side by side; those of an upgrade of an
+    upgrade, too.
     """
-    vae = pipeline.vae
-    total = base_facts(vae.config).latent_channels
-    channels = vae.config.base_channels if isinstance(vae, AutoencoderDA) else total
-    extra = total - channels
+    upgrades: list[int] = []
+    config = pipeline.vae.config
+    while isinstance(config.get("base_config"), dict) and config["base_channels"]:
+        upgrades.insert(0, config["detail_channels"])
+        config = config["base_config"]
+    channels = {"base noise": base_facts(config).latent_channels}
+    channels |= {f"detail noise{f' {n}' if n > 1 else ''}": count for n, count in enumerate(upgrades, 1)}
     rows = []
     for index in indices:
-        base = torch.randn(channels, side, side, generator=generator(seed, "base noise", index))
-        detail = torch.randn(extra, side, side, generator=generator(seed, "detail noise", index))
-        rows.append(torch.cat([base, detail]))
+        parts = [
+            torch.randn(count, height, width, generator=generator(seed, purpose, index))
+            for purpose, count in channels.items()
+        ]
+        rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
@@ -38,10 +44,10 @@ def sample(
     seed: int,
     steps: int = 28,
     guidance_scale: float = 4.0,
-    size: int | None = None,
+    size: Size | None = None,
     prompt_tokens: int = 256,
     first_index: int = 0,
-) -> UInt8[Tensor, "b 3 size size"]:
+) -> UInt8[Tensor, "b 3 height width"]:
     """One picture for each prompt.
 
     Args:
@@ -50,7 +56,7 @@ def sample(
         seed: of the noise, together with each picture's index.
         steps: of the sampler.
         guidance_scale: as the stock pipeline understands it; of classifier-free guidance, mostly, which 1 turns off.
-        size: side in pixels; the pipeline's default if None.
+        size: side in pixels, or width and height; the pipeline's default square if None.
         prompt_tokens: length that the longest text encoder pads or cuts to.
         first_index: index of the first prompt, for the noise.
 
@@ -58,15 +64,16 @@ def sample(
         SettingsError: a pipeline of another family, or a size that it cannot make.
     """
     backbone = backbone_of(pipeline.transformer)
-    side = backbone.picture_side(pipeline, size)
+    width, height = width_and_height(pipeline, size, picture_side=backbone.picture_side)
     indices = range(first_index, first_index + len(prompts))
     factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
-    noise = shared_noise(pipeline, indices, seed=seed, side=side // factor)
+    noise = shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
     arguments = backbone.call(
         pipeline,
         prompts,
         noise=noise.to(pipeline.device, pipeline.transformer.dtype),
-        side=side,
+        height=height,
+        width=width,
         guidance_scale=guidance_scale,
         prompt_tokens=prompt_tokens,
     )

@@ -1,4 +1,4 @@
-"""Upgrade: a base pipeline and an AutoencoderDA become a stock pipeline of twice the side length, at equal tokens."""
+"""Upgrade: a base pipeline and an AutoencoderDA become a stock pipeline of s times the side length, at equal tokens."""
 
 import inspect
 import logging
@@ -22,7 +22,7 @@ from davae.adapter import (
     read_index,
     tensors_digest,
 )
-from davae.autoencoder_bases import base_class, base_facts
+from davae.autoencoder_bases import base_class, base_facts, downsample_factor
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
@@ -43,7 +43,8 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Safe
 def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPipeline:
     """The same pipeline class with an AutoencoderDA for its VAE, and a widened transformer that starts as the base's.
 
-    The default size doubles by itself, since stock pipelines count the autoencoder's stages; the token count stays.
+    The default size grows by itself, since stock pipelines count the autoencoder's stages; the token count stays.
+    `pipeline` may be an upgraded one, if `autoencoder` was made from its VAE: an upgrade of the upgrade.
     All other components, and all weights of the transformer but its two ports, are shared with `pipeline`, which is
     left as it is: train a copy of it if you go on needing the base. `autoencoder` is moved to the dtype and device of
     the VAE whose place it takes.
@@ -84,7 +85,7 @@ def _with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPi
 def load_pipeline(
     path_or_base: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -96,8 +97,10 @@ def load_pipeline(
         path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
             was saved are None again. A class-conditional pipeline must be a folder; from the Hub it loads by
             `ClassConditionalFlowPipeline.from_pretrained`.
-        adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`.
-        fuse: add the adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays apart.
+        adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`. Several are applied in
+            their order, each an upgrade of what is there by then.
+        fuse: add the last adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays
+            apart.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
         without: components that are not loaded, and None.
@@ -106,6 +109,8 @@ def load_pipeline(
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
     """
     folder = Path(path_or_base)
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
+    asked, dtype = dtype or torch.float32, torch.float32 if len(adapters) > 1 else dtype or torch.float32
     absent: dict[str, None] = {}
     kind, portable = DiffusionPipeline, False
     if folder.is_dir():
@@ -117,7 +122,7 @@ def load_pipeline(
             absent["vae"] = None  # its code is the folder's own: ours is used instead
         kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     absent |= dict.fromkeys(without)
-    settings = {**absent, "dtype": dtype or torch.float32, "use_safetensors": True}
+    settings = {**absent, "dtype": dtype, "use_safetensors": True}
     try:
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
@@ -127,8 +132,12 @@ def load_pipeline(
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             _check_whole(module, f"{name} of {path_or_base}")
-    if adapter is not None:
-        pipeline = _with_adapter(pipeline, Path(adapter), fuse=fuse)
+    for place in adapters:
+        pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
+    if asked != dtype:  # a later adapter knows its base by weights that were added up in float32
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                nn.Module.to(module, dtype=asked)
     return pipeline if device is None else pipeline.to(device)
 
 
@@ -218,8 +227,8 @@ def load_model(
     if given:  # assigned, since diffusers may have left them on "meta"
         own = {name: tensor.to(dtype or torch.float32, copy=True) for name, tensor in given.items()}
         model.load_state_dict(own, strict=False, assign=True)
-        for name in given:
-            model.get_parameter(name).requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in given)
     return model.to(device).eval()
 
 
@@ -281,8 +290,6 @@ def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> D
 
 def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> None:
     vae = pipeline.vae
-    if isinstance(vae, AutoencoderDA):
-        raise SettingsError("this pipeline is upgraded already: give upgrade() the base pipeline")
     try:
         base_class(type(vae).__name__)
     except ValueError as error:
@@ -297,12 +304,12 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
             "all latents of this autoencoder are new (base_channels=0): a transformer knows none of them, so there is "
             "no warm start. Use one with a base half, or train a transformer on its latents from scratch"
         )
-    facts = base_facts(vae.config)
+    facts, factor = base_facts(vae.config), downsample_factor(vae.config)
     for name, ours, theirs in (
         ("base_channels", config.base_channels, facts.latent_channels),
         ("scaling_factor", config.scaling_factor, facts.scaling_factor),
         ("shift_factor", config.shift_factor, facts.shift_factor),
-        ("stages before the detail's", len(config.block_out_channels) - 1, len(facts.stages)),
+        ("downsample factor / resolution factor", autoencoder.downsample_factor // config.resolution_factor, factor),
     ):
         if not math.isclose(ours, theirs, rel_tol=1e-6):
             raise SettingsError(

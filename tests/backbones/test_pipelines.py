@@ -200,7 +200,7 @@ def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded
     backbone, transformer = backbone_of(upgraded.transformer), upgraded.transformer
     given = recorded(monkeypatch, upgraded.scheduler, "step")
     made(upgraded, 64, seed=2)
-    start = shared_noise(upgraded, [0, 1], seed=2, side=8)
+    start = shared_noise(upgraded, [0, 1], seed=2, height=8, width=8)
     if backbone.classes:
         draws = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
         start = torch.cat([torch.randn(1, 2 * C, 8, 8, generator=draw) for draw in draws])

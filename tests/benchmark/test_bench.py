@@ -16,7 +16,7 @@ from tiny import tiny_class_pipeline, tiny_sd3_pipeline
 pytestmark = pytest.mark.filterwarnings("ignore:The following part of your input was truncated")
 LIMITS = Ceilings(products=2e12, copy=1e10)
 QUICK = {"repeats": 2, "warm_up": 1, "shortest": 0.0, "ceilings": LIMITS}
-LOADING = {"adapter": None, "geometry": None, "layers": None, "parts": [], "dtype": None, "device": "cpu"}
+LOADING = {"adapter": [], "geometry": None, "layers": None, "parts": [], "dtype": None, "device": "cpu"}
 
 
 def pair() -> dict:

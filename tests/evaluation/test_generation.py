@@ -46,19 +46,19 @@ def upgraded(base: DiffusionPipeline, autoencoder_folder: Path) -> DiffusionPipe
 
 
 def test_base_and_upgraded_pipelines_share_the_noise_of_the_base_channels(base, upgraded) -> None:
-    first, second = (shared_noise(pipeline, [5, 7], seed=3, side=8) for pipeline in (base, upgraded))
+    first, second = (shared_noise(pipeline, [5, 7], seed=3, height=8, width=8) for pipeline in (base, upgraded))
     assert (first.shape, second.shape) == ((2, 4, 8, 8), (2, 12, 8, 8))
     assert torch.equal(second[:, :4], first)
     assert not torch.equal(second[:, 4:8], first)
 
 
 def test_noise_is_keyed_by_seed_and_index_not_by_the_place_in_the_batch(upgraded) -> None:
-    together = shared_noise(upgraded, range(4), seed=3, side=8)
+    together = shared_noise(upgraded, range(4), seed=3, height=8, width=8)
     for index in range(4):
-        assert torch.equal(shared_noise(upgraded, [index], seed=3, side=8)[0], together[index])
+        assert torch.equal(shared_noise(upgraded, [index], seed=3, height=8, width=8)[0], together[index])
     assert len({row.sum().item() for row in together}) == 4
-    assert not torch.equal(shared_noise(upgraded, range(4), seed=4, side=8), together)
-    large = shared_noise(upgraded, range(64), seed=3, side=8)
+    assert not torch.equal(shared_noise(upgraded, range(4), seed=4, height=8, width=8), together)
+    large = shared_noise(upgraded, range(64), seed=3, height=8, width=8)
     assert large.mean().item() == pytest.approx(0, abs=0.02)
     assert large.std().item() == pytest.approx(1, abs=0.02)
 
@@ -85,7 +85,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(upgraded) -> None:
 def test_a_warm_started_upgrade_follows_the_base_on_the_base_channels(base, upgraded) -> None:
     latents = []
     for pipeline, side in ((base, 32), (upgraded, 64)):
-        noise = shared_noise(pipeline, [0], seed=2, side=8)
+        noise = shared_noise(pipeline, [0], seed=2, height=8, width=8)
         settings = {"num_inference_steps": 2, "max_sequence_length": 8, "output_type": "latent"}
         latents.append(pipeline("red ball", height=side, width=side, latents=noise, **settings).images)
     torch.testing.assert_close(latents[1][:, :4], latents[0], atol=1e-5, rtol=0)

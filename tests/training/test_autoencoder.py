@@ -15,6 +15,7 @@ from davae.discriminator import PatchDiscriminator
 from davae.errors import CheckpointError, DataError, NumericsError, SettingsError
 from davae.evaluation.reconstruction import measure, upgraded
 from davae.perceptual import LPIPS
+from davae.ranks import Ranks
 from davae.recipe import load_recipe
 from davae.record import read_metrics
 from davae.seeds import generator
@@ -372,7 +373,7 @@ def test_the_recipe_decides_the_latent_noise_of_a_run(recipe: AutoencoderRecipe,
 def test_heldout_numbers_are_those_of_the_evaluation(autoencoder, picture_folder, lpips) -> None:
     heldout = open_pictures(picture_folder, size=64, split="heldout")
     expected = measure(heldout, {"davae": upgraded(autoencoder)}, lpips=lpips)["davae"]
-    found = heldout_metrics(autoencoder, heldout, lpips)
+    found = heldout_metrics(autoencoder, heldout, lpips, Ranks())
     assert found == pytest.approx({f"heldout_{name}": value for name, value in expected.items()})
 
 

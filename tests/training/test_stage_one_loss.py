@@ -12,6 +12,7 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.data.sources import PictureSet, open_pictures
 from davae.discriminator import PatchDiscriminator
 from davae.perceptual import LPIPS, patchwise_lpips
+from davae.ranks import Ranks
 from davae.seeds import generator
 from davae.training.autoencoder import discriminator_of
 from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
@@ -109,19 +110,19 @@ def test_the_posterior_noise_is_a_function_of_seed_and_step(autoencoder, state, 
 def test_latent_noise_has_its_level_in_each_channels_own_deviations() -> None:
     shift = torch.arange(1.0, 5.0).view(1, 4, 1, 1)
     base, detail = torch.randn(64, 4, 16, 16), shift * torch.randn(64, 4, 16, 16) + shift
-    noisy = with_latent_noise(base, detail, 0.5, generator(0, "latent noise", 0))
+    noisy = with_latent_noise(base, detail, 0.5, generator(0, "latent noise", 0), Ranks())
     level = 0.5 * torch.randn(64, generator=generator(0, "latent noise", 0)).abs()
     for half, clean in zip(noisy, (base, detail), strict=True):
         found = (half - clean).std(dim=(2, 3)) / clean.std(dim=(0, 2, 3))
         torch.testing.assert_close(found, level[:, None].expand(-1, 4), rtol=0.2, atol=1e-3)
     assert not torch.equal(noisy[0] - base, (noisy[1] - detail) / shift)
-    assert with_latent_noise(base, detail, 0.0, generator(0, "latent noise", 0)) == (base, detail)
+    assert with_latent_noise(base, detail, 0.0, generator(0, "latent noise", 0), Ranks()) == (base, detail)
 
 
 def test_latent_noise_cannot_be_shrunk_away_through_its_deviation() -> None:
     detail = torch.randn(2, 4, 8, 8, requires_grad=True)
     upstream = torch.randn(2, 4, 8, 8)
-    noisy = with_latent_noise(torch.randn(2, 4, 8, 8), detail, 0.5, generator(0, "latent noise", 0))[1]
+    noisy = with_latent_noise(torch.randn(2, 4, 8, 8), detail, 0.5, generator(0, "latent noise", 0), Ranks())[1]
     assert torch.equal(torch.autograd.grad(noisy, detail, upstream)[0], upstream)
 
 
@@ -146,7 +147,7 @@ def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(
 def test_detail_dropout_is_of_whole_pictures_at_its_rate(inverted: bool) -> None:
     """METHOD section 2.2: zero with probability p for each sample; inverted, the others times 1 / (1 - p)."""
     detail = torch.randn(2000, 2, 2, 2, dtype=torch.float64) + 3
-    dropped = with_detail_dropout(detail, 0.25, generator(0, "detail dropout", 0), inverted=inverted).numpy()
+    dropped = with_detail_dropout(detail, 0.25, generator(0, "detail dropout", 0), Ranks(), inverted=inverted).numpy()
     scale = 1 / (1 - 0.25) if inverted else 1.0
     gone = (dropped == 0).all(axis=(1, 2, 3))
     np.testing.assert_allclose(dropped[~gone], scale * detail.numpy()[~gone], rtol=1e-15)
@@ -156,7 +157,7 @@ def test_detail_dropout_is_of_whole_pictures_at_its_rate(inverted: bool) -> None
 
 def test_no_detail_dropout_changes_nothing() -> None:
     detail = torch.randn(2, 4, 2, 2)
-    assert with_detail_dropout(detail, 0.0, generator(0, "detail dropout", 0), inverted=True) is detail
+    assert with_detail_dropout(detail, 0.0, generator(0, "detail dropout", 0), Ranks(), inverted=True) is detail
 
 
 def test_only_the_joint_decoder_sees_dropped_details(autoencoder, state, train_pictures, lpips) -> None:
@@ -188,8 +189,8 @@ def test_the_reconstruction_is_compared_with_the_target(autoencoder, state, trai
     with torch.no_grad():
         base, (mean, log_variance) = autoencoder.encode_base(image), autoencoder.encode_detail(image)
         detail = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator(0, "posterior", 0))
-        base, detail = with_latent_noise(base, detail, 0.3, generator(0, "latent noise", 0))
-        detail = with_detail_dropout(detail, 0.5, generator(0, "detail dropout", 0), inverted=False)
+        base, detail = with_latent_noise(base, detail, 0.3, generator(0, "latent noise", 0), Ranks())
+        detail = with_detail_dropout(detail, 0.5, generator(0, "detail dropout", 0), Ranks(), inverted=False)
         reconstruction = autoencoder.reconstruct(base, detail)
     own = stage_one_loss(autoencoder, image, lpips, recipe, state).logs
     other = stage_one_loss(autoencoder, image, lpips, recipe, state, target=reconstruction).logs
@@ -216,7 +217,7 @@ def test_lpips_is_patchwise_where_the_recipe_says_so(train_pictures, lpips) -> N
 @pytest.fixture
 def opponent(state: TrainingState) -> Companion:
     made = discriminator_of(AutoencoderRecipe(loss=LossWeights(adversarial=0.1)))
-    made.prepare(state.device)
+    made.prepare(state.ranks)
     return made
 
 
@@ -321,12 +322,12 @@ def test_adaptive_factors_are_capped_and_only_where_they_have_a_weight() -> None
     }
     places = {"alignment": weight, "adversarial": weight}
     both = {"adaptive_alignment": True, "adaptive_adversarial": True}
-    found = adaptive_factors(parts, LossWeights(adversarial=1.0, **both), places)
+    found = adaptive_factors(parts, LossWeights(adversarial=1.0, **both), places, Ranks())
     assert found == {"alignment": 1e8, "adversarial": 1e4}
-    assert set(adaptive_factors(parts, LossWeights(adversarial=0.0, **both), places)) == {"alignment"}
-    assert adaptive_factors(parts, LossWeights(adversarial=1.0), places) == {}
+    assert set(adaptive_factors(parts, LossWeights(adversarial=0.0, **both), places, Ranks())) == {"alignment"}
+    assert adaptive_factors(parts, LossWeights(adversarial=1.0), places, Ranks()) == {}
     del parts["adversarial"]  # before the discriminator's start
-    assert set(adaptive_factors(parts, LossWeights(adversarial=1.0, **both), places)) == {"alignment"}
+    assert set(adaptive_factors(parts, LossWeights(adversarial=1.0, **both), places, Ranks())) == {"alignment"}
 
 
 def test_the_last_convolution_is_the_one_that_makes_pixels() -> None:

@@ -13,18 +13,19 @@ def call(
     prompts: Sequence[str],
     *,
     noise: Float[Tensor, "..."],
-    side: int,
+    height: int,
+    width: int,
     guidance_scale: float,
     prompt_tokens: int,
 ) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call: pictures of `side` pixels from `noise`, in the shape that it takes.
+    """Arguments of the stock pipeline's call: pictures of `height` x `width` pixels from `noise`, as it takes it.
 
     A family whose pipeline wants other arguments, or more, makes its own of these.
     """
     return {
         "prompt": list(prompts),
-        "height": side,
-        "width": side,
+        "height": height,
+        "width": width,
         "guidance_scale": guidance_scale,
         "latents": noise,
         "max_sequence_length": prompt_tokens,

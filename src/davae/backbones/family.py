@@ -43,12 +43,13 @@ class Backbone:
     null_class: Callable[[Any], int] = _ports_only
     """(transformer) -> the class number that means none; the classes are those below it. Only with `classes`."""
     picture_side: Callable[[Any, int | None], int] = _ports_only
-    """(pipeline, pixels or None for the default) -> side in pixels; raises SettingsError for one it cannot make."""
+    """(pipeline, pixels or None for the default) -> side in pixels; raises SettingsError for one it cannot make. Of a
+    picture that is no square, either side is asked for."""
     shift: Callable[[Any, int], float] = timestep_shift
     """(scheduler, tokens of a picture) -> timestep shift that the stock pipeline samples with; only flow models'."""
     call: Callable[..., dict[str, Any]] = _ports_only
-    """(pipeline, prompts, noise=[B,C+D,h,w], side=pixels, guidance_scale=, prompt_tokens=) -> arguments of the stock
-    pipeline's call that make these pictures of this size; not of families with `classes`."""
+    """(pipeline, prompts, noise=[B,C+D,h,w], height=pixels, width=pixels, guidance_scale=, prompt_tokens=) -> arguments
+    of the stock pipeline's call that make these pictures of this size; not of families with `classes`."""
     guided_rows: int = 2
     """Rows of the transformer's batch in a guided step of one picture; 1 where guidance is an input of the model."""
     clip_tokens: int = 0

@@ -20,7 +20,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_2", "no
 COUNTED_FACTOR = 8
 """The downsample factor that the stock pipeline counts with, whatever its VAE's is."""
 
-ADVICE = "ask for half the side that you want: Lumina2Pipeline counts with a downsample factor of 8"
+ADVICE = "divide the side that you want by the resolution factor: Lumina2Pipeline counts with a downsample factor of 8"
 
 
 def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
@@ -65,8 +65,8 @@ def call(
     pipeline: Lumina2Pipeline, prompts: Sequence[str], *, noise: Float[Tensor, "b latent h w"], **settings: Any
 ) -> dict[str, Any]:
     """As of `calling.call`, with sizes by the pipeline's own count."""
-    height, width = (COUNTED_FACTOR * length for length in noise.shape[-2:])
-    return {**calling.call(pipeline, prompts, noise=noise, **settings), "height": height, "width": width}
+    counted = dict(zip(("height", "width"), (COUNTED_FACTOR * length for length in noise.shape[-2:]), strict=True))
+    return calling.call(pipeline, prompts, noise=noise, **{**settings, **counted})
 
 
 BACKBONE = Backbone(

@@ -1,8 +1,29 @@
 """Sizes of pictures, for families that make many."""
 
+from collections.abc import Callable
+from typing import Any
+
 from diffusers import DiffusionPipeline
 
 from davae.errors import SettingsError
+
+Size = int | tuple[int, int]
+"""Side of a square in pixels, or width and height, in the order of "320x192" and of Pillow's sizes."""
+
+
+def width_and_height(
+    pipeline: DiffusionPipeline, size: Size | None, *, picture_side: Callable[[Any, int | None], int]
+) -> tuple[int, int]:
+    """`size` in pixels, or the pipeline's default square if it is None; `picture_side` is the family's.
+
+    Raises:
+        SettingsError: as `picture_side`, of either side.
+    """
+    if isinstance(size, tuple):
+        width, height = size
+        return picture_side(pipeline, width), picture_side(pipeline, height)
+    side = picture_side(pipeline, size)
+    return side, side
 
 
 def side_of(

@@ -40,7 +40,7 @@ def load_pair(
     pipeline: str | None,
     against: str | None,
     *,
-    adapter: Path | None,
+    adapter: Sequence[Path],
     geometry: str | None,
     layers: int | None,
     parts: Sequence[str],
@@ -52,7 +52,7 @@ def load_pair(
     Args:
         pipeline: folder or Hub name of the candidate; None with a `geometry`.
         against: folder or Hub name of the base; None for no comparison, or with a `geometry`.
-        adapter: for the candidate.
+        adapter: those of the candidate, in their order.
         geometry: a key of `random_weights.GEOMETRIES` or a folder of configs: that base with random weights, and the
             same one upgraded for the candidate.
         layers: how deep a `geometry` is built; all of it if None.
@@ -73,15 +73,15 @@ def load_pair(
     if pipeline is not None:
         if layers is not None:
             raise SettingsError("--layers is for a --geometry: a loaded pipeline is as deep as it is")
-        given = {f"{Path(pipeline).name}{f' + {adapter.name}' if adapter else ''}": (pipeline, adapter)}
+        given = {" + ".join([Path(pipeline).name, *(each.name for each in adapter)]): (pipeline, adapter)}
         if against is not None:
-            given |= {f"against {Path(against).name}": (against, None)}
+            given |= {f"against {Path(against).name}": (against, ())}
         return {
             name: load_pipeline(path, adapter=extra, dtype=DTYPES[chosen], device=where)
             for name, (path, extra) in given.items()
         }
     assert geometry is not None, "there is one of the two"
-    if against is not None or adapter is not None:
+    if against is not None or adapter:
         raise SettingsError(
             "a --geometry is compared with itself before the upgrade: leave out --against and --adapter"
         )

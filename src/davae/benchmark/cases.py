@@ -13,8 +13,8 @@ from davae.autoencoder_bases import downsample_factor
 from davae.backbones import Backbone, backbone_of, fixed_size
 from davae.class_conditional import ClassConditionalFlowPipeline
 from davae.errors import SettingsError
-from davae.evaluation.generation import shared_noise
 from davae.geometry import META
+from davae.sampling import shared_noise
 from davae.seeds import generator
 from davae.widen import patch_side
 from davae.workload import condition_of, counting, in_half, meta
@@ -157,7 +157,9 @@ def _whole(case: Case) -> object:
         if isinstance(case.pipeline, ClassConditionalFlowPipeline):
             settings |= {"height": case.size, "width": case.size, "guidance_interval": (0.0, 1.0)}
         return case.pipeline([0] * case.batch, **settings)
-    noise = shared_noise(case.pipeline, range(case.batch), seed=case.seed, side=case.latent_side)
+    noise = shared_noise(
+        case.pipeline, range(case.batch), seed=case.seed, height=case.latent_side, width=case.latent_side
+    )
     noise = noise.to(case.pipeline.device, case.pipeline.transformer.dtype)
     told = {"noise": noise, "side": case.size, "guidance_scale": GUIDANCE, "prompt_tokens": case.prompt_tokens}
     return case.pipeline(**case.backbone.call(case.pipeline, [PROMPT] * case.batch, **told), **settings)

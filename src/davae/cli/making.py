@@ -10,14 +10,15 @@ from davae.cli.options import (
     AutoencoderPath,
     Device,
     DryRun,
+    PictureSize,
     PipelinePath,
     PromptTokens,
     Seed,
-    Size,
     device_of,
     quiet,
     say,
     show,
+    size_of,
 )
 from davae.errors import SettingsError
 
@@ -39,7 +40,11 @@ def demo(
     say(page.with_name("figure.png"))
 
 
-def inspect(pipeline: PipelinePath, adapter: Adapter = None, dry_run: DryRun = False) -> None:
+def inspect(
+    pipeline: PipelinePath,
+    adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
+    dry_run: DryRun = False,
+) -> None:
     """Print factor, channels, tokens per size and ports of a pipeline, and what an upgrade would change."""
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter})
@@ -99,10 +104,10 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their page.")] = Path("runs/generate"),
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
-    size: Size = None,
+    size: PictureSize = None,
     prompt_tokens: PromptTokens = 256,
     seed: Seed = 0,
-    adapter: Adapter = None,
+    adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
     lora: Annotated[
         str | None, typer.Option(help="A LoRA of the base, or of this model: file, folder or name.")
     ] = None,
@@ -110,7 +115,7 @@ def generate(
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size_of(size)}
     settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
     if dry_run:
         read = {"pipeline": pipeline, "adapter": adapter, "lora": lora}

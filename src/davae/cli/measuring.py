@@ -93,7 +93,7 @@ def evaluate(
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
     prompt_tokens: PromptTokens = 256,
     seed: Seed = 0,
-    adapter: Adapter = None,
+    adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -125,7 +125,7 @@ def bench(
     warm_up: Annotated[int, typer.Option(min=1, help="Calls before them.")] = 3,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on a CPU.")] = None,
     seed: Seed = 0,
-    adapter: Adapter = None,
+    adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +30,14 @@ PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipelin
 AutoencoderPath = Annotated[
     Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA, or of an adapter.")
 ]
-Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
+Adapter = Annotated[
+    list[Path], typer.Option(help="An adapter folder, to apply to the (base) pipeline. Repeatable: one upon the other.")
+]
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
+PictureSize = Annotated[
+    str | None, typer.Option(metavar="SIDE|WIDTHxHEIGHT", help="In pixels; by default the pipeline's own square.")
+]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
 Pictures = Annotated[
     str,
@@ -49,6 +55,17 @@ def device_of(name: str | None) -> str:
     if name is not None and name.partition(":")[0] not in allowed:
         raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
     return name or allowed[-1]
+
+
+def size_of(text: str | None) -> int | tuple[int, int] | None:
+    """A side, or width and height, in pixels, of "256" or "320x192"."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
+    if found is None:
+        raise SettingsError(f"--size {text}: give a side in pixels, such as 256, or WIDTHxHEIGHT, such as 320x192")
+    width, height = found.groups()
+    return int(width) if height is None else (int(width), int(height))
 
 
 def quiet() -> None:

@@ -70,9 +70,23 @@ def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int
 
 
 def random_crops(
-    images: Shaped[Tensor, "batch channels height width"], size: int, *, seed: int, step: int
+    images: Shaped[Tensor, "batch channels height width"],
+    size: int,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Shaped[Tensor, "batch channels size size"]:
     """A square of side `size` out of each image, at a place of its own, every place equally likely.
+
+    Args:
+        images: part `rank` of the step's batch, which was cut into `ranks` equal parts.
+        size: side of the squares.
+        seed: of the run.
+        step: its places are drawn for the whole batch.
+        rank: which part it is.
+        ranks: how many parts there are.
 
     Raises:
         SettingsError: `size` is under 1 or above a side of the images.
@@ -80,9 +94,9 @@ def random_crops(
     height, width = images.shape[-2:]
     if not 1 <= size <= min(height, width):
         raise SettingsError(f"size={size}: allowed are crops of side 1 to {min(height, width)} out of these images")
-    random = generator(seed, "crop", step)
-    tops = torch.randint(height - size + 1, (len(images),), generator=random).tolist()
-    lefts = torch.randint(width - size + 1, (len(images),), generator=random).tolist()
+    random, part = generator(seed, "crop", step), slice(rank * len(images), (rank + 1) * len(images))
+    tops = torch.randint(height - size + 1, (ranks * len(images),), generator=random)[part].tolist()
+    lefts = torch.randint(width - size + 1, (ranks * len(images),), generator=random)[part].tolist()
     crops = [
         image[:, top : top + size, left : left + size] for image, top, left in zip(images, tops, lefts, strict=True)
     ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from davae.adapter import tensors_digest
 from davae.backbones import backbone_of
+from davae.backbones.sizes import Size, width_and_height
 from davae.data.listing import Source
 from davae.data.png import ORIGIN, read_png, write_png
 from davae.data.sources import PictureSet, open_pictures
@@ -31,7 +32,7 @@ from davae.storage import write_json
 
 def sample_many(
     pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, *, label: str, batch_size: int = 16, **settings
-) -> list[UInt8[Tensor, "3 size size"]]:
+) -> list[UInt8[Tensor, "3 height width"]]:
     """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing.
 
     Each file says what it was made from: weights, prompt, index and settings. One that differs is made anew.
@@ -88,7 +89,7 @@ def generate(
     *,
     steps: int = 28,
     guidance_scale: float = 4.0,
-    size: int | None = None,
+    size: Size | None = None,
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
@@ -97,12 +98,13 @@ def generate(
     Returns:
         The path of the page.
     """
-    side = backbone_of(pipeline.transformer).picture_side(pipeline, size)
+    picture_side = backbone_of(pipeline.transformer).picture_side
+    width, height = width_and_height(pipeline, size, picture_side=picture_side)
     pictures = sample_many(
         pipeline, prompts, out / "pictures", label="generating",
         steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
     )  # fmt: skip
-    grid = Pictures([f"{side} px"], list(prompts), [[picture] for picture in pictures])
+    grid = Pictures([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
     write_page(out / "index.html", Report("Generated pictures", lead, [Section("Pictures", "", grid)]))
     return out / "index.html"

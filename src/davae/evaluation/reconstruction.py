@@ -35,7 +35,8 @@ Way = Callable[[Tensor], Tensor]
 METRICS = ("psnr", "ssim", "lpips")
 BATCH = 8
 OURS, ZEROED, RANDOMISED = "davae", "davae, detail zeroed", "davae, detail randomised"
-HALF, FULL, UNSHUFFLED = "base at half size, bicubic", "base at full size", "base at full size, unshuffled"
+SMALL = {2: "base at half size, bicubic", 4: "base at a quarter of the size, bicubic"}
+FULL, UNSHUFFLED = "base at full size", "base at full size, unshuffled"
 """Names in the numbers of `reconstruct`."""
 
 
@@ -146,8 +147,8 @@ def reconstruct(
         autoencoder: the autoencoder to look at.
         pictures: a folder of captioned pictures or shards.
         out: where the results go.
-        base: the base pipeline's VAE, for the bounds that it sets: at half size and enlarged, at full size, and at full
-            size with its latents unshuffled onto the grid of `autoencoder`; left out, they are not shown.
+        base: the base pipeline's VAE, for the bounds that it sets: at 1/s of the size and enlarged, at full size, and
+            at full size with its latents unshuffled onto the grid of `autoencoder`; left out, they are not shown.
         compare: other tokenizers by name, see `tokenizers.load_tokenizer`.
         size: side of the pictures in pixels.
         limit: at most so many pictures.
@@ -170,8 +171,9 @@ def reconstruct(
         tokenizers |= {ZEROED: detail_zeroed(autoencoder), RANDOMISED: detail_randomised(autoencoder)}
     tokenizers |= compare or {}
     if base is not None:
-        bounds = {FULL: base_at_full_size(base), UNSHUFFLED: base_unshuffled(base)}
-        tokenizers = {HALF: base_enlarged(base, autoencoder), **tokenizers, **bounds}
+        factor = autoencoder.config.resolution_factor
+        bounds = {FULL: base_at_full_size(base), UNSHUFFLED: base_unshuffled(base, factor=factor)}
+        tokenizers = {SMALL[factor]: base_enlarged(base, autoencoder), **tokenizers, **bounds}
     for name in sorted(tokenizers, key=lambda name: name != OURS):
         if size % tokenizers[name].factor:
             factor = tokenizers[name].factor

@@ -55,12 +55,12 @@ class Tokenizer:
 
 
 def base_at_full_size(vae: ModelMixin) -> Tokenizer:
-    """The base autoencoder on the picture itself: the bound that four times the tokens would buy."""
+    """The base autoencoder on the picture itself: the bound that s^2 times the tokens would buy."""
     return stock(vae)
 
 
 def base_enlarged(vae: ModelMixin, autoencoder: AutoencoderDA) -> Tokenizer:
-    """The base autoencoder on the picture at half size, enlarged with bicubic: what equal tokens give without davae."""
+    """The base on the picture at 1/s of its size, enlarged with bicubic: what equal tokens give without davae."""
     small, factor = stock(vae), autoencoder.config.resolution_factor
     return Tokenizer(
         encode=lambda image: small.encode(autoencoder.base_picture(image)),
@@ -72,18 +72,18 @@ def base_enlarged(vae: ModelMixin, autoencoder: AutoencoderDA) -> Tokenizer:
     )
 
 
-def base_unshuffled(vae: ModelMixin) -> Tokenizer:
-    """The base autoencoder's latents of the picture itself, 2x2 positions to channels ("simple" in METHOD 2.2).
+def base_unshuffled(vae: ModelMixin, *, factor: int = 2) -> Tokenizer:
+    """The base autoencoder's latents of the picture itself, s x s positions to channels ("simple" in METHOD 2.2).
 
-    [B, C, H / f, W / f] -> [B, 4 C, H / 2f, W / 2f] and back: the pictures are those of the base at full size, at the
-    tokens of half the size; what it costs is channels.
+    [B, C, H / f, W / f] -> [B, s^2 C, H / sf, W / sf] and back, s = `factor`: the pictures are those of the base at
+    full size, at the tokens of 1/s of it; what it costs is channels.
     """
     full = stock(vae)
     return Tokenizer(
-        encode=lambda image: F.pixel_unshuffle(full.encode(image), 2),
-        decode=lambda latents: full.decode(F.pixel_shuffle(latents, 2)),
-        factor=2 * full.factor,
-        channels=4 * full.channels,
+        encode=lambda image: F.pixel_unshuffle(full.encode(image), factor),
+        decode=lambda latents: full.decode(F.pixel_shuffle(latents, factor)),
+        factor=factor * full.factor,
+        channels=factor**2 * full.channels,
     )
 
 

@@ -20,54 +20,61 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.discriminator import PatchDiscriminator
 from davae.errors import NumericsError, SettingsError
 from davae.perceptual import LPIPS
+from davae.ranks import TIMEOUT, Ranks
 from davae.seeds import generator
 from davae.storage import replaced_whole, write_atomically
 from davae.training.autoencoder_recipe import AutoencoderRecipe, check_choices, check_sides
 from davae.training.autoencoder_recipe import LossWeights as LossWeights  # imported from here with the recipe
 from davae.training.companion import Companion
 from davae.training.heldout import heldout_metrics, heldout_picture
-from davae.training.stage_one_loss import stage_one_loss
+from davae.training.stage_one_loss import compared_at, stage_one_loss
 from davae.training.tensors import channels_last
 from davae.upgrade import check_base_encoder, load_autoencoder, load_base_vae
 
 logger = logging.getLogger(__name__)
 
 
-def train_autoencoder(recipe: AutoencoderRecipe, folder: Path, *, report_to: Sequence[str] = ()) -> Path:
-    """Train, calibrate and save an AutoencoderDA; run again, it goes on where it stopped.
+def train_autoencoder(
+    recipe: AutoencoderRecipe, folder: Path, *, report_to: Sequence[str] = (), rank_timeout: float = TIMEOUT
+) -> Path:
+    """Train, calibrate and save an AutoencoderDA; run again, it goes on where it stopped, on as many ranks as then.
 
     Args:
         recipe: all that decides the outcome.
-        folder: of the run.
+        folder: of the run; every rank must see it.
         report_to: trackers that are shown its metrics, too (`davae.training.trackers.TRACKERS`).
+        rank_timeout: seconds that a rank waits for another.
 
     Returns:
         The folder of the trained autoencoder, `folder`/autoencoder.
 
     Raises:
-        SettingsError: sizes that do not fit each other or the base.
+        SettingsError: sizes that do not fit each other, the base or the number of ranks.
         CheckpointError: `folder` holds a run of another recipe.
         NumericsError: the detail latents came to nothing.
         DavaeError: whatever data, checkpoints and storage raise.
     """
-    with recipe.alone_in(folder):
-        return _train_autoencoder(recipe, folder, report_to)
+    ranks = Ranks(rank_timeout)
+    ranks.check_divides("batch_size", recipe.batch_size)
+    with recipe.alone_in(folder, ranks):
+        return _train_autoencoder(recipe, folder, ranks, report_to)
 
 
-def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, report_to: Sequence[str]) -> Path:
-    pictures = recipe.training_pictures(folder, captions=False)
+def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
+    pictures = recipe.training_pictures(folder if ranks.first else None, captions=False)
     heldout = open_pictures(
         recipe.source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures, captions=False
     )
-    heldout = heldout.sound(folder / "refused_heldout.json")
+    heldout = heldout.sound(folder / "refused_heldout.json" if ranks.first else None)
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
-    autoencoder = channels_last(start_autoencoder(recipe, pictures, folder / "start"))
+    autoencoder = channels_last(ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start")))
     base_vae = load_base_vae(base_of(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = discriminator_of(recipe)
     trained = set_trained(autoencoder, recipe)
+    models, whole = {"autoencoder": autoencoder}, compared_at(autoencoder).values()
     state = recipe.training_state(
-        folder, {"autoencoder": autoencoder}, trained, label="stage 1", companion=discriminator, report_to=report_to
+        folder, models, trained, label="stage 1", ranks=ranks, companion=discriminator, whole=whole, report_to=report_to
     )
     for network in (alex, lpips, base_vae):
         if network is not None:
@@ -75,14 +82,16 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, report_to: Seque
 
     def evaluate() -> dict[str, float]:
         faults.at("eval")
-        values = heldout_metrics(autoencoder, heldout, alex)
+        values = heldout_metrics(autoencoder, heldout, alex, ranks)
         state.log(values)
-        write_png(folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout))
+        shown, picture = folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout)
+        ranks.first_does(lambda: write_png(shown, picture))
         return values
 
     def make_crops(batch: int) -> tuple[list[int], Tensor]:
         indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
-        return indices, random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=batch)
+        place = {"seed": recipe.seed, "step": batch, "rank": ranks.rank, "ranks": ranks.count}
+        return indices, random_crops(pictures.batch(ranks.share(indices)), recipe.crop, **place)
 
     with Ahead(make_crops) as load:
         for step in state.steps():
@@ -103,15 +112,19 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, report_to: Seque
         if not (recipe.decoder_only and recipe.autoencoder):
             calibrate(autoencoder, pictures, recipe)
         values = evaluate()
-        with replaced_whole(folder / "autoencoder") as partial:
-            autoencoder.save_pretrained(partial)
+        made = state.whole("autoencoder")
+        ranks.first_does(lambda: save_whole(made, folder / "autoencoder"))
     skipped = {} if discriminator is None else {"skipped_discriminator_steps": discriminator.skipped}
-    recipe.finish(
-        state,
-        {**values, "autoencoder": folder / "autoencoder"},
-        counts={"pictures": len(pictures), "heldout_pictures": len(heldout), **skipped},
-    )
+    found, counts = {**values, "autoencoder": folder / "autoencoder"}, {"pictures": len(pictures), **skipped}
+    ranks.first_does(lambda: recipe.finish(state, found, counts={**counts, "heldout_pictures": len(heldout)}))
     return folder / "autoencoder"
+
+
+def save_whole(autoencoder: nn.Module, folder: Path) -> None:
+    """Write it into `folder`, whole or not at all."""
+    assert isinstance(autoencoder, AutoencoderDA)
+    with replaced_whole(folder) as partial:
+        autoencoder.save_pretrained(partial)
 
 
 def set_trained(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> list[nn.Parameter]:
@@ -181,8 +194,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
-    with replaced_whole(folder) as partial:
-        autoencoder.save_pretrained(partial)
+    save_whole(autoencoder, folder)
     return autoencoder
 
 
@@ -199,6 +211,7 @@ def untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
             return AutoencoderDA.from_base(
                 vae,
                 detail_channels=recipe.detail_channels,
+                resolution_factor=recipe.resolution_factor,
                 base_downsample=recipe.base_downsample,
                 linear_blocks=recipe.start == "closed form",
                 all_new=recipe.latents == "full",
@@ -218,7 +231,7 @@ def going_on(recipe: AutoencoderRecipe) -> AutoencoderDA:
     needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
     vae = load_base_vae(base_of(recipe)) if needed else None
     autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
-    for name in ("detail_channels", "base_downsample"):
+    for name in ("detail_channels", "resolution_factor", "base_downsample"):
         ours, theirs = getattr(recipe, name), autoencoder.config[name]
         if ours != theirs:
             raise SettingsError(f"{name}={ours!r}, but {recipe.autoencoder} has {theirs!r}: say so in the recipe, too")

@@ -50,6 +50,8 @@ class AutoencoderRecipe(PicturesRecipe):
 
     base: str = ""
     """Folder or Hub name of the base pipeline, or folder of a bare autoencoder; "" is the shipped pipeline."""
+    resolution_factor: Literal[2, 4] = 2
+    """s: the base sees the picture at 1/s of its size. 4 wants `detail_channels` in multiples of 8."""
     detail_channels: Positive = 16
     latents: Literal["detail", "full"] = "detail"
     """"detail" beside base latents; or "full": all `detail_channels` latents are new and none is the base's, as in the

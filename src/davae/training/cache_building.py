@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from davae.errors import SettingsError
-from davae.training.caching import Share
+from davae.ranks import Ranks
 from davae.training.finetune import training_pictures, upgraded_base
 from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.inputs import cache_folder, training_inputs
@@ -22,8 +20,8 @@ def build_caches(recipe: FinetuneRecipe, folder: Path) -> Path:
     """
     if recipe.online:
         raise SettingsError("online = true: this recipe encodes at every step and keeps nothing; leave it out")
-    Share.ours()  # before anything else may ask for the device
+    ranks = Ranks()
     pipeline = upgraded_base(recipe)
-    pictures = training_pictures(recipe, pipeline.transformer, folder)
-    training_inputs(recipe, pipeline, pictures, folder, PartialState().device)
+    pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
+    training_inputs(recipe, pipeline, pictures, folder, ranks)
     return cache_folder(recipe, folder)

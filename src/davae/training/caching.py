@@ -1,12 +1,9 @@
 """Computing what a cache lacks, by all processes at once."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from davae import faults
@@ -27,13 +24,6 @@ class Share:
     processes: int = 1
     wait: Callable[[], None] = lambda: None
     """Returns when all of them have come there."""
-
-    @classmethod
-    def ours(cls) -> "Share":
-        """As `accelerate launch` or `torchrun` started this process."""
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        state = PartialState(cpu=several and not torch.cuda.is_available())  # torchrun on CPUs must be told
-        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def fill(

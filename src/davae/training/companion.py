@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from davae import faults
 from davae.errors import NumericsError
+from davae.ranks import Ranks
 from davae.training.tensors import (
     copy_into,
     live_tensors,
@@ -29,7 +30,7 @@ class Companion:
     """A model, an AdamW at a constant learning rate, and their part of a `TrainingState`'s checkpoints.
 
     Give it to the state, which moves it to its device and loads it when it resumes; then, for every batch of a step in
-    which the model is trained, call `update` once. There is no EMA of it.
+    which the model is trained, call `update` once. There is no EMA of it. Every rank holds it whole, FSDP or not.
 
     Args:
         name: of the model; a checkpoint has a file `name`.safetensors and one `name`_optimizer.safetensors.
@@ -61,9 +62,10 @@ class Companion:
         self._pending: list[Tensor] = []
         self._trained = named_parameters({name: model}, model.parameters())
 
-    def prepare(self, device: torch.device) -> None:
-        """Move the model to `device` and make its optimiser."""
-        self.model.to(device)
+    def prepare(self, ranks: Ranks) -> None:
+        """Move the model to this rank's device and make its optimiser."""
+        self._ranks = ranks
+        self.model.to(ranks.device)
         self.optimizer = torch.optim.AdamW(
             list(self._trained.values()),
             lr=self.learning_rate,
@@ -89,6 +91,10 @@ class Companion:
             return
         mean = torch.stack(self._pending).mean()
         self._pending = []
+        if self._ranks.count > 1:
+            (mean_value,) = self._ranks.mean([mean.item()])
+            mean = mean.new_tensor(mean_value)
+            self._ranks.average_(p.grad for p in self._trained.values() if p.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
         value, norm_value = torch.stack([mean, norm.float()]).tolist()
         finite = math.isfinite(value) and math.isfinite(norm_value)
@@ -112,7 +118,7 @@ class Companion:
         """Its tensors for a checkpoint, on the CPU."""
         return {
             self.name: saved_tensors(self.model, self.name, self._trained),
-            f"{self.name}_optimizer": optimizer_tensors(self.optimizer, self._trained),
+            f"{self.name}_optimizer": optimizer_tensors(self.optimizer, self._trained, self._trained),
         }
 
     def values(self) -> dict[str, int]:
@@ -127,7 +133,7 @@ class Companion:
         """
         live = live_tensors(self.model, self.name, self._trained)
         copy_into(live, groups.get(self.name, {}), path / f"{self.name}.safetensors")
-        restore_optimizer(self.optimizer, self._trained, groups[f"{self.name}_optimizer"])
+        restore_optimizer(self.optimizer, self._trained, self._trained, groups[f"{self.name}_optimizer"])
         self.skipped, self._streak = values["skipped"], values["skipped_in_a_row"]
         self._keep_buffers()
 

@@ -24,6 +24,7 @@ from davae.card import model_card, write_card
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.flow import detail_weight
+from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.storage import write_json
@@ -41,28 +42,34 @@ from davae.widen import start_ports
 logger = logging.getLogger(__name__)
 
 
-def finetune(recipe: FinetuneRecipe, folder: Path, *, report_to: Sequence[str] = ()) -> Path:
+def finetune(
+    recipe: FinetuneRecipe, folder: Path, *, report_to: Sequence[str] = (), rank_timeout: float = TIMEOUT
+) -> Path:
     """Upgrade the base pipeline, fine-tune it and save it; run again, it goes on where it stopped.
 
     Args:
         recipe: all that decides the outcome.
-        folder: of the run.
+        folder: of the run; every rank must see it.
         report_to: trackers that are shown its metrics, too (`davae.training.trackers.TRACKERS`).
+        rank_timeout: seconds that a rank waits for another.
 
     Returns:
         The folder of a stock pipeline, LoRA fused, `folder`/pipeline; unless all was trained, there is
         `folder`/adapter beside it.
 
     Raises:
-        SettingsError: a family that cannot be trained, or a size that the upgraded pipeline cannot make.
+        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, or a batch that
+            the ranks cannot share equally.
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
-    with recipe.alone_in(folder):
-        return _finetune(recipe, folder, report_to)
+    ranks = Ranks(rank_timeout)
+    ranks.check_divides("batch_size", recipe.batch_size)
+    with recipe.alone_in(folder, ranks):
+        return _finetune(recipe, folder, ranks, report_to)
 
 
-def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) -> Path:
+def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
     base = recipe.base or str(assets.base_pipeline())
     pipeline = upgraded_base(recipe)
     backbone, channels = backbone_of(pipeline.transformer), pipeline.vae.config.base_channels
@@ -70,13 +77,13 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) ->
     start_ports(
         pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
     )
-    pictures = training_pictures(recipe, pipeline.transformer, folder)
+    pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     models = {"transformer": pipeline.transformer}
-    state = recipe.training_state(folder, models, parameters, label="stage 2", report_to=report_to)
-    latents, conditions = training_inputs(recipe, pipeline, pictures, folder, state.device)
+    state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
+    latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
     objectives = bucket_objectives(pipeline, recipe, pictures)
     validation = Validation(recipe, pipeline, pictures, folder)
@@ -85,13 +92,13 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) ->
             validation.draw(state)
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
-            indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
-            random = generator(recipe.seed, "flow", batch)
+            whole = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
+            indices, random = ranks.share(whole), generator(recipe.seed, "flow", batch)
             clean = faults.at("encode", latents.batch(indices, step=batch).to(state.device))
             objective = objectives[clean[0, 0].numel()]
-            noise = torch.randn(clean.shape, generator=random).to(state.device)
-            time = objective.draw_times(len(indices), random).to(state.device)
-            kept = torch.rand(len(indices), generator=random) >= recipe.caption_dropout
+            noise = ranks.randn(clean.shape, random).to(state.device)
+            time = ranks.share(objective.draw_times(len(whole), random)).to(state.device)
+            kept = ranks.rand((len(indices),), random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             found = conditions.batch(rows.tolist())
             condition = {name: faults.at("text", values.to(state.device)) for name, values in found.items()}
@@ -99,15 +106,15 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, report_to: Sequence[str]) ->
                 prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
             prediction = faults.at("forward", prediction[0]), prediction[1]
             loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
-            state.update(loss, logs, samples=[pictures.keys[index] for index in indices])
+            state.update(loss, logs, samples=[pictures.keys[index] for index in whole])
     if recipe.validation_every:
         validation.draw(state)
     with state.ema_weights():
-        saved = save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base=base, base_sha256=base_sha256)
-    values, counts = last_losses(state), {"pictures": len(pictures), "batch_size": recipe.batch_size}
-    recipe.finish(state, values, counts=counts)
-    write_cards(folder, recipe, base=base, metrics=values, counts=counts)
-    return saved
+        pipeline.register_modules(transformer=state.whole("transformer"))
+        names = {"base": base, "base_sha256": base_sha256}
+        ranks.first_does(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, **names))
+    ranks.first_does(lambda: leave_record(state, folder, recipe, base=base, pictures=len(pictures)))
+    return folder / "pipeline"
 
 
 def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
@@ -141,17 +148,17 @@ def bucket_objectives(
     }
 
 
-def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path) -> PictureSet:
+def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path, ranks: Ranks) -> PictureSet:
     """The pictures to train on, with captions or classes as the transformer's family wants; refusals are on record.
 
     Raises:
         SettingsError: a class that the transformer has not.
     """
     backbone = backbone_of(transformer)
-    pictures = recipe.training_pictures(folder, classes=backbone.classes)
+    pictures = recipe.training_pictures(folder if ranks.first else None, classes=backbone.classes)
     if backbone.classes:
         check_classes(pictures, backbone.null_class(transformer))
-    if pictures.class_names:
+    if pictures.class_names and ranks.first:
         write_json(folder / "classes.json", {name: number for number, name in enumerate(pictures.class_names)})
     return pictures
 
@@ -217,6 +224,13 @@ def last_losses(state: TrainingState) -> dict[str, float | None]:
     path = state.record.metrics_path
     lines = read_metrics(path) if path.exists() else []
     return {name: value for line in lines[-1:] for name, value in line.items() if name.endswith("loss")}
+
+
+def leave_record(state: TrainingState, folder: Path, recipe: FinetuneRecipe, *, base: str, pictures: int) -> None:
+    """Write result.json, and the cards of what was made."""
+    values, counts = last_losses(state), {"pictures": pictures, "batch_size": recipe.batch_size}
+    recipe.finish(state, values, counts=counts)
+    write_cards(folder, recipe, base=base, metrics=values, counts=counts)
 
 
 def write_cards(

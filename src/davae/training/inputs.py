@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from davae.backbones import backbone_of
 from davae.data.sources import PictureSet
+from davae.ranks import Ranks
 from davae.training.caching import Share
 from davae.training.conditions import (
     ClassConditions,
@@ -25,26 +26,26 @@ def cache_folder(recipe: FinetuneRecipe, folder: Path) -> Path:
 
 
 def training_inputs(
-    recipe: FinetuneRecipe, pipeline: DiffusionPipeline, pictures: PictureSet, folder: Path, device: torch.device
+    recipe: FinetuneRecipe, pipeline: DiffusionPipeline, pictures: PictureSet, folder: Path, ranks: Ranks
 ) -> tuple[CachedLatents | OnlineLatents, Conditions]:
     """Latents and conditions of the pictures; if they are cached, what the cache lacks is made by all processes first.
 
     Args:
         recipe: of the run.
-        pipeline: upgraded; its frozen parts encode on `device`, and stay there only if they are needed at every step.
+        pipeline: upgraded; its frozen parts encode on the ranks' device, and stay there only if every step needs them.
         pictures: with captions or classes, as the family wants.
         folder: of the run.
-        device: of the training.
+        ranks: of the run.
     """
     backbone, autoencoder = backbone_of(pipeline.transformer), pipeline.vae
-    move_frozen(pipeline, device)
+    move_frozen(pipeline, ranks.device)
     noise, seed = recipe.detail_noise, recipe.seed
     if recipe.online:
-        latents = OnlineLatents(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed)
+        latents = OnlineLatents(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed, ranks=ranks)
         if backbone.classes:
             return latents, ClassConditions(pipeline, backbone, pictures)
         return latents, OnlineConditions(pipeline, backbone, pictures, recipe.prompt_tokens)
-    caches, share = cache_folder(recipe, folder), Share.ours()
+    caches, share = cache_folder(recipe, folder), Share(ranks.rank, ranks.count, ranks.wait)
     kept = cached_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, share=share)
     if backbone.classes:
         conditions: Conditions = ClassConditions(pipeline, backbone, pictures)

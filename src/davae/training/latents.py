@@ -10,6 +10,7 @@ from torch import Tensor
 from davae.autoencoder_da import AutoencoderDA
 from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
+from davae.ranks import Ranks
 from davae.seeds import generator
 from davae.training.caching import SHARD_BYTES, Share, fill
 from davae.training.fingerprints import model_digest
@@ -75,19 +76,27 @@ class OnlineLatents(Latents):
         flips: mirror every other picture, left to right; which ones is drawn at every step.
         detail_noise: as of `cached_latents`.
         seed: of the noise and of the flips.
+        ranks: of the run.
     """
 
     def __init__(
-        self, autoencoder: AutoencoderDA, pictures: PictureSet, *, flips: bool, detail_noise: float, seed: int
+        self,
+        autoencoder: AutoencoderDA,
+        pictures: PictureSet,
+        *,
+        flips: bool,
+        detail_noise: float,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
         super().__init__(autoencoder, detail_noise=detail_noise, seed=seed)
-        self._autoencoder, self._pictures, self._flips = autoencoder.eval(), pictures, flips
+        self._autoencoder, self._pictures, self._flips, self._ranks = autoencoder.eval(), pictures, flips, ranks
 
     def batch(self, indices: Sequence[int], step: int) -> Float[Tensor, "b latent h w"]:
-        """Of these pictures as batch number `step` sees them, on the CPU."""
+        """Of this rank's pictures of batch number `step`, as it sees them, on the CPU."""
         image = self._pictures.batch(indices)
         if self._flips:
-            mirrored = torch.rand(len(indices), generator=generator(self._seed, "flips", step)) < 0.5
+            mirrored = self._ranks.rand((len(indices),), generator(self._seed, "flips", step)) < 0.5
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
         return self.noisy(encode(self._autoencoder, image).cpu(), indices)
 
@@ -121,7 +130,7 @@ def cached_latents(
     autoencoder.eval()
 
     def entries(indices: list[int]) -> list[Entry]:
-        found = {}
+        found: dict[int, Tensor] = {}
         for chosen in pictures.batches(indices, BLOCK):  # of one size each
             found |= dict(zip(chosen, encode(autoencoder, pictures.batch(chosen)).cpu(), strict=True))
         return [{"latents": found[index]} for index in indices]

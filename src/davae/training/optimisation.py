@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from davae.errors import CheckpointError
+from davae.ranks import Ranks
 from davae.recipe import Recipe, load_recipe
 from davae.record import alone
 from davae.storage import remove_temporaries
@@ -66,27 +67,32 @@ class OptimisationRecipe(Recipe):
     seed: NotNegative = 0
 
     @contextmanager
-    def alone_in(self, folder: Path) -> Iterator[None]:
+    def alone_in(self, folder: Path, ranks: Ranks) -> Iterator[None]:
         """Hold the folder's lock, and refuse it if a run of another recipe has begun there, before it is used.
 
         Raises:
             CheckpointError: one has; with the settings that differ.
-            SettingsError: another process trains there.
+            SettingsError: another run trains there.
             StorageError: the folder cannot be written.
+            RankError: a process of this run is missing, then or before the end.
         """
-        kept = folder / "recipe.toml"
-        with alone(folder):
-            remove_temporaries(folder)
-            if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
-                theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
-                names = [name for name in type(self).model_fields if getattr(theirs, name) != getattr(self, name)]
-                if names:
-                    raise CheckpointError(
-                        f"{folder} holds a run of another recipe, see {kept}, where "
-                        f"{', '.join(f'{name} = {getattr(theirs, name)!r}' for name in names)}. "
-                        "Give that recipe to go on with it, or a new folder"
-                    )
+        with ExitStack() as stack, ranks.together("a step"):
+            ranks.first_does(lambda: self._enter(folder, stack))
             yield
+
+    def _enter(self, folder: Path, stack: ExitStack) -> None:
+        kept = folder / "recipe.toml"
+        stack.enter_context(alone(folder))
+        remove_temporaries(folder)
+        if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
+            theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
+            names = [name for name in type(self).model_fields if getattr(theirs, name) != getattr(self, name)]
+            if names:
+                raise CheckpointError(
+                    f"{folder} holds a run of another recipe, see {kept}, where "
+                    f"{', '.join(f'{name} = {getattr(theirs, name)!r}' for name in names)}. "
+                    "Give that recipe to go on with it, or a new folder"
+                )
 
     def training_state(
         self,
@@ -95,8 +101,10 @@ class OptimisationRecipe(Recipe):
         parameters: Iterable[nn.Parameter],
         *,
         label: str,
+        ranks: Ranks,
         companion: Companion | None = None,
         report_to: Sequence[str] = (),
+        whole: Iterable[Tensor] = (),
     ) -> TrainingState:
         """The state of a run with these settings in `folder`, resumed if there is one, its recipe on record."""
         state = TrainingState(
@@ -126,8 +134,11 @@ class OptimisationRecipe(Recipe):
             companion=companion,
             samples=self.batch_size,
             report_to=report_to,
+            ranks=ranks,
+            whole=whole,
         )
-        state.record.start(self, device=str(state.device), precision=state.mixed_precision or "float32")
+        facts = {"device": str(state.device), "precision": state.mixed_precision or "float32"}
+        ranks.first_does(lambda: state.record.start(self, **facts))
         return state
 
     def finish(self, state: TrainingState, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:

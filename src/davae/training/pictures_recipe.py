@@ -48,8 +48,8 @@ class PicturesRecipe(OptimisationRecipe):
         several = self.aspect_ratios or self.sizes
         return bucket_table((self.size, *self.sizes), self.aspect_ratios, multiple=self.bucket_step if several else 1)
 
-    def training_pictures(self, folder: Path, *, captions: bool = True, classes: bool = False) -> PictureSet:
-        """The training split, every picture decoded once; what is refused is in `folder`/refused.json.
+    def training_pictures(self, folder: Path | None, *, captions: bool = True, classes: bool = False) -> PictureSet:
+        """The training split, every picture decoded once; what is refused is in `folder`/refused.json, if there is one.
 
         Raises:
             SettingsError: sizes that do not fit each other.
@@ -64,4 +64,5 @@ class PicturesRecipe(OptimisationRecipe):
             classes=classes,
             buckets=self.buckets,
         )
-        return pictures.sound(folder / "refused.json", max_unreadable=self.max_unreadable)
+        report = None if folder is None else folder / "refused.json"
+        return pictures.sound(report, max_unreadable=self.max_unreadable)

@@ -20,6 +20,7 @@ from davae.losses import (
     reconstruction_l1,
 )
 from davae.perceptual import LPIPS, patchwise_lpips
+from davae.ranks import Ranks
 from davae.seeds import generator
 from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
 from davae.training.companion import Companion
@@ -48,7 +49,7 @@ def stage_one_loss(
     target: Tensor | None = None,
     opponent: Companion | None = None,
 ) -> StageOneLoss:
-    """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1] (METHOD section 4).
+    """L = L_rec + lambda_align L_align of one batch [B, 3, H, W] in [-1, 1] (METHOD section 4), or of a rank's part.
 
     Args:
         autoencoder: what is trained.
@@ -66,10 +67,11 @@ def stage_one_loss(
     with state.autocast():
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image, base)
-        noise = torch.randn(mean.shape, generator=posterior).to(mean)
+        noise = state.ranks.randn(mean.shape, posterior).to(mean)
         detail = faults.at("encode", mean + (0.5 * log_variance).exp() * noise)
-        noisy_base, noisy = with_latent_noise(base, detail, recipe.latent_noise, latent)
-        dropped = with_detail_dropout(noisy, recipe.detail_dropout, dropout, inverted=recipe.inverted_dropout)
+        noisy_base, noisy = with_latent_noise(base, detail, recipe.latent_noise, latent, state.ranks)
+        inverted = recipe.inverted_dropout
+        dropped = with_detail_dropout(noisy, recipe.detail_dropout, dropout, state.ranks, inverted=inverted)
         reconstruction = faults.at("forward", autoencoder.reconstruct(noisy_base, dropped))
         perceptual = perceptual_loss(lpips, reconstruction, target, weights)
         played = {} if opponent is None else adversarial_losses(opponent.model, reconstruction, target)
@@ -82,11 +84,7 @@ def stage_one_loss(
         "alignment": detail_alignment_loss(detail, base) if base.shape[1] else image.new_zeros(()),
         **played,
     }
-    places = {
-        "alignment": autoencoder.detail_downsample.conv.weight,
-        "adversarial": last_convolution(autoencoder.joint_decoder),
-    }
-    adaptive = adaptive_factors(parts, weights, places)
+    adaptive = adaptive_factors(parts, weights, compared_at(autoencoder), state.ranks)
     ramp = adversarial_ramp(state.step, start=weights.adversarial_start, ramp_steps=weights.adversarial_ramp_steps)
     factors = {**adaptive, "adversarial": ramp * adaptive.get("adversarial", 1.0)}
     logs = {**parts, **{f"{name}_factor": factor for name, factor in adaptive.items()}}
@@ -94,35 +92,44 @@ def stage_one_loss(
     return StageOneLoss(weighted_sum(parts, weights, factors), logs, discriminator)
 
 
-def with_latent_noise(base: Tensor, detail: Tensor, scale: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both halves [B, C or D, h, w] with noise of |N(0, 1)| x `scale` of their channels' deviations over the batch."""
+def with_latent_noise(
+    base: Tensor, detail: Tensor, scale: float, random: torch.Generator, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Both halves [B, C or D, h, w] with noise of |N(0, 1)| x `scale` of their channels' deviations over the batch.
+
+    The batch is that of all ranks, and B a rank's part of it.
+    """
     if not scale:
         return base, detail
-    level = scale * torch.randn(len(base), 1, 1, 1, generator=random).abs()
+    level = scale * ranks.randn((len(base), 1, 1, 1), random).abs()
     noisy = []
     for half in (base, detail):
         if not half.shape[1]:  # all latents are new: there is no base half
             noisy.append(half)
             continue
-        noise = level * torch.randn(half.shape, generator=random)
+        noise = level * ranks.randn(half.shape, random)
         # A deviation that the detail encoder got gradients through could shrink away the noise.
-        noisy.append(half + noise.to(half) * half.detach().float().std(dim=(0, 2, 3), keepdim=True).to(half))
+        deviation = ranks.gather(half.detach().float()).std(dim=(0, 2, 3), keepdim=True)
+        noisy.append(half + noise.to(half) * deviation.to(half))
     return noisy[0], noisy[1]
 
 
-def with_detail_dropout(detail: Tensor, probability: float, random: torch.Generator, *, inverted: bool) -> Tensor:
+def with_detail_dropout(
+    detail: Tensor, probability: float, random: torch.Generator, ranks: Ranks, *, inverted: bool
+) -> Tensor:
     """Detail latents [B, D, h, w], those of a whole picture zero with `probability` (METHOD section 2.2).
 
     Args:
         detail: detail latents before standardisation.
         probability: for each picture by itself.
         random: of the choice.
+        ranks: the processes that share the batch.
         inverted: multiply the others by 1 / (1 - `probability`), so that the mean over choices is `detail`. The
             reference does; but undropped latents, as at inference, are then smaller than those seen in training.
     """
     if not probability:
         return detail
-    kept = (torch.rand(len(detail), 1, 1, 1, generator=random) >= probability).to(detail)
+    kept = (ranks.rand((len(detail), 1, 1, 1), random) >= probability).to(detail)
     return detail * (kept / (1 - probability) if inverted else kept)
 
 
@@ -155,6 +162,14 @@ def adversarial_losses(discriminator: nn.Module, reconstruction: Tensor, target:
     return {"adversarial": generator_loss, "discriminator": hinge_discriminator_loss(real_logits, fake_logits)}
 
 
+def compared_at(autoencoder: AutoencoderDA) -> dict[str, Tensor]:
+    """By the name of a loss whose weight is adaptive, the parameter at which gradients are compared."""
+    return {
+        "alignment": autoencoder.detail_downsample.conv.weight,
+        "adversarial": last_convolution(autoencoder.joint_decoder),
+    }
+
+
 def last_convolution(decoder: nn.Module) -> Tensor:
     """The weight of a decoder's last convolution, in the order in which it was built: where pixels come from."""
     return [module.weight for module in decoder.modules() if isinstance(module, nn.Conv2d)][-1]
@@ -166,7 +181,7 @@ def weighted_sum(parts: Mapping[str, Tensor], weights: LossWeights, factors: Map
 
 
 def adaptive_factors(
-    parts: Mapping[str, Tensor], weights: LossWeights, places: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor], weights: LossWeights, places: Mapping[str, Tensor], ranks: Ranks
 ) -> dict[str, Tensor]:
     """Factors of the losses whose weights are adaptive: gradients of the reconstruction loss over those of the loss.
 
@@ -176,6 +191,7 @@ def adaptive_factors(
         parts: all losses by name, with their graphs, which are kept.
         weights: which factors are wanted, and the weights of the reconstruction loss.
         places: by the name of a loss, the parameter whose gradients are compared.
+        ranks: the processes that share the batch; the gradients are their means.
     """
     wanted = {"alignment": weights.adaptive_alignment, "adversarial": weights.adaptive_adversarial}
     names = [name for name in parts if wanted.get(name) and getattr(weights, name)]
@@ -184,6 +200,7 @@ def adaptive_factors(
     for name in names:
         both = (weighted_sum(reconstruction, weights, {}), parts[name])
         reference, own = (torch.autograd.grad(loss, places[name], retain_graph=True)[0] for loss in both)
+        ranks.average_((reference, own))
         factors[name] = adaptive_weight(reference, own, LARGEST_FACTOR[name])
     return factors
 

@@ -4,19 +4,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from torch import Tensor, nn
 
 from davae import faults
-from davae.errors import NumericsError, SettingsError
+from davae.errors import NumericsError
+from davae.ranks import Ranks
 from davae.record import RunRecord, alone
 from davae.seeds import generator
 from davae.training.accumulation import Logs, means
@@ -28,8 +28,10 @@ from davae.training.checkpoint import (
     save_checkpoint,
 )
 from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
+from davae.training.gradients import clipped_norm
 from davae.training.interruption import Interrupted, stop_requests
 from davae.training.progress import StepProgress
+from davae.training.sharding import gathered_into, now_trained, own_part, part_of, shard
 from davae.training.spikes import Spikes
 from davae.training.tensors import (
     copy_into,
@@ -70,9 +72,14 @@ class TrainingState:
 
     Without gradient accumulation a step has one batch, of the step's own number, and needs no inner loop.
 
+    Of several processes (`Ranks`) each gives the loss of its part of a batch; a step's loss, logs and gradients are the
+    means over them, and so is what decides whether it is skipped. Gradients are averaged here, after a step's last
+    backward pass, not by a DDP wrapper, which lacks the methods that losses call models by; so none of it is hidden
+    behind that pass. Rank 0 alone writes, and its checkpoints go on with any number of ranks, FSDP2 or not.
+
     On the CPU a run that was killed at any moment and started again ends with the same weights, bit for bit, if the
     loss is a function of the weights, the batch and random numbers keyed by it (`seeds.generator`). torch's global
-    generator is set anew from (seed, label, step) at every step, for dropout inside models.
+    generator is set anew from (seed, label, step, rank) at every step, for dropout inside models.
     """
 
     def __init__(
@@ -101,6 +108,8 @@ class TrainingState:
         companion: Companion | None = None,
         samples: int = 0,
         report_to: Sequence[str] = (),
+        ranks: Ranks | None = None,
+        whole: Iterable[Tensor] = (),
     ) -> None:
         """Move the models to the device, make optimiser and EMA, and load the newest sound checkpoint if there is one.
 
@@ -130,17 +139,17 @@ class TrainingState:
                 checkpoints.
             samples: pictures in a batch, for the samples a second that are shown.
             report_to: trackers that are told what metrics.jsonl is (`start_trackers`).
+            ranks: the processes of the run; by default those of the environment.
+            whole: parameters that FSDP2 does not shard, such as those at which a loss takes gradients.
 
         Raises:
-            SettingsError: a parameter of no model, a reserved name, a tracker that is not there, or more than one
-                process.
+            SettingsError: a parameter of no model, a reserved name, or a tracker that is not there.
+            RankError: another process is missing.
             CheckpointError: the newest checkpoint belongs to another recipe or to other models.
             StorageError: the folder cannot be written.
         """
-        self.accelerator = Accelerator(mixed_precision="no")  # autocast is ours: accelerate's is one per process
-        if self.accelerator.num_processes > 1:
-            raise SettingsError(f"training runs in one process, not in {self.accelerator.num_processes}")
-        self.device = self.accelerator.device
+        self.ranks = Ranks() if ranks is None else ranks
+        self.device = self.ranks.device
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0
@@ -156,18 +165,21 @@ class TrainingState:
         self.trackers: list[GeneralTracker] = []
         self.record = RunRecord(folder)
         self._folder = self.record.folder / "checkpoints"
-        self._console = console or Console(stderr=True)
+        self._console = (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
         self._models = dict(models)
         for model in self._models.values():
             model.to(self.device)
         self._trained = named_parameters(self._models, parameters)
-        weights = list(self._trained.values())
+        self._twins = shard(self._models, self.ranks, whole) if self.ranks.sharded else {}
+        self._trained = now_trained(self._models, self._trained)
+        self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
+        weights = list(self._parts.values())
         self.optimizer = torch.optim.AdamW(
             weights, lr=learning_rate(0), betas=betas, weight_decay=weight_decay, fused=True
         )
         self._companion = companion
         if companion is not None:
-            companion.prepare(self.device)
+            companion.prepare(self.ranks)
         other = not ema_warmup  # diffusers' own warm-up is the power; without, it has (1 + n) / (10 + n)
         self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=other, power=EMA_WARMUP_POWER, foreach=True)
         self._streak = 0
@@ -176,9 +188,9 @@ class TrainingState:
         self._samples: list[str] = []
         self._spikes = Spikes()
         self._loss = math.nan
-        newest = latest_checkpoint(self._folder)
+        newest = self.ranks.on_first(lambda: getattr(latest_checkpoint(self._folder), "name", None))
         if newest is not None:
-            self._restore(load_checkpoint(newest, recipe_digest=recipe_digest), newest)
+            self._restore(load_checkpoint(self._folder / newest, recipe_digest=recipe_digest), self._folder / newest)
             logger.info("%s goes on at step %d of %d", label, self.step, total_steps)
 
     def steps(self) -> Iterator[int]:
@@ -191,27 +203,28 @@ class TrainingState:
             SettingsError: another process trains in the same folder.
             StorageError: a checkpoint or a metrics line cannot be written.
             NumericsError: the last step was skipped, because its loss or gradients were not finite.
+            RankError: another process is missing.
         """
-        with alone(self.record.folder), stop_requests() as request, self._progress() as progress:
-            remove_litter(self._folder)
-            self.record.truncate(self.step)
-            self.trackers = start_trackers(self.report_to, self.record.folder, step=self.step)
+        lock = alone(self.record.folder) if self.ranks.first else nullcontext()
+        with lock, stop_requests() as request, self._progress() as progress:
+            self.ranks.first_does(self._begin)
             while self.step < self.total_steps:
                 began = time.monotonic()
-                torch.manual_seed(generator(self.seed, f"{self.label} step", self.step).initial_seed())
+                position = (self.step, self.ranks.rank) if self.ranks.rank else (self.step,)
+                torch.manual_seed(generator(self.seed, f"{self.label} step", *position).initial_seed())
                 self._updated = False
                 yield self.step
                 assert self._updated, "call update() once for every batch of a step"
                 self.step += 1
                 self.seconds += time.monotonic() - began
                 progress.show(self.step, self._loss)
-                stop = request.signum
+                stop = self.ranks.largest(request.signum or 0)  # it may have come to one rank only
                 if stop or self.step % self.checkpoint_every == 0 or self.step == self.total_steps:
                     self._save()
                 if stop:
                     raise Interrupted(stop, self.step)
-            if request.signum:  # it came during the last save
-                raise Interrupted(request.signum, self.step)
+            if stop := self.ranks.largest(request.signum or 0):  # it came during the last save
+                raise Interrupted(stop, self.step)
         if self._streak:
             raise NumericsError(
                 f"the last {self._streak} steps of {self.label} were not finite and changed nothing, so there is no "
@@ -250,16 +263,21 @@ class TrainingState:
         """
         assert not self._updated, "call update() once for every batch of a step, inside the loop over steps()"
         loss = faults.at("backward", faults.at("loss", loss))
-        self.accelerator.backward(loss / self.gradient_accumulation)
+        (loss / self.gradient_accumulation).backward()
         self._pending.append((loss.detach().float(), logs or {}))
         self._samples += samples
         if len(self._pending) < self.gradient_accumulation:
             return
         mean_loss, logs = means(self._pending)
         samples, self._pending, self._samples = self._samples, [], []
+        if self.ranks.count > 1:
+            value, *values = self.ranks.mean(
+                [float(torch.as_tensor(value).detach()) for value in (mean_loss, *logs.values())]
+            )
+            mean_loss, logs = mean_loss.new_tensor(value), dict(zip(logs, values, strict=True))
         first = next(iter(self._trained.values()))
         first.grad = faults.at("clip", faults.at("grad", first.grad))
-        norm = self.accelerator.clip_grad_norm_(self._trained.values(), self.clip_norm)
+        norm = clipped_norm(self._trained, self._parts, self.ranks, self.clip_norm)
         self._loss, norm = torch.stack([mean_loss, norm.float()]).tolist()
         self._updated = True
         rate = self.learning_rate(self.step)
@@ -271,9 +289,10 @@ class TrainingState:
                 group["lr"] = rate
             faults.at("step")
             self.optimizer.step()
-            self._ema.step(self._trained.values())
+            self._ema.step(self._parts.values())
             self._ema.shadow_params[0] = faults.at("ema", self._ema.shadow_params[0])
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self._trained.values(), *self._parts.values()):
+            parameter.grad = None
         self._streak = 0 if finite else self._streak + 1
         self.skipped += skipped
         odd = {name: True for name, seen in {"skipped": skipped, "spike": spike}.items() if seen}
@@ -293,9 +312,11 @@ class TrainingState:
 
     def log(self, values: Mapping[str, Tensor | float | str | bool | list[str]]) -> None:
         """Append a line to metrics.jsonl at once, under the running step: for example, held-out metrics."""
+        if not self.ranks.first:
+            return
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
         self.record.append({"step": self.step, **plain, "seconds": round(self.seconds, 3)})
-        numbers = {name: float(value) for name, value in plain.items() if not isinstance(value, str | bool)}
+        numbers = {name: float(value) for name, value in plain.items() if not isinstance(value, str | bool | list)}
         for tracker in self.trackers:
             tracker.log(numbers, step=self.step)
 
@@ -306,7 +327,7 @@ class TrainingState:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The models with the EMA's weights; the trained weights come back exactly at the end."""
-        weights = list(self._trained.values())
+        weights = list(self._parts.values())
         assert self._ema.temp_stored_params is None, "ema_weights() does not nest"
         self._ema.store(weights)
         try:
@@ -314,6 +335,16 @@ class TrainingState:
             yield
         finally:
             self._ema.restore(weights)
+
+    def whole(self, name: str) -> nn.Module:
+        """The model of that name; with FSDP2 a copy on rank 0's CPU, to save it, for which all ranks must call."""
+        model, twin = self._models[name], self._twins.get(name)
+        return model if twin is None else gathered_into(twin, model)
+
+    def _begin(self) -> None:
+        remove_litter(self._folder)
+        self.record.truncate(self.step)
+        self.trackers = start_trackers(self.report_to, self.record.folder, step=self.step)
 
     def _progress(self) -> StepProgress:
         return StepProgress(
@@ -327,10 +358,12 @@ class TrainingState:
 
     def _save(self) -> None:
         assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
-        self.record.sync()
+        if self.ranks.first:
+            self.record.sync()
         groups = {name: saved_tensors(model, name, self._trained) for name, model in self._models.items()}
-        groups["ema"] = dict(zip(self._trained, (on_cpu(shadow) for shadow in self._ema.shadow_params), strict=True))
-        groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained)
+        shadows = zip(self._trained.items(), self._ema.shadow_params, strict=True)
+        groups["ema"] = {name: on_cpu(shadow, parameter) for (name, parameter), shadow in shadows}
+        groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained, self._parts)
         values: dict[str, Any] = {
             "total_steps": self.total_steps,
             "learning_rate": self.learning_rate(self.step),
@@ -345,15 +378,17 @@ class TrainingState:
             groups |= self._companion.groups()
             values["companion"] = self._companion.values()
         checkpoint = Checkpoint(self.step, groups, values)
-        save_checkpoint(self._folder, checkpoint, recipe_digest=self.recipe_digest, keep=self.keep)
+        digest, keep = self.recipe_digest, self.keep
+        self.ranks.first_does(lambda: save_checkpoint(self._folder, checkpoint, recipe_digest=digest, keep=keep))
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
         groups = checkpoint.groups
         for name, model in self._models.items():
             copy_into(live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
         shadows = dict(zip(self._trained, self._ema.shadow_params, strict=True))
-        copy_into(shadows, groups["ema"], path / "ema.safetensors")
-        restore_optimizer(self.optimizer, self._trained, groups["optimizer"])
+        kept = {name: part_of(whole, self._trained[name]) for name, whole in groups["ema"].items() if name in shadows}
+        copy_into(shadows, {**groups["ema"], **kept}, path / "ema.safetensors")
+        restore_optimizer(self.optimizer, self._trained, self._parts, groups["optimizer"])
         self.step = checkpoint.step
         self._ema.optimization_step = checkpoint.values["ema_steps"]
         self.skipped = checkpoint.values["skipped"]

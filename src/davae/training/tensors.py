@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from davae.errors import CheckpointError, SettingsError
+from davae.training.sharding import gathered, part_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,16 +51,20 @@ def live_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Par
 
 def saved_tensors(model: nn.Module, model_name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies of `live_tensors` on the CPU."""
-    return {name: on_cpu(tensor) for name, tensor in live_tensors(model, model_name, trained).items()}
+    return {name: on_cpu(tensor, tensor) for name, tensor in live_tensors(model, model_name, trained).items()}
 
 
-def on_cpu(tensor: Tensor) -> Tensor:
-    """The tensor as a file holds it; a copy if it lies elsewhere."""
-    return tensor.detach().cpu().contiguous()
+def on_cpu(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor as a file holds it: a copy if it lies elsewhere; gathered, if it is sharded as `like` is.
+
+    All ranks must call; but as only rank 0 writes files, the others get nothing, an empty tensor.
+    """
+    whole = gathered(tensor.to_local() if isinstance(tensor, DTensor) else tensor, like).detach()
+    return torch.empty(0) if dist.is_initialized() and dist.get_rank() else whole.cpu().contiguous()
 
 
 def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
-    """Copy `saved`, which was read from `path`, into `live`.
+    """Copy `saved`, which was read from `path`, into `live`; of sharded tensors each rank takes its part.
 
     Raises:
         CheckpointError: they have not the same names, shapes and dtypes.
@@ -71,28 +78,40 @@ def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Pat
                 f"{path} does not fit: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there and "
                 f"{tuple(tensor.shape)} {tensor.dtype} in the model. Give a new folder to start afresh"
             )
-        tensor.copy_(saved[name])
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        own.copy_(part_of(saved[name], tensor))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state by "model.name/key"."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], parts: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimiser's state by "model.name/key".
+
+    Args:
+        optimizer: of `parts`.
+        trained: the models' parameters by name.
+        parts: `own_part` of each: with one process, the same.
+    """
     return {
-        f"{name}/{key}": on_cpu(value)
-        for name, weight in trained.items()
+        f"{name}/{key}": on_cpu(value, trained[name])
+        for name, weight in parts.items()
         for key, value in optimizer.state.get(weight, {}).items()
     }
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    parts: Mapping[str, nn.Parameter],
+    saved: Mapping[str, Tensor],
 ) -> None:
-    """Give an optimiser of `trained`, in that order, the state that `optimizer_tensors` returned."""
+    """Give an optimiser of `parts`, in that order, the state that `optimizer_tensors` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     positions = {name: position for position, name in enumerate(trained)}
     for full_name, tensor in saved.items():
         name, key = full_name.rsplit("/", 1)
-        weight = trained[name]
+        own, weight = part_of(tensor, trained[name]), parts[name]
         # The fused optimiser pairs memory, not indices: moments must lie in memory as their weight does.
-        alike = torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
+        alike = torch.empty_like(weight).copy_(own) if own.shape == weight.shape else own
         state.setdefault(positions[name], {})[key] = alike
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

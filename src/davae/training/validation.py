@@ -72,6 +72,7 @@ class Validation:
             if name != "transformer":
                 pipeline.components[name].to(place)
         grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
-        write_png(self._folder / "pictures" / f"{state.step:08d}.png", grid)
+        if state.ranks.first:
+            write_png(self._folder / "pictures" / f"{state.step:08d}.png", grid)
         for tracker in state.trackers:
             tracker.log_images({"raw above, EMA below": grid.permute(1, 2, 0).unsqueeze(0).numpy()}, step=state.step)

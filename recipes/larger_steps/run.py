@@ -1,0 +1,111 @@
+"""Larger steps for the small pair: 128 -> 512 px at 64 tokens, s = 4 in one go against 2 x 2, an upgrade upgraded.
+
+    python recipes/larger_steps/build_pictures.py ...    # says what it needs
+    python recipes/larger_steps/run.py runs/larger_steps
+
+The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; both arms have 64 latent channels in the end, and equal
+pictures, crops, steps and batches here. Writes RUN/reconstruction.json after stage 1, and after stage 2 RUN/result.json
+(copied into experiments/results/larger_steps.json) and RUN/samples.png: prompts from top to bottom; base, shipped
+upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The same command goes on where it stopped.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from davae import assets, demo
+from davae.data.png import to_bytes, write_png
+from davae.data.sources import open_pictures
+from davae.evaluation import generation
+from davae.evaluation.reconstruction import measure
+from davae.evaluation.tokenizers import base_at_full_size, base_enlarged, stock, upgraded
+from davae.perceptual import LPIPS
+from davae.recipe import load_recipe
+from davae.record import environment
+from davae.storage import read_json, write_json
+from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from davae.training.finetune import FinetuneRecipe, finetune
+from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, save_pipeline
+
+HERE = Path(__file__).parent
+ONE_GO, TWICE = "s = 4", "2 x 2"
+SIZE = 512
+SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+
+
+def bases(run: Path) -> dict[str, dict[str, Any]]:
+    """What the arms have otherwise in stage 1; the base of the second step of 2 x 2 is made here."""
+    once = run / "once"
+    if not once.is_dir():
+        save_pipeline(load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()), once)
+    return {ONE_GO: {}, TWICE: {"base": str(once), "resolution_factor": 2, "detail_channels": 32}}
+
+
+def reconstruct(autoencoders: dict[str, Path], pictures: Path, once: Path, count: int) -> dict[str, Any]:
+    """PSNR, SSIM and LPIPS of held-out pictures at 512 px."""
+    vae, first = load_base_vae(str(assets.base_pipeline())), load_base_vae(str(once))
+    made = {name: load_autoencoder(folder) for name, folder in autoencoders.items()}
+    heldout = open_pictures(pictures, size=SIZE, split="heldout", limit=count)
+    ways = {
+        "base + bicubic": base_enlarged(vae, made[ONE_GO]),
+        "shipped upgrade at 256 px + bicubic": base_enlarged(first, made[TWICE]),
+        **{name: upgraded(autoencoder) for name, autoencoder in made.items()},
+        "base at full size": base_at_full_size(vae),
+    }
+    small = open_pictures(pictures, size=SIZE // 4, split="heldout", limit=count)
+    lpips = LPIPS.alex()
+    return {
+        "reconstruction_512": measure(heldout, ways, lpips=lpips),
+        "base_reconstruction_128": measure(small, {"base": stock(vae)}, lpips=lpips),
+        "heldout": len(heldout),
+    }
+
+
+def enlarged(picture: Tensor) -> Tensor:
+    """A picture [3, H, W] in bytes, enlarged with bicubic to 512 px."""
+    scaled = picture[None].float() / 127.5 - 1
+    return to_bytes(F.interpolate(scaled, size=(SIZE, SIZE), mode="bicubic").clamp(-1, 1))[0]
+
+
+def main(
+    run: Path,
+    heldout: Annotated[int, typer.Option(help="Held-out pictures that are reconstructed.")] = 32,
+    stage_two: Annotated[bool, typer.Option(help="Train and sample the transformers, too.")] = True,
+) -> None:
+    """Train both arms, and write the numbers."""
+    arms, once = bases(run), run / "once"
+    folders = {name: run / name.replace(" ", "") for name in arms}
+    autoencoders = {}
+    for name, changes in arms.items():
+        recipe = load_recipe(AutoencoderRecipe, HERE / "stage1.toml", changes)
+        autoencoders[name] = train_autoencoder(recipe, folders[name] / "stage1")
+    numbers = run / "reconstruction.json"
+    if not numbers.exists():
+        write_json(numbers, reconstruct(autoencoders, Path(recipe.pictures), once, heldout) | {"steps": recipe.steps})
+    if not stage_two:
+        return
+    losses = {}
+    pipelines = {"base": load_pipeline(assets.base_pipeline()), "shipped upgrade": load_pipeline(once)}
+    for name, changes in arms.items():
+        given = {"base": changes.get("base", ""), "autoencoder": str(autoencoders[name])}
+        recipe = load_recipe(FinetuneRecipe, HERE / "stage2.toml", given)
+        pipelines[name] = load_pipeline(finetune(recipe, folders[name] / "stage2"))
+        losses[name] = read_json(folders[name] / "stage2" / "result.json")
+    training = open_pictures(Path(recipe.pictures), size=SIZE, split="train", limit=recipe.limit)
+    prompts = [training.captions[len(training) * row // 6] for row in range(6)]
+    rows: list[list[Tensor]] = [[] for _ in prompts]
+    for name, pipeline in pipelines.items():
+        made = generation.sample_many(pipeline, prompts, run / "samples" / name, label=name, **SAMPLING)
+        for row, picture in zip(rows, made, strict=True):
+            row.append(enlarged(picture) if picture.shape[-1] < SIZE else picture)
+    write_png(run / "samples.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
+    result = {**read_json(numbers), "stage_two": losses, "prompts": prompts, "sampling": SAMPLING}
+    write_json(run / "result.json", {**result, "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)

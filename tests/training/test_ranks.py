@@ -1,0 +1,111 @@
+"""Both stages on several ranks: what one process does, by DDP's means of gradients or with weights sharded by FSDP2."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from davae.record import read_metrics
+from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.finetune import FinetuneRecipe, finetune
+from davae.training.state import TrainingState
+from davae.upgrade import load_autoencoder, load_pipeline
+from forks import exit_code, forked
+from rank_forks import FSDP2, run_ranks
+
+STEPS = 6
+ADVERSARIAL = LossWeights(
+    adversarial=0.1,
+    adversarial_start=2,
+    adversarial_ramp_steps=4,
+    adaptive_adversarial=True,
+    adaptive_alignment=True,
+    discriminator_learning_rate=1e-5,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as a program of a recipe's folder and number of steps, and what one process made of it."""
+
+    program: Callable[[Path], object]
+    whole: Path
+
+
+def every_loss(program: Callable[[Path], object]) -> Callable[[Path], object]:
+    """The program with a line in metrics.jsonl for every step; called in forks only."""
+
+    def run(folder: Path) -> None:
+        TrainingState.log_every = property(lambda _: 1, lambda *_: None)
+        program(folder)
+
+    return run
+
+
+def programs(base: Path, autoencoder: Path, pictures: Path, steps: int) -> dict[str, Callable[[Path], object]]:
+    shared = {"base": str(base), "pictures": str(pictures), "size": 64, "batch_size": 4, "warmup_steps": 2}
+    shared |= {"precision": "float32", "steps": steps, "checkpoint_every": 4, "learning_rate": 1e-5}
+    shared["final_learning_rate"] = 1e-6  # rounding errors grow by what a step changes
+    one = AutoencoderRecipe(
+        **shared, crop=32, detail_channels=12, fit_pictures=4, evaluate_every=5, heldout_pictures=3,
+        latent_noise=0.1, detail_dropout=0.2,
+    )  # fmt: skip
+    two = FinetuneRecipe(
+        **shared, autoencoder=str(autoencoder), lora_rank=2, detail_warmup_steps=4, prompt_tokens=8, caption_dropout=0.3
+    )
+    adversarial = one.model_copy(update={"loss": ADVERSARIAL})
+    twice = two.model_copy(update={"trained": "full", "gradient_accumulation": 2})
+    return {
+        "stage 1": every_loss(lambda folder: train_autoencoder(one, folder)),
+        "stage 1, adversarial": every_loss(lambda folder: train_autoencoder(adversarial, folder)),
+        "stage 2": every_loss(lambda folder: finetune(two, folder)),
+        "stage 2, full, accumulated": every_loss(lambda folder: finetune(twice, folder)),
+    }
+
+
+@pytest.fixture(scope="module", params=["stage 1", "stage 1, adversarial", "stage 2", "stage 2, full, accumulated"])
+def stage(request, base_folder, autoencoder_folder, picture_folder, tmp_path_factory) -> Stage:
+    program = programs(base_folder, autoencoder_folder, picture_folder, STEPS)[request.param]
+    folder = tmp_path_factory.mktemp("one")
+    assert exit_code(forked(lambda: program(folder))) == 0
+    return Stage(program, folder)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint, the EMA and moments with them, and of what the run made."""
+    files = [*max((folder / "checkpoints").glob("step-*")).glob("*.safetensors"), *folder.glob("autoencoder/*.saf*")]
+    files += folder.glob("pipeline/transformer/*.saf*")
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def alike(folder: Path, whole: Path, steps: int, tolerance: float) -> None:
+    found, expected = losses(folder), losses(whole)
+    assert len(found) == len(expected) == steps
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-6
+    ours, theirs = weights(folder), weights(whole)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() < tolerance, name
+
+
+@pytest.mark.parametrize("settings", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_two_ranks_do_what_one_does(stage: Stage, settings: dict[str, str], tmp_path: Path) -> None:
+    assert run_ranks(lambda: stage.program(tmp_path), 2, settings) == [0, 0]
+    alike(tmp_path, stage.whole, STEPS, 1e-3)
+    kinds = [{key for line in read_metrics(f / "metrics.jsonl") for key in line} for f in (tmp_path, stage.whole)]
+    assert kinds[0] == kinds[1]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path, stage.whole)]
+    assert results[0]["values"].keys() == results[1]["values"].keys()
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in stage.whole.iterdir()}
+    if (tmp_path / "autoencoder").is_dir():
+        load_autoencoder(tmp_path / "autoencoder")
+    else:
+        load_pipeline(str(tmp_path / "pipeline"))
