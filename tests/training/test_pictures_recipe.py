@@ -1,5 +1,6 @@
 """What both stages say about pictures: buckets in training, and how many unreadable ones are too many."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+import pipelines
+from davae.autoencoder_da import AutoencoderDA
+from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.training.finetune import FinetuneRecipe
-from davae.upgrade import load_autoencoder
+from davae.training.finetune import FinetuneRecipe, bucket_objectives, finetune, upgraded_base
+from davae.training.latents import cached_latents, encode
+from davae.upgrade import load_autoencoder, save_pipeline
 from scenes import caption, fill_with_scenes, keys, scene
 
 SIDES = [(64, 64), (96, 64), (64, 96), (128, 128)]
@@ -75,6 +80,79 @@ def test_stage_one_trains_on_buckets_and_resumes_as_if_undisturbed(base_folder, 
     assert losses[0] == losses[1]
     first, second = (load_autoencoder(folder).state_dict() for folder in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stage_two(base: Path, autoencoder: Path, pictures: Path, **changes: object) -> FinetuneRecipe:
+    settings = {
+        "base": str(base),
+        "autoencoder": str(autoencoder),
+        "pictures": str(pictures),
+        "size": 64,
+        "aspect_ratios": ("1:1", "3:2", "2:3"),
+        "bucket_step": 16,
+        "trained": "layers",
+        "steps": 6,
+        "batch_size": 3,
+        "prompt_tokens": 8,
+        "detail_warmup_steps": 0,
+        "precision": "float32",
+        "checkpoint_every": 3,
+    }
+    return FinetuneRecipe(**(settings | changes))
+
+
+def logged(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def test_stage_two_trains_on_buckets_cached_or_encoded_anew(base_folder, autoencoder_folder, uneven, tmp_path) -> None:
+    recipe = stage_two(base_folder, autoencoder_folder, uneven, cache=str(tmp_path / "cache"))
+    finetune(recipe, tmp_path / "cached")
+    pipeline, pictures = upgraded_base(recipe), recipe.training_pictures(tmp_path)
+    latents = cached_latents(pipeline.vae, pictures, tmp_path / "cache")
+    for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
+        found = latents.batch(members)
+        assert found.shape == (len(members), 12, bucket.height // 8, bucket.width // 8)
+        assert torch.allclose(found, encode(pipeline.vae, pictures.batch(members)), atol=1e-5)
+    finetune(recipe.model_copy(update={"online": True}), tmp_path / "online")
+    assert logged(tmp_path / "cached") == pytest.approx(logged(tmp_path / "online"), rel=1e-4)
+    assert len(logged(tmp_path / "cached")) >= 2
+
+
+def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_folder, uneven, tmp_path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        base = pipelines.flux()
+        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=pipelines.CHANNELS).eval()
+        torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
+    autoencoder.calibrate([open_pictures(picture_folder, size=64).batch(range(4))])
+    save_pipeline(base, tmp_path / "base")
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    recipe = stage_two(tmp_path / "base", tmp_path / "autoencoder", uneven, sizes=(128,), steps=4, trained="ports")
+    pipeline, pictures = upgraded_base(recipe), recipe.training_pictures(tmp_path)
+    objectives = bucket_objectives(pipeline, recipe, pictures)
+    assert sorted(objectives) == [60, 64, 256]  # 48x80 and 80x48 alike; 64x64; 128x128; 8 px each
+    for positions, objective in objectives.items():
+        assert objective.shift == backbone_of(pipeline.transformer).shift(pipeline.scheduler, positions // 4)
+    assert len({objective.shift for objective in objectives.values()}) == 3
+    finetune(recipe, tmp_path / "run")
+    assert all(math.isfinite(loss) for loss in logged(tmp_path / "run"))
+
+
+def test_a_family_of_one_size_refuses_buckets(class_base, uneven, tmp_path) -> None:
+    recipe = stage_two(class_base, tmp_path / "autoencoder", uneven)
+    with pytest.raises(SettingsError, match="size=48.*positions fit one size, so allowed is 64"):
+        finetune(recipe, tmp_path / "run")
+
+
+@pytest.fixture
+def class_base(tmp_path: Path) -> Path:
+    """A DiT and the autoencoder for it, untrained."""
+    with torch.random.fork_rng(devices=[]):
+        base = pipelines.dit()
+        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=pipelines.CHANNELS)
+    save_pipeline(base, tmp_path / "base")
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    return tmp_path / "base"
 
 
 @pytest.mark.parametrize(

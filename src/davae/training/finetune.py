@@ -32,7 +32,7 @@ from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
 from davae.training.inputs import training_inputs
 from davae.training.latents import expect_noise
-from davae.training.objectives import objective_of
+from davae.training.objectives import FlowObjective, NoiseObjective, objective_of
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
@@ -85,8 +85,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
-    positions = latents.batch([0], step=0)[0, 0].numel()
-    objective = objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+    objectives = bucket_objectives(pipeline, recipe, pictures)
     validation = Validation(recipe, pipeline, pictures, folder)
     for step in state.steps():
         if validation.is_due(step):
@@ -96,6 +95,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
             whole = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
             indices, random = ranks.share(whole), generator(recipe.seed, "flow", batch)
             clean = faults.at("encode", latents.batch(indices, step=batch).to(state.device))
+            objective = objectives[clean[0, 0].numel()]
             noise = ranks.randn(clean.shape, random).to(state.device)
             time = ranks.share(objective.draw_times(len(whole), random)).to(state.device)
             kept = ranks.rand((len(indices),), random) >= recipe.caption_dropout
@@ -127,8 +127,25 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
-    backbone_of(pipeline.transformer).picture_side(pipeline, recipe.size)
+    for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
+        backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def bucket_objectives(
+    pipeline: DiffusionPipeline, recipe: FinetuneRecipe, pictures: PictureSet
+) -> dict[int, FlowObjective | NoiseObjective]:
+    """The objective for latents of each number of positions h x w: a timestep shift may depend on it.
+
+    Raises:
+        SettingsError: as `objective_of`.
+    """
+    factor, channels = pipeline.vae.downsample_factor, pipeline.vae.config.base_channels
+    grids = {(bucket.height // factor) * (bucket.width // factor) for bucket in pictures.buckets}
+    return {
+        positions: objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+        for positions in sorted(grids)
+    }
 
 
 def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path, ranks: Ranks) -> PictureSet:
