@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from jaxtyping import UInt8
+from torch import Tensor
 
 from davae.errors import SettingsError
 
@@ -57,3 +59,13 @@ def start_trackers(names: Sequence[str], folder: Path, *, step: int) -> list[Gen
             tracker.store_init_configuration(tomllib.loads(text))
         started.append(tracker)
     return started
+
+
+def show_picture(trackers: Sequence[GeneralTracker], name: str, picture: UInt8[Tensor, "3 h w"], *, step: int) -> None:
+    """Show a picture to those trackers that take any."""
+    batch = picture.permute(1, 2, 0).unsqueeze(0).numpy()
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: batch}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: batch}, step=step)
