@@ -19,7 +19,7 @@ from torch import Tensor
 import pipelines
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
-from davae.data.cache import damage, shard_paths
+from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.training.caching import Share
@@ -171,6 +171,17 @@ def test_damage_is_named_set_aside_and_made_again(autoencoder, pictures, ours, e
     assert aside.exists()
     aside.unlink()
     assert digests(ours) == before, "the same file again"
+
+
+def test_several_processes_check_every_shard_whoever_is_first(autoencoder, pictures, ours) -> None:
+    """The first has renamed what it found before the next one looks."""
+    for path in shards(ours):
+        path.write_bytes(b"")
+    cache = TensorCache(ours, "latents", {"autoencoder": model_digest(autoencoder)})
+    for process in range(3):
+        cache.set_damaged_aside(process=process, processes=3)
+    assert len(shards(ours)) == 3
+    assert all(path.name.startswith("damaged-") for path in shards(ours))
 
 
 def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expected, caplog) -> None:
