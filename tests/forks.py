@@ -21,6 +21,7 @@ def forked(program: Callable[[], object]) -> int:
             code = 0
         except DavaeError as error:
             code = error.exit_code
+            sys.stderr.write(f"{error}\n")
         except BaseException:
             traceback.print_exc()
         finally:

@@ -80,6 +80,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks) -> Path:
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
+    base_channels, positions = autoencoder.config.base_channels, (recipe.size // autoencoder.downsample_factor) ** 2
+    objective = objective_of(pipeline, recipe, base_channels=base_channels, positions=positions)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks)
     move_frozen(pipeline, state.device)
@@ -90,8 +92,6 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks) -> Path:
     conditions = encode_conditions(pipeline, backbone, pictures, recipe.prompt_tokens)
     move_frozen(pipeline, torch.device("cpu"))
     pipeline.transformer.train()
-    base_channels = autoencoder.config.base_channels
-    objective = objective_of(pipeline, recipe, base_channels=base_channels, positions=latents[0, 0].numel())
     for step in state.steps():
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
