@@ -128,8 +128,7 @@ class Ranks:
             told = json.loads(self._hear())
             if "error" not in told:
                 return told["value"]
-            kind = getattr(errors, told["error"], RankError)
-            raise kind(told["message"] if issubclass(kind, DavaeError) else f"on rank 0: {told['message']}")
+            raise getattr(errors, told["error"], RankError)(f"on rank 0: {told['message']}")
         try:
             value = work()
         except Exception as error:
@@ -168,6 +167,12 @@ class Ranks:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return int(numbers.item())
 
+    def wait(self, what: str) -> None:
+        """Wait until all ranks are done with `what`."""
+        if self.count > 1:
+            with self.together(what):
+                dist.all_reduce(torch.zeros(1))
+
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of one dtype, such as gradients, by their means over the ranks; in few exchanges."""
         tensors = list(tensors)
@@ -200,6 +205,21 @@ class Ranks:
         with self.together("gathering"):
             dist.all_gather(parts, part)
         return torch.cat(parts)
+
+    def over(self, chunks: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """`compute` of all chunks [n] of indices, each a tensor [..., n], in their order; the ranks share the work.
+
+        All ranks compute equally often, as sharded models need: who has no chunk left does the last one again.
+        """
+        if self.count == 1:
+            return [compute(chunk) for chunk in chunks]
+        results: list[Tensor] = []
+        for first in range(0, len(chunks), self.count):
+            mine = compute(chunks[min(first + self.rank, len(chunks) - 1)])
+            padded = torch.nn.functional.pad(mine, (0, len(chunks[0]) - mine.shape[-1]))
+            found = zip(self.gather(padded.unsqueeze(0)), chunks[first : first + self.count], strict=False)
+            results += [result[..., : len(chunk)] for result, chunk in found]
+        return results
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

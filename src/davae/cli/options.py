@@ -24,6 +24,7 @@ AutoencoderPath = Annotated[
     Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA, or of an adapter.")
 ]
 Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, to apply to the (base) pipeline.")]
+RankTimeout = Annotated[float, typer.Option(min=1, help="Seconds that a process of several waits for another.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
@@ -31,13 +32,15 @@ Pictures = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of 
 
 
 def device_of(name: str | None) -> str:
-    """The device of that name, or the best one here."""
+    """The device of that name, or the best one here: of several ranks each has its own."""
     import torch
+
+    from davae.ranks import Ranks
 
     allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if name is not None and name.partition(":")[0] not in allowed:
         raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
-    return name or allowed[-1]
+    return name or str(Ranks().device if torch.cuda.is_available() else allowed[-1])
 
 
 def quiet() -> None:

@@ -1,12 +1,13 @@
 """Verbs that train: both stages, each from its recipe."""
 
-from davae.cli.options import DryRun, RecipePath, RunFolder, Settings, quiet, say
+from davae.cli.options import DryRun, RankTimeout, RecipePath, RunFolder, Settings, quiet, say
 
 
 def train_autoencoder(
     recipe: RecipePath,
     out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
@@ -18,13 +19,14 @@ def train_autoencoder(
     resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:
         return say(plan_of(resolved, recipe))
-    say(train_autoencoder(resolved, out or run_folder(AutoencoderRecipe, recipe)))
+    say(train_autoencoder(resolved, out or run_folder(AutoencoderRecipe, recipe), rank_timeout=rank_timeout))
 
 
 def finetune(
     recipe: RecipePath,
     out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
@@ -36,4 +38,4 @@ def finetune(
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:
         return say(plan_of(resolved, recipe))
-    say(finetune(resolved, out or run_folder(FinetuneRecipe, recipe)))
+    say(finetune(resolved, out or run_folder(FinetuneRecipe, recipe), rank_timeout=rank_timeout))
