@@ -149,12 +149,6 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------------ what they tell others
 
-    def wait(self) -> None:
-        """Return when all ranks have come here."""
-        if self.count > 1:
-            with self.together("waiting"):
-                dist.barrier()
-
     def mean(self, values: Iterable[float]) -> list[float]:
         """The means of numbers over the ranks, in float64; one that is not finite anywhere makes a mean that is not."""
         numbers = torch.tensor(list(values), dtype=torch.float64)
