@@ -23,7 +23,7 @@ LAYERS = [
     {"backbones", "closed_form"},
     {"adapter", "base_lora", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
-    {"report", "geometry", "card"},
+    {"report", "geometry", "card", "hub"},
     {"training", "evaluation"},
     {"workload"},
     {"budget", "benchmark"},
