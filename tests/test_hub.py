@@ -121,5 +121,5 @@ def test_a_wrong_name_is_refused_before_any_work(tmp_path: Path, capsys: pytest.
 def test_only_results_are_uploaded_and_offline_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="holds no pipeline, adapter or model"):
         push_folder(tmp_path, NAME)
-    with pytest.raises(StorageError, match="was not uploaded to someone/tiny-da: .*offline"):
+    with pytest.raises(StorageError, match=r"was not uploaded to someone/tiny-da: .*offline"):
         push_folder(KEPT / "adapter_lora", NAME)

@@ -83,7 +83,7 @@ Commit {where["commit"] or "unknown"}; {_versions(where)}.
 
 
 def _head(base: str) -> str:
-    """What the Hub reads, and of what the result was made; `base` is a folder, whose card has the licence, or a name."""
+    """What the Hub reads, and what the result was made of; `base` is a folder, whose card has a licence, or a name."""
     local = Path(base).is_dir()
     licence = licence_of(Path(base)) if local else None
     facts = ModelCardData(
