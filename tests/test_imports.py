@@ -24,7 +24,7 @@ LAYERS = [
     {"backbones", "closed_form"},
     {"adapter", "base_lora", "class_conditional"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
-    {"report", "geometry", "card", "sampling", "runs"},
+    {"report", "geometry", "card", "sampling", "runs", "hub"},
     {"training", "evaluation"},
     {"workload"},
     {"budget", "benchmark"},

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
 
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
 """By the `_class_name` of model_index.json, which diffusers would look for in itself."""
+
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+"""What `from_pretrained` calls the precision of the weights."""
 
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 """What diffusers raises for a folder of something else, or a damaged one."""
@@ -121,7 +126,7 @@ def load_pipeline(
             absent["vae"] = None  # its code is the folder's own: ours is used instead
         kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     absent |= dict.fromkeys(without)
-    settings = {**absent, "dtype": dtype, "use_safetensors": True}
+    settings = {**absent, DTYPE: dtype, "use_safetensors": True}
     try:
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
@@ -211,7 +216,7 @@ def load_model(
         loading.setLevel(logging.ERROR)
     try:
         model, found = kind.from_pretrained(
-            folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
+            folder, use_safetensors=True, output_loading_info=True, **{DTYPE: dtype or torch.float32}
         )
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded as an {kind.__name__}: {error}") from error
@@ -265,7 +270,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
         raise SettingsError(f"the VAE of {base}: {error}") from error
     place = {} if bare else {"subfolder": "vae"}
     try:
-        vae = kind.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **place)
+        vae = kind.from_pretrained(base, use_safetensors=True, **place, **{DTYPE: torch.float32})
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
     _check_whole(vae, f"VAE of {base}")
