@@ -21,6 +21,7 @@ def forked(program: Callable[[], object]) -> int:
             code = 0
         except DavaeError as error:
             code = error.exit_code
+            sys.stderr.write(f"{error}\n")
         except SystemExit as error:  # of the command line
             code = error.code if isinstance(error.code, int) else 0
         except BaseException:

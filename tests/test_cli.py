@@ -56,6 +56,7 @@ def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
         (["inspect", "a"], {"pipeline": "a"}),
         (["upgrade", "a", "b", "c"], {"pipeline": "a", "autoencoder": "b", "out": "c"}),
         (["generate", "a", "red apple", "--size", "256"], {"prompts": ["red apple"], "size": 256, "seed": 0}),
+        (["generate", "a", "b", "--size", "320x192", "--adapter", "c"], {"size": [320, 192], "adapter": ["c"]}),
         (["reconstruct", "a", "b", "--limit", "4"], {"autoencoder": "a", "pictures": "b", "limit": 4, "base": None}),
         (["reconstruct", "a", "b", "--base", "c"], {"base": "c", "size": 256}),
         (["reconstruct", "a", "b", "--compare", "c", "--compare", "d"], {"compare": ["c", "d"], "patch": 2}),
@@ -85,6 +86,8 @@ def test_version() -> None:
     "arguments",
     [
         ["generate", "a", "red apple", "--steps", "0"],
+        ["generate", "a", "red apple", "--size", "320x"],
+        ["generate", "a", "red apple", "--size", "0x64"],
         ["generate", "a", "red apple", "--seed", "-1"],
         ["evaluate", "a"],
         ["fly"],

@@ -151,6 +151,11 @@ def test_no_pickle_and_no_remote_code() -> None:
                 assert all(ast.unparse(value) == "False" for value in trusted), f"{path.name}: trust_remote_code"
 
 
+def test_nothing_hides_numbers_that_are_not_finite() -> None:
+    for path in FILES:
+        assert "nan_to_num" not in path.read_text(), path.name
+
+
 def test_module_names_say_a_subject() -> None:
     forbidden = {"utils", "common", "misc", "core", "base", "helpers", "engine"}
     assert not {path.stem for path in FILES} & forbidden

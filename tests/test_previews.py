@@ -81,6 +81,23 @@ def test_a_tiny_decoder_and_a_base_with_statistics_of_its_own_do(pair) -> None:
     assert torch.allclose(seen[0], latents[:, :4] / 1.5 * std + mean, atol=1e-5)
 
 
+@pytest.mark.parametrize("step", ["4", "2 x 2"])
+def test_larger_steps_and_wide_pictures_are_shown_by_each_base(pair, step) -> None:
+    base, upgraded = pair
+    decoders = {base.vae: (24, 16)}
+    if step == "4":
+        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=8, resolution_factor=4)
+        pipeline = upgrade(base, autoencoder)
+    else:
+        decoders[upgraded.vae] = (48, 32)
+        pipeline = upgrade(upgraded, AutoencoderDA.from_base(upgraded.vae, detail_channels=8))
+    for decoder, size in decoders.items():
+        seen: list = []
+        callback = preview_callback(decoder, lambda step, made, seen=seen: seen.append(made[0].size))
+        assert run(pipeline, callback, width=96, height=64)[0].size == (96, 64)
+        assert seen == 4 * [size]
+
+
 def test_what_is_refused(pair) -> None:
     base, upgraded = pair
     with pytest.raises(SettingsError, match="every=0: allowed are 1 or more"):

@@ -153,3 +153,11 @@ def test_digests_tell_recipes_apart_and_nothing_else():
     assert plain.digest() == Sample(steps=3, title="none", optimiser=Optimiser(learning_rate=1e-4)).digest()
     others = [Sample(steps=4), Sample(steps=3, title=""), Sample(steps=3, optimiser=Optimiser(betas=(0.9, 0.99)))]
     assert len({plain.digest(), *(recipe.digest() for recipe in others)}) == 4
+
+
+def test_a_setting_that_is_added_with_its_default_changes_no_digest():
+    class Later(Sample):
+        added: int = 3
+        """New in a later version."""
+
+    assert Later(steps=3).digest() == Sample(steps=3).digest() != Later(steps=3, added=4).digest()

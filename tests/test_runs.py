@@ -67,7 +67,7 @@ def test_only_settings_that_differ_are_shown(runs: Path) -> None:
     assert table[2] == [one.folder, "stopped", "11/40", "0.090909"]
     assert table[3] == [two.folder, "finished", "11/11", "0.0625"]
     assert ["lora_rank", "32", "8"] in table
-    assert "settings" not in to_text([one])
+    assert "| setting " not in to_text([one])
 
 
 def test_the_verb_prints_the_table_or_json(runs: Path, capsys) -> None:

@@ -11,7 +11,7 @@ import pytest
 class Trials:
     """The random numbers of one trial after the other, until enough are done.
 
-    A loop's turn that held more than one trial, or none, says so in `done`. A trial's numbers are a function of the seed
+    A loop's turn that held more than one trial, or none, says so in `done`. A trial's numbers are a function of seed
     and its number, so that any one can be replayed by itself.
     """
 

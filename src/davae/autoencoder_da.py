@@ -129,9 +129,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             if base_config["_class_name"] in LINEAR_ONLY:
                 raise ValueError(f"linear_blocks=False: a {base_config['_class_name']} is upgraded with True only.")
             into_down, out_of_up = drop_latent_layers(self.detail_encoder, self.joint_decoder)
-        blocks = {"factor": resolution_factor, "linear_shortcut": linear_blocks}
-        self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, **blocks)
-        self.detail_upsample = DetailUpsample(latent_channels, out_of_up, **blocks)
+        s, linear = resolution_factor, linear_blocks
+        self.detail_downsample = DetailDownsample(into_down, 2 * detail_channels, factor=s, linear_shortcut=linear)
+        self.detail_upsample = DetailUpsample(latent_channels, out_of_up, factor=s, linear_shortcut=linear)
         self.detail_from_base = nn.Conv2d(base_channels, detail_channels, 1, bias=False) if base_in_detail else None
         self.register_buffer("detail_mean", torch.zeros(detail_channels))
         self.register_buffer("detail_std", torch.ones(detail_channels))

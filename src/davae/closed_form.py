@@ -2,7 +2,7 @@
 
 The pretrained autoencoder already knows how to encode the full picture: its full-size latents, unshuffled onto the
 base grid, are s^2 C channels (s the resolution factor). The base latents predict part of them; the rest is projected on
-the D directions that cost the decoder most pixels. Encoder and decoder maps are the two 1x1 shortcuts of `AutoencoderDA`
+the D directions that cost the decoder most pixels. Encoder and decoder maps are the 1x1 shortcuts of `AutoencoderDA`
 (METHOD section 10).
 """
 

@@ -1,10 +1,10 @@
-"""Pictures while a pipeline samples: the base half of the latents, decoded by the base's decoder at half the size."""
+"""Pictures while a pipeline samples: the base half of the latents, decoded by the base's decoder at 1/s of the size."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from PIL.Image import Image
 from torch import Tensor
 
@@ -13,19 +13,18 @@ from davae.errors import SettingsError
 Callback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
 
 
-def preview_callback(
-    decoder: AutoencoderKL | AutoencoderTiny, show: Callable[[int, list[Image]], object], *, every: int = 1
-) -> Callback:
+def preview_callback(decoder: ModelMixin, show: Callable[[int, list[Image]], object], *, every: int = 1) -> Callback:
     """A `callback_on_step_end` for an upgraded pipeline that shows where the sampling is heading.
 
-    The first C channels of upgraded latents are the base's latents of the picture at half its size, so the base's
-    decoder, or a tiny one for the same latents, makes a picture of them for a quarter of the work or less. What is
+    The first C channels of upgraded latents are the base's latents of the picture at 1/s of its size, so the base's
+    decoder, or a tiny one for the same latents, makes a picture of them for 1/s^2 of the work or less. What is
     decoded is not the noisy latents but their end if the velocity stayed what it was in the last step:
     x - sigma (x - x') / (sigma - sigma'), with x' and sigma' from the step before. After the last step that is the
     latents themselves.
 
     Args:
-        decoder: the base pipeline's VAE (not its AutoencoderDA), or an AutoencoderTiny for the same latents.
+        decoder: the base pipeline's VAE, or an AutoencoderTiny for the same latents. Of an upgrade of an upgrade the
+            first one's AutoencoderDA does, and the VAE below that.
         show: called with the number of the step, from 1 (the second: the first has none before it), and the B pictures.
         every: only after each step whose number is a multiple of this, and after the last.
 
@@ -61,7 +60,7 @@ def preview_callback(
     return callback
 
 
-def _outside(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+def _outside(decoder: ModelMixin, latents: Tensor) -> Tensor:
     """From the transformer's units to the decoder's own scale, by its own two scalars, and its statistics if any."""
     config = decoder.config
     latents = latents / config.scaling_factor

@@ -9,8 +9,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 
 TIMEOUT = 1800.0
 """Seconds that a rank waits for another before it gives up: also the longest that rank 0 may work alone."""
-ROLL_CALL = 10.0
+ROLL_CALL = 3.0
 """Seconds that a rank whose exchange failed waits for others to say that they are there, too."""
 BUCKET = 1 << 26
 """Gradients that are exchanged at a time."""
@@ -127,8 +128,7 @@ class Ranks:
             told = json.loads(self._hear())
             if "error" not in told:
                 return told["value"]
-            kind = getattr(errors, told["error"], RankError)
-            raise kind(told["message"] if issubclass(kind, DavaeError) else f"on rank 0: {told['message']}")
+            raise getattr(errors, told["error"], RankError)(f"on rank 0: {told['message']}")
         try:
             value = work()
         except Exception as error:
@@ -149,12 +149,6 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------------ what they tell others
 
-    def wait(self) -> None:
-        """Return when all ranks have come here."""
-        if self.count > 1:
-            with self.together("waiting"):
-                dist.barrier()
-
     def mean(self, values: Iterable[float]) -> list[float]:
         """The means of numbers over the ranks, in float64; one that is not finite anywhere makes a mean that is not."""
         numbers = torch.tensor(list(values), dtype=torch.float64)
@@ -172,6 +166,12 @@ class Ranks:
         with self.together("the end of a step"):
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return int(numbers.item())
+
+    def wait(self, what: str) -> None:
+        """Wait until all ranks are done with `what`."""
+        if self.count > 1:
+            with self.together(what):
+                dist.all_reduce(torch.zeros(1))
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of one dtype, such as gradients, by their means over the ranks; in few exchanges."""
@@ -206,6 +206,21 @@ class Ranks:
             dist.all_gather(parts, part)
         return torch.cat(parts)
 
+    def over(self, chunks: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """`compute` of all chunks [n] of indices, each a tensor [..., n], in their order; the ranks share the work.
+
+        All ranks compute equally often, as sharded models need: who has no chunk left does the last one again.
+        """
+        if self.count == 1:
+            return [compute(chunk) for chunk in chunks]
+        results: list[Tensor] = []
+        for first in range(0, len(chunks), self.count):
+            mine = compute(chunks[min(first + self.rank, len(chunks) - 1)])
+            padded = torch.nn.functional.pad(mine, (0, len(chunks[0]) - mine.shape[-1]))
+            found = zip(self.gather(padded.unsqueeze(0)), chunks[first : first + self.count], strict=False)
+            results += [result[..., : len(chunk)] for result, chunk in found]
+        return results
+
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """Turn torch's error about an exchange that failed into one that names the rank that is missing.
@@ -228,18 +243,22 @@ class Ranks:
 
     def _silent(self) -> list[int]:
         """The ranks that do not say within `ROLL_CALL` seconds that their exchange failed, too."""
-        store, deadline = _stores.get(os.getpid()), time.monotonic() + ROLL_CALL
+        store, silent = _stores.get(os.getpid()), [rank for rank in range(self.count) if rank != self.rank]
         assert store is not None, "make Ranks() before anything else makes a process group"
-        silent = [rank for rank in range(self.count) if rank != self.rank]
-        try:
-            store.set_timeout(timedelta(seconds=ROLL_CALL))
-            store.set(f"davae here {self.rank}", "")
-            while silent and time.monotonic() < deadline:
-                silent = [rank for rank in silent if not store.check([f"davae here {rank}"])]
-                time.sleep(0.1)
-        except RuntimeError:  # its host is gone: rank 0, unless torchrun keeps it
-            return [0]
-        return silent
+
+        def call() -> None:
+            deadline = time.monotonic() + ROLL_CALL
+            with suppress(RuntimeError):  # the store's host is gone, and nobody can answer
+                store.set(f"davae here {self.rank}", "")
+                while silent and time.monotonic() < deadline:
+                    silent[:] = [rank for rank in silent if not store.check([f"davae here {rank}"])]
+                    time.sleep(0.1)
+
+        # In a thread, for a host that is stopped keeps one waiting for ever: rank 0, unless torchrun has the store.
+        caller = Thread(target=call, daemon=True)
+        caller.start()
+        caller.join(2 * ROLL_CALL)
+        return [0] if caller.is_alive() else silent
 
     def _tell(self, message: dict[str, Any]) -> None:
         content = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8)

@@ -100,7 +100,7 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
             raise SettingsError(f"--set {setting}: give it as KEY=VALUE, for instance --set steps=100")
         try:
             overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             overrides[key.strip()] = text
     return overrides
 
@@ -130,7 +130,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"recipe {path} cannot be read: {error.strerror}; give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no text, a number of thousands of digits, a deep nest
         raise SettingsError(f"recipe {path} is no valid TOML: {error}") from error
 
 

@@ -99,8 +99,7 @@ def load_pipeline(
             `ClassConditionalFlowPipeline.from_pretrained`.
         adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`. Several are applied in
             their order, each an upgrade of what is there by then.
-        fuse: add the last adapter's LoRA to the weights, so that the transformer is a plain one; otherwise it stays
-            apart.
+        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
         without: components that are not loaded, and None.
@@ -134,10 +133,9 @@ def load_pipeline(
             _check_whole(module, f"{name} of {path_or_base}")
     for place in adapters:
         pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
-    if asked != dtype:  # a later adapter knows its base by weights that were added up in float32
-        for module in pipeline.components.values():
-            if isinstance(module, nn.Module):
-                nn.Module.to(module, dtype=asked)
+    for module in pipeline.components.values() if asked != dtype else ():
+        if isinstance(module, nn.Module):  # a later adapter knows its base by weights that were added up in float32
+            nn.Module.to(module, dtype=asked)
     return pipeline if device is None else pipeline.to(device)
 
 

@@ -90,9 +90,11 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made(pipeline: DiffusionPipeline, size: int, *, steps: int = 2, seed: int = 1) -> Tensor:
+def made(pipeline: DiffusionPipeline, size: int | tuple[int, int], *, steps: int = 2, seed: int = 1) -> Tensor:
     """Two pictures in bytes, without guidance, by the stock pipeline; base and upgraded ones share their noise."""
     if backbone_of(pipeline.transformer).classes:
+        if isinstance(size, tuple):
+            pytest.skip("makes squares of one size")
         assert pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1) == size
         # The numbers of a narrow sample are the first of a wide one's.
         generator = [torch.Generator().manual_seed(seed + index) for index in (0, 1)]
@@ -195,12 +197,13 @@ def test_pixart_alpha_is_the_base_where_it_is_told_the_bases_size():
 
 
 @torch.no_grad()
-def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("size", [64, (96, 64)])
+def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded, size, monkeypatch):
     """What the scheduler is given in the first step of sampling is `velocity`, or `noise`, at that time."""
     backbone, transformer = backbone_of(upgraded.transformer), upgraded.transformer
     given = recorded(monkeypatch, upgraded.scheduler, "step")
-    made(upgraded, 64, seed=2)
-    start = shared_noise(upgraded, [0, 1], seed=2, height=8, width=8)
+    made(upgraded, size, seed=2)
+    start = shared_noise(upgraded, [0, 1], seed=2, height=8, width=8 if size == 64 else 12)
     if backbone.classes:
         draws = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
         start = torch.cat([torch.randn(1, 2 * C, 8, 8, generator=draw) for draw in draws])
@@ -227,14 +230,17 @@ def test_the_training_shift_is_the_one_that_sampling_has(upgraded):
     torch.testing.assert_close(plain.diff(), plain.diff().mean().expand(49), atol=1e-4, rtol=0)
 
 
-def test_the_stock_pipeline_decodes_what_training_would_encode(upgraded, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("size", [64, (96, 64)])
+def test_the_stock_pipeline_decodes_what_training_would_encode(upgraded, size, monkeypatch):
     """What it gives the autoencoder, standardised as in training, are the latents of its last step."""
     steps = recorded(monkeypatch, upgraded.scheduler, "step")
     given = recorded(monkeypatch, upgraded.vae, "decode")
-    made(upgraded, 64)
+    picture = made(upgraded, size)
+    width = 64 if size == 64 else 96
+    assert picture.shape == (2, 3, 64, width)
     final = steps[-1][1][0]
     if backbone_of(upgraded.transformer).ports.packed > 1:
-        final = unpack(final, 8, 8)
+        final = unpack(final, 8, width // 8)
     (((latents, *_), _),) = given
     standardised = upgraded.vae.standardise(latents.squeeze(2) if latents.ndim == 5 else latents)
     torch.testing.assert_close(standardised, final, atol=1e-4, rtol=1e-4)

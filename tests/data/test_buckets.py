@@ -170,7 +170,7 @@ def test_a_sets_steps_are_of_one_bucket_each(bucketed):
     seen = [bucketed.step_indices(3, seed=2, step=step) for step in range(5)]
     for indices in seen:
         bucketed.batch(indices)
-    assert sorted(sum(seen, [])) == list(range(15))
+    assert sorted(index for indices in seen for index in indices) == list(range(15))
 
 
 # ahead

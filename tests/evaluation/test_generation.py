@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
@@ -104,6 +105,29 @@ def test_a_size_that_the_pipeline_cannot_make_is_refused(upgraded, size) -> None
     with pytest.raises(SettingsError, match=rf"size={size}: allowed are multiples of 16"):
         sample(upgraded, ["red ball"], seed=0, size=size, **QUICK)
     assert sample(upgraded, ["red ball"], seed=0, size=48, **QUICK).shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize("size", [(96, 48), (48, 64)])
+def test_width_comes_before_height(base, upgraded, size) -> None:
+    width, height = size
+    made = sample(upgraded, ["red ball"], seed=1, size=size, **QUICK)
+    assert made.shape == (1, 3, height, width)
+    assert sample(base, ["red ball"], seed=1, size=(width // 2, height // 2), **QUICK).shape[2:] == (
+        height / 2,
+        width / 2,
+    )
+    square = sample(upgraded, ["red ball"], seed=1, size=(width, width), **QUICK)
+    assert torch.equal(square, sample(upgraded, ["red ball"], seed=1, size=width, **QUICK))
+    for sides in ((width, 40), (40, height)):
+        with pytest.raises(SettingsError, match="size=40: allowed are multiples of 16"):
+            sample(upgraded, ["red ball"], seed=1, size=sides, **QUICK)
+
+
+def test_a_page_of_wide_pictures(upgraded, tmp_path: Path) -> None:
+    page = generate(upgraded, ["red ball"], tmp_path, size=(96, 48), **QUICK)
+    assert "96x48 px" in page.read_text()
+    with Image.open(tmp_path / "pictures" / "00000.png") as picture:
+        assert picture.size == (96, 48)
 
 
 # --------------------------------------------------------------------------------------------------------- sample_many

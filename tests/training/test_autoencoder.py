@@ -112,7 +112,7 @@ def test_the_result_is_the_last_heldout_numbers(trained: tuple[Path, str], recip
     result, last = outcome(folder), read_metrics(folder / "metrics.jsonl")[-1]
     numbers = {name: value for name, value in last.items() if name.startswith("heldout_")}
     assert result["values"] == {**numbers, "autoencoder": "autoencoder"}
-    assert result["counts"] == {"pictures": 12, "heldout_pictures": 3, "steps": STEPS, "skipped_steps": 0}
+    assert result["counts"] == {"pictures": 12, "heldout_pictures": 3, "steps": STEPS, "skipped_steps": 0, "spikes": 0}
     assert result["recipe_digest"] == recipe.model_copy(update={"start": start}).digest()
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["precision"] == "float32"

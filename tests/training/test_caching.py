@@ -19,7 +19,7 @@ from torch import Tensor
 import pipelines
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
-from davae.data.cache import damage, shard_paths
+from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.training.caching import Share
@@ -171,6 +171,17 @@ def test_damage_is_named_set_aside_and_made_again(autoencoder, pictures, ours, e
     assert aside.exists()
     aside.unlink()
     assert digests(ours) == before, "the same file again"
+
+
+def test_several_processes_check_every_shard_whoever_is_first(autoencoder, pictures, ours) -> None:
+    """The first has renamed what it found before the next one looks."""
+    for path in shards(ours):
+        path.write_bytes(b"")
+    cache = TensorCache(ours, "latents", {"autoencoder": model_digest(autoencoder)})
+    for process in range(3):
+        cache.set_damaged_aside(process=process, processes=3)
+    assert len(shards(ours)) == 3
+    assert all(path.name.startswith("damaged-") for path in shards(ours))
 
 
 def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expected, caplog) -> None:
@@ -336,12 +347,13 @@ def test_repeated_rows_at_the_end_are_not_kept() -> None:
 def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(family: str) -> None:
     """Zero where it is masked, kept as one row; what the transformer makes of it is the same, bit for bit."""
     pipeline = getattr(pipelines, family)()
+    pipeline.system_prompt = "draw"  # Lumina2's own fills all 40 tokens
     backbone = backbone_of(pipeline.transformer)
     captions = ["red ball", "", "a fish and a tree"]
     with torch.no_grad():
         plain = backbone.condition(pipeline, captions, max_sequence_length=40)
         found = encode_captions(pipeline, backbone, captions, 40)
-        latents = torch.randn(3, pipeline.vae.config.latent_channels, 8, 8)
+        latents = torch.randn(3, pipelines.CHANNELS, 8, 8)
         predict, time = backbone.velocity, torch.tensor([0.2, 0.5, 0.9])
         if backbone.noise is not None:
             predict, time = backbone.noise, torch.tensor([3, 500, 900])

@@ -176,7 +176,7 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
     result = json.loads((folder / "result.json").read_text())
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert result["values"] == {name: last[name] for name in ("loss", "base_loss", "detail_loss")}
-    assert result["counts"] == {"pictures": 12, "batch_size": 6, "steps": STEPS, "skipped_steps": 0}
+    assert result["counts"] == {"pictures": 12, "batch_size": 6, "steps": STEPS, "skipped_steps": 0, "spikes": 0}
     assert result["recipe_digest"] == recipe.digest()
 
 

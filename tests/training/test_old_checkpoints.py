@@ -9,7 +9,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from davae.errors import CheckpointError
 from davae.seeds import generator
+from davae.training.autoencoder_recipe import AutoencoderRecipe
 from davae.training.companion import Companion
 from davae.training.state import TrainingState
 
@@ -74,3 +76,15 @@ def test_an_old_checkpoint_goes_on(folder: Path, tmp_path: Path) -> None:
         for run in (state, new)
     )
     assert ours == pytest.approx(theirs, rel=1e-2), "moments and all, up to the machine's last digits"
+
+
+def test_a_run_from_before_a_setting_was_added_goes_on(tmp_path: Path) -> None:
+    recipe = AutoencoderRecipe(steps=7)
+    (tmp_path / "checkpoints").mkdir()
+    lines = recipe.to_toml().splitlines(keepends=True)
+    (tmp_path / "recipe.toml").write_text("".join(line for line in lines if not line.startswith("skip_spikes")))
+    with recipe.alone_in(tmp_path):
+        pass
+    other = AutoencoderRecipe(steps=7, skip_spikes=True)
+    with pytest.raises(CheckpointError, match="skip_spikes = False"), other.alone_in(tmp_path):
+        pass

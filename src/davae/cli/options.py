@@ -33,6 +33,7 @@ AutoencoderPath = Annotated[
 Adapter = Annotated[
     list[Path], typer.Option(help="An adapter folder, to apply to the (base) pipeline. Repeatable: one upon the other.")
 ]
+RankTimeout = Annotated[float, typer.Option(min=1, help="Seconds that a process of several waits for another.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
 PictureSize = Annotated[
@@ -48,13 +49,15 @@ Pictures = Annotated[
 
 
 def device_of(name: str | None) -> str:
-    """The device of that name, or the best one here."""
+    """The device of that name, or the best one here: of several ranks each has its own."""
     import torch
+
+    from davae.ranks import Ranks
 
     allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if name is not None and name.partition(":")[0] not in allowed:
         raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
-    return name or allowed[-1]
+    return name or str(Ranks().device if torch.cuda.is_available() else allowed[-1])
 
 
 def size_of(text: str | None) -> int | tuple[int, int] | None:

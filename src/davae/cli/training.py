@@ -1,6 +1,6 @@
 """Verbs that train: both stages, each from its recipe."""
 
-from davae.cli.options import DryRun, RecipePath, ReportTo, RunFolder, Settings, quiet, say
+from davae.cli.options import DryRun, RankTimeout, RecipePath, ReportTo, RunFolder, Settings, quiet, say
 
 
 def train_autoencoder(
@@ -8,6 +8,7 @@ def train_autoencoder(
     out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     report_to: ReportTo = [],  # noqa: B006 - as above
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
@@ -19,7 +20,8 @@ def train_autoencoder(
     resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:
         return say(plan_of(resolved, recipe))
-    say(train_autoencoder(resolved, out or run_folder(AutoencoderRecipe, recipe), report_to=report_to))
+    folder = out or run_folder(AutoencoderRecipe, recipe)
+    say(train_autoencoder(resolved, folder, report_to=report_to, rank_timeout=rank_timeout))
 
 
 def finetune(
@@ -27,6 +29,7 @@ def finetune(
     out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     report_to: ReportTo = [],  # noqa: B006 - as above
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
@@ -38,4 +41,5 @@ def finetune(
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:
         return say(plan_of(resolved, recipe))
-    say(finetune(resolved, out or run_folder(FinetuneRecipe, recipe), report_to=report_to))
+    folder = out or run_folder(FinetuneRecipe, recipe)
+    say(finetune(resolved, folder, report_to=report_to, rank_timeout=rank_timeout))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -66,21 +67,25 @@ class TensorCache:
         """Read every shard and rename those that are not what was written, with a warning that names file and reason.
 
         Args:
-            process: which of `processes` this is, each of which checks its share.
+            process: which of `processes` this is, each of which checks its share of the names.
             processes: how many there are.
 
         Raises:
             StorageError: a damaged shard cannot be renamed.
         """
-        for path in shard_paths(self.folder)[process::processes]:
+        for path in shard_paths(self.folder):
+            if zlib.crc32(path.name.encode()) % processes != process:
+                continue
             reason = damage(path) or self._foreign(path)
             if reason:
                 aside = path.with_name(ASIDE + path.name)
-                logger.warning("%s %s; set aside as %s, its entries are made again", path, reason, aside.name)
                 try:
                     path.rename(aside)
+                except FileNotFoundError:  # another run has found it, too
+                    continue
                 except OSError as error:
                     raise storage_error(aside, 0, error) from error
+                logger.warning("%s %s; set aside as %s, its entries are made again", path, reason, aside.name)
 
     def find(self) -> None:
         """Look what entries there are now; of shards that `set_damaged_aside` has checked."""

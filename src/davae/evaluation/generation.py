@@ -23,6 +23,7 @@ from davae.data.png import ORIGIN, read_png, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.metrics import EfficientNetLite0Features, kid
+from davae.ranks import Ranks
 from davae.record import environment
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.sampling import sample
@@ -36,11 +37,13 @@ def sample_many(
     """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing.
 
     Each file says what it was made from: weights, prompt, index and settings. One that differs is made anew.
+    Of several ranks each makes every so many-th batch; all return all pictures.
     """
+    ranks = Ranks()
     pipeline.set_progress_bar_config(disable=True)
     origin = [_weights_digest(pipeline), settings]
-    starts = range(0, len(prompts), batch_size)
-    for start in track(starts, label, console=Console(stderr=True)):
+    starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
+    for start in track(starts, label, console=Console(stderr=True), disable=not ranks.first):
         batch = prompts[start : start + batch_size]
         paths = [folder / f"{index:05d}.png" for index in range(start, start + len(batch))]
         origins = [_origin([*origin, prompt, index]) for index, prompt in enumerate(batch, start)]
@@ -49,6 +52,7 @@ def sample_many(
         made = sample(pipeline, batch, first_index=start, **settings)
         for path, picture, here in zip(paths, made, origins, strict=True):
             write_png(path, picture, origin=here)
+    ranks.wait("generating")
     return [read_png(folder / f"{index:05d}.png") for index in range(len(prompts))]
 
 
@@ -106,7 +110,8 @@ def generate(
     )  # fmt: skip
     grid = Pictures([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
-    write_page(out / "index.html", Report("Generated pictures", lead, [Section("Pictures", "", grid)]))
+    report = Report("Generated pictures", lead, [Section("Pictures", "", grid)])
+    Ranks().first_does(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
 
@@ -134,7 +139,8 @@ def evaluate(
         raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
     side = backbone_of(pipeline.transformer).picture_side(pipeline, None)
-    real = open_pictures(pictures, size=side).sound(out / "refused.json")
+    ranks = Ranks()
+    real = open_pictures(pictures, size=side).sound(out / "refused.json" if ranks.first else None)
     if len(real) < 2:
         raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
     prompts = evaluation_prompts(real, count)
@@ -149,15 +155,14 @@ def evaluate(
     value, error = kid_with_error(features_of(made, side=side), references, seed=seed)
     result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
     where = {"device": str(pipeline.device), "environment": environment()}
-    write_json(out / "result.json", {**result, "real": len(real), **settings, **where})
+    ranks.first_does(lambda: write_json(out / "result.json", {**result, "real": len(real), **settings, **where}))
     table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
     grid = Pictures([f"{side} px"], prompts[:shown], [[picture] for picture in made[:shown]])
     lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones. "
     lead += real.refusals_summary()
-    write_page(
-        out / "index.html", Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
-    )
+    report = Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
+    ranks.first_does(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
 

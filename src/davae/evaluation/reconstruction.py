@@ -25,6 +25,7 @@ from davae.evaluation.tokenizers import (
 )
 from davae.metrics import EfficientNetLite0Features, kid, psnr, ssim
 from davae.perceptual import LPIPS
+from davae.ranks import Ranks
 from davae.record import environment
 from davae.report import Pictures, Report, Section, Table, write_page
 from davae.storage import write_json
@@ -42,15 +43,15 @@ FULL, UNSHUFFLED = "base at full size", "base at full size, unshuffled"
 
 @torch.no_grad()
 def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> dict[str, dict[str, float]]:
-    """Means over all pictures of PSNR (dB), SSIM and LPIPS, by the name of the way."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in ways}
-    for indices in torch.arange(len(pictures)).split(BATCH):
+    """Means over all pictures of PSNR (dB), SSIM and LPIPS, by the name of the way; the ranks share the pictures."""
+
+    def of_chunk(indices: Tensor) -> Tensor:
         image = pictures.batch(indices.tolist()).to(lpips.shift.device)
-        for name, way in ways.items():
-            made = way(image).float().clamp(-1, 1)
-            rows[name].append(torch.stack([metric(made, image) for metric in (psnr, ssim, lpips)]))
-    means = {name: torch.cat(values, dim=1).mean(dim=1).tolist() for name, values in rows.items()}
-    return {name: dict(zip(METRICS, values, strict=True)) for name, values in means.items()}
+        made = [way(image).float().clamp(-1, 1) for way in ways.values()]
+        return torch.stack([torch.stack([metric(m, image) for metric in (psnr, ssim, lpips)]) for m in made])
+
+    values = torch.cat(Ranks().over(torch.arange(len(pictures)).split(BATCH), of_chunk), dim=-1).mean(dim=-1)
+    return {name: dict(zip(METRICS, row, strict=True)) for name, row in zip(ways, values.tolist(), strict=True)}
 
 
 @torch.no_grad()
@@ -179,9 +180,9 @@ def reconstruct(
             factor = tokenizers[name].factor
             raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
     features = EfficientNetLite0Features(autoencoder.device) if with_kid else None
-    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False).sound(
-        out / "refused.json"
-    )
+    ranks = Ranks()
+    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False)
+    heldout = heldout.sound(out / "refused.json" if ranks.first else None)
     values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(autoencoder.device))
     kids = {} if features is None else reconstruction_kid(heldout, tokenizers, features, device=autoencoder.device)
     tokens = tokenizers[OURS].tokens(size, patch)
@@ -189,8 +190,9 @@ def reconstruct(
     result = {"values": values, "tokenizers": costs, "count": len(heldout), "size": size, "patch": patch}
     if features is not None:
         result |= {"kid": kids, "features": features.name}
-    write_json(out / "result.json", {**result, "device": str(autoencoder.device), "environment": environment()})
-    _write_page(out / "index.html", heldout, tokenizers, tokenizer_table(values, costs, kids, patch=patch), autoencoder)
+    where, numbers = {"device": str(autoencoder.device)}, tokenizer_table(values, costs, kids, patch=patch)
+    ranks.first_does(lambda: write_json(out / "result.json", {**result, **where, "environment": environment()}))
+    ranks.first_does(lambda: _write_page(out / "index.html", heldout, tokenizers, numbers, autoencoder))
     return out / "index.html"
 
 

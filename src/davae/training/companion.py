@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from davae import faults
 from davae.errors import NumericsError
 from davae.ranks import Ranks
+from davae.training.checkpoint import LARGEST
 from davae.training.tensors import (
     copy_into,
     live_tensors,
@@ -78,8 +79,9 @@ class Companion:
     def update(self, loss: Tensor) -> None:
         """Backward of a batch's loss, and after a step's last batch one step of the optimiser.
 
-        If the loss or the norm of the gradients is not finite, the step is skipped: weights and moments stay bit for
-        bit as they were, and the buffers (BatchNorm's statistics) go back to those of the last step that was not.
+        If the loss or the norm of the gradients is not finite, or a buffer (BatchNorm's statistics) is not fit for a
+        checkpoint, the step is skipped: weights and moments stay bit for bit as they were, and the buffers go back to
+        those of the last step that was not.
 
         Raises:
             NumericsError: five steps in a row were skipped.
@@ -96,8 +98,9 @@ class Companion:
             mean = mean.new_tensor(mean_value)
             self._ranks.average_(p.grad for p in self._trained.values() if p.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
-        value, norm_value = torch.stack([mean, norm.float()]).tolist()
-        finite = math.isfinite(value) and math.isfinite(norm_value)
+        largest = [buffer.abs().amax().float() for buffer in self.model.buffers()]
+        value, norm_value, *buffers = torch.stack([mean, norm.float(), *largest]).tolist()
+        finite = math.isfinite(value) and math.isfinite(norm_value) and all(size <= LARGEST for size in buffers)
         if finite:
             self.optimizer.step()
             self._keep_buffers()

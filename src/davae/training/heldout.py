@@ -16,14 +16,13 @@ from davae.ranks import Ranks
 @torch.no_grad()
 def heldout_metrics(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS, ranks: Ranks) -> dict[str, float]:
     """PSNR, SSIM and LPIPS of reconstructions of whole held-out pictures, averaged over them; the ranks share them."""
-    rows, chunks = [], torch.arange(len(pictures)).split(8)
-    for first in range(0, len(chunks), ranks.count):
-        # A rank that has none left does the last one again: with sharded weights, none can be left out.
-        image = pictures.batch(chunks[min(first + ranks.rank, len(chunks) - 1)].tolist()).to(autoencoder.device)
+
+    def measure(indices: Tensor) -> Tensor:
+        image = pictures.batch(indices.tolist()).to(autoencoder.device)
         reconstruction = autoencoder(image).sample.clamp(-1, 1)
-        found = torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)])
-        padded = ranks.gather(torch.nn.functional.pad(found, (0, 8 - found.shape[1])).unsqueeze(0))
-        rows += [row[:, : len(chunk)] for row, chunk in zip(padded, chunks[first:], strict=False)]
+        return torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)])
+
+    rows = ranks.over(torch.arange(len(pictures)).split(8), measure)
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
     return {f"heldout_{name}": value for name, value in zip(("psnr", "ssim", "lpips"), means, strict=True)}
 

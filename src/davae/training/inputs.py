@@ -1,5 +1,6 @@
 """What stage 2 gives the transformer beside noise and time: latents and conditions, from a cache or encoded anew."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def training_inputs(
         if backbone.classes:
             return latents, ClassConditions(pipeline, backbone, pictures)
         return latents, OnlineConditions(pipeline, backbone, pictures, recipe.prompt_tokens)
-    caches, share = cache_folder(recipe, folder), Share(ranks.rank, ranks.count, ranks.wait)
+    caches, share = cache_folder(recipe, folder), Share(ranks.rank, ranks.count, partial(ranks.wait, "encoding"))
     kept = cached_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, share=share)
     if backbone.classes:
         conditions: Conditions = ClassConditions(pipeline, backbone, pictures)

@@ -74,8 +74,8 @@ class TrainingState:
 
     Of several processes (`Ranks`) each gives the loss of its part of a batch; a step's loss, logs and gradients are the
     means over them, and so is what decides whether it is skipped. Gradients are averaged here, after a step's last
-    backward pass, not by a DDP wrapper, which lacks the methods that losses call models by; so none of it is hidden
-    behind that pass. Rank 0 alone writes, and its checkpoints go on with any number of ranks, FSDP2 or not.
+    backward pass, not by a DDP wrapper, which lacks the methods that losses call. Rank 0 alone writes, and its
+    checkpoints go on with any number of ranks, FSDP2 or not.
 
     On the CPU a run that was killed at any moment and started again ends with the same weights, bit for bit, if the
     loss is a function of the weights, the batch and random numbers keyed by it (`seeds.generator`). torch's global
@@ -203,7 +203,7 @@ class TrainingState:
             SettingsError: another process trains in the same folder.
             StorageError: a checkpoint or a metrics line cannot be written.
             NumericsError: the last step was skipped, because its loss or gradients were not finite.
-            RankError: another process is missing.
+            RankError: another rank is missing.
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
         with lock, stop_requests() as request, self._progress() as progress:
@@ -271,9 +271,8 @@ class TrainingState:
         mean_loss, logs = means(self._pending)
         samples, self._pending, self._samples = self._samples, [], []
         if self.ranks.count > 1:
-            value, *values = self.ranks.mean(
-                [float(torch.as_tensor(value).detach()) for value in (mean_loss, *logs.values())]
-            )
+            numbers = (v.detach() if isinstance(v, Tensor) else v for v in (mean_loss, *logs.values()))
+            value, *values = self.ranks.mean(map(float, numbers))
             mean_loss, logs = mean_loss.new_tensor(value), dict(zip(logs, values, strict=True))
         first = next(iter(self._trained.values()))
         first.grad = faults.at("clip", faults.at("grad", first.grad))
@@ -338,8 +337,7 @@ class TrainingState:
 
     def whole(self, name: str) -> nn.Module:
         """The model of that name; with FSDP2 a copy on rank 0's CPU, to save it, for which all ranks must call."""
-        model, twin = self._models[name], self._twins.get(name)
-        return model if twin is None else gathered_into(twin, model)
+        return gathered_into(self._twins[name], self._models[name]) if name in self._twins else self._models[name]
 
     def _begin(self) -> None:
         remove_litter(self._folder)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from jaxtyping import UInt8
+from torch import Tensor
 
 from davae.errors import SettingsError
 
@@ -35,11 +38,15 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(names: Sequence[str], folder: Path, *, step: int) -> list[GeneralTracker]:
-    """Trackers of the run in `folder`, which go on at `step` with what an earlier start of it has told them.
+    """Trackers of the run in `folder`, which go on at `step` with what they were told at its earlier starts.
+
+    Of several processes only the first has any.
 
     TensorBoard's files go to `folder`/tensorboard; the others call the project "davae" and the run as its folder.
     """
     check_trackers(names)
+    if not PartialState().is_main_process:
+        return []
     text = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
     started: list[GeneralTracker] = []
     for name in names:
@@ -57,3 +64,13 @@ def start_trackers(names: Sequence[str], folder: Path, *, step: int) -> list[Gen
             tracker.store_init_configuration(tomllib.loads(text))
         started.append(tracker)
     return started
+
+
+def show_picture(trackers: Sequence[GeneralTracker], name: str, picture: UInt8[Tensor, "3 h w"], *, step: int) -> None:
+    """Show a picture to those trackers that take any."""
+    batch = picture.permute(1, 2, 0).unsqueeze(0).numpy()
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: batch}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: batch}, step=step)

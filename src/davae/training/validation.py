@@ -15,6 +15,7 @@ from davae.sampling import sample
 from davae.training.conditions import move_frozen
 from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.state import TrainingState
+from davae.training.trackers import show_picture
 
 
 class Validation:
@@ -54,9 +55,9 @@ class Validation:
         move_frozen(pipeline, state.device)
         pipeline.transformer.eval()
         rows = []
-        with torch.random.fork_rng(), state.autocast():
+        with torch.random.fork_rng():
             for weights in (nullcontext, state.ema_weights):
-                with weights():
+                with weights(), state.autocast():  # one for each: it keeps the weights that it has cast
                     made = sample(
                         pipeline,
                         self._prompts,
@@ -74,5 +75,4 @@ class Validation:
         grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
         if state.ranks.first:
             write_png(self._folder / "pictures" / f"{state.step:08d}.png", grid)
-        for tracker in state.trackers:
-            tracker.log_images({"raw above, EMA below": grid.permute(1, 2, 0).unsqueeze(0).numpy()}, step=state.step)
+        show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)

@@ -1,0 +1,63 @@
+"""A short run on as many ranks as there are, of a model with nothing random inside: what torchrun starts, or a fork."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from davae.errors import RankError
+from davae.ranks import Ranks
+from davae.seeds import generator
+from davae.training.optimisation import warmup_cosine
+from davae.training.state import TrainingState
+
+STEPS, BATCH = 40, 8
+
+
+def train(
+    folder: Path, *, timeout: float = 60.0, before: Callable[[int, int], object] = lambda step, rank: None
+) -> TrainingState:
+    """Train, and call `before` with step and rank in the middle of every step."""
+    ranks = Ranks(timeout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.ModuleList([nn.Linear(16, 16)])[0], nn.Linear(16, 1))
+    settings = {"learning_rate": warmup_cosine(1e-3, floor=1e-4, warmup_steps=5, total_steps=STEPS), "ema_decay": 0.9}
+    settings |= {"total_steps": STEPS, "seed": 7, "recipe_digest": "a" * 64, "checkpoint_every": 3, "log_every": 1}
+    (folder / "pids").mkdir(parents=True, exist_ok=True)
+    (folder / "pids" / f"{os.getpid()}").touch()
+    try:
+        with ranks.together("a step"):
+            state = TrainingState(
+                folder, {"mlp": model}, model.parameters(), console=Console(quiet=True), ranks=ranks, **settings
+            )
+            for step in state.steps():
+                batch = ranks.randn((BATCH // ranks.count, 4), generator(7, "batch", step))
+                loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+                before(step, ranks.rank)
+                state.update(loss, {"size": loss.new_tensor(BATCH)})
+    except RankError as error:
+        with (folder / "rank_errors").open("a") as file:
+            file.write(f"{error}\n")
+        raise
+    return state
+
+
+def signalled(signum: int, at_step: int, of_rank: int) -> Callable[[int, int], object]:
+    """A `before` that sends a signal to a rank's own process."""
+
+    def before(step: int, rank: int) -> None:
+        if (step, rank) == (at_step, of_rank):
+            os.kill(os.getpid(), signum)
+
+    return before
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    train(Path(sys.argv[1]), before=lambda *_: __import__("time").sleep(0.02))
