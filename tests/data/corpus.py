@@ -208,7 +208,6 @@ REFUSED = {
     "damaged data": (damaged_data(), "damaged"),
     "half a header": (encode(rgb(), "PNG")[:20], "header is damaged"),
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "format"),
-    "many scans": (many_scans(), "allowed 100"),
     "text bomb": (text_bomb(), "damaged"),
 }
 

@@ -23,12 +23,13 @@ from data.corpus import (
     WIDTH,
     encode,
     exif,
+    many_scans,
     profile,
     rgb,
 )
 from data.stored import fill, tar
 from davae.data.buckets import Bucket, fit
-from davae.data.pictures import FORMATS, MAX_PIXELS, PictureRefused, check_picture, read_picture
+from davae.data.pictures import FORMATS, MAX_PIXELS, MAX_SCANS, PictureRefused, check_picture, read_picture
 from davae.data.sources import open_pictures
 from forks import exit_code, forked
 
@@ -137,6 +138,17 @@ def test_limits_hold_on_the_header_and_are_arguments():
             check_picture(BytesIO(data[:60]), "picture", **options)
     read_picture(data, "picture", max_pixels=HEIGHT * WIDTH, min_side=HEIGHT)
     check_picture(BytesIO(data[:60]), "picture", max_pixels=HEIGHT * WIDTH, min_side=HEIGHT)
+
+
+def test_a_jpeg_of_many_scans_is_refused_by_what_they_cost():
+    data = many_scans()
+    scans = data.count(b"\xff\xda")
+    assert scans > 200
+    least = -(-scans * HEIGHT * WIDTH // MAX_SCANS)
+    read_picture(data, "picture", max_pixels=least)
+    with pytest.raises(PictureRefused, match=f"{scans} scans are more than the allowed {scans - 1}") as refusal:
+        read_picture(data, "picture", max_pixels=least - 1)
+    assert refusal.value.kind == "too large"
 
 
 @pytest.mark.parametrize("kind", WHOLE)

@@ -19,8 +19,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
-MAX_SCANS = 100
-"""Of a JPEG: each is another pass over all pixels, however few bytes it has. Encoders make about ten."""
+MAX_SCANS = 20
+"""Of a JPEG that has the most pixels allowed, and so many more as it is smaller: each is a pass over all pixels,
+however few bytes it has. Encoders make about ten."""
 STRIP_PIXELS = 1 << 22
 """Colours are converted in strips of so many pixels, so that a large picture needs no more than its own memory."""
 
@@ -96,9 +97,9 @@ def read_picture(
             that is not read.
     """
     with _open(BytesIO(data), name, max_pixels=max_pixels, min_side=min_side) as image:
-        if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-            reason = f"{scans} scans are more than the allowed {MAX_SCANS}; save it again"
-            raise PictureRefused(name, reason, "too large")
+        scans, allowed = data.count(b"\xff\xda"), MAX_SCANS * max_pixels // (image.width * image.height)
+        if image.format in ("JPEG", "MPO") and scans > allowed:
+            raise PictureRefused(name, f"{scans} scans are more than the allowed {allowed}; save it again", "too large")
         try:
             if enough is not None and image.format in ("JPEG", "MPO"):
                 image.draft(None, (enough, enough))
