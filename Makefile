@@ -22,7 +22,7 @@ test-oldest: $(STAMP) $(OLDEST)/.installed ## what saves, loads and widens, on t
 	PYTHONPATH=$(OLDEST) $(RUN) $(BIN)/python -m pytest $(PYTEST_FLAGS) \
 		tests/test_fixtures.py tests/test_portable.py tests/test_base_lora.py tests/backbones/test_table.py
 
-soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--trials 20" for fewer of each
+soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--part 0.1" for a tenth
 	$(RUN) $(BIN)/python -m pytest -m "soak or slow" --soak experiments/results/soak.json --timeout 7200 $(PYTEST_FLAGS)
 
 lint: $(STAMP)
