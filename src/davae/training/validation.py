@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from einops import rearrange
 
@@ -73,5 +74,6 @@ class Validation:
             if name != "transformer":
                 pipeline.components[name].to(place)
         grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
-        write_png(self._folder / "pictures" / f"{state.step:08d}.png", grid)
+        if PartialState().is_main_process:
+            write_png(self._folder / "pictures" / f"{state.step:08d}.png", grid)
         show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
