@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
+from transformers import CLIPImageProcessor
 
 import pipelines
 from davae.autoencoder_da import AutoencoderDA
@@ -310,6 +311,9 @@ def test_the_digest_of_the_text_is_of_encoders_and_tokenizers(base_folder: Path)
         pipeline.transformer.proj_out.weight.zero_()
         pipeline.encode_prompt("red ball", None, None)  # leaves its padding in the tokenizers
     assert text_digest(pipeline) == before
+    pipeline.register_modules(image_encoder=None, feature_extractor=CLIPImageProcessor())
+    assert len(text_digest(pipeline)) == 64
+    pipeline.register_modules(feature_extractor=None)
     pipeline.tokenizer_2.model_max_length = 76
     assert text_digest(pipeline) != before
     pipeline.tokenizer_2.model_max_length = 77
