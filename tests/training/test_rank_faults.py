@@ -92,7 +92,10 @@ def torchrun_killed(folder: Path, kills: int, settings: dict[str, str], chance: 
 
 @pytest.mark.parametrize(
     ("kills", "settings"),
-    [(5, {}), pytest.param(50, FSDP2, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    [
+        pytest.param(5, {}, marks=pytest.mark.timeout(600)),
+        pytest.param(50, FSDP2, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
     ids=["5 kills, DDP", "50 kills, FSDP2"],
 )
 def test_killed_again_and_again_torchrun_ends_with_the_same_losses(
