@@ -80,6 +80,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks) -> Path:
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
+    if recipe.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
     base_channels, positions = autoencoder.config.base_channels, (recipe.size // autoencoder.downsample_factor) ** 2
     objective = objective_of(pipeline, recipe, base_channels=base_channels, positions=positions)
     models = {"transformer": pipeline.transformer}
