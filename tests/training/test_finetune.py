@@ -430,3 +430,20 @@ def test_an_adapter_of_another_base_is_refused(lora: Run, tmp_path) -> None:
     update = {"adapter": str(folder / "adapter"), "base": str(tmp_path / "other")}
     with pytest.raises(CheckpointError, match="trained on another base"):
         finetune(recipe.model_copy(update=update), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_gradient_checkpointing_computes_again_and_changes_nothing(recipe, trained, tmp_path, monkeypatch) -> None:
+    again = []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: again.append(1) or original(*a, **k))
+    quick = recipe.model_copy(update={"steps": 3, "trained": trained})
+    finetune(quick, tmp_path / "kept")
+    assert not again
+    finetune(quick.model_copy(update={"gradient_checkpointing": True}), tmp_path / "again")
+    assert len(again) == 3 * 2  # both blocks, in every step
+    for folder in ("pipeline/transformer", "checkpoints/step-00000003"):
+        assert digests(tmp_path / "again" / folder) == digests(tmp_path / "kept" / folder)

@@ -140,7 +140,7 @@ def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_fol
 
 def test_a_family_of_one_size_refuses_buckets(class_base, uneven, tmp_path) -> None:
     recipe = stage_two(class_base, tmp_path / "autoencoder", uneven)
-    with pytest.raises(SettingsError, match="size=48.*positions fit one size, so allowed is 64"):
+    with pytest.raises(SettingsError, match=r"size=48.*positions fit one size, so allowed is 64"):
         finetune(recipe, tmp_path / "run")
 
 
