@@ -23,6 +23,7 @@ LAYERS = [
     {"noise_prediction"},
     {"backbones", "closed_form"},
     {"adapter", "base_lora", "class_conditional"},
+    {"loading"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
     {"report", "geometry", "card", "sampling", "runs", "hub"},
     {"training", "evaluation"},

@@ -23,11 +23,12 @@ from davae.backbones import backbone_of
 from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
+from davae.loading import load_autoencoder
 from davae.training.caching import Share
 from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
 from davae.training.fingerprints import model_digest, text_digest
 from davae.training.latents import CachedLatents, cached_latents, encode
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from hashes import digests
 from scenes import fill_with_scenes

@@ -15,12 +15,13 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.flow import detail_weight, interpolate, sample_timesteps
+from davae.loading import load_autoencoder, load_base_vae
 from davae.record import alone, read_metrics
 from davae.seeds import generator
 from davae.training.conditions import encode_captions
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
+from davae.upgrade import load_pipeline, upgrade
 from forks import exit_code, forked
 from hashes import digests
 

@@ -14,11 +14,12 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
+from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, bucket_objectives, finetune, upgraded_base
 from davae.training.latents import cached_latents, encode
-from davae.upgrade import load_autoencoder, save_pipeline
+from davae.upgrade import save_pipeline
 from scenes import caption, fill_with_scenes, keys, scene
 
 SIDES = [(64, 64), (96, 64), (64, 96), (128, 128)]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.state import TrainingState
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks
 

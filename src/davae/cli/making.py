@@ -69,7 +69,8 @@ def upgrade(
         return show({**given, "push_to_hub": push_to_hub, "private": private})
     from davae.card import upgrade_card, write_card
     from davae.hub import check_name, push_folder
-    from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+    from davae.loading import load_autoencoder
+    from davae.upgrade import load_pipeline, save_pipeline, upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")

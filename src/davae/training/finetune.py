@@ -24,6 +24,7 @@ from davae.card import model_card, write_card
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.flow import detail_weight
+from davae.loading import load_autoencoder
 from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
 from davae.seeds import generator
@@ -36,7 +37,7 @@ from davae.training.objectives import FlowObjective, NoiseObjective, objective_o
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
-from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
