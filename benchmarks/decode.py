@@ -16,7 +16,7 @@ from torch import nn
 
 from davae import AutoencoderDA, assets
 from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
-from davae.upgrade import load_autoencoder, load_base_vae
+from davae.loading import load_autoencoder, load_base_vae
 
 
 def autoencoder(*, true_size: bool) -> AutoencoderDA:

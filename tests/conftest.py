@@ -19,6 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--trials", type=int, default=None, help="Trials of each soak test, instead of its CI count.")
+    parser.addoption("--part", type=float, default=1.0, help="Only this part of the trials of each soak test.")
     parser.addoption("--trial", type=int, default=None, help="Run the trial of this number only, to replay it.")
     parser.addoption("--seed", type=int, default=0, help="Of all random choices of the trials.")
     parser.addoption("--soak", type=Path, default=None, help="Full counts, a table at the end, and that as JSON.")
@@ -85,7 +86,7 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Pa
     from davae.autoencoder_da import AutoencoderDA
     from davae.closed_form import fit_closed_form
     from davae.data.sources import open_pictures
-    from davae.upgrade import load_base_vae
+    from davae.loading import load_base_vae
 
     folder = tmp_path_factory.mktemp("autoencoder")
     autoencoder = AutoencoderDA.from_base(load_base_vae(str(base_folder)), detail_channels=8).eval()

@@ -1,8 +1,8 @@
 """A short run on as many ranks as there are, of a model with nothing random inside: what torchrun starts, or a fork."""
 
 import os
-import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,5 +59,4 @@ def signalled(signum: int, at_step: int, of_rank: int) -> Callable[[int, int], o
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    train(Path(sys.argv[1]), before=lambda *_: __import__("time").sleep(0.02))
+    train(Path(sys.argv[1]), before=lambda *_: time.sleep(0.02))

@@ -13,9 +13,9 @@ import tiny
 from davae import AutoencoderDA, upgrade
 from davae.closed_form import fit_closed_form
 from davae.errors import SettingsError
+from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
-from davae.upgrade import load_autoencoder
 
 BASES = {"kl": tiny.tiny_vae, "tiny": tiny.tiny_taesd}
 KINDS = list(itertools.product(BASES, (True, False)))

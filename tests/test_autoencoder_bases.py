@@ -12,7 +12,8 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import fit_closed_form
 from davae.errors import SettingsError
 from davae.evaluation.tokenizers import stock
-from davae.upgrade import load_autoencoder, load_base_vae, upgrade
+from davae.loading import load_autoencoder, load_base_vae
+from davae.upgrade import upgrade
 
 BUILDERS = {
     "dc": lambda: pipelines.sana().vae,

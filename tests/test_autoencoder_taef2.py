@@ -15,8 +15,9 @@ import tiny
 from davae import AutoencoderDA, AutoencoderTAEF2, assets
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
+from davae.loading import load_base_vae
 from davae.metrics import psnr
-from davae.upgrade import load_base_vae, load_pipeline, save_pipeline, upgrade
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "taef2"
 PUBLISHED = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="TAEF2's weights are not here")

@@ -18,7 +18,7 @@ from torch import Tensor
 from davae import AutoencoderDA, load_pipeline
 from davae.adapter import FORMAT_VERSION
 from davae.errors import CheckpointError
-from davae.upgrade import load_autoencoder
+from davae.loading import load_autoencoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEPT = FIXTURES / "0.1.0"

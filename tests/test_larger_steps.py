@@ -22,7 +22,8 @@ from davae.errors import SettingsError
 from davae.evaluation.generation import sample, shared_noise
 from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
 from davae.inspection import describe
-from davae.upgrade import load_autoencoder, save_pipeline
+from davae.loading import load_autoencoder
+from davae.upgrade import save_pipeline
 
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

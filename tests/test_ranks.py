@@ -15,10 +15,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from davae.errors import DataError, RankError, SettingsError
 from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
+from davae.loading import load_autoencoder
 from davae.ranks import Ranks
 from davae.seeds import generator
 from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from hashes import digests
 from rank_forks import FSDP2, run_ranks

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from davae import AutoencoderDA, assets
 from davae.data.sources import open_pictures
+from davae.loading import load_autoencoder, load_base_vae
 from davae.tiled_decoder import can_decode_tiles, decode_tiles
-from davae.upgrade import load_autoencoder, load_base_vae
 from tiny import tiny_taesd, tiny_vae
 
 pytestmark = pytest.mark.usefixtures("without_gradients")

@@ -15,7 +15,8 @@ from davae.adapter import add_lora, base_digest, load_adapter, save_adapter, tar
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, save_pipeline, upgrade
+from davae.loading import load_autoencoder, load_base_vae
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 
 
 class OnlyParts(DiffusionPipeline):

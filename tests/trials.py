@@ -21,7 +21,7 @@ class Trials:
         usual = marker.kwargs["full" if item.config.getoption("--soak") else "ci"]
         given = item.config.getoption("--trials")
         self.only = item.config.getoption("--trial")
-        self.count = usual if given is None else given
+        self.count = max(1, round(item.config.getoption("--part") * (usual if given is None else given)))
         self.seed = item.config.getoption("--seed")
         self.number = self.done = 0
         self._id = item.nodeid

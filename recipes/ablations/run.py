@@ -28,6 +28,7 @@ from davae.backbones import backbone_of
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.generation import features_of, sample_many
 from davae.flow import flow_matching_losses, interpolate, velocity_target
+from davae.loading import load_autoencoder
 from davae.losses import detail_alignment_loss
 from davae.metrics import kid
 from davae.perceptual import LPIPS
@@ -44,7 +45,7 @@ from davae.training.autoencoder import (
 )
 from davae.training.conditions import encode_captions
 from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 
 REFERENCE, BASE = "reference", "base + bicubic"
 Measured = dict[str, Any]

@@ -23,13 +23,14 @@ from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure
 from davae.evaluation.tokenizers import base_at_full_size, base_enlarged, stock, upgraded
+from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.recipe import load_recipe
 from davae.record import environment
 from davae.storage import read_json, write_json
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, save_pipeline
+from davae.upgrade import load_pipeline, save_pipeline
 
 HERE = Path(__file__).parent
 ONE_GO, TWICE = "s = 4", "2 x 2"

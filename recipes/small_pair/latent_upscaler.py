@@ -24,6 +24,7 @@ from davae.data.order import batch_indices, random_crops
 from davae.data.png import to_bytes
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
+from davae.loading import load_base_vae
 from davae.losses import gradient_l1, reconstruction_l1
 from davae.perceptual import LPIPS
 from davae.ranks import Ranks
@@ -32,7 +33,7 @@ from davae.sampling import shared_noise
 from davae.seeds import generator
 from davae.storage import write_json
 from davae.training.optimisation import OptimisationRecipe
-from davae.upgrade import load_base_vae, load_pipeline
+from davae.upgrade import load_pipeline
 
 
 class UpscalerRecipe(OptimisationRecipe):

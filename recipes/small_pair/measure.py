@@ -16,10 +16,11 @@ from davae import assets, demo
 from davae.data.png import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
+from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.storage import write_json
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline
+from davae.upgrade import load_pipeline
 
 SEED = 0
 SAMPLING = {"seed": SEED, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}

@@ -24,12 +24,12 @@ from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.generation import features_of
 from davae.evaluation.reconstruction import base_enlarged
+from davae.loading import load_autoencoder, load_base_vae
 from davae.metrics import EfficientNetLite0Features, kid, psnr, ssim
 from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.seeds import generator
 from davae.storage import write_json
-from davae.upgrade import load_autoencoder, load_base_vae
 
 SHIPPED = assets.upgrade()
 Change = Callable[[Tensor, Tensor], Tensor]

@@ -21,10 +21,10 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.reconstruction import base_at_full_size, base_enlarged, measure, upgraded
+from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.storage import write_json
-from davae.upgrade import load_autoencoder, load_base_vae
 
 SETS: dict[str, tuple[str, int, int | None]] = {
     "curve": ("textures", 512, 8),

@@ -33,7 +33,7 @@ def load_base_lora(
     Args:
         pipeline: upgraded or not, of a class that can load LoRA.
         lora: a folder, a file or a name on the Hub, in any layout that diffusers reads for this family.
-        weight_name: the file in it; diffusers finds it if there is one only.
+        weight_name: the file in it; it is found if there is one only.
         adapter_name: as in `load_lora_weights`; then `set_adapters` sets its strength, and that of others.
 
     Raises:
@@ -45,6 +45,8 @@ def load_base_lora(
     source, told = str(lora), {"adapter_name": adapter_name} if adapter_name else {}
     if Path(lora).is_file():
         source, where = str(Path(lora).parent), {"weight_name": Path(lora).name}
+    elif Path(lora).is_dir() and not where and len(files := list(Path(lora).glob("*.safetensors"))) == 1:
+        where = {"weight_name": files[0].name}  # which older versions of diffusers find on the Hub only
     if isinstance(pipeline.vae, AutoencoderDA):
         tensors, metadata = _read(pipeline, source, where)
         padded = pad_lora(tensors, pipeline)

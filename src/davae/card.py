@@ -29,31 +29,15 @@ def model_card(
         metrics: measured at the end of the run, by name.
         counts: how many samples they stand on, by name.
     """
-    local = Path(base).is_dir()
-    licence = licence_of(Path(base)) if local else None
-    facts = ModelCardData(
-        base_model=None if local else base,
-        license=licence,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["davae", "da-vae"],
-    )
-    name = Path(base).name if local else base
+    head = _head(base)
     where = environment()
     given = recipe.model_dump()
     settings = recipe.model_copy(
         update={key: Path(given[key]).name for key in PATHS if Path(given.get(key, "")).is_absolute()}
     )
-    versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items() if version)
     numbers = [f"| {key.replace('_', ' ')} | {_number(value)} |" for key, value in metrics.items()]
     amounts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in counts.items())
-    return f"""---
-{facts.to_yaml()}
----
-
-# {name}, upgraded with davae
-
-Base model: {name}. Licence: {licence or "that of the base model, which holds for what is derived from it"}.
+    return f"""{head}
 Data: {data}.
 
 ```python
@@ -68,12 +52,59 @@ Counts: {amounts}.
 
 ## How it was made
 
-Command: `{" ".join(where["command"])}`, commit {where["commit"] or "unknown"}; {versions}.
+Command: `{" ".join(where["command"])}`, commit {where["commit"] or "unknown"}; {_versions(where)}.
 
 ```toml
 {settings.to_toml().strip()}
 ```
 """
+
+
+PLAIN = """from davae import load_pipeline
+
+pipe = load_pipeline("this folder")"""
+PORTABLE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True)  # no davae needed"""
+
+
+def upgrade_card(base: str, *, portable: bool) -> str:
+    """A card of a pipeline that was upgraded and not trained since: base model, licence, and how it loads."""
+    where = environment()
+    return f"""{_head(base)}
+Not trained since the upgrade: its base latents are the base model's, its detail latents come with fine-tuning.
+
+```python
+{PORTABLE if portable else PLAIN}
+```
+
+Commit {where["commit"] or "unknown"}; {_versions(where)}.
+"""
+
+
+def _head(base: str) -> str:
+    """What the Hub reads, and what the result was made of; `base` is a folder, whose card has a licence, or a name."""
+    local = Path(base).is_dir()
+    licence = licence_of(Path(base)) if local else None
+    facts = ModelCardData(
+        base_model=None if local else base,
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["davae", "da-vae"],
+    )
+    name = Path(base).name if local else base
+    return f"""---
+{facts.to_yaml()}
+---
+
+# {name}, upgraded with davae
+
+Base model: {name}. Licence: {licence or "that of the base model, which holds for what is derived from it"}."""
+
+
+def _versions(where: Mapping[str, Any]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in where["versions"].items() if version)
 
 
 def licence_of(folder: Path) -> str | None:

@@ -21,6 +21,7 @@ from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation import generation, reconstruction
+from davae.loading import load_autoencoder, load_base_vae
 from davae.metrics import EfficientNetLite0Features
 from davae.perceptual import LPIPS
 from davae.record import environment, read_metrics
@@ -28,7 +29,7 @@ from davae.report import Curves, Pictures, Report, Section, Series, Table, write
 from davae.storage import write_json
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline
+from davae.upgrade import load_pipeline
 
 BASE, NATIVE, ENLARGED = "base, 128 px", "base, run at 256 px", "base + bicubic"
 THIS_RUN, SHIPPED = "this run", "shipped upgrade"

@@ -62,10 +62,13 @@ class Ranks:
         if several and not dist.is_initialized():
             try:
                 store, rank, count = next(iter(dist.rendezvous("env://", timeout=limit)))
+                # torchrun keeps its store over restarts, and with it the addresses of the dead.
+                store = dist.PrefixStore(f"davae {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {count}", store)
                 if gpu:
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
                 backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
                 dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+                dist.all_reduce(torch.zeros(1))  # whoever goes on has seen all others
             except RuntimeError as error:  # torch's own for the network are of this type
                 raise RankError(f"the processes of this run did not come together in {timeout:g} s: {error}") from error
             _stores[os.getpid()] = store

@@ -95,7 +95,10 @@ class RunRecord:
     def sync(self) -> None:
         """Force metrics.jsonl onto the disk, so that a checkpoint never outlives the lines before it."""
         if self.metrics_path.exists():
-            fsync(self.metrics_path)
+            try:
+                fsync(self.metrics_path)
+            except OSError as error:
+                raise storage_error(self.metrics_path, 0, error) from error
 
     def finish(
         self, values: Mapping[str, Any], *, recipe: Recipe, device: str, seed: int, counts: Mapping[str, int]

@@ -74,9 +74,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed calls of `write_atomically` left below `folder`; for the one process that writes there."""
+    """Remove what killed calls of `write_atomically` left below `folder`; for the one process that writes there.
+
+    Raises:
+        StorageError: one cannot be removed.
+    """
     for path in folder.rglob(".*.tmp-*"):
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError as error:
+            raise storage_error(path, 0, error) from error
 
 
 def storage_error(path: Path, needed: int, error: Exception) -> StorageError:

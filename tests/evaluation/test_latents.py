@@ -16,7 +16,7 @@ from davae.errors import DataError, SettingsError
 from davae.evaluation.latents import chosen_positions, describe, draw_latents, encode_halves
 from davae.evaluation.structure import at_positions, neighbourhood_agreement
 from davae.figures import matrix_tile, place_colours, scatter_tile
-from davae.upgrade import load_autoencoder, load_base_vae
+from davae.loading import load_autoencoder, load_base_vae
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from davae.evaluation.reconstruction import (
     table,
     upgraded,
 )
+from davae.loading import load_autoencoder, load_base_vae
 from davae.metrics import psnr, ssim
 from davae.perceptual import LPIPS
-from davae.upgrade import load_autoencoder, load_base_vae
 from scenes import fill_with_scenes
 
 

@@ -29,9 +29,9 @@ from davae.evaluation.tokenizers import (
     stock,
     upgraded,
 )
+from davae.loading import load_autoencoder, load_base_vae
 from davae.metrics import kid
 from davae.perceptual import LPIPS
-from davae.upgrade import load_autoencoder, load_base_vae
 
 
 def tiny_dc() -> AutoencoderDC:

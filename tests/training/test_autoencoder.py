@@ -14,6 +14,7 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.discriminator import PatchDiscriminator
 from davae.errors import CheckpointError, DataError, NumericsError, SettingsError
 from davae.evaluation.reconstruction import measure, upgraded
+from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.ranks import Ranks
 from davae.recipe import load_recipe
@@ -28,7 +29,6 @@ from davae.training.autoencoder import (
     start_autoencoder,
     train_autoencoder,
 )
-from davae.upgrade import load_autoencoder, load_base_vae
 from hashes import digests
 from scenes import fill_with_scenes
 from tiny import tiny_taesd, tiny_vae

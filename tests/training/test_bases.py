@@ -7,8 +7,8 @@ import torch
 
 import pipelines
 from davae.autoencoder_bases import decode_base
+from davae.loading import load_autoencoder
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
-from davae.upgrade import load_autoencoder
 
 BUILDERS = {
     "dc": lambda: pipelines.sana().vae,

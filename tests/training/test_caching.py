@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
+from transformers import CLIPImageProcessor
 
 import pipelines
 from davae.autoencoder_da import AutoencoderDA
@@ -22,11 +23,12 @@ from davae.backbones import backbone_of
 from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
+from davae.loading import load_autoencoder
 from davae.training.caching import Share
 from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
 from davae.training.fingerprints import model_digest, text_digest
 from davae.training.latents import CachedLatents, cached_latents, encode
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from hashes import digests
 from scenes import fill_with_scenes
@@ -310,6 +312,9 @@ def test_the_digest_of_the_text_is_of_encoders_and_tokenizers(base_folder: Path)
         pipeline.transformer.proj_out.weight.zero_()
         pipeline.encode_prompt("red ball", None, None)  # leaves its padding in the tokenizers
     assert text_digest(pipeline) == before
+    pipeline.register_modules(image_encoder=None, feature_extractor=CLIPImageProcessor())
+    assert len(text_digest(pipeline)) == 64
+    pipeline.register_modules(feature_extractor=None)
     pipeline.tokenizer_2.model_max_length = 76
     assert text_digest(pipeline) != before
     pipeline.tokenizer_2.model_max_length = 77

@@ -17,11 +17,12 @@ from davae.data.order import batch_indices
 from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.flow import interpolate, sample_timesteps
+from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
-from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 from scenes import scene
 from tiny import tiny_vae
 

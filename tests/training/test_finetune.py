@@ -15,12 +15,13 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.flow import detail_weight, interpolate, sample_timesteps
+from davae.loading import load_autoencoder, load_base_vae
 from davae.record import alone, read_metrics
 from davae.seeds import generator
 from davae.training.conditions import encode_captions
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
+from davae.upgrade import load_pipeline, upgrade
 from forks import exit_code, forked
 from hashes import digests
 
@@ -430,3 +431,20 @@ def test_an_adapter_of_another_base_is_refused(lora: Run, tmp_path) -> None:
     update = {"adapter": str(folder / "adapter"), "base": str(tmp_path / "other")}
     with pytest.raises(CheckpointError, match="trained on another base"):
         finetune(recipe.model_copy(update=update), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_gradient_checkpointing_computes_again_and_changes_nothing(recipe, trained, tmp_path, monkeypatch) -> None:
+    again = []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: again.append(1) or original(*a, **k))
+    quick = recipe.model_copy(update={"steps": 3, "trained": trained})
+    finetune(quick, tmp_path / "kept")
+    assert not again
+    finetune(quick.model_copy(update={"gradient_checkpointing": True}), tmp_path / "again")
+    assert len(again) == 3 * 2  # both blocks, in every step
+    for folder in ("pipeline/transformer", "checkpoints/step-00000003"):
+        assert digests(tmp_path / "again" / folder) == digests(tmp_path / "kept" / folder)

@@ -10,11 +10,12 @@ from davae.budget import autoencoder_budget
 from davae.errors import SettingsError
 from davae.evaluation.generation import sample
 from davae.geometry import read_geometry
+from davae.loading import load_autoencoder, load_base_vae
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.stage_one_loss import last_convolution
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, save_pipeline, upgrade
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 from scenes import fill_with_scenes
 
 Step = tuple[str, int, int]

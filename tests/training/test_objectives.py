@@ -14,13 +14,14 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.flow import detail_weight
+from davae.loading import load_autoencoder, load_base_vae
 from davae.recipe import load_recipe
 from davae.record import read_metrics
 from davae.seeds import generator
 from davae.training.finetune import FinetuneRecipe, finetune, trained_parameters
 from davae.training.latents import cached_latents, expect_noise
 from davae.training.objectives import flow_loss
-from davae.upgrade import load_autoencoder, load_base_vae, load_pipeline, upgrade
+from davae.upgrade import load_pipeline, upgrade
 
 CHANNELS = 4
 """Of the base."""

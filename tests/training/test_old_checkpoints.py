@@ -72,7 +72,7 @@ def test_an_old_checkpoint_goes_on(folder: Path, tmp_path: Path) -> None:
     )
     assert found == expected, "the same tensors of the same shapes as of a run that never stopped"
     ours, theirs = (
-        {name: tensor.norm().item() for name, tensor in run.optimizer.state_dict()["state"][0].items()}
+        {name: tensor.norm().item() for name, tensor in run.weights.optimizer.state_dict()["state"][0].items()}
         for run in (state, new)
     )
     assert ours == pytest.approx(theirs, rel=1e-2), "moments and all, up to the machine's last digits"

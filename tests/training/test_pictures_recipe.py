@@ -14,11 +14,12 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
+from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, bucket_objectives, finetune, upgraded_base
 from davae.training.latents import cached_latents, encode
-from davae.upgrade import load_autoencoder, save_pipeline
+from davae.upgrade import save_pipeline
 from scenes import caption, fill_with_scenes, keys, scene
 
 SIDES = [(64, 64), (96, 64), (64, 96), (128, 128)]
@@ -140,7 +141,7 @@ def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_fol
 
 def test_a_family_of_one_size_refuses_buckets(class_base, uneven, tmp_path) -> None:
     recipe = stage_two(class_base, tmp_path / "autoencoder", uneven)
-    with pytest.raises(SettingsError, match="size=48.*positions fit one size, so allowed is 64"):
+    with pytest.raises(SettingsError, match=r"size=48.*positions fit one size, so allowed is 64"):
         finetune(recipe, tmp_path / "run")
 
 

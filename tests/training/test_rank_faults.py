@@ -90,11 +90,11 @@ def torchrun_killed(folder: Path, kills: int, settings: dict[str, str], chance: 
     assert run.wait(timeout=120) == 0, (folder.parent / "torchrun.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("kills", "settings"),
-    [(5, {}), pytest.param(50, FSDP2, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
-    ids=["5 kills, DDP", "50 kills, FSDP2"],
-)
+FEW = pytest.param(5, {}, id="5 kills, DDP", marks=pytest.mark.timeout(600))
+MANY = pytest.param(50, FSDP2, id="50 kills, FSDP2", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+
+
+@pytest.mark.parametrize(("kills", "settings"), [FEW, MANY])
 def test_killed_again_and_again_torchrun_ends_with_the_same_losses(
     kills: int, settings: dict[str, str], tmp_path: Path
 ) -> None:

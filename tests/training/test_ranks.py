@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.state import TrainingState
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks
 
@@ -87,6 +88,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def alike(folder: Path, whole: Path, steps: int, tolerance: float) -> None:
+    """Within 1e-6 in every step's loss, and in weights, moments and EMA within `tolerance`."""
     found, expected = losses(folder), losses(whole)
     assert len(found) == len(expected) == steps
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-6
@@ -109,3 +111,16 @@ def test_two_ranks_do_what_one_does(stage: Stage, settings: dict[str, str], tmp_
         load_autoencoder(tmp_path / "autoencoder")
     else:
         load_pipeline(str(tmp_path / "pipeline"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["stage 1", "stage 2"])
+def test_fifty_steps_of_two_ranks_are_those_of_one(
+    name: str, base_folder: Path, autoencoder_folder: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    program = programs(base_folder, autoencoder_folder, picture_folder, 50)[name]
+    assert exit_code(forked(lambda: program(tmp_path / "one"))) == 0
+    for way, settings in {"DDP": {}, "FSDP2": FSDP2}.items():
+        assert run_ranks(lambda way=way: program(tmp_path / way), 2, settings) == [0, 0]
+        alike(tmp_path / way, tmp_path / "one", 50, 1e-3)

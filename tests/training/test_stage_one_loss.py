@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from davae.autoencoder_da import AutoencoderDA
 from davae.data.sources import PictureSet, open_pictures
 from davae.discriminator import PatchDiscriminator
+from davae.loading import load_autoencoder
 from davae.perceptual import LPIPS, patchwise_lpips
 from davae.ranks import Ranks
 from davae.seeds import generator
@@ -28,7 +29,6 @@ from davae.training.stage_one_loss import (
     with_latent_noise,
 )
 from davae.training.state import TrainingState
-from davae.upgrade import load_autoencoder
 from tiny import tiny_taesd, tiny_vae
 
 

@@ -9,10 +9,11 @@ from torch.nn import functional
 from davae.closed_form import Code
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
+from davae.loading import load_autoencoder
 from davae.losses import detail_alignment_loss
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, start_autoencoder, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_autoencoder, load_pipeline
+from davae.upgrade import load_pipeline
 from davae.widen import PortsStart
 
 

@@ -83,7 +83,7 @@ def train(folder: Path, **changes: object) -> TrainingState:
 def snapshot(state: TrainingState, model: nn.Module) -> dict[str, Tensor]:
     """Copies of weights, optimiser tensors and EMA."""
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-    for position, values in state.optimizer.state_dict()["state"].items():
+    for position, values in state.weights.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{position}.{key}": value for key, value in values.items()}
     with state.ema_weights():
         tensors |= {f"ema.{name}": p.detach().clone() for name, p in model.named_parameters()}
@@ -481,7 +481,7 @@ def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path):
         state.update(loss)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms)
-    moments = [values["exp_avg"] for values in state.optimizer.state.values()]
+    moments = [values["exp_avg"] for values in state.weights.optimizer.state.values()]
     assert torch.linalg.vector_norm(torch.cat([m.flatten() for m in moments])).item() == pytest.approx(1e-3, rel=1e-3)
     assert torch.equal(model[4].weight, frozen)
 

@@ -59,18 +59,30 @@ def upgrade(
     autoencoder: AutoencoderPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the upgraded pipeline.")],
     portable: Annotated[bool, typer.Option("--portable", help="Loads without davae, by trust_remote_code.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="Upload OUT to NAME on the Hub, too.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Where NAME is new, nobody else sees it.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write the upgraded pipeline, warm-started: a stock pipeline for twice the side length at the same tokens."""
     if dry_run:
-        return show({"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable})
-    from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+        given = {"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable}
+        return show({**given, "push_to_hub": push_to_hub, "private": private})
+    from davae.card import upgrade_card, write_card
+    from davae.hub import check_name, push_folder
+    from davae.loading import load_autoencoder
+    from davae.upgrade import load_pipeline, save_pipeline, upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
+    if push_to_hub is not None:
+        check_name(push_to_hub)
     base = load_pipeline(pipeline)
-    save_pipeline(upgrade(base, load_autoencoder(autoencoder, base=base.vae)), out, portable=portable)
+    upgraded = upgrade(base, load_autoencoder(autoencoder, base=base.vae))
+    save_pipeline(upgraded, out, portable=portable)
+    write_card(out, upgrade_card(pipeline, portable=portable))
     say(out)
+    if push_to_hub is not None:
+        say(push_folder(out, push_to_hub, private=private))
 
 
 def import_(

@@ -46,7 +46,7 @@ def reconstruct(
         return show({**given, **settings})
     from davae.evaluation.reconstruction import reconstruct
     from davae.evaluation.tokenizers import load_tokenizers
-    from davae.upgrade import load_autoencoder, load_base_vae
+    from davae.loading import load_autoencoder, load_base_vae
 
     where = device_of(device)
     vae = None if base is None else load_base_vae(base, device=where)
@@ -74,7 +74,7 @@ def latents(
         return show({"autoencoders": autoencoders, "pictures": pictures, "out": out, "base": base, **settings})
     from davae.evaluation.latents import draw_latents
     from davae.evaluation.tokenizers import folder_names
-    from davae.upgrade import load_autoencoder, load_base_vae
+    from davae.loading import load_autoencoder, load_base_vae
 
     where = device_of(device)
     vae = None if base is None else load_base_vae(base, device=where)

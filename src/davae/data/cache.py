@@ -23,6 +23,7 @@ from davae.storage import read_json, storage_error, write_atomically, write_json
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+"""Part of what an entry is found by: raise it, too, when davae itself computes entries otherwise."""
 OPEN_SHARDS = 64
 """So many stay open for reading; what is read of them is mapped, not copied into memory."""
 ASIDE = "damaged-"

@@ -16,7 +16,8 @@ from davae.importing.conversion import Conversion, Options, check_statistics
 from davae.importing.matching import ImportReport, Source, build_empty, leave_rest, match, new_report
 from davae.importing.reading import Checkpoint, Statistics
 from davae.importing.spelling import GROUPS, Spelling, kl_config, ldm, prefixed, source_of
-from davae.upgrade import check_base_encoder, load_base_vae
+from davae.loading import load_base_vae
+from davae.upgrade import check_base_encoder
 
 TRAINING_ONLY = {
     r"(loss|discriminator)\.": "of the loss",

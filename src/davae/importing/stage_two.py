@@ -15,7 +15,8 @@ from davae.errors import CheckpointError, SettingsError
 from davae.importing.conversion import Conversion, Options
 from davae.importing.matching import ImportReport, Source, leave_rest, match, new_report
 from davae.importing.reading import Checkpoint, read_checkpoint
-from davae.upgrade import load_autoencoder, load_pipeline, upgrade
+from davae.loading import load_autoencoder
+from davae.upgrade import load_pipeline, upgrade
 
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 """Not needed here, and the greater part of the pipeline."""

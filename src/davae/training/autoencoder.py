@@ -19,6 +19,7 @@ from davae.data.png import write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.discriminator import PatchDiscriminator
 from davae.errors import NumericsError, SettingsError
+from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.ranks import TIMEOUT, Ranks
 from davae.seeds import generator
@@ -29,7 +30,7 @@ from davae.training.companion import Companion
 from davae.training.heldout import heldout_metrics, heldout_picture
 from davae.training.stage_one_loss import compared_at, stage_one_loss
 from davae.training.tensors import channels_last
-from davae.upgrade import check_base_encoder, load_autoencoder, load_base_vae
+from davae.upgrade import check_base_encoder
 
 logger = logging.getLogger(__name__)
 

@@ -164,9 +164,16 @@ def load_checkpoint(path: Path, *, recipe_digest: str) -> Checkpoint:
 
 
 def remove_litter(folder: Path) -> None:
-    """Remove what killed saves and deletions left below `folder`; only the one run that writes there may call it."""
+    """Remove what killed saves and deletions left below `folder`; only the one run that writes there may call it.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
     for path in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise storage_error(path, 0, error) from error
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from davae.card import model_card, write_card
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.flow import detail_weight
+from davae.loading import load_autoencoder
 from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
 from davae.seeds import generator
@@ -36,7 +37,7 @@ from davae.training.objectives import FlowObjective, NoiseObjective, objective_o
 from davae.training.optimisation import attention_on
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
-from davae.upgrade import load_autoencoder, load_pipeline, save_pipeline, upgrade
+from davae.upgrade import load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
+    if recipe.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)

@@ -43,6 +43,9 @@ class FinetuneRecipe(PicturesRecipe):
     detail_noise: Weight = 0.0
     """Deviation of the noise that the detail latents get once, when they are encoded; 1 in the reference's ImageNet
     code. Their statistics in the autoencoder are changed to fit."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest of it again in the backward pass: far less memory for one
+    more forward pass. The budget of `--dry-run` is that of a run without it."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """How often a caption is replaced by the empty one, or a class by the null class."""
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256

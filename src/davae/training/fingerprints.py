@@ -49,8 +49,10 @@ def text_digest(pipeline: DiffusionPipeline) -> str:
 
 
 def _tokenizer(component: Any) -> list[Any]:
-    """What a tokenizer, or the one inside a processor, does to a text."""
+    """What a tokenizer, or the one inside a processor, does to a text; image processors do nothing to one."""
     tokenizer = getattr(component, "tokenizer", component)
+    if not hasattr(tokenizer, "get_vocab"):
+        return [type(component).__name__]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
     if backend is not None:

@@ -4,13 +4,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.tracking import GeneralTracker
-from diffusers.training_utils import EMAModel
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -28,34 +27,14 @@ from davae.training.checkpoint import (
     save_checkpoint,
 )
 from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
-from davae.training.gradients import clipped_norm
 from davae.training.interruption import Interrupted, stop_requests
+from davae.training.precision import computes_bfloat16
 from davae.training.progress import StepProgress
-from davae.training.sharding import gathered_into, now_trained, own_part, part_of, shard
 from davae.training.spikes import Spikes
-from davae.training.tensors import (
-    copy_into,
-    live_tensors,
-    named_parameters,
-    on_cpu,
-    optimizer_tensors,
-    restore_optimizer,
-    saved_tensors,
-)
 from davae.training.trackers import check_trackers, start_trackers
+from davae.training.weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
-
-EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until its decay is reached
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 by itself: where it is emulated, it only costs time and digits."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # older versions of torch cannot be asked
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
 
 
 class TrainingState:
@@ -166,22 +145,20 @@ class TrainingState:
         self.record = RunRecord(folder)
         self._folder = self.record.folder / "checkpoints"
         self._console = (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
-        self._models = dict(models)
-        for model in self._models.values():
-            model.to(self.device)
-        self._trained = named_parameters(self._models, parameters)
-        self._twins = shard(self._models, self.ranks, whole) if self.ranks.sharded else {}
-        self._trained = now_trained(self._models, self._trained)
-        self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
-        weights = list(self._parts.values())
-        self.optimizer = torch.optim.AdamW(
-            weights, lr=learning_rate(0), betas=betas, weight_decay=weight_decay, fused=True
+        self.weights = TrainedWeights(
+            models,
+            parameters,
+            self.ranks,
+            whole=whole,
+            learning_rate=learning_rate(0),
+            betas=betas,
+            weight_decay=weight_decay,
+            ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
         )
         self._companion = companion
         if companion is not None:
             companion.prepare(self.ranks)
-        other = not ema_warmup  # diffusers' own warm-up is the power; without, it has (1 + n) / (10 + n)
-        self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=other, power=EMA_WARMUP_POWER, foreach=True)
         self._streak = 0
         self._updated = False
         self._pending: list[tuple[Tensor, Logs]] = []
@@ -274,9 +251,7 @@ class TrainingState:
             numbers = (v.detach() if isinstance(v, Tensor) else v for v in (mean_loss, *logs.values()))
             value, *values = self.ranks.mean(map(float, numbers))
             mean_loss, logs = mean_loss.new_tensor(value), dict(zip(logs, values, strict=True))
-        first = next(iter(self._trained.values()))
-        first.grad = faults.at("clip", faults.at("grad", first.grad))
-        norm = clipped_norm(self._trained, self._parts, self.ranks, self.clip_norm)
+        norm = self.weights.clipped_norm(self.clip_norm)
         self._loss, norm = torch.stack([mean_loss, norm.float()]).tolist()
         self._updated = True
         rate = self.learning_rate(self.step)
@@ -284,14 +259,8 @@ class TrainingState:
         spike = finite and self._spikes.see(self._loss, norm)
         skipped = not finite or (spike and self.skip_spikes)
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            faults.at("step")
-            self.optimizer.step()
-            self._ema.step(self._parts.values())
-            self._ema.shadow_params[0] = faults.at("ema", self._ema.shadow_params[0])
-        for parameter in (*self._trained.values(), *self._parts.values()):
-            parameter.grad = None
+            self.weights.step(rate)
+        self.weights.drop_gradients()
         self._streak = 0 if finite else self._streak + 1
         self.skipped += skipped
         odd = {name: True for name, seen in {"skipped": skipped, "spike": spike}.items() if seen}
@@ -323,21 +292,13 @@ class TrainingState:
         """The context for the networks' forward pass: bfloat16 where `mixed_precision` says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """The models with the EMA's weights; the trained weights come back exactly at the end."""
-        weights = list(self._parts.values())
-        assert self._ema.temp_stored_params is None, "ema_weights() does not nest"
-        self._ema.store(weights)
-        try:
-            self._ema.copy_to(weights)
-            yield
-        finally:
-            self._ema.restore(weights)
+        return self.weights.of_ema()
 
     def whole(self, name: str) -> nn.Module:
         """The model of that name; with FSDP2 a copy on rank 0's CPU, to save it, for which all ranks must call."""
-        return gathered_into(self._twins[name], self._models[name]) if name in self._twins else self._models[name]
+        return self.weights.whole(name)
 
     def _begin(self) -> None:
         remove_litter(self._folder)
@@ -355,17 +316,13 @@ class TrainingState:
         )
 
     def _save(self) -> None:
-        assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
         if self.ranks.first:
             self.record.sync()
-        groups = {name: saved_tensors(model, name, self._trained) for name, model in self._models.items()}
-        shadows = zip(self._trained.items(), self._ema.shadow_params, strict=True)
-        groups["ema"] = {name: on_cpu(shadow, parameter) for (name, parameter), shadow in shadows}
-        groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained, self._parts)
+        groups = self.weights.groups()
         values: dict[str, Any] = {
             "total_steps": self.total_steps,
             "learning_rate": self.learning_rate(self.step),
-            "ema_steps": self._ema.optimization_step,
+            "ema_steps": self.weights.ema_steps,
             "skipped": self.skipped,
             "skipped_in_a_row": self._streak,
             "spikes": self._spikes.count,
@@ -380,19 +337,13 @@ class TrainingState:
         self.ranks.first_does(lambda: save_checkpoint(self._folder, checkpoint, recipe_digest=digest, keep=keep))
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
-        groups = checkpoint.groups
-        for name, model in self._models.items():
-            copy_into(live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
-        shadows = dict(zip(self._trained, self._ema.shadow_params, strict=True))
-        kept = {name: part_of(whole, self._trained[name]) for name, whole in groups["ema"].items() if name in shadows}
-        copy_into(shadows, {**groups["ema"], **kept}, path / "ema.safetensors")
-        restore_optimizer(self.optimizer, self._trained, self._parts, groups["optimizer"])
+        groups, values = checkpoint.groups, checkpoint.values
+        self.weights.restore(groups, ema_steps=values["ema_steps"], path=path)
         self.step = checkpoint.step
-        self._ema.optimization_step = checkpoint.values["ema_steps"]
-        self.skipped = checkpoint.values["skipped"]
-        self._streak = checkpoint.values["skipped_in_a_row"]
-        self._spikes = Spikes(tuple(pair) for pair in checkpoint.values["recent"])
-        self._spikes.count = checkpoint.values["spikes"]
-        self.seconds = checkpoint.values["seconds"]
+        self.skipped = values["skipped"]
+        self._streak = values["skipped_in_a_row"]
+        self._spikes = Spikes(tuple(pair) for pair in values["recent"])
+        self._spikes.count = values["spikes"]
+        self.seconds = values["seconds"]
         if self._companion is not None:
-            self._companion.restore(groups, checkpoint.values.get("companion", {}), path)
+            self._companion.restore(groups, values.get("companion", {}), path)

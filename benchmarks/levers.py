@@ -1,0 +1,129 @@
+"""The levers of docs/speed.md, each against what it replaces; interleaved.
+
+    OMP_NUM_THREADS=1 python benchmarks/levers.py                            # the shipped upgrade
+    OMP_NUM_THREADS=1 python benchmarks/levers.py --lever embeddings --lever channels-last
+    python benchmarks/levers.py --pipeline runs/finetune/pipeline --device cuda --out levers.json
+
+prints for each the ratio of times, plain over lever: median of pairs, least and most.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from davae import assets
+from davae.backbones import backbone_of
+from davae.benchmark.cases import Case, runs_of
+from davae.benchmark.timing import Run, measure_interleaved, paired_ratios
+from davae.errors import SettingsError
+from davae.record import environment
+from davae.storage import write_json
+from davae.upgrade import load_pipeline
+
+PROMPT = "red apple"
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def with_part(case: Case, **parts: nn.Module) -> Case:
+    """The same case of a pipeline with other parts."""
+    pipeline = type(case.pipeline)(**{**case.pipeline.components, **parts})
+    return dataclasses.replace(case, pipeline=pipeline)
+
+
+def compiled(case: Case) -> dict[str, Run]:
+    """A guided step, every block compiled."""
+    transformer = copy.deepcopy(case.pipeline.transformer)
+    for block in transformer.transformer_blocks:
+        block.compile(fullgraph=True, dynamic=True)
+    return {
+        "plain": runs_of(case, ["step"])["step"],
+        "lever": runs_of(with_part(case, transformer=transformer), ["step"])["step"],
+    }
+
+
+def embeddings(case: Case) -> dict[str, Run]:
+    """A whole picture, the embeddings of both prompts kept."""
+    pipeline = case.pipeline
+    with torch.no_grad():
+        kept = pipeline.encode_prompt(PROMPT, None, None, negative_prompt="", max_sequence_length=case.prompt_tokens)
+    named = dict(zip(EMBEDDINGS, kept, strict=True))
+    told = {"num_inference_steps": case.steps, "max_sequence_length": case.prompt_tokens}
+    return {"plain": lambda: pipeline(PROMPT, **told), "lever": lambda: pipeline(**named, **told)}
+
+
+def one_batch(case: Case) -> dict[str, Run]:
+    """A guided step as one call of two rows, against two calls of one."""
+    pipeline, backbone = case.pipeline, case.backbone
+    with torch.no_grad():
+        condition = backbone.condition(pipeline, [PROMPT, ""], max_sequence_length=case.prompt_tokens)
+    dtype = pipeline.transformer.dtype
+    channels, side = pipeline.vae.config.latent_channels, case.latent_side
+    latents = torch.randn(2, channels, side, side).to(pipeline.device, dtype)
+    sigma = torch.full((2,), 0.5, device=pipeline.device, dtype=dtype)
+
+    def call(rows: slice) -> object:
+        told = {name: tensor[rows] for name, tensor in condition.items()}
+        return backbone.predict(pipeline.transformer, latents[rows], sigma[rows], told)
+
+    return {"plain": lambda: (call(slice(1)), call(slice(1, 2))), "lever": lambda: call(slice(2))}
+
+
+def channels_last(case: Case) -> dict[str, Run]:
+    """Decoding, the autoencoder's weights in channels last."""
+    vae = copy.deepcopy(case.pipeline.vae).to(memory_format=torch.channels_last)
+    return {
+        "plain": runs_of(case, ["decode"])["decode"],
+        "lever": runs_of(with_part(case, vae=vae), ["decode"])["decode"],
+    }
+
+
+LEVERS: dict[str, Callable[[Case], dict[str, Run]]] = {
+    "compile": compiled,
+    "embeddings": embeddings,
+    "one-batch": one_batch,
+    "channels-last": channels_last,
+}
+
+
+def main(
+    pipeline: Annotated[
+        str | None, typer.Option(help="A Stable Diffusion 3, upgraded or not; else the shipped one.")
+    ] = None,
+    lever: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(LEVERS)}; all if none.")] = None,
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    steps: Annotated[int, typer.Option()] = 16,
+    repeats: Annotated[int, typer.Option()] = 7,
+    out: Annotated[Path | None, typer.Option(help="JSON of all ratios.")] = None,
+) -> None:
+    """Measure each, print and, if asked, write."""
+    settings = {"dtype": getattr(torch, dtype), "device": device}
+    if pipeline is None:
+        loaded = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade(), **settings)
+    else:
+        loaded = load_pipeline(pipeline, **settings)
+    loaded.set_progress_bar_config(disable=True)
+    side = backbone_of(loaded.transformer).picture_side(loaded, None)
+    case = Case("levers", loaded, side, steps=steps, prompt_tokens=12 if pipeline is None else 256)
+    values = {}
+    for name in lever or LEVERS:
+        if name not in LEVERS:
+            raise SettingsError(f"lever {name!r}: allowed are {', '.join(LEVERS)}")
+        found = measure_interleaved(LEVERS[name](case), torch.device(device), repeats=repeats, warm_up=2)
+        ratio = paired_ratios(found["plain"].seconds, found["lever"].seconds)
+        typer.echo(f"{name}: {ratio.median:.3f}x [{ratio.least:.3f}, {ratio.most:.3f}]")
+        cold = found["lever"].cold
+        values[name] = {**dataclasses.asdict(ratio), "cold_seconds": cold}
+    if out is not None:
+        counts = {"repeats": repeats, "steps": steps, "size": side}
+        write_json(out, {"values": values, "counts": counts, "device": device, "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)
