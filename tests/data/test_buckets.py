@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.stored import fill, picture
+from davae.data import loading
 from davae.data.buckets import Bucket, Crop, bucket_table, central_crop, choose_bucket, fit
 from davae.data.loading import Ahead
 from davae.data.order import batch_indices, bucket_batch
@@ -173,7 +174,33 @@ def test_a_sets_steps_are_of_one_bucket_each(bucketed):
     assert sorted(index for indices in seen for index in indices) == list(range(15))
 
 
-# ahead
+# threads and ahead
+
+
+def test_threads_keep_the_order_and_raise_the_first_error(bucketed, monkeypatch):
+    alone = bucketed.squares(range(15))
+    names = set()
+
+    def seen(number: int) -> int:
+        names.add(threading.current_thread().name)
+        time.sleep(0.01)
+        if number in (5, 3):
+            raise DataError(f"number {number}")
+        return -number
+
+    monkeypatch.setattr(loading, "WORKERS", 4)
+    bucketed._memory.clear()
+    assert torch.equal(bucketed.squares(range(15)), alone)
+    before = threading.active_count()
+    assert loading.in_threads(seen, [8, 7, 0, 6]) == [-8, -7, 0, -6]
+    assert threading.main_thread().name not in names
+    assert len(names) > 1
+    with pytest.raises(DataError, match="number 3"):
+        loading.in_threads(seen, range(6))
+    assert threading.active_count() == before
+    names.clear()
+    assert loading.in_threads(seen, [8, 7], alone=True) == [-8, -7]
+    assert names == {threading.main_thread().name}
 
 
 def test_batches_ahead_are_those_of_the_function():

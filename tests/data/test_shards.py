@@ -131,6 +131,14 @@ def test_a_hostile_shard_is_refused_and_writes_nothing(tmp_path, monkeypatch, ki
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["a header of 1 GB", "a name of 1 GB"])
+def test_a_header_is_refused_by_its_size_before_it_is_read(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    path.write_bytes(HOSTILE[kind])
+    with pytest.raises(DataError, match="a header of 1073741824 bytes, allowed are 1048576"):
+        open_pictures(path, size=32)
+
+
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
     path = tar(tmp_path / "a.tar", captioned(1), *(odd(f"n{index}.cls") for index in range(50)))
     monkeypatch.setattr(shards, "MAX_MEMBERS", 52)

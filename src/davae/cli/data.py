@@ -9,6 +9,7 @@ from davae.cli.options import DryRun, Pictures, print_table, say, show
 
 app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
 
+Sizes = Annotated[list[int], typer.Option(min=16, help="Side in pixels. Repeatable, for several resolutions.")]
 AspectRatios = Annotated[
     list[str], typer.Option("--aspect-ratio", metavar="W:H", help="Of a bucket, such as 3:2. Repeatable.")
 ]
@@ -17,9 +18,7 @@ AspectRatios = Annotated[
 @app.command()
 def inspect(
     source: Pictures,
-    size: Annotated[list[int], typer.Option(min=16, help="Side in pixels. Repeatable, for several resolutions.")] = [  # noqa: B006 - typer reads the default and never changes it
-        256
-    ],
+    size: Sizes = [256],  # noqa: B006 - typer reads the default and never changes it
     aspect_ratios: AspectRatios = [],  # noqa: B006 - as above
     bucket_step: Annotated[int, typer.Option(min=1, help="The buckets' sides are multiples of this.")] = 32,
     captions: Annotated[bool, typer.Option(help="Pictures need captions, as in stage 2.")] = True,
@@ -84,6 +83,6 @@ def _print(facts: dict[str, Any]) -> None:
     if "classes" in facts:
         found = facts["classes"]
         say(f"classes: {found['classes']}, of {found['fewest']} to {found['most']} pictures")
-    say(f"detail: {facts['soft']} pictures are soft (above 40 dB)")
+    say(f"detail: {facts['soft']} pictures are soft, above {facts['soft_db']:g} dB")
     alone, together = loader["pictures_per_second"]
     say(f"loader: {alone} pictures/s with one thread, {together} with {loader['threads']}, files just read")

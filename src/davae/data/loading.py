@@ -11,8 +11,9 @@ from davae.errors import SettingsError
 T = TypeVar("T")
 R = TypeVar("R")
 
-WORKERS = min(8, os.cpu_count() or 1)
-"""Threads that read and decode; Pillow lets go of the interpreter's lock meanwhile."""
+WORKERS = min(8, len(os.sched_getaffinity(0)))
+"""Threads that read and decode: one for each core that this process may use, up to 8. Pillow lets go of the
+interpreter's lock meanwhile."""
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:

@@ -34,7 +34,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
     - `stored`: quantiles of the upright pictures' widths, heights and megapixels.
     - `buckets`: size, pictures, and the mean share of a picture that the crop cuts off.
     - `half_size_psnr_db`: quantiles of `davae.metrics.half_size_psnr` at the bucket's size; `soft`: how many are above
-      `SOFT_DB`.
+      `soft_db`.
     - `captions`: quantiles of their lengths in characters and words; how many are empty or not the only of their kind.
     - `classes`: how many there are, and the fewest and most pictures of one.
     - `loader`: pictures and megapixels of the stored size a second, decoded and fitted, by one thread and by `threads`,
@@ -68,6 +68,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
         "buckets": _buckets(pictures, sound),
         "half_size_psnr_db": quantiles(list(softness.values())),
         "soft": sum(value > SOFT_DB for value in softness.values()),
+        "soft_db": SOFT_DB,
         "captions": _captions([pictures.captions[index] for index in sound]),
     }
     if pictures.classes:
