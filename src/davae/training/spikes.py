@@ -27,7 +27,7 @@ class Spikes:
 
         Before half a window is full there is no telling, and the answer is no. A fall is no spike.
         """
-        limits = (math.inf, math.inf)
+        limits = [math.inf, math.inf]
         if len(self.recent) >= WINDOW // 2:
             deviations, means = torch.std_mean(torch.tensor(list(self.recent), dtype=torch.float64), dim=0)
             limits = (means + SIGMAS * deviations).tolist()
