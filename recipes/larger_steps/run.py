@@ -5,8 +5,9 @@
 
 The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; both arms have 64 latent channels in the end, and equal
 pictures, crops, steps and batches here. Writes RUN/result.json after stage 1 (copied into
-experiments/results/larger_steps.json), and after stage 2 with its losses, and RUN/samples.png: prompts from top to bottom;
-base, shipped upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The same command goes on where it stopped.
+experiments/results/larger_steps.json), and with --stage-two its losses, and RUN/samples.png: prompts from top to
+bottom; base, shipped upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The same command goes on where it
+stopped.
 """
 
 from pathlib import Path
@@ -88,7 +89,7 @@ def enlarged(picture: Tensor) -> Tensor:
 def main(
     run: Path,
     heldout: Annotated[int, typer.Option(help="Held-out pictures that are reconstructed.")] = 32,
-    stage_two: Annotated[bool, typer.Option(help="Train and sample the transformers, too.")] = True,
+    stage_two: Annotated[bool, typer.Option(help="Train and sample the transformers, too.")] = False,
 ) -> None:
     """Train both arms, and write the numbers."""
     arms, once = bases(run), run / "once"
