@@ -60,6 +60,21 @@ def test_it_loads_without_davae_and_what_is_saved_from_there_does_again(tmp_path
     assert codes == {portable_source()}
 
 
+def test_an_upgrade_of_an_upgrade_loads_without_davae(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    once = upgraded()
+    pipeline = upgrade(once, AutoencoderDA.from_base(once.vae, detail_channels=8))
+    save_pipeline(pipeline, tmp_path / "first", portable=True)
+    folders = [str(tmp_path / part) for part in ("first", "made.png", "second")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DAVAE, *folders], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "made.png") as made:
+        assert made.size == (128, 128)
+        assert same(made, picture(pipeline))
+
+
 def test_davae_loads_it_with_its_own_code(tmp_path: Path) -> None:
     pipeline = upgraded()
     save_pipeline(pipeline, tmp_path / "folder", portable=True)

@@ -4,9 +4,9 @@
     python recipes/larger_steps/run.py runs/larger_steps
 
 The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; both arms have 64 latent channels in the end, and equal
-pictures, crops, steps and batches here. Writes RUN/reconstruction.json after stage 1, and after stage 2 RUN/result.json
-(copied into experiments/results/larger_steps.json) and RUN/samples.png: prompts from top to bottom; base, shipped
-upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The same command goes on where it stopped.
+pictures, crops, steps and batches here. Writes RUN/result.json after stage 1 (copied into
+experiments/results/larger_steps.json), and after stage 2 with its losses, and RUN/samples.png: prompts from top to bottom;
+base, shipped upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The same command goes on where it stopped.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from davae.evaluation.tokenizers import base_at_full_size, base_enlarged, stock,
 from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.recipe import load_recipe
-from davae.record import environment
+from davae.record import environment, read_metrics
 from davae.storage import read_json, write_json
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
@@ -66,6 +66,19 @@ def reconstruct(autoencoders: dict[str, Path], pictures: Path, once: Path, count
     }
 
 
+def starts(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
+    """What stage 1 logged of its few held-out pictures, before the first step and at the end."""
+    names = ("step", "heldout_psnr", "heldout_ssim", "heldout_lpips")
+    return {
+        arm: [
+            {name: row[name] for name in names}
+            for row in read_metrics(folder / "stage1" / "metrics.jsonl")
+            if "heldout_psnr" in row
+        ]
+        for arm, folder in folders.items()
+    }
+
+
 def enlarged(picture: Tensor) -> Tensor:
     """A picture [3, H, W] in bytes, enlarged with bicubic to 512 px."""
     scaled = picture[None].float() / 127.5 - 1
@@ -83,10 +96,14 @@ def main(
     autoencoders = {}
     for name, changes in arms.items():
         recipe = load_recipe(AutoencoderRecipe, HERE / "stage1.toml", changes)
-        autoencoders[name] = train_autoencoder(recipe, folders[name] / "stage1")
+        autoencoders[name] = folders[name] / "stage1" / "autoencoder"
+        if not (folders[name] / "stage1" / "result.json").exists():  # it would calibrate and measure again
+            train_autoencoder(recipe, folders[name] / "stage1")
     numbers = run / "reconstruction.json"
     if not numbers.exists():
-        write_json(numbers, reconstruct(autoencoders, Path(recipe.pictures), once, heldout) | {"steps": recipe.steps})
+        write_json(numbers, reconstruct(autoencoders, Path(recipe.pictures), once, heldout))
+    found = {**read_json(numbers), "start": starts(folders), "environment": environment()}
+    write_json(run / "result.json", found)
     if not stage_two:
         return
     losses = {}
@@ -104,8 +121,7 @@ def main(
         for row, picture in zip(rows, made, strict=True):
             row.append(enlarged(picture) if picture.shape[-1] < SIZE else picture)
     write_png(run / "samples.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
-    result = {**read_json(numbers), "stage_two": losses, "prompts": prompts, "sampling": SAMPLING}
-    write_json(run / "result.json", {**result, "environment": environment()})
+    write_json(run / "result.json", {**found, "stage_two": losses, "prompts": prompts, "sampling": SAMPLING})
 
 
 if __name__ == "__main__":

@@ -243,6 +243,16 @@ def test_what_the_disk_did_not_take_is_seen_before_the_old_one_goes(tmp_path, ac
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
 
 
+def test_one_that_the_disk_does_not_give_back_is_set_aside(tmp_path):
+    save(tmp_path, 1, 2)
+    faults.arm("load:eio:1")
+    try:
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    finally:
+        faults.arm("")
+    assert len(list(tmp_path.glob("damaged-step-00000002-*"))) == 1
+
+
 def test_all_damaged_means_none_and_is_said(tmp_path, caplog):
     save(tmp_path, 1, 2)
     for step in (1, 2):

@@ -91,7 +91,7 @@ def killed(program: Callable[[], object], chance: random.Random, seconds: float)
     return exit_code(pid)
 
 
-@pytest.mark.soak("R1", ci=25, full=500)
+@pytest.mark.soak("R1", ci=25, full=250)
 def test_killed_at_random_moments(stage: Stage, trials: Trials, tmp_path: Path) -> None:
     """Up to five kills in a row, then to the end; a kill costs no more than the steps since the last checkpoint."""
     for chance in trials:
@@ -109,7 +109,7 @@ def test_killed_at_random_moments(stage: Stage, trials: Trials, tmp_path: Path) 
         shutil.rmtree(folder)
 
 
-@pytest.mark.soak("R5", ci=15, full=150)
+@pytest.mark.soak("R5", ci=15, full=50)
 def test_stopped_by_a_signal_at_a_random_moment(stage: Stage, trials: Trials, tmp_path: Path) -> None:
     """The command leaves soon, with 128 + the signal; in the training loop with a checkpoint of the step it was in.
 

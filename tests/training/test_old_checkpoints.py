@@ -60,6 +60,7 @@ def test_of_every_format_version_there_is_one_and_they_are_small() -> None:
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 30_000
 
 
+@pytest.mark.soak("R19")
 @pytest.mark.parametrize("folder", sorted(KEPT.iterdir()), ids=lambda path: path.name)
 def test_an_old_checkpoint_goes_on(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run" / "checkpoints")

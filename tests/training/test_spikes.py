@@ -77,6 +77,7 @@ def train(folder: Path, *, bad: tuple[int, ...] = BAD, stop: int = STEPS, skip_s
     return torch.stack([loss("heldout", step).detach() for step in range(20)]).mean()
 
 
+@pytest.mark.soak("R8")
 @pytest.mark.parametrize("skip_spikes", [False, True])
 def test_three_bad_batches_are_seen_and_bounded(tmp_path: Path, skip_spikes: bool, caplog) -> None:
     clean = train(tmp_path / "clean", bad=())

@@ -121,7 +121,6 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing, or has another length or SHA-256, or the folder was renamed.
         CheckpointError: the checkpoint was written by a newer version of davae.
     """
-    faults.at("load", path)
     manifest = _manifest(path / "manifest.json")
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
@@ -179,6 +178,7 @@ def remove_litter(folder: Path) -> None:
 def _manifest(path: Path) -> dict[str, Any]:
     """The content of a manifest.json whose own digest fits, with all keys of their types."""
     try:
+        faults.at("load", path)
         content = path.read_bytes()
         manifest = json.loads(content)
         if content != _canonical({**manifest, "digest": _digest_of(manifest)}):
