@@ -156,6 +156,18 @@ def class_base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def test_what_fills_a_bucket_can_be_held_out(base_folder, tmp_path) -> None:
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for index, key in enumerate(keys(6, held=False) + keys(1, held=True)):
+        Image.fromarray(np.ascontiguousarray(scene(index, 96)[:56])).save(wide / f"{key}.png")
+    recipe = stage_one(base_folder, wide, sizes=(), aspect_ratios=("3:2",), steps=1)
+    assert recipe.heldout_size == 48
+    train_autoencoder(recipe, tmp_path / "run")
+    assert any("heldout_psnr" in line for line in read_metrics(tmp_path / "run/metrics.jsonl"))
+    assert stage_one(base_folder, wide, sizes=(), aspect_ratios=()).heldout_size == 64
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

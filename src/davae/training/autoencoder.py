@@ -64,7 +64,7 @@ def train_autoencoder(
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
     pictures = recipe.training_pictures(folder if ranks.first else None, captions=False)
     heldout = open_pictures(
-        recipe.source, size=recipe.size, split="heldout", limit=recipe.heldout_pictures, captions=False
+        recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
     )
     heldout = heldout.sound(folder / "refused_heldout.json" if ranks.first else None)
     alex = LPIPS.alex()
