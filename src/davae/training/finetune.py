@@ -105,9 +105,10 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks) -> Path:
             kept = ranks.rand((len(indices),), random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             condition = {name: values[rows].to(state.device) for name, values in conditions.items()}
-            with state.autocast(), attention_on(state.device):
-                prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
-            state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
+            with attention_on(state.device):  # in the backward pass, too, for what is computed again there
+                with state.autocast():
+                    prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
+                state.update(*objective.loss(prediction, clean, noise, time, weight=weight))
     with state.ema_weights():
         pipeline.register_modules(transformer=state.whole("transformer"))
         names = {"base": base, "base_sha256": base_sha256}
