@@ -53,8 +53,7 @@ def test_from_two_ranks_to_one_and_back(settings: dict[str, str], one: Path, tmp
         assert all((tensor - theirs[key]).abs().max() < 1e-5 for key, tensor in ours.items())
 
 
-@BOTH
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(("settings", "stopped"), [({}, 1), (FSDP2, 0)], ids=["DDP, rank 1", "FSDP2, rank 0"])
 def test_a_rank_that_is_stopped_is_named_and_waited_for_no_longer(
     settings: dict[str, str], stopped: int, tmp_path: Path
 ) -> None:

@@ -68,7 +68,7 @@ def programs(base: Path, autoencoder: Path, pictures: Path, steps: int) -> dict[
     }
 
 
-@pytest.fixture(scope="module", params=["stage 1", "stage 1, adversarial", "stage 2", "stage 2, full, accumulated"])
+@pytest.fixture(scope="module")
 def stage(request, base_folder, autoencoder_folder, picture_folder, tmp_path_factory) -> Stage:
     program = programs(base_folder, autoencoder_folder, picture_folder, STEPS)[request.param]
     folder = tmp_path_factory.mktemp("one")
@@ -99,7 +99,15 @@ def alike(folder: Path, whole: Path, steps: int, tolerance: float) -> None:
         assert (tensor - theirs[name]).abs().max() < tolerance, name
 
 
-@pytest.mark.parametrize("settings", [{}, FSDP2], ids=["DDP", "FSDP2"])
+NAMES = ["stage 1", "stage 1, adversarial", "stage 2", "stage 2, full, accumulated"]
+LONG = [pytest.mark.slow, pytest.mark.timeout(1200)]
+BY_DDP = [pytest.param(name, {}, id=f"{name}, DDP") for name in NAMES]
+BY_FSDP2 = [
+    pytest.param(name, FSDP2, id=f"{name}, FSDP2", marks=LONG if "adversarial" in name else []) for name in NAMES
+]
+
+
+@pytest.mark.parametrize(("stage", "settings"), BY_DDP + BY_FSDP2, indirect=["stage"])
 def test_two_ranks_do_what_one_does(stage: Stage, settings: dict[str, str], tmp_path: Path) -> None:
     assert run_ranks(lambda: stage.program(tmp_path), 2, settings) == [0, 0]
     alike(tmp_path, stage.whole, STEPS, 1e-3)

@@ -105,11 +105,12 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             found = conditions.batch(rows.tolist())
             condition = {name: faults.at("text", values.to(state.device)) for name, values in found.items()}
-            with state.autocast(), attention_on(state.device):
-                prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
-            prediction = faults.at("forward", prediction[0]), prediction[1]
-            loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
-            state.update(loss, logs, samples=[pictures.keys[index] for index in whole])
+            with attention_on(state.device):  # in the backward pass, too, for what is computed again there
+                with state.autocast():
+                    prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
+                prediction = faults.at("forward", prediction[0]), prediction[1]
+                loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
+                state.update(loss, logs, samples=[pictures.keys[index] for index in whole])
     if recipe.validation_every:
         validation.draw(state)
     with state.ema_weights():
