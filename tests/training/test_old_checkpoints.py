@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from davae.errors import CheckpointError
+from davae.ranks import Ranks
 from davae.seeds import generator
 from davae.training.autoencoder_recipe import AutoencoderRecipe
 from davae.training.companion import Companion
@@ -84,8 +85,8 @@ def test_a_run_from_before_a_setting_was_added_goes_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     lines = recipe.to_toml().splitlines(keepends=True)
     (tmp_path / "recipe.toml").write_text("".join(line for line in lines if not line.startswith("skip_spikes")))
-    with recipe.alone_in(tmp_path):
+    with recipe.alone_in(tmp_path, Ranks()):
         pass
     other = AutoencoderRecipe(steps=7, skip_spikes=True)
-    with pytest.raises(CheckpointError, match="skip_spikes = False"), other.alone_in(tmp_path):
+    with pytest.raises(CheckpointError, match="skip_spikes = False"), other.alone_in(tmp_path, Ranks()):
         pass
