@@ -19,10 +19,10 @@ from davae.autoencoder_da import DetailDownsample, DetailUpsample
 from davae.backbones import backbone_of
 from davae.closed_form import fit_closed_form
 from davae.errors import SettingsError
-from davae.evaluation.generation import sample, shared_noise
 from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
 from davae.inspection import describe
 from davae.loading import load_autoencoder
+from davae.sampling import sample, shared_noise
 from davae.upgrade import save_pipeline
 
 # Of diffusers' DPM solver: numpy is given a tensor.

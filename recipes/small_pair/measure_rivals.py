@@ -70,7 +70,7 @@ def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> 
     """Median seconds per picture of each pipeline, in turns, after one turn to warm up."""
     prompts = ["red apple"] * batch
     runs = {
-        name: partial(generation.sample, pipeline, prompts, size=demo.SIZE, **SAMPLING)
+        name: partial(sampling.sample, pipeline, prompts, size=demo.SIZE, **SAMPLING)
         for name, pipeline in pipelines.items()
     }
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)

@@ -8,10 +8,10 @@ from davae.adapter import read_index
 from davae.autoencoder_da import AutoencoderDA
 from davae.budget import autoencoder_budget
 from davae.errors import SettingsError
-from davae.evaluation.generation import sample
 from davae.geometry import read_geometry
 from davae.loading import load_autoencoder, load_base_vae
 from davae.record import read_metrics
+from davae.sampling import sample
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.stage_one_loss import last_convolution
