@@ -27,6 +27,7 @@ from davae.benchmark.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.record import environment, read_metrics
+from davae.sampling import sample
 from davae.storage import write_json
 from davae.upgrade import load_pipeline
 
@@ -70,7 +71,7 @@ def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> 
     """Median seconds per picture of each pipeline, in turns, after one turn to warm up."""
     prompts = ["red apple"] * batch
     runs = {
-        name: partial(sampling.sample, pipeline, prompts, size=demo.SIZE, **SAMPLING)
+        name: partial(sample, pipeline, prompts, size=demo.SIZE, **SAMPLING)
         for name, pipeline in pipelines.items()
     }
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)

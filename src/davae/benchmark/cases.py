@@ -161,7 +161,13 @@ def _whole(case: Case) -> object:
         case.pipeline, range(case.batch), seed=case.seed, height=case.latent_side, width=case.latent_side
     )
     noise = noise.to(case.pipeline.device, case.pipeline.transformer.dtype)
-    told = {"noise": noise, "side": case.size, "guidance_scale": GUIDANCE, "prompt_tokens": case.prompt_tokens}
+    told = {
+        "noise": noise,
+        "height": case.size,
+        "width": case.size,
+        "guidance_scale": GUIDANCE,
+        "prompt_tokens": case.prompt_tokens,
+    }
     return case.pipeline(**case.backbone.call(case.pipeline, [PROMPT] * case.batch, **told), **settings)
 
 
