@@ -1,7 +1,6 @@
 r"""What the detail latents are worth: reconstructions with them as they are, another picture's, random, zero, guessed.
 
-    python recipes/small_pair/measure_detail.py runs/detail \
-        "residual code, detail dropout"=runs/stage1_residual/autoencoder
+    python recipes/small_pair/measure_detail.py runs/detail "another one"=runs/stage1/autoencoder
 
 measures the shipped autoencoder and those named on the held-out pictures, beside base + bicubic, and writes
 RUN/result.json (copied into experiments/results/detail.json). What is measured is kept, case by case. The paper's

@@ -33,8 +33,8 @@ from davae.upgrade import load_pipeline
 
 SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCHES = (1, 16)
-UPGRADE_STEPS = 4200 + 2800 + 14000 + 2200
-"""Of stage2.toml, stage2_continued.toml, stage2_layers.toml and stage2_final.toml; all are counted as the third."""
+UPGRADE_STEPS = 22_000
+"""Of stage2.toml."""
 T5_LENGTHS = {12: 0.9, 64: 0.07, 256: 0.03}
 """How often train_base_transformer.py pads captions to which length."""
 
@@ -42,7 +42,7 @@ T5_LENGTHS = {12: 0.9, 64: 0.07, 256: 0.03}
 def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> dict[str, float]:
     """Operations of one picture in a training step, forward and backward, attention included.
 
-    The upgrade's are stage2_layers.toml's: the image stream's layers and both ports are trained, captions are encoded
+    The upgrade's are stage2.toml's: the image stream's layers and both ports are trained, captions are encoded
     once. The native run trains all of it, text encoders included.
     """
     upgraded.transformer.train().requires_grad_(False)
