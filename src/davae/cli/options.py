@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of t
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
 ReportTo = Annotated[
-    list[str], typer.Option(help="Also show metrics in tensorboard (RUN/tensorboard), wandb or trackio. Repeatable.")
+    list[str],
+    typer.Option(
+        help="Where metrics are shown, too: wandb, trackio, none; or TensorBoard, if it is installed."
+    ),
 ]
 RunFolder = Annotated[
     Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE; of a section, runs/RECIPE/SECTION.")
@@ -58,6 +62,13 @@ def device_of(name: str | None) -> str:
     if name is not None and name.partition(":")[0] not in allowed:
         raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
     return name or str(Ranks().device if torch.cuda.is_available() else allowed[-1])
+
+
+def trackers_of(names: list[str]) -> list[str]:
+    """The trackers that `--report-to` means: those named, or else TensorBoard, if it is installed."""
+    if "none" in names:
+        return []
+    return names or ["tensorboard"] * (find_spec("tensorboard") is not None)
 
 
 def size_of(text: str | None) -> int | tuple[int, int] | None:

@@ -1,6 +1,6 @@
 """Verbs that train: both stages, each from its recipe."""
 
-from davae.cli.options import DryRun, RankTimeout, RecipePath, ReportTo, RunFolder, Settings, quiet, say
+from davae.cli.options import DryRun, RankTimeout, RecipePath, ReportTo, RunFolder, Settings, quiet, say, trackers_of
 
 
 def train_autoencoder(
@@ -21,7 +21,7 @@ def train_autoencoder(
     if dry_run:
         return say(plan_of(resolved, recipe))
     folder = out or run_folder(AutoencoderRecipe, recipe)
-    say(train_autoencoder(resolved, folder, report_to=report_to, rank_timeout=rank_timeout))
+    say(train_autoencoder(resolved, folder, report_to=trackers_of(report_to), rank_timeout=rank_timeout))
 
 
 def finetune(
@@ -42,4 +42,4 @@ def finetune(
     if dry_run:
         return say(plan_of(resolved, recipe))
     folder = out or run_folder(FinetuneRecipe, recipe)
-    say(finetune(resolved, folder, report_to=report_to, rank_timeout=rank_timeout))
+    say(finetune(resolved, folder, report_to=trackers_of(report_to), rank_timeout=rank_timeout))
