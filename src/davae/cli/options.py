@@ -23,9 +23,7 @@ Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
 ReportTo = Annotated[
     list[str],
-    typer.Option(
-        help="Where metrics are shown, too: wandb, trackio, none; or TensorBoard, if it is installed."
-    ),
+    typer.Option(help="Where metrics are shown, too: wandb, trackio, none; or TensorBoard, if it is installed."),
 ]
 RunFolder = Annotated[
     Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE; of a section, runs/RECIPE/SECTION.")
