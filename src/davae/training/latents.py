@@ -76,7 +76,7 @@ class OnlineLatents(Latents):
         flips: mirror every other picture, left to right; which ones is drawn at every step.
         detail_noise: as of `cached_latents`.
         seed: of the noise and of the flips.
-        ranks: of the run.
+        ranks: of the run; by default those of the environment.
     """
 
     def __init__(
@@ -87,10 +87,11 @@ class OnlineLatents(Latents):
         flips: bool,
         detail_noise: float,
         seed: int,
-        ranks: Ranks,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(autoencoder, detail_noise=detail_noise, seed=seed)
-        self._autoencoder, self._pictures, self._flips, self._ranks = autoencoder.eval(), pictures, flips, ranks
+        self._autoencoder, self._pictures = autoencoder.eval(), pictures
+        self._flips, self._ranks = flips, ranks or Ranks()
 
     def batch(self, indices: Sequence[int], step: int) -> Float[Tensor, "b latent h w"]:
         """Of this rank's pictures of batch number `step`, as it sees them, on the CPU."""
