@@ -4,6 +4,7 @@ To add a family, add its row; `tests/backbones/test_table.py` then checks that i
 """
 
 from diffusers import DiffusionPipeline, ModelMixin
+from torch.distributed.fsdp import FSDPModule
 
 from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
 from davae.backbones.family import Backbone as Backbone
@@ -32,12 +33,13 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def backbone_of(transformer: ModelMixin) -> Backbone:
-    """The row of `BACKBONES` for a transformer.
+    """The row of `BACKBONES` for a transformer, whose parameters FSDP2 may have spread over ranks.
 
     Raises:
         SettingsError: if its class is not in the table.
     """
-    name = type(transformer).__name__
+    # FSDP2 makes a class of its own for a model, under another name.
+    name = next(kind.__name__ for kind in type(transformer).__mro__ if not issubclass(kind, FSDPModule))
     if name not in BACKBONES:
         raise SettingsError(
             f"{name} is of no family that davae knows: {', '.join(BACKBONES)}. What is missing is its row there: the "
