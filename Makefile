@@ -16,10 +16,10 @@ demo: $(STAMP) ## the whole main job on the shipped pair and pictures; ends with
 	$(RUN) $(BIN)/davae demo $(DEMO_FLAGS)
 
 test: lint types ## what a change has to pass
-	$(RUN) $(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
 
 test-oldest: $(STAMP) $(OLDEST)/.installed ## what saves, loads and widens, on the oldest diffusers that is allowed
-	PYTHONPATH=$(OLDEST) $(RUN) $(BIN)/python -m pytest $(PYTEST_FLAGS) \
+	PYTHONPATH=$(OLDEST) $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
 		tests/test_fixtures.py tests/test_portable.py tests/test_base_lora.py tests/backbones/test_table.py
 
 soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--part 0.1" for a tenth
