@@ -85,7 +85,10 @@ def torchrun_killed(folder: Path, kills: int, settings: dict[str, str], chance: 
             time.sleep(0.05)
         pids |= new
         time.sleep(chance.uniform(0.0, 1.0))
-        os.kill(int(chance.choice(sorted(new))), signal.SIGKILL)
+        try:
+            os.kill(int(chance.choice(sorted(new))), signal.SIGKILL)
+        except ProcessLookupError:  # the run was over before this kill
+            break
     assert run.wait(timeout=120) == 0, (folder.parent / "torchrun.log").read_text()
 
 
