@@ -71,8 +71,7 @@ def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> 
     """Median seconds per picture of each pipeline, in turns, after one turn to warm up."""
     prompts = ["red apple"] * batch
     runs = {
-        name: partial(sample, pipeline, prompts, size=demo.SIZE, **SAMPLING)
-        for name, pipeline in pipelines.items()
+        name: partial(sample, pipeline, prompts, size=demo.SIZE, **SAMPLING) for name, pipeline in pipelines.items()
     }
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
     return {name: statistics.median(measured.seconds) / batch for name, measured in found.items()}

@@ -13,7 +13,7 @@ from davae.autoencoder_bases import BASE_CLASSES, OWN_CLASSES, base_class
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
-from davae.upgrade import LOADING_ERRORS
+from davae.loading import LOADING_ERRORS
 
 META = torch.device("meta")
 

@@ -56,6 +56,18 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock of `alone`."""
+    if not (folder / ".lock").is_file():
+        return False
+    with (folder / ".lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 class RunRecord:
     """The record of one run in `folder`, which is created.
 

@@ -1,6 +1,5 @@
 """Run folders beside each other: how far each is, what it measured, and in what settings they differ."""
 
-import fcntl
 import json
 import tomllib
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from davae.errors import CheckpointError
-from davae.record import read_metrics
+from davae.record import is_locked, read_metrics
 from davae.storage import read_json
 
 HIDDEN = ("loss_hex", "learning_rate", "grad_norm", "detail_weight", "seconds", "step")
@@ -69,7 +68,7 @@ def summary(folder: Path) -> RunSummary:
     values = read_json(folder / "result.json")["values"] if finished else values
     return RunSummary(
         folder=str(folder),
-        state="running" if _is_locked(folder) else "finished" if finished else "stopped",
+        state="running" if is_locked(folder) else "finished" if finished else "stopped",
         step=recipe.get("steps", 0) if finished else max((line["step"] + 1 for line in lines), default=0),
         steps=recipe.get("steps"),
         values={name: value for name, value in values.items() if isinstance(value, int | float)},
@@ -126,15 +125,3 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
             {f"{key}.{inner}": value for inner, value in item.items()} if isinstance(item, dict) else {key: item}
         ).items()
     }
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether another process trains there, so that nothing here is final."""
-    if not (folder / ".lock").is_file():
-        return False
-    with (folder / ".lock").open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

@@ -22,21 +22,12 @@ from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import OnlineLatents, cached_latents
 from davae.upgrade import load_pipeline
 from hashes import digests
+from stages import finetune_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe(base_folder: Path, autoencoder_folder: Path, picture_folder: Path) -> FinetuneRecipe:
-    return FinetuneRecipe(
-        base=str(base_folder),
-        autoencoder=str(autoencoder_folder),
-        pictures=str(picture_folder),
-        size=64,
-        lora_rank=2,
-        steps=3,
-        batch_size=4,
-        prompt_tokens=8,
-        precision="float32",
-    )
+    return finetune_recipe(base_folder, autoencoder_folder, picture_folder, steps=3, batch_size=4, precision="float32")
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,13 @@ from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.loading import load_autoencoder
-from davae.training.caching import Share
 from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
 from davae.training.fingerprints import model_digest, text_digest
 from davae.training.latents import CachedLatents, cached_latents, encode
 from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from hashes import digests
+from rank_forks import run_ranks
 from scenes import fill_with_scenes
 
 TRIALS = 20
@@ -220,21 +220,12 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(autoencoder, pictures
 
 
 def test_three_processes_at_once_make_the_entries_of_one(autoencoder, pipeline, pictures, expected, tmp_path) -> None:
-    def build(process: int) -> None:
-        def wait() -> None:
-            nonlocal waits
-            waits += 1
-            (tmp_path / f"{waits}-{process}").touch()
-            while len(list(tmp_path.glob(f"{waits}-*"))) < 3:
-                time.sleep(0.01)
-
-        waits, share = 0, Share(process, 3, wait)
-        cached_latents(autoencoder, pictures, tmp_path / "cache", share=share)
-        cached_conditions(pipeline, backbone, pictures, tmp_path / "cache", tokens=8, share=share)
+    def build() -> None:
+        cached_latents(autoencoder, pictures, tmp_path / "cache")
+        cached_conditions(pipeline, backbone, pictures, tmp_path / "cache", tokens=8)
 
     backbone = backbone_of(pipeline.transformer)
-    pids = [forked(lambda process=process: build(process)) for process in range(3)]
-    assert [exit_code(pid) for pid in pids] == [0, 0, 0]
+    assert run_ranks(build, 3) == [0, 0, 0]
     assert len(shards(tmp_path / "cache")) == 4, "a block of latents by each, and one of captions"
     assert torch.equal(whole(cached_latents(autoencoder, pictures, tmp_path / "cache")), expected)
     assert len(shards(tmp_path / "cache")) == 4

@@ -20,6 +20,7 @@ from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.progress import StepProgress
 from davae.training.validation import Validation
 from hashes import digests
+from stages import finetune_recipe
 from tiny import tiny_class_pipeline
 
 TAG = "raw above, EMA below"
@@ -27,19 +28,9 @@ TAG = "raw above, EMA below"
 
 @pytest.fixture(scope="module")
 def recipe(base_folder: Path, autoencoder_folder: Path, picture_folder: Path, tmp_path_factory) -> FinetuneRecipe:
-    return FinetuneRecipe(
-        base=str(base_folder),
-        autoencoder=str(autoencoder_folder),
-        pictures=str(picture_folder),
-        size=64,
-        lora_rank=2,
-        steps=3,
-        batch_size=4,
-        learning_rate=1e-1,
-        warmup_steps=0,
-        prompt_tokens=8,
-        cache=str(tmp_path_factory.mktemp("cache")),
-    )
+    cache = str(tmp_path_factory.mktemp("cache"))
+    own = {"steps": 3, "batch_size": 4, "learning_rate": 1e-1, "warmup_steps": 0, "log_every": 10, "cache": cache}
+    return finetune_recipe(base_folder, autoencoder_folder, picture_folder, **own)
 
 
 @pytest.fixture(scope="module")

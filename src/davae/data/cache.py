@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from davae.errors import CheckpointError, SettingsError
-from davae.storage import read_json, storage_error, write_atomically, write_json
+from davae.storage import read_json, remove_temporaries, storage_error, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,7 @@ class TensorCache:
                 except BlockingIOError:
                     pass
                 else:
-                    for litter in self.folder.glob(".*.tmp-*"):
-                        litter.unlink(missing_ok=True)
+                    remove_temporaries(self.folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
             except OSError as error:
                 raise storage_error(self.folder, 0, error) from error

@@ -18,9 +18,8 @@ from davae.autoencoder_bases import BASE_CLASSES, base_facts, decode_base, downs
 from davae.autoencoder_da import AutoencoderDA
 from davae.autoencoder_taef2 import AutoencoderTAEF2
 from davae.errors import CheckpointError, SettingsError
-from davae.loading import load_model
+from davae.loading import LOADING_ERRORS, load_model
 from davae.seeds import generator
-from davae.upgrade import LOADING_ERRORS
 
 CLASSES: dict[str, type[ModelMixin]] = {
     **BASE_CLASSES,

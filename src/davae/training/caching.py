@@ -1,29 +1,19 @@
-"""Computing what a cache lacks, by all processes at once."""
+"""Computing what a cache lacks, by all ranks at once."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 
 from davae import faults
 from davae.data.cache import Entry, TensorCache
 from davae.errors import CheckpointError
+from davae.ranks import Ranks
 from davae.training.progress import StepProgress
 
 SHARD_BYTES = 128 << 20
 """A shard is written when it is so large, or after `SHARD_SECONDS`: no more is lost when a process is killed."""
 SHARD_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which of several processes this is, all of which do the same; one alone by default."""
-
-    process: int = 0
-    processes: int = 1
-    wait: Callable[[], None] = lambda: None
-    """Returns when all of them have come there."""
 
 
 def fill(
@@ -33,13 +23,13 @@ def fill(
     *,
     block: int,
     unit: str,
-    share: Share,
+    ranks: Ranks,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Make the entries that the cache lacks; after it, the cache holds all of `keys`, and none that is damaged.
 
     What is computed together is always the same: places 0 to `block` - 1 of `keys`, the next `block`, and so on, each
-    block by one process. So bits depend neither on kills and restarts nor on the number of processes. Of equal keys the
+    block by one rank. So bits depend neither on kills and restarts nor on the number of ranks. Of equal keys the
     first place's entry is taken.
 
     Args:
@@ -48,25 +38,25 @@ def fill(
         encode: computes the entries of these places, which are one block.
         block: places that are computed together.
         unit: what is encoded, in the plural, for the progress bar.
-        share: of the work, this process's.
+        ranks: the processes that share the work.
         shard_bytes: size of a shard, about.
 
     Raises:
         StorageError: the cache cannot be written.
         CheckpointError: entries are gone that had just been written.
     """
-    cache.set_damaged_aside(process=share.process, processes=share.processes)
-    share.wait()
+    cache.set_damaged_aside(process=ranks.rank, processes=ranks.count)
+    ranks.wait("encoding")
     cache.find()
     first: dict[str, int] = {}
     for place, key in enumerate(keys):
         first.setdefault(key, place)
     lacking: dict[int, list[int]] = {}  # places by number of block
     for key, place in first.items():
-        if key not in cache and place // block % share.processes == share.process:
+        if key not in cache and place // block % ranks.count == ranks.rank:
             lacking.setdefault(place // block, []).append(place)
     if lacking:
-        total, console = sum(map(len, lacking.values())), Console(stderr=True, quiet=share.process > 0)
+        total, console = sum(map(len, lacking.values())), Console(stderr=True, quiet=not ranks.first)
         progress = StepProgress(f"encoding {unit}", done=0, total=total, console=console, unit=unit)
         with cache.writing(), progress:
             pending: dict[str, Entry] = {}
@@ -81,7 +71,7 @@ def fill(
                     faults.at("cache")
                     cache.write(pending)
                     pending, began = {}, time.monotonic()
-    share.wait()
+    ranks.wait("encoding")
     cache.find()
     if gone := [key for key in first if key not in cache]:
         raise CheckpointError(

@@ -11,7 +11,8 @@ from davae.backbones import Backbone
 from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
-from davae.training.caching import SHARD_BYTES, Share, fill
+from davae.ranks import Ranks
+from davae.training.caching import SHARD_BYTES, fill
 from davae.training.fingerprints import sha256_of, text_digest
 
 BLOCK = 64
@@ -69,7 +70,7 @@ def cached_conditions(
     folder: Path,
     *,
     tokens: int,
-    share: Share | None = None,
+    ranks: Ranks | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> CachedConditions:
     """The conditions of all captions and of none, those that the cache in `folder` lacks encoded first.
@@ -83,7 +84,7 @@ def cached_conditions(
         pictures: N of them, with captions.
         folder: of caches, made if it is not there.
         tokens: length of the longest text encoder's output.
-        share: this process's part of the encoding; all of it by default.
+        ranks: the processes that share the encoding; by default those of the environment.
         shard_bytes: size of the cache's files, about.
     """
     cache = TensorCache(folder, "text", {"encoders": text_digest(pipeline), "tokens": tokens})
@@ -94,7 +95,7 @@ def cached_conditions(
         found = encode_captions(pipeline, backbone, [captions[row] for row in rows], tokens)
         return [trimmed({name: values[index] for name, values in found.items()}) for index in range(len(rows))]
 
-    fill(cache, keys, entries, block=BLOCK, unit="captions", share=share or Share(), shard_bytes=shard_bytes)
+    fill(cache, keys, entries, block=BLOCK, unit="captions", ranks=ranks or Ranks(), shard_bytes=shard_bytes)
     return CachedConditions(cache, keys)
 
 

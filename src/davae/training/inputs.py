@@ -1,6 +1,5 @@
 """What stage 2 gives the transformer beside noise and time: latents and conditions, from a cache or encoded anew."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ from diffusers import DiffusionPipeline
 from davae.backbones import backbone_of
 from davae.data.sources import PictureSet
 from davae.ranks import Ranks
-from davae.training.caching import Share
 from davae.training.conditions import (
     ClassConditions,
     Conditions,
@@ -46,11 +44,11 @@ def training_inputs(
         if backbone.classes:
             return latents, ClassConditions(pipeline, backbone, pictures)
         return latents, OnlineConditions(pipeline, backbone, pictures, recipe.prompt_tokens)
-    caches, share = cache_folder(recipe, folder), Share(ranks.rank, ranks.count, partial(ranks.wait, "encoding"))
-    kept = cached_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, share=share)
+    caches = cache_folder(recipe, folder)
+    kept = cached_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, ranks=ranks)
     if backbone.classes:
         conditions: Conditions = ClassConditions(pipeline, backbone, pictures)
     else:
-        conditions = cached_conditions(pipeline, backbone, pictures, caches, tokens=recipe.prompt_tokens, share=share)
+        conditions = cached_conditions(pipeline, backbone, pictures, caches, tokens=recipe.prompt_tokens, ranks=ranks)
     move_frozen(pipeline, torch.device("cpu"))
     return kept, conditions

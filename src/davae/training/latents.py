@@ -12,7 +12,7 @@ from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
 from davae.ranks import Ranks
 from davae.seeds import generator
-from davae.training.caching import SHARD_BYTES, Share, fill
+from davae.training.caching import SHARD_BYTES, fill
 from davae.training.fingerprints import model_digest
 
 BLOCK = 16
@@ -109,7 +109,7 @@ def cached_latents(
     *,
     detail_noise: float = 0.0,
     seed: int = 0,
-    share: Share | None = None,
+    ranks: Ranks | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> CachedLatents:
     """The latents of all pictures, those that the cache in `folder` lacks encoded first.
@@ -123,7 +123,7 @@ def cached_latents(
         folder: of caches, made if it is not there.
         detail_noise: deviation of Gaussian noise on the detail latents, before standardisation; see `expect_noise`.
         seed: of the noise, which each picture has by its index, the same in every epoch.
-        share: this process's part of the encoding; all of it by default.
+        ranks: the processes that share the encoding; by default those of the environment.
         shard_bytes: size of the cache's files, about.
     """
     cache = TensorCache(folder, "latents", {"autoencoder": model_digest(autoencoder)})
@@ -136,7 +136,7 @@ def cached_latents(
             found |= dict(zip(chosen, encode(autoencoder, pictures.batch(chosen)).cpu(), strict=True))
         return [{"latents": found[index]} for index in indices]
 
-    fill(cache, keys, entries, block=BLOCK, unit="pictures", share=share or Share(), shard_bytes=shard_bytes)
+    fill(cache, keys, entries, block=BLOCK, unit="pictures", ranks=ranks or Ranks(), shard_bytes=shard_bytes)
     return CachedLatents(cache, keys, autoencoder, detail_noise=detail_noise, seed=seed)
 
 

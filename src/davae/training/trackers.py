@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from jaxtyping import UInt8
 from torch import Tensor
@@ -40,13 +39,11 @@ def check_trackers(names: Sequence[str]) -> None:
 def start_trackers(names: Sequence[str], folder: Path, *, step: int) -> list[GeneralTracker]:
     """Trackers of the run in `folder`, which go on at `step` with what they were told at its earlier starts.
 
-    Of several processes only the first has any.
+    Of several ranks only the first may have any.
 
     TensorBoard's files go to `folder`/tensorboard; the others call the project "davae" and the run as its folder.
     """
     check_trackers(names)
-    if not PartialState().is_main_process:
-        return []
     text = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
     started: list[GeneralTracker] = []
     for name in names:
