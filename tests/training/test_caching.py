@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-import random
 import shutil
 import signal
 import sys
@@ -32,8 +31,8 @@ from forks import exit_code, forked
 from hashes import digests
 from rank_forks import run_ranks
 from scenes import fill_with_scenes
+from trials import Trials
 
-TRIALS = 20
 COUNT = 40
 """Pictures: three blocks of latents, the last one short."""
 
@@ -231,10 +230,10 @@ def test_three_processes_at_once_make_the_entries_of_one(autoencoder, pipeline, 
     assert len(shards(tmp_path / "cache")) == 4
 
 
-def test_killed_while_building(request, record_property, autoencoder, pipeline, pictures, expected, tmp_path) -> None:
+@pytest.mark.soak("R20", ci=20, full=200)
+def test_killed_while_building(trials: Trials, autoencoder, pipeline, pictures, expected, tmp_path) -> None:
     """Half of the times at any moment, half of them at a file operation: what is found then is whole, and is used."""
-    chance, backbone = random.Random(5), backbone_of(pipeline.transformer)
-    trials = request.config.getoption("--trials") or TRIALS
+    backbone = backbone_of(pipeline.transformer)
 
     def build(folder: Path, operation: int = 0) -> None:
         seen = 0
@@ -254,14 +253,15 @@ def test_killed_while_building(request, record_property, autoencoder, pipeline, 
     assert exit_code(forked(lambda: build(tmp_path / "undisturbed"))) == 0
     seconds, reference = time.monotonic() - began, digests(tmp_path / "undisturbed")
     assert len(reference) == 4
-    kills = trial = partly = 0
-    while kills < trials:
-        folder = tmp_path / str(trial)
-        pid = forked(lambda folder=folder, trial=trial: build(folder, trial % 2 * chance.randint(1, 40)))
-        if trial % 2 == 0:
+    partly = 0
+    for chance in trials:
+        folder, at_operation = tmp_path / str(trials.number), trials.number % 2
+        operation = at_operation * chance.randint(1, 40)
+        pid = forked(lambda folder=folder, operation=operation: build(folder, operation))
+        if not at_operation:
             time.sleep(chance.uniform(0, seconds))
             os.kill(pid, signal.SIGKILL)
-        kills += exit_code(pid) == -signal.SIGKILL
+        trials.done -= exit_code(pid) != -signal.SIGKILL
         left = shards(folder)
         assert all(damage(path) == "" for path in left)
         partly += 0 < len(left) < 4
@@ -270,10 +270,9 @@ def test_killed_while_building(request, record_property, autoencoder, pipeline, 
         assert digests(folder) == reference
         assert not list(folder.rglob(".*.tmp-*")), "the next build removes the litter"
         shutil.rmtree(folder)
-        trial += 1
-        assert trial < 3 * trials, "the builds were over before they could be killed"
-    assert partly > 0
-    record_property("R20", f"{kills} kills, {partly} between entries: no partial one found, all bits as undisturbed")
+        if trials.only is None:
+            assert trials.number + 1 < 3 * trials.count, "the builds were over before they could be killed"
+    assert partly > 0 or trials.only is not None
     assert torch.equal(whole(cached_latents(autoencoder, pictures, tmp_path / "undisturbed")), expected)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,12 @@ FEW = pytest.param(5, {}, id="5 kills, DDP", marks=pytest.mark.timeout(600))
 MANY = pytest.param(50, FSDP2, id="50 kills, FSDP2", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 
 
+@pytest.mark.soak("R16")
 @pytest.mark.parametrize(("kills", "settings"), [FEW, MANY])
 def test_killed_again_and_again_torchrun_ends_with_the_same_losses(
-    kills: int, settings: dict[str, str], tmp_path: Path
+    kills: int, settings: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("trials", kills)
     assert run_ranks(lambda: train(tmp_path / "whole"), 2, settings) == [0, 0]
     torchrun_killed(tmp_path / "killed", kills, settings, random.Random(kills))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

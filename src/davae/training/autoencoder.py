@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def train_autoencoder(
     recipe: AutoencoderRecipe, folder: Path, *, report_to: Sequence[str] = (), rank_timeout: float = TIMEOUT
 ) -> Path:
-    """Train, calibrate and save an AutoencoderDA; run again, it goes on where it stopped, on as many ranks as then.
+    """Train, calibrate and save an AutoencoderDA; run again, it goes on where it stopped.
 
     Args:
         recipe: all that decides the outcome.
