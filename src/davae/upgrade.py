@@ -103,7 +103,8 @@ def load_pipeline(
     """
     folder = Path(path_or_base)
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
-    asked, dtype = dtype or torch.float32, torch.float32 if len(adapters) > 1 else dtype or torch.float32
+    wanted = dtype or torch.float32
+    dtype = torch.float32 if len(adapters) > 1 else wanted  # a later adapter knows its base by its weights in float32
     absent: dict[str, None] = {}
     kind, portable = DiffusionPipeline, False
     if folder.is_dir():
@@ -127,9 +128,10 @@ def load_pipeline(
             check_whole(module, f"{name} of {path_or_base}")
     for place in adapters:
         pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
-    for module in pipeline.components.values() if asked != dtype else ():
-        if isinstance(module, nn.Module):  # a later adapter knows its base by weights that were added up in float32
-            nn.Module.to(module, dtype=asked)
+    if wanted != dtype:
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                nn.Module.to(module, dtype=wanted)
     return pipeline if device is None else pipeline.to(device)
 
 
