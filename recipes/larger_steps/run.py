@@ -4,21 +4,25 @@
     python recipes/larger_steps/run.py runs/larger_steps
 
 The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; both arms have 64 latent channels in the end, and equal
-pictures, crops, steps and batches here. Writes RUN/result.json after stage 1 (copied into
-experiments/results/larger_steps.json), and with --stage-two its losses, and RUN/samples.png: prompts from top to
-bottom; base, shipped upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The same command goes on where it
-stopped.
+pictures, crops, steps and batches here. Writes RUN/result.json (copied into experiments/results/larger_steps.json)
+after stage 1, and with --stage-two anew: its losses, KID of pictures from prompts, times, and RUN/samples.png: prompts
+from top to bottom; base, shipped upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The first two know only
+the pictures that they were trained on, which are drawn in another style. The same command goes on where it stopped.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
 from davae import assets, demo
+from davae.benchmark.cases import Case, runs_of
+from davae.benchmark.timing import measure_interleaved, spread
 from davae.data.png import to_bytes, write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
@@ -80,16 +84,50 @@ def starts(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def enlarged(picture: Tensor) -> Tensor:
-    """A picture [3, H, W] in bytes, enlarged with bicubic to 512 px."""
-    scaled = picture[None].float() / 127.5 - 1
-    return to_bytes(F.interpolate(scaled, size=(SIZE, SIZE), mode="bicubic").clamp(-1, 1))[0]
+def scaled(picture: Tensor, side: int) -> Tensor:
+    """A picture [3, H, W] in bytes, at another side with bicubic, antialiased where it gets smaller."""
+    image = picture[None].float() / 127.5 - 1
+    return to_bytes(F.interpolate(image, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1))[0]
+
+
+def distances(pipelines: dict[str, DiffusionPipeline], pictures: Path, run: Path, count: int) -> dict[str, Any]:
+    """KID at 512 px of pictures from prompts; and of the same ones without their detail, at 128 px and enlarged."""
+    real = open_pictures(pictures, size=SIZE, limit=count)
+    prompts = generation.evaluation_prompts(real, count)
+    references = generation.features_of([real.image(index) for index in range(len(real))], side=SIZE)
+    found = {}
+    for name, pipeline in pipelines.items():
+        made = generation.sample_many(pipeline, prompts, run / "samples" / name, label=name, **SAMPLING)
+        without = [scaled(scaled(picture, SIZE // 4), SIZE) for picture in made]
+        for title, ones in {name: made, f"{name}, reduced to 128 px + bicubic": without}.items():
+            features = generation.features_of(ones, side=SIZE)
+            value, error = generation.kid_with_error(features, references, seed=SAMPLING["seed"])
+            found[title] = {"kid": value, "kid_error": error, "count": count}
+    return found
+
+
+def times(pipelines: dict[str, DiffusionPipeline], base: DiffusionPipeline) -> dict[str, Any]:
+    """Seconds of a guided step and of a picture, interleaved; the base at 512 px has 16 times the tokens."""
+    wide = SD3Transformer2DModel.from_config({**base.transformer.config, "pos_embed_max_size": SIZE // 16})
+    native = type(base)(**{**base.components, "transformer": wide.eval()})
+    options = {"steps": SAMPLING["steps"], "prompt_tokens": SAMPLING["prompt_tokens"]}
+    cases = {name: Case(name, pipeline, SIZE, **options) for name, pipeline in pipelines.items()}
+    cases["base at 512 px, untrained"] = Case("native", native, SIZE, **options)
+    cases["base at 128 px"] = Case("base", base, SIZE // 4, **options)
+    parts = ("step", "decode", "whole")
+    runs = {f"{name}: {part}": run for name, case in cases.items() for part, run in runs_of(case, parts).items()}
+    found = measure_interleaved(runs, torch.device("cpu"), repeats=7, warm_up=1, shortest=0.2)
+    return {
+        name: {"tokens": case.tokens} | {part: asdict(spread(found[f"{name}: {part}"].seconds)) for part in parts}
+        for name, case in cases.items()
+    }
 
 
 def main(
     run: Path,
     heldout: Annotated[int, typer.Option(help="Held-out pictures that are reconstructed.")] = 32,
     stage_two: Annotated[bool, typer.Option(help="Train and sample the transformers, too.")] = False,
+    count: Annotated[int, typer.Option(help="Pictures from prompts for KID.")] = 400,
 ) -> None:
     """Train both arms, and write the numbers."""
     arms, once = bases(run), run / "once"
@@ -107,22 +145,25 @@ def main(
     write_json(run / "result.json", found)
     if not stage_two:
         return
-    losses = {}
-    pipelines = {"base": load_pipeline(assets.base_pipeline()), "shipped upgrade": load_pipeline(once)}
+    losses, trained = {}, {}
     for name, changes in arms.items():
         given = {"base": changes.get("base", ""), "autoencoder": str(autoencoders[name])}
         recipe = load_recipe(FinetuneRecipe, HERE / "stage2.toml", given)
-        pipelines[name] = load_pipeline(finetune(recipe, folders[name] / "stage2"))
+        trained[name] = load_pipeline(finetune(recipe, folders[name] / "stage2"))
         losses[name] = read_json(folders[name] / "stage2" / "result.json")
-    training = open_pictures(Path(recipe.pictures), size=SIZE, split="train", limit=recipe.limit)
-    prompts = [training.captions[len(training) * row // 6] for row in range(6)]
+    base, pictures = load_pipeline(assets.base_pipeline()), Path(recipe.pictures)
+    for pipeline in (base, *trained.values()):
+        pipeline.set_progress_bar_config(disable=True)
+    shown = open_pictures(pictures, size=SIZE, split="train")
+    prompts = [shown.captions[len(shown) * row // 6] for row in range(6)]
     rows: list[list[Tensor]] = [[] for _ in prompts]
-    for name, pipeline in pipelines.items():
-        made = generation.sample_many(pipeline, prompts, run / "samples" / name, label=name, **SAMPLING)
+    for name, pipeline in {"base": base, "shipped upgrade": load_pipeline(once), **trained}.items():
+        made = generation.sample_many(pipeline, prompts, run / "shown" / name, label=name, **SAMPLING)
         for row, picture in zip(rows, made, strict=True):
-            row.append(enlarged(picture) if picture.shape[-1] < SIZE else picture)
+            row.append(scaled(picture, SIZE) if picture.shape[-1] < SIZE else picture)
     write_png(run / "samples.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
-    write_json(run / "result.json", {**found, "stage_two": losses, "prompts": prompts, "sampling": SAMPLING})
+    facts = {"stage_two": losses, "times": times(trained, base), "prompts": prompts, "sampling": SAMPLING}
+    write_json(run / "result.json", {**found, **facts, "kid_512": distances(trained, pictures, run, count)})
 
 
 if __name__ == "__main__":
