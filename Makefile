@@ -23,7 +23,8 @@ test-oldest: $(STAMP) $(OLDEST)/.installed ## what saves, loads and widens, on t
 		tests/test_fixtures.py tests/test_portable.py tests/test_base_lora.py tests/backbones/test_table.py
 
 soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--part 0.1" for a tenth
-	$(RUN) $(BIN)/python -m pytest -m "soak or slow" --soak experiments/results/soak.json --timeout 7200 $(PYTEST_FLAGS)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or slow" --soak experiments/results/soak.json \
+		--timeout 7200 --numprocesses 2 --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ def refused_or_read(read: Callable[[], object]) -> bool:
     return False
 
 
-@pytest.mark.soak("R10", ci=2000, full=200_000)
+@pytest.mark.soak("R10", ci=8000, full=800_000)
 def test_recipes(trials: Trials, tmp_path: Path) -> None:
     recipes = sorted((ROOT / "recipes").rglob("*.toml"))
     path, refused = tmp_path / "recipe.toml", 0
@@ -77,7 +77,7 @@ def test_recipes(trials: Trials, tmp_path: Path) -> None:
     assert 0 < refused <= trials.done
 
 
-@pytest.mark.soak("R10", ci=1000, full=100_000)
+@pytest.mark.soak("R10", ci=4000, full=400_000)
 def test_checkpoints(trials: Trials, checkpoint: Path, tmp_path: Path) -> None:
     """Tensor files and values behind a manifest that fits them; manifests themselves; nothing else is touched."""
     sound = {path.name: path.read_bytes() for path in checkpoint.iterdir()}

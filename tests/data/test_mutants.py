@@ -113,7 +113,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.soak("R10", ci=3000, full=400_000)
+@pytest.mark.soak("R10", ci=6500, full=700_000)
 def test_pictures(tmp_path: Path, trials: Trials) -> None:
     def case(chance: random.Random) -> None:
         data = mutant(chance.choice(PICTURES), chance, others=PICTURES)
@@ -124,7 +124,7 @@ def test_pictures(tmp_path: Path, trials: Trials) -> None:
     run(case, trials, tmp_path)
 
 
-@pytest.mark.soak("R10", ci=750, full=60_000)
+@pytest.mark.soak("R10", ci=1000, full=60_000)
 def test_shards(tmp_path: Path, trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.BytesIO()
     files = {"x/a.png": picture(0), "x/a.txt": b"a caption", "b.png": picture(1), "b.json": TEXTS["c.json"]}
@@ -158,7 +158,7 @@ def test_shards(tmp_path: Path, trials: Trials, monkeypatch: pytest.MonkeyPatch)
     run(case, trials, tmp_path)
 
 
-@pytest.mark.soak("R10", ci=500, full=10_000)
+@pytest.mark.soak("R10", ci=500, full=40_000)
 def test_texts_and_tables(tmp_path: Path, trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "set"
     (folder / "sub").mkdir(parents=True)

@@ -44,12 +44,14 @@ def close(given: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> bool:
     return given.shape == expected.shape and np.abs(given.astype(int) - expected.astype(int)).max() <= tolerance
 
 
+@pytest.mark.soak("R9")
 @pytest.mark.parametrize("kind", EXACT)
 def test_lossless_pictures_have_the_pixels_that_a_person_sees(kind):
     data, expected = EXACT[kind]
     assert close(pixels(data), expected, tolerance=1 if kind in ROUNDED else 0)
 
 
+@pytest.mark.soak("R9")
 @pytest.mark.parametrize("kind", LOSSY)
 def test_lossy_pictures_have_the_pixels_that_a_person_sees(kind):
     expected = np.repeat(PATTERN[..., :1], 3, axis=-1) if kind == "grey jpeg" else PATTERN
@@ -117,6 +119,7 @@ def test_a_profile_changes_the_colours():
     assert close(given, np.where(HALF[..., None], red[..., [1, 0, 2]], 255), tolerance=2)
 
 
+@pytest.mark.soak("R9")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_read_is_refused_with_name_and_reason(kind):
     data, reason = REFUSED[kind]
@@ -151,6 +154,7 @@ def test_a_jpeg_of_many_scans_is_refused_by_what_they_cost():
     assert refusal.value.kind == "too large"
 
 
+@pytest.mark.soak("R9")
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_truncated_picture_is_refused_unless_nothing_of_it_is_missing(kind):
     data = WHOLE[kind]

@@ -113,6 +113,7 @@ def tree(folder) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+@pytest.mark.soak("R12")
 @pytest.mark.parametrize("packed", [False, True], ids=["tar", "tar.gz"])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_shard_is_refused_and_writes_nothing(tmp_path, monkeypatch, kind, packed):
