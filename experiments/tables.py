@@ -81,14 +81,18 @@ def _rivals(ours: Row, result: Row) -> list[str]:
     quality = upscaler["reconstruction_256"]["latent upscaler"]
     shipped = ours["reconstruction_256"]["shipped upgrade"]
     seconds = {batch: list(values.values()) for batch, values in result["seconds_per_picture"].items()}
-    batches = list(seconds)
-    timed = ["".join(f" {seconds[batch][place]:.2f} |" for batch in batches) for place in range(2)]
-    empty = " |" * len(batches)
+    heads = "".join(f" s a picture, batch {batch} | its steps |" for batch in seconds)
+    steps = result["sampling"]["steps"]
+    timed = [
+        "".join(f" {times[place]['whole']:.2f} | {steps * times[place]['step']:.2f} |" for times in seconds.values())
+        for place in range(2)
+    ]
+    empty = " |" * 2 * len(seconds)
     flops = {name: result[f"{name}_steps"] * count for name, count in result["training_flops"].items()}
     return [
         "**Against rivals of equal training**, same prompts, seeds and real pictures:\n",
-        "| | tokens | KID x 1000 | PSNR, dB | LPIPS |" + "".join(f" s a picture, batch {batch} |" for batch in batches),
-        "|---|---:|---:|---:|---:|" + "---:|" * len(batches),
+        f"| | tokens | KID x 1000 | PSNR, dB | LPIPS |{heads}",
+        "|---|---:|---:|---:|---:|" + "---:|" * 2 * len(seconds),
         f"| shipped upgrade | 64 | {_distance(ours['kid']['shipped upgrade'])} | {shipped['psnr']:.2f} | "
         f"{shipped['lpips']:.4f} |{timed[0]}",
         f"| base at 128 px + latent upscaler, {upscaler['steps']:,} steps | 64 | "

@@ -3,14 +3,13 @@
     python recipes/small_pair/measure_rivals.py RUN NATIVE_PIPELINE UPSCALER_RUN/result.json --count 1000
 
 samples the native pipeline (train_base_transformer.py with native_256.toml) with measure.py's prompts, seeds and
-settings, times it against the upgrade at batch sizes 1 and 16, in turns, and writes RUN/result.json (copied into
-experiments/results/rivals.json). Pictures that are there already are not made again; without the upscaler's result it
-makes them and leaves.
+settings, times it against the upgrade at batch sizes 1 and 16, whole and in parts, in turns, and writes RUN/result.json
+(copied into experiments/results/rivals.json). Pictures that are there already are not made again; without the upscaler's
+result it makes them and leaves.
 """
 
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from davae import assets, demo
 from davae.adapter import target_layers
 from davae.backbones import sd3
+from davae.benchmark.cases import Case, runs_of
 from davae.benchmark.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.record import environment, read_metrics
-from davae.sampling import sample
 from davae.storage import write_json
 from davae.upgrade import load_pipeline
 
 SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCHES = (1, 16)
+PARTS = ("step", "decode", "whole")
 UPGRADE_STEPS = 22_000
 """Of stage2.toml."""
 T5_LENGTHS = {12: 0.9, 64: 0.07, 256: 0.03}
@@ -67,14 +67,19 @@ def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> di
     return {"upgrade": count(upgraded, demo.PROMPT_TOKENS, text=False), "native": mean}
 
 
-def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds per picture of each pipeline, in turns, after one turn to warm up."""
-    prompts = ["red apple"] * batch
+def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds per picture: all of it, a guided step, decoding; in turns, after one turn to warm up."""
+    settings = {"batch": batch, "steps": SAMPLING["steps"], "prompt_tokens": SAMPLING["prompt_tokens"]}
     runs = {
-        name: partial(sample, pipeline, prompts, size=demo.SIZE, **SAMPLING) for name, pipeline in pipelines.items()
+        f"{name}: {part}": run
+        for name, pipeline in pipelines.items()
+        for part, run in runs_of(Case(name, pipeline, demo.SIZE, **settings), PARTS).items()
     }
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
-    return {name: statistics.median(measured.seconds) / batch for name, measured in found.items()}
+    return {
+        name: {part: statistics.median(found[f"{name}: {part}"].seconds) / batch for part in PARTS}
+        for name in pipelines
+    }
 
 
 def main(
@@ -92,8 +97,6 @@ def main(
         demo.SHIPPED: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
         demo.NATIVE: load_pipeline(native),
     }
-    for pipeline in pipelines.values():
-        pipeline.set_progress_bar_config(disable=True)
     made = generation.sample_many(
         pipelines[demo.NATIVE], prompts, run / "native", label="native", size=demo.SIZE, **SAMPLING
     )

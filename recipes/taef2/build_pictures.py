@@ -12,6 +12,7 @@ OUTPUT/textures: pieces of native pixels out of every distinct colour map of at 
 small map, up to four of a large one. About one map in ten is held out, one piece of each; training maps that look like
 a held-out one (variants of one wall) are left out.
 OUTPUT/photographs: the middle 352 px of other photographs, all held out, never trained on; wallpapers are reduced.
+OUTPUT/large: the middle 1024 px of held-out colour maps and other photographs that are so large; none is trained on.
 Licences are mixed (GPL, CC-BY-SA, CC0), so the pictures stay out of the repository.
 """
 
@@ -34,6 +35,7 @@ ALIKE = 0.9
 """Correlation of two 16 px thumbnails from which maps count as variants of each other."""
 PHOTOGRAPH_SIDE = 352
 """Scratch's photographs are 480x360."""
+LARGE = 1024
 PHOTOGRAPHS = {
     "scratch/usr/share/scratch/Media/Backgrounds": "*/*.jpg",
     "python3-skimage/usr/lib/python3/dist-packages/skimage/data": "*.*",
@@ -96,17 +98,23 @@ def colour_maps(folder: Path) -> Iterator[tuple[str, Image.Image]]:
             yield path.relative_to(folder).with_suffix("").as_posix().replace("/", "-"), picture
 
 
-def photographs(unpacked: Path) -> Iterator[tuple[str, Image.Image]]:
-    """Name and picture of the other packages' colour photographs, large ones reduced."""
+def photographs(unpacked: Path, side: int) -> Iterator[tuple[str, Image.Image]]:
+    """Name and picture of the other packages' colour photographs of at least `side` px, large ones reduced."""
     for place, pattern in PHOTOGRAPHS.items():
         for path in sorted((unpacked / place).glob(pattern)):
             if path.stem in NOT_PHOTOGRAPHS or path.suffix not in (".jpg", ".png"):
                 continue
             with Image.open(path) as image:
-                if image.mode != "RGB" or min(image.size) < PHOTOGRAPH_SIDE:
+                if image.mode != "RGB" or min(image.size) < side:
                     continue
-                picture = image.reduce(max(1, min(LARGEST_FACTOR, min(image.size) // PHOTOGRAPH_SIDE)))
+                picture = image.reduce(max(1, min(LARGEST_FACTOR, min(image.size) // side)))
             yield f"{place.partition('/')[0]}-{path.stem}", picture
+
+
+def middle(picture: Image.Image, side: int) -> Image.Image:
+    """The square of `side` px in the middle of a picture."""
+    left, top = ((length - side) // 2 for length in picture.size)
+    return picture.crop((left, top, left + side, top + side))
 
 
 def write_piece(piece: Image.Image, folder: Path, key: str) -> None:
@@ -117,11 +125,11 @@ def write_piece(piece: Image.Image, folder: Path, key: str) -> None:
 
 def main(textures: Path, unpacked: Path, output: Path) -> None:
     """Write the pieces of the maps in TEXTURES and of the photographs in the packages in UNPACKED to OUTPUT."""
-    for name in ("textures", "photographs"):
+    for name in ("textures", "photographs", "large"):
         (output / name).mkdir(parents=True, exist_ok=True)
     maps = list(colour_maps(textures))
     held = np.stack([thumbnail(picture) for name, picture in maps if heldout(name)])
-    counts = {"train": 0, "held out": 0, "alike": 0, "photographs": 0}
+    counts = {"train": 0, "held out": 0, "alike": 0, "photographs": 0, "large": 0}
     for name, picture in maps:
         side = heldout(name)
         if not side and (held @ thumbnail(picture)).max() > ALIKE:
@@ -132,11 +140,13 @@ def main(textures: Path, unpacked: Path, output: Path) -> None:
             piece = picture.crop((left, top, left + SIDE, top + SIDE))
             write_piece(piece, output / "textures", key_on_side(f"{name}-{number}", side))
             counts["held out" if side else "train"] += 1
-    for name, picture in photographs(unpacked):
-        left, top = ((length - PHOTOGRAPH_SIDE) // 2 for length in picture.size)
-        piece = picture.crop((left, top, left + PHOTOGRAPH_SIDE, top + PHOTOGRAPH_SIDE))
-        write_piece(piece, output / "photographs", key_on_side(name, True))
+    for name, picture in photographs(unpacked, PHOTOGRAPH_SIDE):
+        write_piece(middle(picture, PHOTOGRAPH_SIDE), output / "photographs", key_on_side(name, True))
         counts["photographs"] += 1
+    large = [(name, picture) for name, picture in maps if heldout(name) and min(picture.size) >= LARGE]
+    for name, picture in [*large, *photographs(unpacked, LARGE)]:
+        write_piece(middle(picture, LARGE), output / "large", key_on_side(name, True))
+        counts["large"] += 1
     typer.echo(f"{len(maps)} maps; pieces: {counts}")
 
 

@@ -3,8 +3,8 @@ r"""Measure the TAEF2 runs on all held-out pictures beside the two bounds: numbe
     python recipes/taef2/measure.py runs/taef2/base runs/taef2 experiments/taef2 r1=runs/taef2/r1/autoencoder \
         r3=runs/taef2/r3/autoencoder
 
-Each named autoencoder is measured on the held-out textures (512 px) and on the photographs (352 px) that
-build_pictures.py made, with davae's own evaluation. OUTPUT/results.json keeps what is measured: a name that is there
+Each named autoencoder is measured on the held-out textures (512 px), the photographs (352 px) and the large pictures
+(1024 px) that build_pictures.py made, with davae's own evaluation. OUTPUT/results.json keeps what is measured: a name that is there
 already is not measured again. OUTPUT/pictures.jpg shows crops of native pixels.
 """
 
@@ -30,6 +30,7 @@ SETS: dict[str, tuple[str, int, int | None]] = {
     "curve": ("textures", 512, 8),
     "textures": ("textures", 512, None),
     "photographs": ("photographs", 352, None),
+    "large": ("large", 1024, None),
 }
 """Folder, size, and how many; the first is what the recipes evaluate on as they train."""
 SHOWN = {"textures": (14, 44), "photographs": (20, 34)}
