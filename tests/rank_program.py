@@ -37,7 +37,7 @@ def train(
                 folder, {"mlp": model}, model.parameters(), console=Console(quiet=True), ranks=ranks, **settings
             )
             for step in state.steps():
-                batch = ranks.randn((BATCH // ranks.count, 4), generator(7, "batch", step))
+                batch = ranks.share(torch.randn(BATCH, 4, generator=generator(7, "batch", step)))
                 loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
                 before(step, ranks.rank)
                 state.update(loss, {"size": loss.new_tensor(BATCH)})

@@ -27,7 +27,7 @@ from davae.flow import detail_weight
 from davae.loading import load_autoencoder
 from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
-from davae.seeds import generator
+from davae.seeds import generator, rand, randn, sample_generators
 from davae.storage import write_json
 from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
@@ -74,10 +74,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     base = recipe.base or str(assets.base_pipeline())
     pipeline = upgraded_base(recipe)
     backbone, channels = backbone_of(pipeline.transformer), pipeline.vae.config.base_channels
-    random = generator(recipe.seed, "ports")
-    start_ports(
-        pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
-    )
+    start, drawn = recipe.ports_start, generator(recipe.seed, "ports")
+    start_ports(pipeline.transformer, backbone.ports, base_channels=channels, start=start, generator=drawn)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
@@ -96,12 +94,13 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
             whole = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
-            indices, random = ranks.share(whole), generator(recipe.seed, "flow", batch)
+            indices = ranks.share(whole)
+            random = sample_generators(recipe.seed, "flow", ranks.sample_numbers(batch, len(indices)))
             clean = faults.at("encode", latents.batch(indices, step=batch).to(state.device))
             objective = objectives[clean[0, 0].numel()]
-            noise = ranks.randn(clean.shape, random).to(state.device)
-            time = ranks.share(objective.draw_times(len(whole), random)).to(state.device)
-            kept = ranks.rand((len(indices),), random) >= recipe.caption_dropout
+            noise = randn(clean.shape, random).to(state.device)
+            time = objective.draw_times(random).to(state.device)
+            kept = rand(random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             found = conditions.batch(rows.tolist())
             condition = {name: faults.at("text", values.to(state.device)) for name, values in found.items()}
