@@ -35,6 +35,7 @@ from davae.training.inputs import training_inputs
 from davae.training.latents import expect_noise
 from davae.training.objectives import FlowObjective, NoiseObjective, objective_of
 from davae.training.optimisation import attention_on
+from davae.training.sharding import blocks_of
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
 from davae.upgrade import load_pipeline, save_pipeline, upgrade
@@ -59,13 +60,17 @@ def finetune(
         `folder`/adapter beside it.
 
     Raises:
-        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, or a batch that
-            the ranks cannot share equally.
+        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, a batch that the
+            ranks cannot share equally, or compiled blocks with FSDP2.
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
+    if recipe.compile and ranks.sharded:
+        raise SettingsError(
+            "compile = true with FSDP2: nobody has tried it. Leave it out, or launch with recipes/launch/ddp.yaml"
+        )
     with recipe.alone_in(folder, ranks):
         return _finetune(recipe, folder, ranks, report_to)
 
@@ -82,6 +87,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     if recipe.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
+    if recipe.compile:
+        compile_blocks(pipeline.transformer, sizes=len(pictures.buckets))
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
@@ -133,6 +140,15 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def compile_blocks(transformer: nn.Module, *, sizes: int) -> None:
+    """Compile each block by itself, in place, when it is first called: blocks of a kind share one graph.
+
+    With more than one of `sizes` graphs are of all of them. Names of parameters stay as they are.
+    """
+    for block in blocks_of(transformer):
+        block.compile(dynamic=sizes > 1)
 
 
 def bucket_objectives(

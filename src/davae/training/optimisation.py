@@ -107,7 +107,8 @@ class OptimisationRecipe(Recipe):
         remove_temporaries(folder)
         if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
             theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
-            names = [name for name in type(self).model_fields if getattr(theirs, name) != getattr(self, name)]
+            fixed = [name for name in type(self).model_fields if name not in self.free_to_change]
+            names = [name for name in fixed if getattr(theirs, name) != getattr(self, name)]
             if names:
                 raise CheckpointError(
                     f"{folder} holds a run of another recipe, see {kept}, where "
