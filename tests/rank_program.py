@@ -14,20 +14,26 @@ from davae.errors import RankError
 from davae.ranks import Ranks
 from davae.seeds import generator
 from davae.training.optimisation import warmup_cosine
+from davae.training.optimizers import ADAMW, OptimizerSettings
 from davae.training.state import TrainingState
 
 STEPS, BATCH = 40, 8
 
 
 def train(
-    folder: Path, *, timeout: float = 60.0, before: Callable[[int, int], object] = lambda step, rank: None
+    folder: Path,
+    *,
+    timeout: float = 60.0,
+    before: Callable[[int, int], object] = lambda step, rank: None,
+    optimizer: OptimizerSettings = ADAMW,
 ) -> TrainingState:
     """Train, and call `before` with step and rank in the middle of every step."""
     ranks = Ranks(timeout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.ModuleList([nn.Linear(16, 16)])[0], nn.Linear(16, 1))
-    settings = {"learning_rate": warmup_cosine(1e-3, floor=1e-4, warmup_steps=5, total_steps=STEPS), "ema_decay": 0.9}
+    settings = {"optimizer": optimizer, "ema_decay": 0.9}
+    settings |= {"learning_rate": warmup_cosine(1e-3, floor=1e-4, warmup_steps=5, total_steps=STEPS)}
     settings |= {"total_steps": STEPS, "seed": 7, "recipe_digest": "a" * 64, "checkpoint_every": 3, "log_every": 1}
     (folder / "pids").mkdir(parents=True, exist_ok=True)
     (folder / "pids" / f"{os.getpid()}").touch()
@@ -37,7 +43,7 @@ def train(
                 folder, {"mlp": model}, model.parameters(), console=Console(quiet=True), ranks=ranks, **settings
             )
             for step in state.steps():
-                batch = ranks.randn((BATCH // ranks.count, 4), generator(7, "batch", step))
+                batch = ranks.share(torch.randn(BATCH, 4, generator=generator(7, "batch", step)))
                 loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
                 before(step, ranks.rank)
                 state.update(loss, {"size": loss.new_tensor(BATCH)})

@@ -24,7 +24,7 @@ from davae.losses import (
 )
 from davae.metrics import kid, psnr, ssim
 from davae.ranks import Ranks
-from davae.seeds import generator
+from davae.seeds import randn, sample_generators
 from davae.training.stage_one_loss import with_latent_noise
 from davae.widen import pad_channels
 
@@ -277,13 +277,12 @@ def test_section_1_4_latent_statistics_and_units(fitted: tuple[AutoencoderDA, to
 
 def test_noise_on_latents_has_the_stated_deviation() -> None:
     base, detail = normal(2, 3, 4, 4), 5 * normal(2, 6, 4, 4)
-    found = with_latent_noise(
-        torch.from_numpy(base), torch.from_numpy(detail), 0.3, generator(0, "latent noise", 0), Ranks()
-    )
-    random = generator(0, "latent noise", 0)
-    level = 0.3 * np.abs(torch.randn(2, 1, 1, 1, generator=random).numpy())
+    random = sample_generators(0, "latent noise", range(2))
+    found = with_latent_noise(torch.from_numpy(base), torch.from_numpy(detail), 0.3, random, Ranks())
+    random = sample_generators(0, "latent noise", range(2))
+    level = 0.3 * np.abs(randn((2, 1, 1, 1), random).numpy())
     for half, noisy in zip((base, detail), found, strict=True):
-        noise = torch.randn(half.shape, generator=random).numpy()
+        noise = randn(half.shape, random).numpy()
         deviation = half.std(axis=(0, 2, 3), ddof=1, keepdims=True)
         close(noisy, half + level * noise * deviation, tolerance=1e-5)
 

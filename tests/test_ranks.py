@@ -17,7 +17,7 @@ from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
 from davae.loading import load_autoencoder
 from davae.ranks import Ranks
-from davae.seeds import generator
+from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.upgrade import load_pipeline
 from forks import exit_code, forked
@@ -40,18 +40,27 @@ def told(program, count: int, folder: Path, settings: dict[str, str] | None = No
 
 
 def test_a_batch_and_its_random_numbers_are_cut_into_equal_parts(tmp_path: Path) -> None:
-    def program(ranks: Ranks) -> list:
-        random = generator(3, "test")
-        drawn = [ranks.randn((2, 3), random).tolist(), ranks.rand((2,), random).tolist()]
-        return [ranks.share(list(range(8))), *drawn, ranks.gather(torch.tensor([ranks.rank])).tolist()]
+    """Of 1, 2 and 4 ranks, and of one batch of 8 or two of 4."""
 
-    parts = told(program, 4, tmp_path)
-    whole = Ranks()
-    random = generator(3, "test")
-    assert list(chain(*(part[0] for part in parts))) == list(range(8))
-    assert list(chain(*(part[1] for part in parts))) == whole.randn((8, 3), random).tolist()
-    assert list(chain(*(part[2] for part in parts))) == whole.rand((8,), random).tolist()
-    assert [part[3] for part in parts] == [[0, 1, 2, 3]] * 4
+    def program(ranks: Ranks) -> list:
+        drawn = []
+        for batch, size in ((3, 8), (6, 4), (7, 4)):
+            random = sample_generators(3, "test", ranks.sample_numbers(batch, size // ranks.count))
+            noise, chances = randn((size // ranks.count, 3, 7), random), rand(random)
+            drawn.append([[*noise.flatten(1).tolist()], chances.tolist()])
+        return [ranks.share(list(range(8))), ranks.gather(torch.tensor([ranks.rank])).tolist(), *drawn]
+
+    random = [generator(3, "test", number) for number in range(24, 32)]
+    noise = [torch.randn(21, generator=own).tolist() for own in random]
+    chances = [torch.rand(1, generator=own).item() for own in random]
+    assert len({value for row in noise for value in row}) == 8 * 21
+    for count in (1, 2, 4):
+        parts = told(program, count, tmp_path / str(count))
+        assert list(chain(*(part[0] for part in parts))) == list(range(8))
+        assert [part[1] for part in parts] == [list(range(count))] * count
+        for place, rows in ((2, slice(8)), (3, slice(4)), (4, slice(4, 8))):
+            assert list(chain(*(part[place][0] for part in parts))) == noise[rows]
+            assert list(chain(*(part[place][1] for part in parts))) == chances[rows]
 
 
 def test_means_largest_and_work_over_chunks(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from davae.recipe import has_sections, load_recipe, read_toml
 from davae.training.autoencoder import AutoencoderRecipe, set_trained
 from davae.training.finetune import FinetuneRecipe, trained_parameters
 from davae.training.optimisation import OptimisationRecipe
+from davae.training.optimizers import STATE_BYTES
 from davae.widen import patch_side
 from davae.workload import Work, condition_of, counting, in_half, meta, stage_one_work, transformer_work
 
@@ -29,7 +30,7 @@ PEAK_TFLOPS = 989
 """An H100's dense bfloat16 products a second, in 10^12, as its data sheet says."""
 UTILISATION = {"autoencoder": 0.25, "finetune": 0.40}
 """The part of it that training is taken to reach: convolutions rarely do better than a quarter."""
-GRADIENT, MOMENTS, EMA, WEIGHT = 4, 8, 4, 4
+GRADIENT, EMA, WEIGHT = 4, 4, 4
 """Bytes for each trained parameter, or for each at all (the last): `davae.training.state` keeps them in float32."""
 SAMPLING_STEPS, SAMPLING_EVALUATIONS = 28, 249
 """From captions: the stock pipeline's default. From classes: the reference's 250 points in time (METHOD section 6)."""
@@ -98,7 +99,7 @@ def autoencoder_budget(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Fi
     figures += _passes(autoencoder, recipe.size)
     work = stage_one_work(autoencoder, discriminator, geometry, recipe)
     figures.append(_tflop(f"one crop of {recipe.crop} px, forward and backward", work.flops, "counted"))
-    return figures + _run(recipe, recipe.batch_size, work) + _memory(everything, trained, work, recipe.batch_size)
+    return figures + _run(recipe, recipe.batch_size, work) + _memory(recipe, everything, trained, work)
 
 
 # -------------------------------------------------------------------------------------------------------- stage 2
@@ -159,7 +160,7 @@ def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: Aut
     figures += [*passes, Figure(name, sampling, "TFLOP", "derived")]
     figures.append(_tflop("transformer, one picture, forward and backward", work.flops, "counted"))
     figures += _run(recipe, recipe.batch_size, work)
-    figures += _memory(parameters(transformer), trained, work, recipe.batch_size)
+    figures += _memory(recipe, parameters(transformer), trained, work)
     side = recipe.size // autoencoder.downsample_factor
     numbers = config.latent_channels * side**2 + sum(tensor.numel() for tensor in condition.values())
     name = "inputs that are encoded once and kept, on the host, for a picture"
@@ -245,12 +246,13 @@ def _run(recipe: OptimisationRecipe, batch_size: int, work: Work) -> list[Figure
     ]
 
 
-def _memory(weights: int, trained: int, work: Work, batch_size: int) -> list[Figure]:
+def _memory(recipe: OptimisationRecipe, weights: int, trained: int, work: Work) -> list[Figure]:
     """Of the device: state in float32; activations as autograd keeps them, the networks in bfloat16."""
+    moments, batch_size = STATE_BYTES[recipe.optimizer], recipe.batch_size
     state = {
         "weights, 4 bytes each": WEIGHT * weights,
         "gradients, 4 bytes each that is trained": GRADIENT * trained,
-        "the optimiser's moments, 8 bytes each": MOMENTS * trained,
+        f"the optimiser's moments, {moments:.3g} bytes each": moments * trained,
         "EMA, 4 bytes each": EMA * trained,
     }
     activations = batch_size * work.kept_bytes

@@ -1,7 +1,7 @@
 """The processes of one run, as torchrun or `accelerate launch` starts them: who does what, and what they tell others.
 
 A rank is the number of a process, `count` is how many there are. A batch in a recipe is that of all ranks together:
-rank r takes the r-th of `count` equal parts of it. Random numbers are drawn for the whole batch and then cut, so that
+rank r takes the r-th of `count` equal parts of it. Random numbers are keyed by a sample's number in the run, so that
 any number of ranks draws the same. With one process, everything here is what it would be without it.
 """
 
@@ -110,13 +110,13 @@ class Ranks:
         length = len(whole) // self.count
         return whole[self.rank * length : (self.rank + 1) * length]
 
-    def randn(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """This rank's part [B / count, ...], which is `shape`, of normal numbers for the whole batch."""
-        return self.share(torch.randn(self.count * shape[0], *shape[1:], generator=generator))
+    def sample_numbers(self, batch: int, length: int) -> range:
+        """The numbers in the run, counted over all batches, of this rank's `length` samples of batch number `batch`.
 
-    def rand(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """As `randn`, uniform in [0, 1)."""
-        return self.share(torch.rand(self.count * shape[0], *shape[1:], generator=generator))
+        They are the same for any number of ranks, and however a step's samples are cut into batches.
+        """
+        first = (batch * self.count + self.rank) * length
+        return range(first, first + length)
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Let rank 0 do `work` while the others wait; all return its result, which must be what JSON can say.

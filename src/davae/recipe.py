@@ -32,6 +32,8 @@ class Recipe(pydantic.BaseModel):
     )
     section: ClassVar[str] = ""
     """The one of `SECTIONS` that holds recipes of this type; "" if these have files of their own only."""
+    free_to_change: ClassVar[frozenset[str]] = frozenset()
+    """Settings of how a run computes, not of what: they are in no digest, and a run may go on with others."""
 
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back as an equal recipe; fields that are None are left out."""
@@ -45,11 +47,11 @@ class Recipe(pydantic.BaseModel):
     def digest(self) -> str:
         """SHA-256 (hex) of the settings that are not the defaults, in a canonical form: equal recipes, equal digests.
 
-        A setting that a later version adds so changes no digest; a default that it changes shows in recipe.toml.
+        A setting that a later version adds so changes no digest; a default that it changes shows in recipe.toml. Those
+        that are `free_to_change` are left out, too.
         """
-        canonical = json.dumps(
-            self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":")
-        )
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.free_to_change))
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -29,6 +29,7 @@ from davae.backbones.sana import instruction
 from davae.data.png import to_bytes
 from davae.errors import SettingsError
 from davae.sampling import sample, shared_noise
+from davae.seeds import sample_generators
 from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.objectives import objective_of
 from davae.upgrade import load_pipeline, save_pipeline, upgrade
@@ -282,7 +283,7 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
     torch.testing.assert_close(clean[:, C:].mean(dim=(0, 2, 3)), torch.zeros(C), atol=1e-4, rtol=0)
     torch.testing.assert_close(clean[:, C:].std(dim=(0, 2, 3), correction=0), torch.ones(C), atol=1e-3, rtol=0)
     objective = objective_of(upgraded, FinetuneRecipe(), base_channels=C, positions=64)
-    noise, time = numbers(*clean.shape, seed=4), objective.draw_times(2, torch.Generator().manual_seed(5))
+    noise, time = numbers(*clean.shape, seed=4), objective.draw_times(sample_generators(5, "test", range(2)))
     ports = [upgraded.transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
     optimiser = torch.optim.SGD([p for port in ports for p in port.parameters()], lr=1e-3)
 

@@ -38,7 +38,7 @@ def test_impossible_batches_are_refused(count, batch_size, step):
 
 def test_crops_are_parts_of_the_images_at_places_of_their_own():
     places = torch.arange(12 * 16, dtype=torch.float32).reshape(1, 1, 12, 16).expand(64, 3, 12, 16)
-    crops = random_crops(places, 8, seed=0, step=5)
+    crops = random_crops(places, 8, seed=0, samples=range(5, 69))
     assert crops.shape == (64, 3, 8, 8)
     corners = crops[:, 0, 0, 0].long()
     for crop, corner in zip(crops, corners, strict=True):
@@ -47,13 +47,13 @@ def test_crops_are_parts_of_the_images_at_places_of_their_own():
     tops, lefts = corners // 16, corners % 16
     assert set(tops.tolist()) == set(range(5))
     assert set(lefts.tolist()) == set(range(9))
-    assert torch.equal(crops, random_crops(places, 8, seed=0, step=5))
-    assert not torch.equal(crops, random_crops(places, 8, seed=0, step=6))
+    assert torch.equal(crops, random_crops(places, 8, seed=0, samples=range(5, 69)))
+    assert not torch.equal(crops, random_crops(places, 8, seed=0, samples=range(6, 70)))
 
 
 def test_a_crop_of_the_whole_image_is_the_image():
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
-    assert torch.equal(random_crops(images, 4, seed=0, step=0), images)
+    assert torch.equal(random_crops(images, 4, seed=0, samples=[0, 1]), images)
     for size in (0, 5):
         with pytest.raises(SettingsError, match="1 to 4"):
-            random_crops(images, size, seed=0, step=0)
+            random_crops(images, size, seed=0, samples=[0, 1])

@@ -35,8 +35,9 @@ def test_interrupted_anywhere_and_gone_on_with_other_ranks_none_is_lost_or_seen_
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_crops_do_not_depend_on_the_number_of_ranks(ranks: int) -> None:
     images = torch.arange(8 * 3 * 9 * 9).reshape(8, 3, 9, 9)
-    whole = random_crops(images, 4, seed=1, step=2)
+    whole, numbers = random_crops(images, 4, seed=1, samples=range(8)), torch.arange(8)
     parts = [
-        random_crops(part, 4, seed=1, step=2, rank=rank, ranks=ranks) for rank, part in enumerate(images.chunk(ranks))
+        random_crops(part, 4, seed=1, samples=own.tolist())
+        for part, own in zip(images.chunk(ranks), numbers.chunk(ranks), strict=True)
     ]
     assert torch.equal(torch.cat(parts), whole)

@@ -19,7 +19,7 @@ from davae.perceptual import LPIPS
 from davae.ranks import Ranks
 from davae.recipe import load_recipe
 from davae.record import read_metrics
-from davae.seeds import generator
+from davae.seeds import generator, randn, sample_generators
 from davae.training.autoencoder import (
     AutoencoderRecipe,
     LossWeights,
@@ -446,10 +446,11 @@ def test_the_target_of_a_run_is_what_the_recipe_says(recipe: AutoencoderRecipe, 
     train_autoencoder(one, tmp_path)
     start, vae = load_autoencoder(tmp_path / "start"), load_base_vae(one.base)
     pictures = open_pictures(Path(one.pictures), size=64, split="train")
-    image = random_crops(pictures.batch(batch_indices(len(pictures), 4, seed=0, step=0)), 32, seed=0, step=0)
+    images = pictures.batch(batch_indices(len(pictures), 4, seed=0, step=0))
+    image = random_crops(images, 32, seed=0, samples=range(4))
     with torch.no_grad():
         mean, log_variance = start.encode_detail(image)
-        noise = torch.randn(mean.shape, generator=generator(0, "posterior", 0))
+        noise = randn(mean.shape, sample_generators(0, "posterior", range(4)))
         made = start.reconstruct(start.encode_base(image), mean + (0.5 * log_variance).exp() * noise)
         expected = (made - vae(image).sample.clamp(-1, 1)).abs().mean().item()
     assert first_losses(tmp_path)["l1"] == pytest.approx(expected, rel=1e-5)

@@ -19,7 +19,7 @@ from davae.errors import DataError, SettingsError
 from davae.flow import interpolate, sample_timesteps
 from davae.loading import load_autoencoder
 from davae.record import read_metrics
-from davae.seeds import generator
+from davae.seeds import rand, randn, sample_generators
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
 from davae.upgrade import load_pipeline, save_pipeline, upgrade
@@ -111,10 +111,10 @@ def recipe(folders: Path) -> FinetuneRecipe:
 @torch.no_grad()
 def errors(pipeline: DiTPipeline, latents: Tensor, labels: list[int]) -> Tensor:
     """Squared errors of a base or upgraded pipeline's velocity on the run's first batch, [8, its channels, h, w]."""
-    random = generator(3, "flow", 0)
+    random = sample_generators(3, "flow", range(8))
     clean = latents[batch_indices(len(latents), 8, seed=3, step=0)]
-    noise = torch.randn(clean.shape, generator=random)
-    sigma = sample_timesteps(8, shift=2.0, generator=random)
+    noise = randn(clean.shape, random)
+    sigma = torch.cat([sample_timesteps(1, shift=2.0, generator=own) for own in random])
     noisy, channels = interpolate(clean, noise, sigma), pipeline.transformer.config.in_channels
     made = pipeline.transformer(noisy[:, :channels], 1000 * sigma, torch.tensor(labels), return_dict=False)[0]
     return (made - (noise - clean)[:, :channels]).square()
@@ -131,10 +131,11 @@ def test_the_first_loss_is_the_bases_own_on_the_classes_or_the_null_class(recipe
     )
     cached = cached_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, tmp_path / "cache")
     latents = cached.batch(range(len(cached)))
-    random = generator(3, "flow", 0)
-    torch.randn(8, 16, 8, 8, generator=random)
-    sample_timesteps(8, shift=2.0, generator=random)
-    kept = torch.rand(8, generator=random) >= dropout
+    random = sample_generators(3, "flow", range(8))
+    randn((8, 16, 8, 8), random)
+    for own in random:
+        sample_timesteps(1, shift=2.0, generator=own)
+    kept = rand(random) >= dropout
     indices = batch_indices(len(pictures), 8, seed=3, step=0)
     labels = [pictures.classes[index] if keep else NULL for index, keep in zip(indices, kept.tolist(), strict=True)]
     base = load_pipeline(recipe.base)

@@ -17,7 +17,7 @@ from davae.errors import CheckpointError, SettingsError
 from davae.flow import detail_weight, interpolate, sample_timesteps
 from davae.loading import load_autoencoder, load_base_vae
 from davae.record import alone, read_metrics
-from davae.seeds import generator
+from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.conditions import encode_captions
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
@@ -121,11 +121,11 @@ def test_the_first_loss_is_the_base_pipelines_own(recipe, train_pictures, latent
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
 
     base = load_pipeline(recipe.base)
-    random = generator(3, "flow", 0)
+    random = sample_generators(3, "flow", range(6))
     indices = batch_indices(len(latents), 6, seed=3, step=0)
-    noise = torch.randn(latents[indices].shape, generator=random)
-    sigma = sample_timesteps(6, shift=3.0, generator=random)  # the tiny scheduler's
-    kept = torch.rand(6, generator=random) >= dropout
+    noise = randn(latents[indices].shape, random)
+    sigma = torch.cat([sample_timesteps(1, shift=3.0, generator=own) for own in random])  # the tiny scheduler's
+    kept = rand(random) >= dropout
     captions = [train_pictures.captions[index] if keep else "" for index, keep in zip(indices, kept, strict=True)]
     with torch.no_grad():
         embeds, _, pooled, _ = base.encode_prompt(captions, None, None, max_sequence_length=8)[:4]

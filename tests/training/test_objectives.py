@@ -17,7 +17,7 @@ from davae.flow import detail_weight
 from davae.loading import load_autoencoder, load_base_vae
 from davae.recipe import load_recipe
 from davae.record import read_metrics
-from davae.seeds import generator
+from davae.seeds import generator, randn, sample_generators
 from davae.training.finetune import FinetuneRecipe, finetune, trained_parameters
 from davae.training.latents import cached_latents, expect_noise
 from davae.training.objectives import flow_loss
@@ -218,14 +218,16 @@ def test_a_step_of_four_batches_sees_every_picture_once_with_noise_of_its_own(
 ) -> None:
     """12 pictures in batches of 3: the loss is that of the widened base at warm start, computed here batch by batch."""
     chosen = recipe.model_copy(update={"trained": "ports", "caption_dropout": 1.0, "gradient_accumulation": 4})
-    line = first_line(chosen, tmp_path)
+    line = first_line(chosen, tmp_path / "four")
+    at_once = first_line(chosen, tmp_path / "one", batch_size=12, gradient_accumulation=1)
+    assert at_once["loss"] == pytest.approx(line["loss"], rel=1e-6)
     indices = [batch_indices(12, 3, seed=0, step=batch) for batch in range(4)]
     assert sorted(index for batch in indices for index in batch) == list(range(12))
 
     clean = cached_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path / "cache").batch(range(12))
     detail_errors = []
     for batch, chosen_ones in enumerate(indices):
-        noise = torch.randn(3, 12, 8, 8, generator=generator(0, "flow", batch))
+        noise = randn((3, 12, 8, 8), sample_generators(0, "flow", range(3 * batch, 3 * batch + 3)))
         # A warm start predicts no detail velocity, so the error is the target itself.
         detail_errors.append(((noise - clean[chosen_ones])[:, CHANNELS:] ** 2).double().mean().item())
     assert len(set(detail_errors)) == 4

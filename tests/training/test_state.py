@@ -26,6 +26,7 @@ from davae.seeds import generator
 from davae.training.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
 from davae.training.optimisation import warmup_cosine
+from davae.training.optimizers import OptimizerSettings
 from davae.training.state import TrainingState, computes_bfloat16
 from forks import exit_code, forked
 from hashes import digests
@@ -51,7 +52,7 @@ def tiny_state(folder: Path, model: nn.Module, **changes: object) -> TrainingSta
         "learning_rate": warmup_cosine(1e-2, floor=1e-3, warmup_steps=5, total_steps=STEPS),
         "seed": 7,
         "recipe_digest": DIGEST,
-        "weight_decay": 0.01,
+        "optimizer": OptimizerSettings(weight_decay=0.01),
         "ema_decay": 0.9,
         "checkpoint_every": 5,
         "log_every": 1,
@@ -386,7 +387,7 @@ def test_accumulated_batches_are_one_large_batch_in_numpy(tmp_path):
     rows = torch.randn(2, 3, 4, 2, generator=generator(7, "rows"), dtype=torch.float64)
     model = nn.Linear(2, 1, bias=False).double()
     weight = model.weight.detach().numpy()[0].copy()
-    settings = {"learning_rate": lambda step: 1e-2, "weight_decay": 0.0, "betas": (0.9, 0.99), "clip_norm": 1e9}
+    settings = {"learning_rate": lambda step: 1e-2, "optimizer": OptimizerSettings(betas=(0.9, 0.99)), "clip_norm": 1e9}
     state = tiny_state(tmp_path, model, total_steps=2, gradient_accumulation=3, **settings)
     numbers = []
     for step in state.steps():
@@ -472,7 +473,7 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(tmp_path):
 def test_gradients_are_clipped_and_frozen_weights_stay(tmp_path):
     model = tiny_model()
     frozen = model[4].weight.clone()
-    state = tiny_state(tmp_path, model, total_steps=3, clip_norm=1e-3, betas=(0.0, 0.0))
+    state = tiny_state(tmp_path, model, total_steps=3, clip_norm=1e-3, optimizer=OptimizerSettings(betas=(0.0, 0.0)))
     norms = []
     for step in state.steps():
         loss = loss_of(state, model, step)

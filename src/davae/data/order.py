@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from davae.errors import SettingsError
-from davae.seeds import generator
+from davae.seeds import generator, sample_generators
 
 
 def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: int = 0) -> list[int]:
@@ -74,19 +74,15 @@ def random_crops(
     size: int,
     *,
     seed: int,
-    step: int,
-    rank: int = 0,
-    ranks: int = 1,
+    samples: Sequence[int],
 ) -> Shaped[Tensor, "batch channels size size"]:
     """A square of side `size` out of each image, at a place of its own, every place equally likely.
 
     Args:
-        images: part `rank` of the step's batch, which was cut into `ranks` equal parts.
+        images: of a batch, or of a part of it.
         size: side of the squares.
         seed: of the run.
-        step: its places are drawn for the whole batch.
-        rank: which part it is.
-        ranks: how many parts there are.
+        samples: the number of each image in the run, which its place is keyed by.
 
     Raises:
         SettingsError: `size` is under 1 or above a side of the images.
@@ -94,10 +90,8 @@ def random_crops(
     height, width = images.shape[-2:]
     if not 1 <= size <= min(height, width):
         raise SettingsError(f"size={size}: allowed are crops of side 1 to {min(height, width)} out of these images")
-    random, part = generator(seed, "crop", step), slice(rank * len(images), (rank + 1) * len(images))
-    tops = torch.randint(height - size + 1, (ranks * len(images),), generator=random)[part].tolist()
-    lefts = torch.randint(width - size + 1, (ranks * len(images),), generator=random)[part].tolist()
-    crops = [
-        image[:, top : top + size, left : left + size] for image, top, left in zip(images, tops, lefts, strict=True)
-    ]
+    crops = []
+    for image, random in zip(images, sample_generators(seed, "crop", samples), strict=True):
+        top, left = (int(torch.randint(side - size + 1, (), generator=random)) for side in (height, width))
+        crops.append(image[:, top : top + size, left : left + size])
     return torch.stack(crops)

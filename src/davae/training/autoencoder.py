@@ -91,8 +91,9 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
 
     def make_crops(batch: int) -> tuple[list[int], Tensor]:
         indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
-        place = {"seed": recipe.seed, "step": batch, "rank": ranks.rank, "ranks": ranks.count}
-        return indices, random_crops(pictures.batch(ranks.share(indices)), recipe.crop, **place)
+        images = pictures.batch(ranks.share(indices))
+        samples = ranks.sample_numbers(batch, len(images))
+        return indices, random_crops(images, recipe.crop, seed=recipe.seed, samples=samples)
 
     with Ahead(make_crops) as load:
         for step in state.steps():

@@ -27,7 +27,7 @@ from davae.flow import detail_weight
 from davae.loading import load_autoencoder
 from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
-from davae.seeds import generator
+from davae.seeds import generator, rand, randn, sample_generators
 from davae.storage import write_json
 from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
@@ -35,6 +35,7 @@ from davae.training.inputs import training_inputs
 from davae.training.latents import expect_noise
 from davae.training.objectives import FlowObjective, NoiseObjective, objective_of
 from davae.training.optimisation import attention_on
+from davae.training.sharding import blocks_of
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
 from davae.upgrade import load_pipeline, save_pipeline, upgrade
@@ -59,13 +60,17 @@ def finetune(
         `folder`/adapter beside it.
 
     Raises:
-        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, or a batch that
-            the ranks cannot share equally.
+        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, a batch that the
+            ranks cannot share equally, or compiled blocks with FSDP2.
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
+    if recipe.compile and ranks.sharded:
+        raise SettingsError(
+            "compile = true with FSDP2: nobody has tried it. Leave it out, or launch with recipes/launch/ddp.yaml"
+        )
     with recipe.alone_in(folder, ranks):
         return _finetune(recipe, folder, ranks, report_to)
 
@@ -74,16 +79,16 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     base = recipe.base or str(assets.base_pipeline())
     pipeline = upgraded_base(recipe)
     backbone, channels = backbone_of(pipeline.transformer), pipeline.vae.config.base_channels
-    random = generator(recipe.seed, "ports")
-    start_ports(
-        pipeline.transformer, backbone.ports, base_channels=channels, start=recipe.ports_start, generator=random
-    )
+    start, drawn = recipe.ports_start, generator(recipe.seed, "ports")
+    start_ports(pipeline.transformer, backbone.ports, base_channels=channels, start=start, generator=drawn)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     if recipe.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
+    if recipe.compile:
+        compile_blocks(pipeline.transformer, sizes=len(pictures.buckets))
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
@@ -96,12 +101,13 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
         weight = detail_weight(step, recipe.detail_warmup_steps)
         for batch in state.batches():
             whole = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=batch)
-            indices, random = ranks.share(whole), generator(recipe.seed, "flow", batch)
+            indices = ranks.share(whole)
+            random = sample_generators(recipe.seed, "flow", ranks.sample_numbers(batch, len(indices)))
             clean = faults.at("encode", latents.batch(indices, step=batch).to(state.device))
             objective = objectives[clean[0, 0].numel()]
-            noise = ranks.randn(clean.shape, random).to(state.device)
-            time = ranks.share(objective.draw_times(len(whole), random)).to(state.device)
-            kept = ranks.rand((len(indices),), random) >= recipe.caption_dropout
+            noise = randn(clean.shape, random).to(state.device)
+            time = objective.draw_times(random).to(state.device)
+            kept = rand(random) >= recipe.caption_dropout
             rows = (torch.tensor(indices) + 1) * kept  # row 0 is the empty caption or the null class
             found = conditions.batch(rows.tolist())
             condition = {name: faults.at("text", values.to(state.device)) for name, values in found.items()}
@@ -134,6 +140,15 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def compile_blocks(transformer: nn.Module, *, sizes: int) -> None:
+    """Compile each block by itself, in place, when it is first called: blocks of a kind share one graph.
+
+    With more than one of `sizes` graphs are of all of them. Names of parameters stay as they are.
+    """
+    for block in blocks_of(transformer):
+        block.compile(dynamic=sizes > 1)
 
 
 def bucket_objectives(

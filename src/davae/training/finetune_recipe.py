@@ -13,6 +13,7 @@ class FinetuneRecipe(PicturesRecipe):
     """Everything that decides a run of stage 2."""
 
     section: ClassVar[str] = "finetune"
+    free_to_change: ClassVar[frozenset[str]] = frozenset({"compile"})
 
     base: str = ""
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
@@ -46,6 +47,9 @@ class FinetuneRecipe(PicturesRecipe):
     gradient_checkpointing: bool = False
     """Keep only what enters each block, and compute the rest of it again in the backward pass: far less memory for one
     more forward pass. The budget of `--dry-run` is that of a run without it."""
+    compile: bool = False
+    """Compile the transformer's blocks by torch.compile, which takes minutes before the first step. Losses differ in
+    their last digits; a run may go on with it or without."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """How often a caption is replaced by the empty one, or a class by the null class."""
     prompt_tokens: Annotated[int, Field(gt=0, le=512)] = 256

@@ -11,7 +11,7 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
 from davae.ranks import Ranks
-from davae.seeds import generator
+from davae.seeds import rand, randn, sample_generators
 from davae.training.caching import SHARD_BYTES, fill
 from davae.training.fingerprints import model_digest
 
@@ -43,11 +43,8 @@ class Latents:
         if not self._noise:
             return latents
         base, detail = latents.split([self._base_channels, latents.shape[1] - self._base_channels], dim=1)
-        noise = [
-            torch.randn(detail.shape[1:], generator=generator(self._seed, "noise on detail latents", index))
-            for index in indices
-        ]
-        return torch.cat([base, detail + self._noise * torch.stack(noise) / self._std], dim=1)
+        noise = randn(detail.shape, sample_generators(self._seed, "noise on detail latents", indices))
+        return torch.cat([base, detail + self._noise * noise / self._std], dim=1)
 
 
 class CachedLatents(Latents):
@@ -73,7 +70,7 @@ class OnlineLatents(Latents):
     Args:
         autoencoder: on the device where it is to run.
         pictures: of the set.
-        flips: mirror every other picture, left to right; which ones is drawn at every step.
+        flips: mirror every other picture, left to right; which ones is drawn by their numbers in the run.
         detail_noise: as of `cached_latents`.
         seed: of the noise and of the flips.
         ranks: of the run; by default those of the environment.
@@ -97,7 +94,8 @@ class OnlineLatents(Latents):
         """Of this rank's pictures of batch number `step`, as it sees them, on the CPU."""
         image = self._pictures.batch(indices)
         if self._flips:
-            mirrored = self._ranks.rand((len(indices),), generator(self._seed, "flips", step)) < 0.5
+            samples = self._ranks.sample_numbers(step, len(indices))
+            mirrored = rand(sample_generators(self._seed, "flips", samples)) < 0.5
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
         return self.noisy(encode(self._autoencoder, image).cpu(), indices)
 

@@ -1,5 +1,6 @@
 """What stage 2 minimises: the error of a flow model's velocity, or of the noise that a diffusion model predicts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,9 @@ class FlowObjective:
     shift: float
     """The timestep shift that sampling has, too."""
 
-    def draw_times(self, count: int, random: torch.Generator) -> Tensor:
-        """Sigmas [count] in (0, 1)."""
-        return sample_timesteps(count, shift=self.shift, generator=random)
+    def draw_times(self, random: Sequence[torch.Generator]) -> Tensor:
+        """Sigmas [B] in (0, 1), one from each generator."""
+        return torch.cat([sample_timesteps(1, shift=self.shift, generator=own) for own in random])
 
     def predict(
         self, transformer: ModelMixin, clean: Tensor, noise: Tensor, time: Tensor, condition: dict[str, Tensor]
@@ -62,9 +63,9 @@ class NoiseObjective:
     alphas: Tensor
     """Cumulative products of the pipeline's own scheduler [T]."""
 
-    def draw_times(self, count: int, random: torch.Generator) -> Tensor:
-        """Steps [count], integers from 0 to T - 1, all as likely."""
-        return torch.randint(len(self.alphas), (count,), generator=random)
+    def draw_times(self, random: Sequence[torch.Generator]) -> Tensor:
+        """Steps [B], integers from 0 to T - 1, all as likely, one from each generator."""
+        return torch.cat([torch.randint(len(self.alphas), (1,), generator=own) for own in random])
 
     def predict(
         self, transformer: ModelMixin, clean: Tensor, noise: Tensor, time: Tensor, condition: dict[str, Tensor]

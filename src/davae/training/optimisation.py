@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,6 +17,7 @@ from davae.recipe import Recipe, load_recipe
 from davae.record import alone
 from davae.storage import remove_temporaries
 from davae.training.companion import Companion
+from davae.training.optimizers import OptimizerName, OptimizerSettings
 from davae.training.state import TrainingState
 
 Positive = Annotated[int, Field(gt=0)]
@@ -38,14 +39,19 @@ def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: 
 
 
 class OptimisationRecipe(Recipe):
-    """AdamW with a linear warm-up and a half cosine, clipped gradients, an EMA, checkpoints."""
+    """An optimiser with a linear warm-up and a half cosine, clipped gradients, an EMA, checkpoints."""
 
     steps: NotNegative = 1000
     batch_size: Positive = 8
     """Pictures in a batch."""
+    optimizer: OptimizerName = "AdamW"
+    """torch's AdamW; AdamW8bit of bitsandbytes, whose moments take a quarter of the memory; or AdamWScheduleFree, whose
+    averaged weights take the half cosine's place: its learning rate stays at the peak, and the EMA is of the averages.
+    The discriminator's is AdamW in any case."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak, reached after `warmup_steps`."""
     final_learning_rate: Weight = 1e-5
+    """At the end of the half cosine; schedule-free has none."""
     warmup_steps: NotNegative = 50
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Weight = 0.0
@@ -66,16 +72,31 @@ class OptimisationRecipe(Recipe):
     OLMo does. Without, such a step is clipped as any other; either way it is logged with its pictures."""
     seed: NotNegative = 0
 
+    @model_validator(mode="after")
+    def _schedule_free_has_no_cosine(self) -> "OptimisationRecipe":
+        final = self.final_learning_rate
+        if self.optimizer == "AdamWScheduleFree" and final != type(self).model_fields["final_learning_rate"].default:
+            raise ValueError(f"final_learning_rate = {final}: AdamWScheduleFree has no end of a schedule; leave it out")
+        if self.optimizer == "AdamWScheduleFree" and not self.betas[0]:
+            raise ValueError("betas[0] = 0: AdamWScheduleFree averages by it; it must be above 0")
+        return self
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """The optimiser, without its learning rate."""
+        return OptimizerSettings(self.optimizer, self.betas, self.weight_decay)
+
     @contextmanager
     def alone_in(self, folder: Path, ranks: Ranks) -> Iterator[None]:
         """Hold the folder's lock, and refuse it if a run of another recipe has begun there, before it is used.
 
         Raises:
             CheckpointError: one has; with the settings that differ.
-            SettingsError: another run trains there.
+            SettingsError: another run trains there, or the optimiser cannot be used (`OptimizerSettings.check`).
             StorageError: the folder cannot be written.
             RankError: a process of this run is missing, then or before the end.
         """
+        self.optimizer_settings.check(ranks)
         with ExitStack() as stack, ranks.together("a step"):
             ranks.first_does(lambda: self._enter(folder, stack))
             yield
@@ -86,7 +107,8 @@ class OptimisationRecipe(Recipe):
         remove_temporaries(folder)
         if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
             theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
-            names = [name for name in type(self).model_fields if getattr(theirs, name) != getattr(self, name)]
+            fixed = [name for name in type(self).model_fields if name not in self.free_to_change]
+            names = [name for name in fixed if getattr(theirs, name) != getattr(self, name)]
             if names:
                 raise CheckpointError(
                     f"{folder} holds a run of another recipe, see {kept}, where "
@@ -107,6 +129,7 @@ class OptimisationRecipe(Recipe):
         whole: Iterable[Tensor] = (),
     ) -> TrainingState:
         """The state of a run with these settings in `folder`, resumed if there is one, its recipe on record."""
+        schedule_free = self.optimizer == "AdamWScheduleFree"
         state = TrainingState(
             folder,
             models,
@@ -114,12 +137,11 @@ class OptimisationRecipe(Recipe):
             total_steps=self.steps,
             learning_rate=warmup_cosine(
                 self.learning_rate,
-                floor=self.final_learning_rate,
+                floor=self.learning_rate if schedule_free else self.final_learning_rate,
                 warmup_steps=self.warmup_steps,
                 total_steps=self.steps,
             ),
-            betas=self.betas,
-            weight_decay=self.weight_decay,
+            optimizer=self.optimizer_settings,
             clip_norm=self.clip_norm,
             ema_decay=self.ema_decay,
             ema_warmup=self.ema_warmup,

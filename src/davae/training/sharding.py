@@ -36,7 +36,7 @@ def shard(models: Mapping[str, nn.Module], ranks: Ranks, whole: Iterable[Tensor]
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 knows no channels_last
         rest = [] if isinstance(model, AutoencoderMixin) else [model]
-        for module in [*gathered_at_once(model, layers=not rest), *rest]:
+        for module in [*blocks_of(model, layers=not rest), *rest]:
             ignored = {p for p in module.parameters() if id(p) in kept}
             if len(ignored) < len(list(module.parameters())):
                 fully_shard(
@@ -51,7 +51,7 @@ def now_trained(models: Mapping[str, nn.Module], trained: Iterable[str]) -> dict
     return {name: now[name] for name in trained}
 
 
-def gathered_at_once(model: nn.Module, *, layers: bool) -> list[nn.Module]:
+def blocks_of(model: nn.Module, *, layers: bool = False) -> list[nn.Module]:
     """The elements of the model's outermost lists and, if wanted, the `layers` with parameters outside of them."""
     found: list[nn.Module] = []
     for child in model.children():
@@ -60,7 +60,7 @@ def gathered_at_once(model: nn.Module, *, layers: bool) -> list[nn.Module]:
         elif layers and any(True for _ in child.parameters(recurse=False)):
             found.append(child)
         else:
-            found += gathered_at_once(child, layers=layers)
+            found += blocks_of(child, layers=layers)
     return found
 
 

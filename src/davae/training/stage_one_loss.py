@@ -1,6 +1,6 @@
 """The loss of stage 1: one batch through the autoencoder, and what its total is made of."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from davae.losses import (
 )
 from davae.perceptual import LPIPS, patchwise_lpips
 from davae.ranks import Ranks
-from davae.seeds import generator
+from davae.seeds import rand, randn, sample_generators
 from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
 from davae.training.companion import Companion
 from davae.training.state import TrainingState
@@ -61,17 +61,18 @@ def stage_one_loss(
         opponent: the discriminator, if it plays in this step.
     """
     weights, target = recipe.loss, image if target is None else target
+    samples = state.ranks.sample_numbers(state.batch, len(image))
     posterior, latent, dropout = (
-        generator(recipe.seed, name, state.batch) for name in ("posterior", "latent noise", "detail dropout")
+        sample_generators(recipe.seed, name, samples) for name in ("posterior", "latent noise", "detail dropout")
     )
     with state.autocast():
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image, base)
-        noise = state.ranks.randn(mean.shape, posterior).to(mean)
+        noise = randn(mean.shape, posterior).to(mean)
         detail = faults.at("encode", mean + (0.5 * log_variance).exp() * noise)
         noisy_base, noisy = with_latent_noise(base, detail, recipe.latent_noise, latent, state.ranks)
         inverted = recipe.inverted_dropout
-        dropped = with_detail_dropout(noisy, recipe.detail_dropout, dropout, state.ranks, inverted=inverted)
+        dropped = with_detail_dropout(noisy, recipe.detail_dropout, dropout, inverted=inverted)
         reconstruction = faults.at("forward", autoencoder.reconstruct(noisy_base, dropped))
         perceptual = perceptual_loss(lpips, reconstruction, target, weights)
         played = {} if opponent is None else adversarial_losses(opponent.model, reconstruction, target)
@@ -93,21 +94,21 @@ def stage_one_loss(
 
 
 def with_latent_noise(
-    base: Tensor, detail: Tensor, scale: float, random: torch.Generator, ranks: Ranks
+    base: Tensor, detail: Tensor, scale: float, random: Sequence[torch.Generator], ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Both halves [B, C or D, h, w] with noise of |N(0, 1)| x `scale` of their channels' deviations over the batch.
 
-    The batch is that of all ranks, and B a rank's part of it.
+    The batch is that of all ranks, and B a rank's part of it; each sample has its own generator.
     """
     if not scale:
         return base, detail
-    level = scale * ranks.randn((len(base), 1, 1, 1), random).abs()
+    level = scale * randn((len(base), 1, 1, 1), random).abs()
     noisy = []
     for half in (base, detail):
         if not half.shape[1]:  # all latents are new: there is no base half
             noisy.append(half)
             continue
-        noise = level * ranks.randn(half.shape, random)
+        noise = level * randn(half.shape, random)
         # A deviation that the detail encoder got gradients through could shrink away the noise.
         deviation = ranks.gather(half.detach().float()).std(dim=(0, 2, 3), keepdim=True)
         noisy.append(half + noise.to(half) * deviation.to(half))
@@ -115,21 +116,20 @@ def with_latent_noise(
 
 
 def with_detail_dropout(
-    detail: Tensor, probability: float, random: torch.Generator, ranks: Ranks, *, inverted: bool
+    detail: Tensor, probability: float, random: Sequence[torch.Generator], *, inverted: bool
 ) -> Tensor:
     """Detail latents [B, D, h, w], those of a whole picture zero with `probability` (METHOD section 2.2).
 
     Args:
         detail: detail latents before standardisation.
         probability: for each picture by itself.
-        random: of the choice.
-        ranks: the processes that share the batch.
+        random: of each picture's choice.
         inverted: multiply the others by 1 / (1 - `probability`), so that the mean over choices is `detail`. The
             reference does; but undropped latents, as at inference, are then smaller than those seen in training.
     """
     if not probability:
         return detail
-    kept = (ranks.rand((len(detail), 1, 1, 1), random) >= probability).to(detail)
+    kept = (rand(random) >= probability).to(detail)[:, None, None, None]
     return detail * (kept / (1 - probability) if inverted else kept)
 
 

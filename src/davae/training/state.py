@@ -28,6 +28,7 @@ from davae.training.checkpoint import (
 )
 from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
 from davae.training.interruption import Interrupted, stop_requests
+from davae.training.optimizers import ADAMW, OptimizerSettings
 from davae.training.precision import computes_bfloat16
 from davae.training.progress import StepProgress
 from davae.training.spikes import Spikes
@@ -72,8 +73,7 @@ class TrainingState:
         seed: int,
         recipe_digest: str,
         label: str = "training",
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
+        optimizer: OptimizerSettings = ADAMW,
         clip_norm: float = 1.0,
         ema_decay: float = 0.999,
         ema_warmup: bool = False,
@@ -102,8 +102,7 @@ class TrainingState:
             seed: the seed of the run.
             recipe_digest: `Recipe.digest()`; a checkpoint of another recipe is refused.
             label: what is trained, for the progress bar.
-            betas: AdamW's two.
-            weight_decay: AdamW's, decoupled.
+            optimizer: which one, with its settings.
             clip_norm: the largest norm of all gradients together.
             ema_decay: the decay of the EMA after its warm-up.
             ema_warmup: of EMA update n > 0, by decays of at most (1 + n) / (10 + n), or else 1 - (1 + n)^-0.75.
@@ -150,9 +149,8 @@ class TrainingState:
             parameters,
             self.ranks,
             whole=whole,
+            optimizer=optimizer,
             learning_rate=learning_rate(0),
-            betas=betas,
-            weight_decay=weight_decay,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
         )
@@ -322,7 +320,7 @@ class TrainingState:
         values: dict[str, Any] = {
             "total_steps": self.total_steps,
             "learning_rate": self.learning_rate(self.step),
-            "ema_steps": self.weights.ema_steps,
+            **self.weights.values(),
             "skipped": self.skipped,
             "skipped_in_a_row": self._streak,
             "spikes": self._spikes.count,
@@ -338,7 +336,7 @@ class TrainingState:
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
         groups, values = checkpoint.groups, checkpoint.values
-        self.weights.restore(groups, ema_steps=values["ema_steps"], path=path)
+        self.weights.restore(groups, values, path)
         self.step = checkpoint.step
         self.skipped = values["skipped"]
         self._streak = values["skipped_in_a_row"]

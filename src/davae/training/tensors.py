@@ -92,11 +92,14 @@ def optimizer_tensors(
         trained: the models' parameters by name.
         parts: `own_part` of each: with one process, the same.
     """
-    return {
-        f"{name}/{key}": on_cpu(value, trained[name])
-        for name, weight in parts.items()
-        for key, value in optimizer.state.get(weight, {}).items()
-    }
+    tensors = {}
+    for name, weight in parts.items():
+        for key, value in optimizer.state.get(weight, {}).items():
+            value = torch.as_tensor(value)
+            # The tables of bitsandbytes are one tensor for all weights, and no file may hold one twice.
+            own = value if value.shape == weight.shape else value.clone()
+            tensors[f"{name}/{key}"] = on_cpu(own, trained[name])
+    return tensors
 
 
 def restore_optimizer(
@@ -106,12 +109,13 @@ def restore_optimizer(
     saved: Mapping[str, Tensor],
 ) -> None:
     """Give an optimiser of `parts`, in that order, the state that `optimizer_tensors` returned."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     positions = {name: position for position, name in enumerate(trained)}
     for full_name, tensor in saved.items():
         name, key = full_name.rsplit("/", 1)
         own, weight = part_of(tensor, trained[name]), parts[name]
         # The fused optimiser pairs memory, not indices: moments must lie in memory as their weight does.
-        alike = torch.empty_like(weight).copy_(own) if own.shape == weight.shape else own
-        state.setdefault(positions[name], {})[key] = alike
+        alike = torch.empty_like(weight, dtype=own.dtype).copy_(own) if own.shape == weight.shape else own
+        whole_number = not own.ndim and own.dtype == torch.int64  # bitsandbytes' step, an int
+        state.setdefault(positions[name], {})[key] = int(own) if whole_number else alike
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

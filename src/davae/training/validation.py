@@ -1,6 +1,5 @@
 """What a run of stage 2 shows while it trains: pictures of the same prompts and noise, by raw and by EMA weights."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ class Validation:
         pipeline.transformer.eval()
         rows = []
         with torch.random.fork_rng():
-            for weights in (nullcontext, state.ema_weights):
+            for weights in (state.weights.evaluated, state.ema_weights):
                 with weights(), state.autocast():  # one for each: it keeps the weights that it has cast
                     made = sample(
                         pipeline,

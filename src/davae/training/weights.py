@@ -1,16 +1,17 @@
 """The weights of a training run: the models' trained parameters, whole or sharded, their optimiser and their EMA."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from davae import faults
 from davae.ranks import Ranks
 from davae.training.gradients import clipped_norm
+from davae.training.optimizers import OptimizerSettings, counts, evaluated, restore_counts
 from davae.training.sharding import gathered_into, now_trained, own_part, part_of, shard
 from davae.training.tensors import (
     copy_into,
@@ -26,16 +27,15 @@ EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until 
 
 
 class TrainedWeights:
-    """What a `TrainingState` trains: parameters, AdamW and EMA; with FSDP2, this rank's part of each.
+    """What a `TrainingState` trains: parameters, optimiser and EMA; with FSDP2, this rank's part of each.
 
     Args:
         models: every model that has trained parameters, by a short name; moved to the ranks' device.
         parameters: the parameters to train, all of them out of `models`.
         ranks: the processes of the run.
         whole: parameters that FSDP2 does not shard.
+        optimizer: which one, with its settings.
         learning_rate: before the first step.
-        betas: AdamW's two.
-        weight_decay: AdamW's, decoupled.
         ema_decay: the decay of the EMA after its warm-up.
         ema_warmup: of EMA update n > 0, by decays of at most (1 + n) / (10 + n), or else 1 - (1 + n)^-0.75.
 
@@ -50,9 +50,8 @@ class TrainedWeights:
         ranks: Ranks,
         *,
         whole: Iterable[Tensor],
+        optimizer: OptimizerSettings,
         learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
         ema_decay: float,
         ema_warmup: bool,
     ) -> None:
@@ -64,16 +63,9 @@ class TrainedWeights:
         self._trained = now_trained(self._models, self._trained)
         self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
         weights = list(self._parts.values())
-        self.optimizer = torch.optim.AdamW(
-            weights, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = optimizer.make(weights, learning_rate=learning_rate)
         other = not ema_warmup  # diffusers' own warm-up is the power; without, it has (1 + n) / (10 + n)
         self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=other, power=EMA_WARMUP_POWER, foreach=True)
-
-    @property
-    def ema_steps(self) -> int:
-        """Updates of the EMA so far."""
-        return self._ema.optimization_step
 
     def clipped_norm(self, most: float) -> Tensor:
         """Average the gradients over the ranks and clip them to a norm of `most`; returns their norm before that."""
@@ -87,13 +79,18 @@ class TrainedWeights:
             group["lr"] = learning_rate
         faults.at("step")
         self.optimizer.step()
-        self._ema.step(self._parts.values())
+        with self.evaluated():
+            self._ema.step(self._parts.values())
         self._ema.shadow_params[0] = faults.at("ema", self._ema.shadow_params[0])
 
     def drop_gradients(self) -> None:
         """After a step, taken or skipped."""
         for parameter in (*self._trained.values(), *self._parts.values()):
             parameter.grad = None
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """The models with the trained weights as they are to be used: `optimizers.evaluated`."""
+        return evaluated(self.optimizer)
 
     @contextmanager
     def of_ema(self) -> Iterator[None]:
@@ -120,8 +117,13 @@ class TrainedWeights:
         groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained, self._parts)
         return groups
 
-    def restore(self, groups: Mapping[str, Mapping[str, Tensor]], *, ema_steps: int, path: Path) -> None:
-        """Take back what `groups` and `ema_steps` gave to the checkpoint `path`.
+    def values(self) -> dict[str, Any]:
+        """Their plain values for a checkpoint."""
+        kept = counts(self.optimizer)
+        return {"ema_steps": self._ema.optimization_step, **({"optimizer": kept} if kept else {})}
+
+    def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
+        """Take back what `groups` and `values` gave to the checkpoint `path`.
 
         Raises:
             CheckpointError: it belongs to other models.
@@ -132,4 +134,5 @@ class TrainedWeights:
         kept = {name: part_of(whole, self._trained[name]) for name, whole in groups["ema"].items() if name in shadows}
         copy_into(shadows, {**groups["ema"], **kept}, path / "ema.safetensors")
         restore_optimizer(self.optimizer, self._trained, self._parts, groups["optimizer"])
-        self._ema.optimization_step = ema_steps
+        restore_counts(self.optimizer, values.get("optimizer", {}))
+        self._ema.optimization_step = values["ema_steps"]
