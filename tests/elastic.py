@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from forks import forked
+from forks import forked, print_to
 
 
 def start_agent(
@@ -45,7 +45,7 @@ def start_agent(
         program()
 
     def agent() -> None:
-        _print_to(log, settings)
+        _begin(log, settings)
         config = LaunchConfig(
             *nodes,
             ranks,
@@ -67,7 +67,7 @@ def start_torchrun(arguments: list[str], log: Path, settings: dict[str, str] | N
     """`torchrun --nproc-per-node 2 --max-restarts RESTARTS ARGUMENTS`; returns its process."""
 
     def run() -> None:
-        _print_to(log, settings)
+        _begin(log, settings)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
@@ -87,7 +87,6 @@ def generations(agent: int, count: int = 2) -> Iterator[list[psutil.Process]]:
         time.sleep(0.01)
 
 
-def _print_to(log: Path, settings: dict[str, str] | None) -> None:
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+def _begin(log: Path, settings: dict[str, str] | None) -> None:
+    print_to(log, log)
     os.environ |= {**(settings or {}), "OMP_NUM_THREADS": "1"}

@@ -159,6 +159,7 @@ def test_a_rank_that_stands_still_is_named(stage: Stage, trials: Trials, tmp_pat
                 processes[stopped].suspend()
                 said = f"rank {stopped} does not answer"
                 wait_until(lambda log=log, said=said: said in log.read_text(), agent)
+                assert said in log.read_text()
                 assert time.monotonic() - began < 60
                 with suppress(psutil.NoSuchProcess):
                     processes[stopped].resume()  # or else torchrun waits half a minute before it kills it
