@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,13 @@ def forked(program: Callable[[], object]) -> int:
             sys.stderr.flush()
             os._exit(code)
     return pid
+
+
+def print_to(output: Path, errors: Path) -> None:
+    """Let this process, a fork, and what it starts add what they print to files; pytest has streams of its own."""
+    for stream, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
 
 
 def exit_code(pid: int) -> int:

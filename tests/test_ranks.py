@@ -2,12 +2,15 @@
 
 import json
 import os
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -16,7 +19,7 @@ from davae.errors import DataError, RankError, SettingsError
 from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
 from davae.loading import load_autoencoder
-from davae.ranks import Ranks
+from davae.ranks import Ranks, meeting
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.upgrade import load_pipeline
@@ -96,6 +99,26 @@ def test_what_rank_0_says_or_raises_all_hear(tmp_path: Path) -> None:
     first, second = told(program, 2, tmp_path)
     assert first == ["from 0", "DataError no pictures", "ZeroDivisionError nought"]
     assert second == ["from 0", "DataError on rank 0: no pictures", "RankError on rank 0: nought"]
+
+
+def test_ranks_of_one_start_meet_whatever_an_earlier_one_has_left() -> None:
+    store = dist.HashStore()
+    store.set("davae start", "former")
+    store.set("davae start former 1", "dead")
+    store.set("davae start former all", "dead too")
+    with ThreadPoolExecutor() as pool:
+        late = [pool.submit(meeting, store, rank, 3, 30.0) for rank in (1, 2)]
+        time.sleep(0.1)
+        parts = [meeting(store, 0, 3, 30.0), *(part.result() for part in late)]
+    parts[0].set("said", "by 0")
+    assert [part.check(["said"]) for part in parts] == [True] * 3
+    assert not store.check(["said"])
+
+
+@pytest.mark.parametrize(("rank", "absent"), [(0, "rank 1, 2"), (1, "rank 0")])
+def test_a_rank_that_does_not_come_is_named(rank: int, absent: str) -> None:
+    with pytest.raises(RankError, match=rf"rank {rank} of 3: {absent} did not come in 0\.1 s"):
+        meeting(dist.HashStore(), rank, 3, 0.1)
 
 
 def test_what_ranks_cannot_share_is_refused(base_folder: Path, picture_folder: Path, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 
 samples the native pipeline (train_base_transformer.py with native_256.toml) with measure.py's prompts, seeds and
 settings, times it against the upgrade at batch sizes 1 and 16, whole and in parts, in turns, and writes RUN/result.json
-(copied into experiments/results/rivals.json). Pictures that are there already are not made again; without the upscaler's
-result it makes them and leaves.
+(copied into experiments/results/rivals.json). Pictures that are there already are not made again; without the
+upscaler's result it makes them and leaves.
 """
 
 import json

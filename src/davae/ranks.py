@@ -8,6 +8,7 @@ any number of ranks draws the same. With one process, everything here is what it
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -60,18 +61,7 @@ class Ranks:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         gpu, limit = torch.cuda.is_available(), timedelta(seconds=timeout)
         if several and not dist.is_initialized():
-            try:
-                store, rank, count = next(iter(dist.rendezvous("env://", timeout=limit)))
-                # torchrun keeps its store over restarts, and with it the addresses of the dead.
-                store = dist.PrefixStore(f"davae {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {count}", store)
-                if gpu:
-                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-                backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
-                dist.all_reduce(torch.zeros(1))  # whoever goes on has seen all others
-            except RuntimeError as error:  # torch's own for the network are of this type
-                raise RankError(f"the processes of this run did not come together in {timeout:g} s: {error}") from error
-            _stores[os.getpid()] = store
+            self._come_together(gpu, limit)
         state = PartialState(cpu=several and not gpu)
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
         self.sharded = self.count > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -82,6 +72,27 @@ class Ranks:
                 f"FSDP of version {version}{' with offload' if offload else ''}: allowed is version 2 without offload, "
                 "as in recipes/launch/fsdp2.yaml"
             )
+
+    def _come_together(self, gpu: bool, limit: timedelta) -> None:
+        """Make the process group.
+
+        Raises:
+            RankError: not all came in time.
+        """
+        try:
+            store, self.rank, self.count = next(iter(dist.rendezvous("env://", timeout=limit)))
+            store = meeting(store, self.rank, self.count, limit.total_seconds())
+        except RuntimeError as error:  # torch's own for the network are of this type
+            raise RankError(f"the processes of this run found no place to meet in {limit}: {error}") from error
+        _stores[os.getpid()] = store
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        try:
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=limit)
+            dist.all_reduce(torch.zeros(1))  # whoever goes on has seen all others
+        except RuntimeError as error:
+            raise self._failed("coming together", error) from error
 
     @property
     def first(self) -> bool:
@@ -236,13 +247,16 @@ class Ranks:
         except RuntimeError as error:
             if self.count == 1 or isinstance(error, DavaeError) or not _of_exchange(error):
                 raise
-            silent = self._silent()
-            names = f"rank {', '.join(map(str, silent))} does not answer" if silent else "but all ranks still answer"
-            raise RankError(
-                f"rank {self.rank} of {self.count}: {what} failed, {names}. It may have died, be stopped, or be slower "
-                "than the timeout: look at its own messages. Run the same command again to go on from the last "
-                f"checkpoint ({str(error).splitlines()[0]})"
-            ) from error
+            raise self._failed(what, error) from error
+
+    def _failed(self, what: str, error: RuntimeError) -> RankError:
+        silent = self._silent()
+        names = f"rank {', '.join(map(str, silent))} does not answer" if silent else "but all ranks still answer"
+        return RankError(
+            f"rank {self.rank} of {self.count}: {what} failed, {names}. It may have died, be stopped, or be slower "
+            "than the timeout: look at its own messages. Run the same command again to go on from the last "
+            f"checkpoint ({str(error).splitlines()[0]})"
+        )
 
     def _silent(self) -> list[int]:
         """The ranks that do not say within `ROLL_CALL` seconds that their exchange failed, too."""
@@ -276,6 +290,43 @@ class Ranks:
             content = torch.empty(int(length.item()), dtype=torch.uint8)
             dist.broadcast(content, 0)
         return bytes(content.tolist())
+
+
+def meeting(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store:
+    """A part of the store for the processes of one start, all of which are there when it is returned.
+
+    torchrun may keep its store over restarts, and with it the addresses of the dead; how often it has started cannot
+    tell starts apart, since each of its agents counts for itself. So rank 0 makes up a name, the others sign below it,
+    and rank 0 confirms the signatures: who has found the name of an earlier start is not among them.
+
+    Raises:
+        RankError: not all came in `timeout` seconds; with those that did not.
+    """
+    deadline, me, pause = time.monotonic() + timeout, uuid.uuid4().hex, 0.01
+    if rank == 0:
+        store.set("davae start", me)
+    while True:
+        start = _read(store, "davae start")
+        names = [f"davae start {start} {other}" for other in range(1, count)]
+        if rank:
+            store.set(names[rank - 1], me)
+        elif store.check(names):
+            store.set(f"davae start {start} all", " ".join([me, *(_read(store, name) for name in names)]))
+        if me in _read(store, f"davae start {start} all").split():
+            return dist.PrefixStore(f"davae start {start}", store)
+        if time.monotonic() > deadline:
+            absent = [other for other, name in enumerate(names, 1) if start and not store.check([name])] or [0]
+            raise RankError(
+                f"rank {rank} of {count}: rank {', '.join(map(str, absent))} did not come in {timeout:g} s: look at "
+                "its own messages, and run the same command again"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
+def _read(store: dist.Store, key: str) -> str:
+    """What the store has of this key; "" without waiting for it."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _of_exchange(error: RuntimeError) -> bool:

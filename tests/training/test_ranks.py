@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from davae.data.png import read_png
 from davae.loading import load_autoencoder
 from davae.record import read_metrics
 from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
@@ -56,8 +57,9 @@ def programs(base: Path, autoencoder: Path, pictures: Path, steps: int) -> dict[
         latent_noise=0.1, detail_dropout=0.2,
     )  # fmt: skip
     two = FinetuneRecipe(
-        **shared, autoencoder=str(autoencoder), lora_rank=2, detail_warmup_steps=4, prompt_tokens=8, caption_dropout=0.3
-    )
+        **shared, autoencoder=str(autoencoder), lora_rank=2, detail_warmup_steps=4, prompt_tokens=8,
+        caption_dropout=0.3, validation_every=5, validation_steps=1,
+    )  # fmt: skip
     adversarial = one.model_copy(update={"loss": ADVERSARIAL})
     twice = two.model_copy(update={"trained": "full", "gradient_accumulation": 2})
     return {
@@ -116,6 +118,10 @@ def test_two_ranks_do_what_one_does(stage: Stage, settings: dict[str, str], tmp_
     results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path, stage.whole)]
     assert results[0]["values"].keys() == results[1]["values"].keys()
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in stage.whole.iterdir()}
+    drawn, expected = (sorted((folder / "pictures").glob("*.png")) for folder in (tmp_path, stage.whole))
+    assert [path.name for path in drawn] == [path.name for path in expected]
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert (read_png(ours).float() - read_png(theirs).float()).abs().mean() < 1
     if (tmp_path / "autoencoder").is_dir():
         load_autoencoder(tmp_path / "autoencoder")
     else:

@@ -1,5 +1,6 @@
 """The command line: verbs that parse, call and print. What they do is in the modules that they import when called."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from davae import __version__
 from davae.cli import cache, data, making, measuring, runs, training
-from davae.cli.options import say
+from davae.cli.options import by_first, is_first, say
 from davae.errors import DavaeError
 
 app = typer.Typer(
@@ -21,18 +22,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 verbs: dict[str, Callable[..., None]] = {  # in the order of `davae --help`
-    "demo": making.demo,
-    "inspect": making.inspect,
+    "demo": by_first(making.demo),
+    "inspect": by_first(making.inspect),
     "train-autoencoder": training.train_autoencoder,
-    "upgrade": making.upgrade,
-    "import": making.import_,
+    "upgrade": by_first(making.upgrade),
+    "import": by_first(making.import_),
     "finetune": training.finetune,
     "generate": making.generate,
     "reconstruct": measuring.reconstruct,
-    "latents": measuring.latents,
+    "latents": by_first(measuring.latents),
     "evaluate": measuring.evaluate,
-    "bench": measuring.bench,
-    "runs": runs.runs,
+    "bench": by_first(measuring.bench),
+    "runs": by_first(runs.runs),
 }
 for name, verb in verbs.items():
     app.command(name=name)(verb)
@@ -43,6 +44,8 @@ app.add_typer(cache.app, name="cache")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake is its message on stderr and the error's exit code, never a traceback."""
     stderr = Console(soft_wrap=True, highlight=False, stderr=True)
+    if not is_first():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress, which the first process shows
     try:
         app(arguments)
     except DavaeError as error:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import DryRun, RecipePath, RunFolder, Settings, quiet, say
+from davae.cli.options import DryRun, RankTimeout, RecipePath, RunFolder, Settings, by_first, quiet, say
 from davae.errors import CheckpointError
 
 app = typer.Typer(help="Caches of latents and text embeddings: build, verify, prune.", no_args_is_help=True)
@@ -18,6 +18,7 @@ def build(
     recipe: RecipePath,
     out: RunFolder = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Encode what a run of the recipe would encode first; killed, it goes on where it was. Also as many processes."""
@@ -32,10 +33,11 @@ def build(
     if dry_run:
         say(resolved.to_toml())
         return say(f"# caches go to {cache_folder(resolved, folder)}")
-    say(build_caches(resolved, folder))
+    say(build_caches(resolved, folder, rank_timeout=rank_timeout))
 
 
 @app.command()
+@by_first
 def verify(folder: Folder) -> None:
     """Read all caches below FOLDER, print what they hold, and fail with 4 if a file is not what was written."""
     from davae.data.cache import contents
@@ -50,6 +52,7 @@ def verify(folder: Folder) -> None:
 
 
 @app.command()
+@by_first
 def prune(
     folder: Folder,
     days: Annotated[float | None, typer.Option(min=0, help="Also caches not written to for so many days.")] = None,

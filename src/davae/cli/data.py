@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from davae.cli.options import DryRun, Pictures, print_table, say, show
+from davae.cli.options import DryRun, Pictures, by_first, print_table, say, show
 
 app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
 
@@ -16,6 +16,7 @@ AspectRatios = Annotated[
 
 
 @app.command()
+@by_first
 def inspect(
     source: Pictures,
     size: Sizes = [256],  # noqa: B006 - typer reads the default and never changes it

@@ -13,6 +13,7 @@ from davae.cli.options import (
     PictureSize,
     PipelinePath,
     PromptTokens,
+    RankTimeout,
     Seed,
     device_of,
     quiet,
@@ -124,6 +125,7 @@ def generate(
         str | None, typer.Option(help="A LoRA of the base, or of this model: file, folder or name.")
     ] = None,
     device: Device = None,
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Generate pictures from prompts."""
@@ -134,8 +136,10 @@ def generate(
         return show({**read, "prompts": prompts, "out": out, **settings})
     from davae.base_lora import load_base_lora
     from davae.evaluation.generation import generate
+    from davae.ranks import Ranks
     from davae.upgrade import load_pipeline
 
+    Ranks(rank_timeout)
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
     if lora is not None:
         load_base_lora(loaded, lora)

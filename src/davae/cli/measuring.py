@@ -13,6 +13,7 @@ from davae.cli.options import (
     Pictures,
     PipelinePath,
     PromptTokens,
+    RankTimeout,
     Seed,
     Size,
     device_of,
@@ -36,6 +37,7 @@ def reconstruct(
     ablate_detail: Annotated[bool, typer.Option(help="Also with the detail zeroed, and randomised.")] = False,
     kid: Annotated[bool, typer.Option(help="Also measure KID of the reconstructions.")] = False,
     device: Device = None,
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS on held-out pictures; with --base and --compare beside other tokenizers."""
@@ -47,7 +49,9 @@ def reconstruct(
     from davae.evaluation.reconstruction import reconstruct
     from davae.evaluation.tokenizers import load_tokenizers
     from davae.loading import load_autoencoder, load_base_vae
+    from davae.ranks import Ranks
 
+    Ranks(rank_timeout)
     where = device_of(device)
     vae = None if base is None else load_base_vae(base, device=where)
     loaded = load_autoencoder(autoencoder, base=vae, device=where)
@@ -95,6 +99,7 @@ def evaluate(
     seed: Seed = 0,
     adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
     device: Device = None,
+    rank_timeout: RankTimeout = 1800.0,
     dry_run: DryRun = False,
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
@@ -103,8 +108,10 @@ def evaluate(
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
+    from davae.ranks import Ranks
     from davae.upgrade import load_pipeline
 
+    Ranks(rank_timeout)
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
     say(evaluate(loaded, pictures, out, **settings))
 

@@ -1,9 +1,10 @@
 """What the verbs share: their common options, and how they print."""
 
+import functools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,9 +87,28 @@ def quiet() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun or `accelerate launch` has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def by_first(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb, done by the first of several processes as if it were the only one; the others are done at once."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if is_first():
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
+            verb(*args, **kwargs)
+
+    return run
+
+
 def say(text: object) -> None:
-    """Print a line for the user, or for a script, to stdout."""
-    _stdout.print(str(text), markup=False)
+    """Print a line for the user, or for a script, to stdout; of several processes the first does."""
+    if is_first():
+        _stdout.print(str(text), markup=False)
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

@@ -18,7 +18,7 @@ interpreter's lock meanwhile."""
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:
     """`function` of every item, in order, by `WORKERS` threads that end with the call; `alone` is without them."""
-    if alone or WORKERS == 1 or len(items) < 2:
+    if alone or WORKERS < 2 or len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(min(WORKERS, len(items))) as pool:
         return list(pool.map(function, items))

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from davae.errors import SettingsError
-from davae.ranks import Ranks
+from davae.ranks import TIMEOUT, Ranks
 from davae.training.finetune import training_pictures, upgraded_base
 from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.inputs import cache_folder, training_inputs
 
 
-def build_caches(recipe: FinetuneRecipe, folder: Path) -> Path:
+def build_caches(recipe: FinetuneRecipe, folder: Path, *, rank_timeout: float = TIMEOUT) -> Path:
     """Make all that a run of the recipe in `folder` would encode first; returns the caches' folder.
 
-    Started as several processes, each makes its part.
+    Started as several processes, each makes its part, and waits for the others no longer than `rank_timeout` seconds.
 
     Raises:
         SettingsError: the recipe encodes at every step.
@@ -20,7 +20,7 @@ def build_caches(recipe: FinetuneRecipe, folder: Path) -> Path:
     """
     if recipe.online:
         raise SettingsError("online = true: this recipe encodes at every step and keeps nothing; leave it out")
-    ranks = Ranks()
+    ranks = Ranks(rank_timeout)
     pipeline = upgraded_base(recipe)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
     training_inputs(recipe, pipeline, pictures, folder, ranks)

@@ -72,6 +72,6 @@ class Validation:
             if name != "transformer":
                 pipeline.components[name].to(place)
         grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
-        if state.ranks.first:
-            write_png(self._folder / "pictures" / f"{state.step:08d}.png", grid)
+        path = self._folder / "pictures" / f"{state.step:08d}.png"
+        state.ranks.first_does(lambda: write_png(path, grid))
         show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
