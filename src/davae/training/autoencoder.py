@@ -131,10 +131,9 @@ def save_whole(autoencoder: nn.Module, folder: Path) -> None:
 def set_trained(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> list[nn.Parameter]:
     """Training mode for what the recipe trains, whose parameters are returned; the rest frozen, in evaluation mode."""
     autoencoder.train()
-    frozen = [autoencoder.detail_encoder, autoencoder.detail_quant_conv, autoencoder.detail_downsample]
-    if not recipe.decoder_only:
-        frozen = frozen[:2] if recipe.frozen_trunk else []
-    for module in frozen:
+    trunk = [autoencoder.detail_encoder, autoencoder.detail_quant_conv]
+    last = [autoencoder.detail_downsample, autoencoder.detail_from_base]
+    for module in trunk * (recipe.frozen_trunk or recipe.decoder_only) + last * recipe.decoder_only:
         if module is not None:
             module.requires_grad_(False).eval()
     return autoencoder.detail_parameters()
