@@ -1,9 +1,12 @@
-"""Decoding in float32, as the weights lie, against bfloat16 with channels last; interleaved.
+"""Decoding in float32, as the weights lie, against bfloat16 with channels last; or a slim decoder against the full one.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py                  # the shipped upgrade's decoder, 256 px
     OMP_NUM_THREADS=1 python benchmarks/decode.py --true-size      # SD3.5-Medium's geometry upgraded, 512 px
+    OMP_NUM_THREADS=1 python benchmarks/decode.py --widths 8,16,32,64 --depths 0,0,0,0
+    OMP_NUM_THREADS=1 python benchmarks/decode.py --true-size --size 256 --widths 64,128,256,256 --depths 0,0,0,0
 
-prints milliseconds (median of 7) and the ratio (median of pairs, least and most).
+Interleaved; prints milliseconds (median of 7) and the ratio (median of pairs, least and most). Slim and full decoder
+both run in bfloat16 with channels last, and the counted ratio stands beside the measured one.
 """
 
 import copy
@@ -16,7 +19,10 @@ from torch import nn
 
 from davae import AutoencoderDA, assets
 from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.geometry import META
 from davae.loading import load_autoencoder, load_base_vae
+from davae.slim_decoder import slimmed
+from davae.workload import counting, in_half, meta
 
 
 def autoencoder(*, true_size: bool) -> AutoencoderDA:
@@ -28,20 +34,41 @@ def autoencoder(*, true_size: bool) -> AutoencoderDA:
     return AutoencoderDA.from_base(vae, detail_channels=vae.config.latent_channels).eval()
 
 
+def halved(plain: AutoencoderDA) -> AutoencoderDA:
+    """In bfloat16, channels last."""
+    return nn.Module.to(copy.deepcopy(plain), dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def decode_flops(plain: AutoencoderDA, side: int) -> int:
+    """Of one picture, counted on the meta device; `side` is the latents'."""
+    with META:
+        counted = in_half(AutoencoderDA.from_config(plain.config))
+    with torch.no_grad(), counting() as work:
+        counted.decode(meta(1, plain.config.latent_channels, side, side))
+    return work.flops
+
+
 def main(
     true_size: Annotated[bool, typer.Option(help="SD3.5-Medium's geometry instead of the shipped pair.")] = False,
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels.")] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 7,
+    widths: Annotated[str | None, typer.Option(help="Of a slim decoder's stages, the outermost first.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Of its stages, likewise.")] = None,
 ) -> None:
     """Print both times and their ratio."""
     plain = autoencoder(true_size=true_size)
-    half = nn.Module.to(copy.deepcopy(plain), dtype=torch.bfloat16, memory_format=torch.channels_last)
+    half = halved(plain)
     side = (size or (512 if true_size else 256)) // plain.downsample_factor
     latents = torch.randn(1, plain.config.latent_channels, side, side)
-    runs = {
-        "float32": lambda: plain.decode(latents),
-        "bfloat16, channels last": lambda: half.decode(latents.to(torch.bfloat16, memory_format=torch.channels_last)),
-    }
+    last = latents.to(torch.bfloat16, memory_format=torch.channels_last)
+    if widths is None and depths is None:
+        runs = {"float32": lambda: plain.decode(latents), "bfloat16, channels last": lambda: half.decode(last)}
+    else:
+        stages = ([int(number) for number in each.split(",")] if each else None for each in (widths, depths))
+        slim = slimmed(plain, *stages)
+        thin = halved(slim)
+        runs = {"full decoder": lambda: half.decode(last), "slim decoder": lambda: thin.decode(last)}
+        typer.echo(f"{decode_flops(plain, side) / decode_flops(slim, side):.2f}x fewer operations, counted")
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
     for name, measured in found.items():
         typer.echo(f"{name}: {1000 * spread(measured.seconds).median:.1f} ms")

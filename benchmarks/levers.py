@@ -23,6 +23,7 @@ from davae.benchmark.cases import Case, runs_of
 from davae.benchmark.timing import Run, measure_interleaved, paired_ratios
 from davae.errors import SettingsError
 from davae.record import environment
+from davae.slim_decoder import slimmed
 from davae.storage import write_json
 from davae.upgrade import load_pipeline
 
@@ -83,11 +84,33 @@ def channels_last(case: Case) -> dict[str, Run]:
     }
 
 
+def compiled_decode(case: Case) -> dict[str, Run]:
+    """Decoding, the decoder's outermost stage compiled."""
+    vae = copy.deepcopy(case.pipeline.vae)
+    vae.joint_decoder.up_blocks[-1].compile(fullgraph=True)
+    return {
+        "plain": runs_of(case, ["decode"])["decode"],
+        "lever": runs_of(with_part(case, vae=vae), ["decode"])["decode"],
+    }
+
+
+def slim_decoder(case: Case) -> dict[str, Run]:
+    """Decoding, by half the widths and one residual block to a stage; its weights are those of no training."""
+    widths = case.pipeline.vae.config.base_config["block_out_channels"]
+    vae = slimmed(case.pipeline.vae, [width // 2 for width in widths], [0] * len(widths))
+    return {
+        "plain": runs_of(case, ["decode"])["decode"],
+        "lever": runs_of(with_part(case, vae=vae), ["decode"])["decode"],
+    }
+
+
 LEVERS: dict[str, Callable[[Case], dict[str, Run]]] = {
     "compile": compiled,
     "embeddings": embeddings,
     "one-batch": one_batch,
     "channels-last": channels_last,
+    "compile-decode": compiled_decode,
+    "slim-decoder": slim_decoder,
 }
 
 

@@ -53,7 +53,7 @@ def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
     ("arguments", "expected"),
     [
         (["demo", "--budget", "tiny", "--seed", "3"], {"out": "runs/demo", "budget": "tiny", "seed": 3}),
-        (["inspect", "a"], {"pipeline": "a"}),
+        (["inspect", "a", "--size", "320x192"], {"pipeline": "a", "size": [320, 192]}),
         (["upgrade", "a", "b", "c"], {"pipeline": "a", "autoencoder": "b", "out": "c"}),
         (["generate", "a", "red apple", "--size", "256"], {"prompts": ["red apple"], "size": 256, "seed": 0}),
         (["generate", "a", "b", "--size", "320x192", "--adapter", "c"], {"size": [320, 192], "adapter": ["c"]}),
@@ -61,7 +61,10 @@ def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
         (["reconstruct", "a", "b", "--base", "c"], {"base": "c", "size": 256}),
         (["reconstruct", "a", "b", "--compare", "c", "--compare", "d"], {"compare": ["c", "d"], "patch": 2}),
         (["latents", "a", "b", "c"], {"autoencoders": ["a", "b"], "pictures": "c", "neighbours": 10}),
-        (["evaluate", "a", "b", "--count", "8"], {"pictures": "b", "count": 8}),
+        (
+            ["evaluate", "a", "b", "--count", "8", "--size", "320x192"],
+            {"pictures": "b", "count": 8, "size": [320, 192]},
+        ),
         (["bench", "a", "--against", "b", "--part", "step"], {"against": "b", "parts": ["step"], "repeats": 7}),
         (["bench", "--geometry", "sd35m", "--layers", "2"], {"pipeline": None, "geometry": "sd35m", "layers": 2}),
     ],

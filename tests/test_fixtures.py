@@ -51,7 +51,10 @@ def check_picture(made: Tensor) -> None:
 
 
 def layout(folder: Path) -> dict[str, object]:
-    """Of every file: names, shapes and dtypes of its tensors, or the keys of davae's own JSON; else nothing."""
+    """Of every file: names, shapes and dtypes of its tensors, or the keys of davae's own JSON; else nothing.
+
+    A key for null is none: a setting that a later version has means by null what its absence meant.
+    """
     found: dict[str, object] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -61,7 +64,7 @@ def layout(folder: Path) -> dict[str, object]:
                 slices = {key: file.get_slice(key) for key in file.keys()}
                 found[name] = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
         elif path.name == "adapter.json" or "autoencoders" in path.parts or name.endswith("vae/config.json"):
-            found[name] = sorted(json.loads(path.read_text()))
+            found[name] = sorted(key for key, value in json.loads(path.read_text()).items() if value is not None)
         elif path.name == "model_index.json":
             found[name] = json.loads(path.read_text())["vae"]
     return found

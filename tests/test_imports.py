@@ -22,6 +22,7 @@ LAYERS = [
     {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
     {"noise_prediction"},
     {"backbones", "closed_form"},
+    {"closed_form_decoder"},
     {"adapter", "base_lora", "class_conditional"},
     {"loading"},
     {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews"},
@@ -40,7 +41,15 @@ BESIDE = {
     "assets": set(),
     "importing": {"upgrade"},  # fine-tuned ports need the pipeline that they were tuned from
 }
-ALONE = {"autoencoder_bases", "autoencoder_da", "autoencoder_taef2", "detail_blocks", "lightningdit", "tiled_decoder"}
+ALONE = {
+    "autoencoder_bases",
+    "autoencoder_da",
+    "autoencoder_taef2",
+    "detail_blocks",
+    "lightningdit",
+    "slim_decoder",
+    "tiled_decoder",
+}
 """Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
 `backbones` upward."""
 

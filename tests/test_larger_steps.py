@@ -1,6 +1,8 @@
 """Steps larger than 2: s = 4 in one go, and the upgrade of an upgrade; what is exact for 2 is exact for them."""
 
+import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,12 +20,15 @@ from davae.autoencoder_bases import base_facts, decode_base
 from davae.autoencoder_da import DetailDownsample, DetailUpsample
 from davae.backbones import backbone_of
 from davae.closed_form import fit_closed_form
-from davae.errors import SettingsError
+from davae.data.png import read_png
+from davae.errors import DataError, SettingsError
+from davae.evaluation.generation import evaluate
 from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
 from davae.inspection import describe
 from davae.loading import load_autoencoder
 from davae.sampling import sample, shared_noise
 from davae.upgrade import save_pipeline
+from scenes import fill_with_scenes
 
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -345,6 +350,37 @@ def test_what_it_is_can_be_read() -> None:
     assert [each["default_size"] for each in facts] == [32, 128, 128]
     assert [(each["base_channels"], each["detail_channels"]) for each in facts] == [(16, 0), (16, 16), (32, 32)]
     assert {each["tokens"][str(each["default_size"])] for each in facts} == {16}
+    oblong = describe(by_two_twice(base), (96, 160))
+    assert oblong["tokens"]["96x160"] == 3 * 5
+    assert {**oblong, "tokens": facts[2]["tokens"]} == facts[2]
+    with pytest.raises(SettingsError, match="size=96x100: allowed are multiples of 32"):
+        describe(by_two_twice(base), (96, 100))
+
+
+@pytest.mark.parametrize("family", ["lumina2", "z_image", "dit"])
+def test_families_whose_pipelines_do_not_count_the_stages_can_be_read(family: str) -> None:
+    base = pipeline_of(family)
+    facts = [describe(pipeline) for pipeline in (base, by_four(base), by_two_twice(base))]
+    assert [each["downsample_factor"] for each in facts] == [4, 16, 16]
+    side = backbone_of(base.transformer).picture_side(base, None)
+    assert [each["default_size"] for each in facts] == [side, 4 * side, 4 * side]
+    assert facts[0]["upgrade"]["default_size"] == [side, 2 * side]
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite_pytorch") is None, reason="needs davae[eval]")
+@pytest.mark.parametrize("widened", [by_four, by_two_twice], ids=["4", "2 x 2"])
+def test_oblong_pictures_of_it_are_evaluated(widened, tmp_path: Path) -> None:
+    pictures = fill_with_scenes(tmp_path / "pictures", train=3, held=1, side=192)
+    pipeline = widened(pipeline_of("sd3"))
+    evaluate(pipeline, pictures, tmp_path / "out", count=4, steps=1, prompt_tokens=8, size=(128, 192))
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["size"], result["real"], result["count"]) == ([128, 192], 4, 4)
+    assert "128x192 px" in (tmp_path / "out" / "index.html").read_text()
+    assert {read_png(path).shape for path in (tmp_path / "out" / "pictures").iterdir()} == {(3, 192, 128)}
+    with pytest.raises(SettingsError, match="allowed are multiples of 32"):
+        evaluate(pipeline, pictures, tmp_path / "other", count=4, size=(128, 190))
+    with pytest.raises(DataError, match="192"):
+        evaluate(pipeline, pictures, tmp_path / "other", count=4, size=(256, 160))
 
 
 @torch.no_grad()

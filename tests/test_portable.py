@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.errors import CheckpointError, SettingsError
 from davae.portable import MODULE, portable_source
+from davae.slim_decoder import slimmed
 from davae.upgrade import save_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline, tiny_taef2
 
@@ -31,7 +32,8 @@ pipeline.save_pretrained(sys.argv[3])
 def upgraded():
     base = tiny_sd3_pipeline()
     torch.manual_seed(0)
-    return upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=4, linear_blocks=False))
+    full = AutoencoderDA.from_base(base.vae, detail_channels=4, linear_blocks=False)
+    return upgrade(base, slimmed(full, (4, 8, 16)))
 
 
 def picture(pipeline):

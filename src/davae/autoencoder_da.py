@@ -1,7 +1,7 @@
 """AutoencoderDA: a frozen base autoencoder with a detail encoder beside it and a joint decoder behind both.
 
-Imports torch, diffusers, `davae.autoencoder_bases`, `davae.detail_blocks` and `davae.tiled_decoder` only, so that these
-files can lie beside weights.
+Imports torch, diffusers, `davae.autoencoder_bases`, `davae.detail_blocks`, `davae.slim_decoder` and
+`davae.tiled_decoder` only, so that these files can lie beside weights.
 """
 
 import copy
@@ -37,6 +37,7 @@ from davae.autoencoder_bases import (
 )
 from davae.detail_blocks import DetailDownsample as DetailDownsample  # public names of this file
 from davae.detail_blocks import DetailUpsample as DetailUpsample
+from davae.slim_decoder import slim_decoder
 from davae.tiled_decoder import can_decode_tiles, decode_tiles
 
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
@@ -88,6 +89,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_std: C + D ones, likewise.
         batch_norm_eps: of `bn`, which FLUX.2's pipelines read: the base's statistics of 2x2 patches of latents, and for
             the detail latents mean 0 and variance 1.
+        decoder_block_out_channels: the joint decoder's stages, the outermost first as in `block_out_channels`; None for
+            the base's. This and the next are `slim_decoder`'s.
+        decoder_layers_per_block: residual blocks of each of them less one; None for the base's.
     """
 
     _supports_gradient_checkpointing = False
@@ -111,6 +115,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         batch_norm_eps: float | None = None,
+        decoder_block_out_channels: tuple[int, ...] | list[int] | None = None,
+        decoder_layers_per_block: tuple[int, ...] | list[int] | None = None,
     ) -> None:
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
@@ -121,7 +127,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.base_quant_conv = quant_conv if base_channels else None
         self.detail_quant_conv = copy.deepcopy(quant_conv) if linear_blocks else None
         self.joint_post_quant_conv = getattr(base, "post_quant_conv", None) if linear_blocks else None
-        self.joint_decoder = base.decoder
+        widths, depths = decoder_block_out_channels, decoder_layers_per_block
+        self.joint_decoder = slim_decoder(base.decoder, base.config, widths, depths)
         if self.base_quant_conv is not None:
             self.base_quant_conv.requires_grad_(False)
         into_down = out_of_up = base_facts(base.config).latent_channels

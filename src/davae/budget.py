@@ -126,6 +126,7 @@ def _made_by(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
         detail_channels=recipe.detail_channels,
         resolution_factor=recipe.resolution_factor,
         linear_blocks=recipe.start == "closed form",
+        decoder=(recipe.decoder_block_out_channels, recipe.decoder_layers_per_block),
     )
 
 

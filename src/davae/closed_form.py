@@ -86,7 +86,7 @@ def fit_closed_form(
     """
     components = _components(autoencoder, code)
     base, full = _latents(autoencoder, pictures, batch_size)
-    prediction, offset = _least_squares(base, full)
+    prediction, offset = least_squares(base, full)
     residual = full - prediction @ base - offset
     root, inverse = _roots(decoder_metric(autoencoder, pictures[:metric_pictures], seed))
     spectrum, vectors = torch.linalg.eigh(root @ (residual @ residual.T / residual.shape[1]) @ root)
@@ -216,7 +216,7 @@ def _positions(latents: Tensor) -> Tensor:
     return latents.double().cpu().transpose(0, 1).flatten(1)
 
 
-def _least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """A and a of target ~ A source + a; rows are channels, columns positions."""
     source_mean, target_mean = source.mean(dim=1, keepdim=True), target.mean(dim=1, keepdim=True)
     centred = source - source_mean

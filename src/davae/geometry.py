@@ -1,6 +1,7 @@
 """The models of a base pipeline as its configs describe them: on the meta device, without weights."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.loading import LOADING_ERRORS
+from davae.slim_decoder import slimmed
 
 META = torch.device("meta")
 
@@ -71,20 +73,26 @@ def _without_weights(kind: type[Any], source: str, subfolder: str = "transformer
 
 
 def untrained_autoencoder(
-    vae: ModelMixin, *, detail_channels: int, resolution_factor: int = 2, linear_blocks: bool
+    vae: ModelMixin,
+    *,
+    detail_channels: int,
+    resolution_factor: int = 2,
+    linear_blocks: bool,
+    decoder: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> AutoencoderDA:
-    """An AutoencoderDA on that base, on the meta device.
+    """An AutoencoderDA on that base, on the meta device; `decoder` has widths and depths of a slim one, () the base's.
 
     Raises:
         SettingsError: channels that do not fit the base.
     """
     try:
         with META:
-            return AutoencoderDA.from_base(
+            autoencoder = AutoencoderDA.from_base(
                 vae,
                 detail_channels=detail_channels,
                 resolution_factor=resolution_factor,
                 linear_blocks=linear_blocks,
             )
+            return slimmed(autoencoder, *(each or None for each in decoder)) if any(decoder) else autoencoder
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error

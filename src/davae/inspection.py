@@ -6,29 +6,43 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.autoencoder_bases import downsample_factor
 from davae.backbones import backbone_of, check_parts
+from davae.backbones.sizes import Size
+from davae.errors import SettingsError
 from davae.widen import LatentPorts, patch_side
 
 _RESOLUTION_FACTOR = 2
 
 
-def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
+def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str, Any]:
     """Facts of a pipeline as plain JSON values: factor, channels, tokens per size, ports, and the upgrade's effect.
+
+    Tokens are of half the default size, of that and of twice that, and of `size`, by width and height.
 
     `"upgrade"` is None for a pipeline that is upgraded already; for a base pipeline it says what the default upgrade
     (as many detail channels as base channels, twice the side length) would change.
 
     Raises:
-        SettingsError: if there is no transformer or no autoencoder, or the transformer's family is unknown.
+        SettingsError: if there is no transformer or no autoencoder, or the transformer's family is unknown; or a side
+            of `size` is no multiple of downsample factor x patch.
     """
     check_parts(pipeline)
     transformer, autoencoder = pipeline.transformer, pipeline.vae
-    ports = backbone_of(transformer).ports
+    backbone = backbone_of(transformer)
+    ports = backbone.ports
     patch = patch_side(transformer, ports)
-    factor = _downsample_factor(pipeline)
+    factor = downsample_factor(autoencoder.config)  # not every pipeline's own count is its VAE's
     channels = transformer.config.in_channels // ports.packed**2
     detail_channels = autoencoder.config.get("detail_channels", 0)
-    side = (getattr(pipeline, "default_sample_size", None) or transformer.config.sample_size) * factor
-    sizes = sorted({side // 2, side, 2 * side})
+    sample_size = getattr(pipeline, "default_sample_size", None) or transformer.config.get("sample_size")
+    side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
+    sizes = {str(each): (each, each) for each in sorted({side // 2, side, 2 * side})}
+    if size is not None:
+        width, height = (size, size) if isinstance(size, int) else size
+        if width % (factor * patch) or height % (factor * patch):
+            raise SettingsError(
+                f"size={width}x{height}: allowed are multiples of {factor * patch}, downsample factor x patch size"
+            )
+        sizes[f"{width}x{height}"] = width, height
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "transformer": type(transformer).__name__,
@@ -44,7 +58,9 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
         "scaling_factor": autoencoder.config.get("scaling_factor"),
         "shift_factor": autoencoder.config.get("shift_factor"),
         "default_size": side,
-        "tokens": {str(size): (size // factor // patch) ** 2 for size in sizes},
+        "tokens": {
+            name: (width // factor // patch) * (height // factor // patch) for name, (width, height) in sizes.items()
+        },
         "ports": {
             name: {"layer": layer, "layout": layout, "weight": list(_layer(transformer, layer).weight.shape)}
             for name, layer, layout in (
@@ -53,8 +69,8 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
             )
         },
     }
-    if backbone_of(transformer).advice:
-        facts["once_upgraded"] = backbone_of(transformer).advice
+    if backbone.advice:
+        facts["once_upgraded"] = backbone.advice
     facts["upgrade"] = None if facts["upgraded"] else _upgrade_effect(transformer, ports, channels, factor, side, patch)
     return facts
 
@@ -73,11 +89,6 @@ def _upgrade_effect(
         "added_transformer_parameters": added,
         "changed_layers": [ports.input, ports.output],
     }
-
-
-def _downsample_factor(pipeline: DiffusionPipeline) -> int:
-    known = getattr(pipeline, "vae_scale_factor", None)
-    return known or downsample_factor(pipeline.vae.config)  # DiT's pipeline does not say it
 
 
 def _layer(transformer: ModelMixin, name: str) -> Any:

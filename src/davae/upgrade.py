@@ -1,6 +1,7 @@
 """Upgrade: a base pipeline and an AutoencoderDA become a stock pipeline of s times the side length, at equal tokens."""
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from davae.adapter import (
     tensors_digest,
 )
 from davae.autoencoder_bases import base_class, base_facts, downsample_factor
-from davae.autoencoder_da import AutoencoderDA
+from davae.autoencoder_da import DECODING, AutoencoderDA
 from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.class_conditional import ClassConditionalFlowPipeline
@@ -62,18 +63,55 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         detail_channels=autoencoder.config.detail_channels,
     )
     upgraded = _with_parts(pipeline, vae=autoencoder, transformer=transformer)
-    if isinstance(pipeline, DiTPipeline):
-        upgraded.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
     if backbone.advice:
         logger.warning("the upgraded %s: %s", type(pipeline).__name__, backbone.advice)
     return upgraded
+
+
+def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) -> DiffusionPipeline:
+    """An upgraded pipeline with another autoencoder of the same latents in the place of its own, all else shared.
+
+    So a finished transformer gets a slim decoder, or a refined one. `autoencoder` is moved to the dtype and device of
+    the one whose place it takes.
+
+    Raises:
+        SettingsError: `pipeline` is not upgraded, or the two autoencoders differ in more than their decoding half.
+    """
+    if not (isinstance(pipeline.vae, AutoencoderDA) and isinstance(autoencoder, AutoencoderDA)):
+        kinds = " and ".join(type(vae).__name__ for vae in (pipeline.vae, autoencoder))
+        raise SettingsError(f"both autoencoders must be AutoencoderDAs: the pipeline's and the new one are {kinds}")
+    ours, theirs = (_encoding_half(vae) for vae in (autoencoder, pipeline.vae))
+    if differing := sorted(name for name in ours if ours[name] != theirs[name]):
+        raise SettingsError(
+            f"the autoencoder differs from the pipeline's in {', '.join(differing)}: the transformer was not trained "
+            "on its latents. Train the decoder alone, by decoder_only = true and the pipeline's autoencoder as a start"
+        )
+    nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)
+    return _with_parts(pipeline, vae=autoencoder)
+
+
+def _encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
+    """What decides an autoencoder's latents: settings, and digests of weights and statistics."""
+    settings = {
+        name: json.dumps(value) for name, value in autoencoder.config.items() if not name.startswith(("_", "decoder_"))
+    }
+    kept = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING)}
+    statistics = {name: kept.pop(name) for name in ("detail_mean", "detail_std")}
+    return {
+        **settings,
+        "weights of the encoders": tensors_digest(kept),
+        "latent statistics": tensors_digest(statistics),
+    }
 
 
 def _with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
     """A new pipeline of the same class, settings and other components: stock ones count the VAE's stages when made."""
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
     arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
-    return type(pipeline)(**{**arguments, **parts})
+    made = type(pipeline)(**{**arguments, **parts})
+    if isinstance(pipeline, DiTPipeline):
+        made.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
+    return made
 
 
 def load_pipeline(

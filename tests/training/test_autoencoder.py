@@ -386,14 +386,17 @@ def first_losses(folder: Path) -> dict[str, float]:
     [
         ({}, ()),
         ({"frozen_trunk": True}, ("detail_encoder.", "detail_quant_conv.")),
-        ({"decoder_only": True}, ("detail_encoder.", "detail_quant_conv.", "detail_downsample.")),
+        (
+            {"decoder_only": True},
+            ("detail_encoder.", "detail_quant_conv.", "detail_downsample.", "detail_from_base."),
+        ),
     ],
     ids=["all", "frozen trunk", "decoder only"],
 )
 @pytest.mark.parametrize("quant", [False, True])
 def test_what_trains_is_what_the_recipe_says(recipe, changes, still, quant) -> None:
     vae = AutoencoderKL.from_config({**tiny_vae().config, "use_quant_conv": quant, "use_post_quant_conv": quant})
-    autoencoder = AutoencoderDA.from_base(vae, detail_channels=8)
+    autoencoder = AutoencoderDA.from_base(vae, detail_channels=8, base_in_detail=True)
     trained = {id(p) for p in set_trained(autoencoder, recipe.model_copy(update=changes))}
     for name, parameter in autoencoder.named_parameters():
         assert (id(parameter) in trained) == parameter.requires_grad == (not name.startswith(("base_", *still)))

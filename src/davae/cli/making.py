@@ -44,15 +44,16 @@ def demo(
 def inspect(
     pipeline: PipelinePath,
     adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
+    size: PictureSize = None,
     dry_run: DryRun = False,
 ) -> None:
     """Print factor, channels, tokens per size and ports of a pipeline, and what an upgrade would change."""
     if dry_run:
-        return show({"pipeline": pipeline, "adapter": adapter})
+        return show({"pipeline": pipeline, "adapter": adapter, "size": size_of(size)})
     from davae.inspection import describe
     from davae.upgrade import load_pipeline
 
-    show(describe(load_pipeline(pipeline, adapter=adapter)))
+    show(describe(load_pipeline(pipeline, adapter=adapter), size_of(size)))
 
 
 def upgrade(

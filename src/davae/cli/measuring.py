@@ -11,6 +11,7 @@ from davae.cli.options import (
     Device,
     DryRun,
     Pictures,
+    PictureSize,
     PipelinePath,
     PromptTokens,
     RankTimeout,
@@ -20,6 +21,7 @@ from davae.cli.options import (
     quiet,
     say,
     show,
+    size_of,
 )
 
 
@@ -95,6 +97,7 @@ def evaluate(
     count: Annotated[int, typer.Option(min=4, help="Pictures to generate, from as many captions.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 28,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 4.0,
+    size: PictureSize = None,
     prompt_tokens: PromptTokens = 256,
     seed: Seed = 0,
     adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
@@ -104,7 +107,7 @@ def evaluate(
 ) -> None:
     """Generate from the pictures' captions and measure KID against the pictures."""
     settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale}
-    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
+    settings |= {"size": size_of(size), "prompt_tokens": prompt_tokens, "seed": seed}
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate

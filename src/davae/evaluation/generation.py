@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from davae.adapter import tensors_digest
 from davae.backbones import backbone_of
 from davae.backbones.sizes import Size, width_and_height
+from davae.data.buckets import Bucket
 from davae.data.listing import Source
 from davae.data.png import ORIGIN, read_png, write_png
 from davae.data.sources import PictureSet, open_pictures
@@ -123,10 +124,13 @@ def evaluate(
     count: int = 1000,
     steps: int = 28,
     guidance_scale: float = 4.0,
+    size: Size | None = None,
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
     """KID of `count` pictures made from a set's captions against the set; `out`/result.json and a page.
+
+    With a `size`, both are of that size, the real ones cropped to its shape; otherwise of the pipeline's own square.
 
     Returns:
         The path of the page.
@@ -138,27 +142,32 @@ def evaluate(
     if count < 4:
         raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
-    side = backbone_of(pipeline.transformer).picture_side(pipeline, None)
+    picture_side = backbone_of(pipeline.transformer).picture_side
+    width, height = width_and_height(pipeline, size, picture_side=picture_side)
     ranks = Ranks()
-    real = open_pictures(pictures, size=side).sound(out / "refused.json" if ranks.first else None)
+    shape = Bucket(height, width, width / height)
+    real = open_pictures(pictures, size=min(width, height), buckets=[shape]).sound(
+        out / "refused.json" if ranks.first else None
+    )
     if len(real) < 2:
         raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
     prompts = evaluation_prompts(real, count)
     settings: dict[str, Any] = {
         "steps": steps,
         "guidance_scale": guidance_scale,
+        "size": (width, height),
         "prompt_tokens": prompt_tokens,
         "seed": seed,
     }
     made = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
-    references = features_of([real.image(index) for index in range(len(real))], side=side)
-    value, error = kid_with_error(features_of(made, side=side), references, seed=seed)
+    references = features_of([real.image(index) for index in range(len(real))], side=width)
+    value, error = kid_with_error(features_of(made, side=width), references, seed=seed)
     result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
     where = {"device": str(pipeline.device), "environment": environment()}
     ranks.first_does(lambda: write_json(out / "result.json", {**result, "real": len(real), **settings, **where}))
     table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
-    grid = Pictures([f"{side} px"], prompts[:shown], [[picture] for picture in made[:shown]])
+    grid = Pictures([f"{width}x{height} px"], prompts[:shown], [[picture] for picture in made[:shown]])
     lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones. "
     lead += real.refusals_summary()
     report = Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])

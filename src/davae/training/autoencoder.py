@@ -13,6 +13,7 @@ from davae.adapter import INDEX
 from davae.autoencoder_bases import decode_base
 from davae.autoencoder_da import AutoencoderDA
 from davae.closed_form import BASE_CODES, fit_closed_form
+from davae.closed_form_decoder import fit_slim_decoder
 from davae.data.loading import Ahead
 from davae.data.order import random_crops
 from davae.data.png import write_png
@@ -23,6 +24,7 @@ from davae.loading import load_autoencoder, load_base_vae
 from davae.perceptual import LPIPS
 from davae.ranks import TIMEOUT, Ranks
 from davae.seeds import generator
+from davae.slim_decoder import slimmed
 from davae.storage import replaced_whole, write_atomically
 from davae.training.autoencoder_recipe import AutoencoderRecipe, check_choices, check_sides
 from davae.training.autoencoder_recipe import LossWeights as LossWeights  # imported from here with the recipe
@@ -33,6 +35,9 @@ from davae.training.tensors import channels_last
 from davae.upgrade import check_base_encoder
 
 logger = logging.getLogger(__name__)
+
+SLIM_FIT_PICTURES = 32
+"""Crops that a slim decoder's start is fitted on: one layer of both decoders is in memory for all of them."""
 
 
 def train_autoencoder(
@@ -132,10 +137,9 @@ def save_whole(autoencoder: nn.Module, folder: Path) -> None:
 def set_trained(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> list[nn.Parameter]:
     """Training mode for what the recipe trains, whose parameters are returned; the rest frozen, in evaluation mode."""
     autoencoder.train()
-    frozen = [autoencoder.detail_encoder, autoencoder.detail_quant_conv, autoencoder.detail_downsample]
-    if not recipe.decoder_only:
-        frozen = frozen[:2] if recipe.frozen_trunk else []
-    for module in frozen:
+    trunk = [autoencoder.detail_encoder, autoencoder.detail_quant_conv]
+    last = [autoencoder.detail_downsample, autoencoder.detail_from_base]
+    for module in trunk * (recipe.frozen_trunk or recipe.decoder_only) + last * recipe.decoder_only:
         if module is not None:
             module.requires_grad_(False).eval()
     return autoencoder.detail_parameters()
@@ -194,6 +198,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
         facts = fit_closed_form(autoencoder, pictures.squares(chosen.tolist()), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
+    autoencoder = channels_last(with_slim_decoder(autoencoder, recipe, pictures))
     # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
     save_whole(autoencoder, folder)
@@ -221,6 +226,29 @@ def untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
             )
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
+
+
+def with_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pictures: PictureSet) -> AutoencoderDA:
+    """The same with the recipe's slim decoder, fitted to the full one; itself if it has that, or the recipe none.
+
+    Raises:
+        SettingsError: widths or depths that the base's decoder does not allow, or another slim decoder is there.
+    """
+    settings = ("decoder_block_out_channels", "decoder_layers_per_block")
+    given = [tuple(getattr(recipe, name)) for name in settings]
+    if not any(given) or given == [tuple(autoencoder.config[name] or ()) for name in settings]:
+        return autoencoder
+    try:
+        slim = slimmed(autoencoder, *(each or None for each in given))
+    except ValueError as error:  # that file knows no davae and its errors
+        raise SettingsError(str(error)) from error
+    chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
+    crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, step=0)
+    squared = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed)
+    logger.info(
+        "slim decoder: its pictures differ from the full one's by %.4f, root mean square of [-1, 1]", squared**0.5
+    )
+    return slim
 
 
 def going_on(recipe: AutoencoderRecipe) -> AutoencoderDA:

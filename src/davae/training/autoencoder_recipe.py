@@ -1,6 +1,8 @@
 """What decides a run of stage 1, and which of it fits together."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from davae.closed_form import Code
 from davae.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
@@ -67,6 +69,11 @@ class AutoencoderRecipe(PicturesRecipe):
     decoder_only: bool = False
     """Train the joint decoder and its first block only, on samples of the detail latents as ever. With `autoencoder`
     its latent statistics stay, too: a transformer that was trained on its latents goes on to fit."""
+    decoder_block_out_channels: tuple[Positive, ...] = ()
+    """Widths of a slim joint decoder's stages, the outermost first; () is as in the base, or as in `autoencoder`. It
+    starts from the full one, layer by layer (`davae.closed_form_decoder`). See docs/slim_decoder.md."""
+    decoder_layers_per_block: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Residual blocks of each of them less one; () likewise."""
     target: Literal["picture", "base reconstruction"] = "picture"
     """What the reconstruction is compared with: the crop, or what the base autoencoder at full size makes of it."""
     code: Code = "aligned"

@@ -1,0 +1,80 @@
+"""Measure a slim decoder beside the shipped full one: reconstruction, pictures from prompts, and time.
+
+    davae train-autoencoder recipes/small_pair/slim_decoder.toml --out runs/slim_decoder
+    python recipes/small_pair/measure_slim.py runs/slim_decoder runs/slim_measure
+
+writes the second folder's result.json (copied into experiments/results/slim_decoder.json). Reconstruction is of all
+held-out pictures; of prompts, both decoders get the same latents, and the full one's pictures are the target.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from davae import assets, demo
+from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.data.sources import open_pictures
+from davae.evaluation import reconstruction
+from davae.evaluation.generation import evaluation_prompts
+from davae.loading import load_autoencoder
+from davae.metrics import psnr
+from davae.perceptual import LPIPS
+from davae.record import environment
+from davae.seeds import generator
+from davae.storage import write_json
+from davae.upgrade import load_pipeline, with_autoencoder
+
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.5, "max_sequence_length": demo.PROMPT_TOKENS}
+BATCH = 8
+FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, trained"
+
+
+@torch.no_grad()
+def main(
+    run: Path,
+    out: Path,
+    count: Annotated[int, typer.Option(help="Prompts, evenly spread over all captions.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Of each timing.")] = 15,
+) -> None:
+    """Measure, and write the numbers."""
+    pipeline = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade())
+    pipeline.set_progress_bar_config(disable=True)
+    decoders = {FULL: pipeline.vae}
+    for name, folder in ((START, "start"), (TRAINED, "autoencoder")):
+        decoders[name] = with_autoencoder(pipeline, load_autoencoder(run / folder)).vae
+    lpips = LPIPS.alex()
+    heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
+    ways = {name: reconstruction.upgraded(vae) for name, vae in decoders.items()}
+    quality = reconstruction.measure(heldout, ways, lpips=lpips)
+    typer.echo(quality)
+
+    prompts = evaluation_prompts(open_pictures(assets.pictures(), size=demo.SIZE, limit=count), count)
+    distances = []
+    for start in range(0, count, BATCH):
+        told = {**SAMPLING, "generator": generator(0, "slim", start), "output_type": "latent"}
+        latents = pipeline(prompts[start : start + BATCH], **told).images
+        pictures = {name: vae.decode(vae.from_units(latents)).sample.clamp(-1, 1) for name, vae in decoders.items()}
+        pair = pictures[TRAINED], pictures[FULL]
+        distances.append(torch.stack([psnr(*pair), lpips(*pair).flatten()]))
+    to_full = dict(zip(("psnr", "lpips"), torch.cat(distances, dim=1).mean(dim=1).tolist(), strict=True))
+    typer.echo(to_full)
+
+    one = latents[:1]
+    runs = {name: lambda vae=decoders[name]: vae.decode(one) for name in (FULL, TRAINED)}
+    timed = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=2)
+    seconds = [timed[name].seconds for name in (FULL, TRAINED)]
+    speed = {
+        "milliseconds": [1000 * spread(each).median for each in seconds],
+        "ratio": dataclasses.asdict(paired_ratios(*seconds)),
+    }
+    typer.echo(speed)
+    found = {"reconstruction_256": quality, "prompts_against_full": to_full, "decode_float32": speed}
+    counts = {"heldout": len(heldout), "prompts": count}
+    write_json(out / "result.json", {**found, "counts": counts, "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)
