@@ -243,7 +243,7 @@ def with_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pic
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
-    crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, step=0)
+    crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
     squared = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed)
     logger.info(
         "slim decoder: its pictures differ from the full one's by %.4f, root mean square of [-1, 1]", squared**0.5
