@@ -55,14 +55,14 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def refused_or_read(read: Callable[[], object]) -> bool:
-    """Whether it was refused by a typed error, within 2 seconds."""
-    began = time.monotonic()
+    """Whether it was refused by a typed error, within 2 seconds of processor time."""
+    began = time.process_time()
     try:
         read()
     except DavaeError:
         return True
     finally:
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
     return False
 
 
