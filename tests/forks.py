@@ -2,11 +2,13 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm.std import tqdm
 
 from davae.errors import DavaeError
 
@@ -18,6 +20,7 @@ def forked(program: Callable[[], object]) -> int:
         code = 99
         try:
             torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())  # else one for all forks, which one that was killed may hold for ever
             program()
             code = 0
         except DavaeError as error:
