@@ -126,13 +126,13 @@ def _resnet(walk: _Walk, slim: ResnetBlock2D, full: Sequence[ResnetBlock2D], sta
     if walk.exact and same and len(full) == 1:
         walk.chosen = torch.arange(slim.conv2.out_channels)
     else:
-        features = first.nonlinearity(first.norm2(first.conv1(first.nonlinearity(first.norm1(walk.full)))))
+        hidden = first.conv1(first.nonlinearity(first.norm1(walk.full)))
+        features = first.nonlinearity(first.norm2(hidden))
         inner = _choose(features, slim.conv1.out_channels, first.norm2.num_groups)
-        hidden = first.conv1(first.nonlinearity(first.norm1(walk.full)))[:, inner]
         _norm(slim.norm1, first.norm1, walk.chosen)
         _norm(slim.norm2, first.norm2, inner)
         before = slim.nonlinearity(slim.norm1(walk.slim))
-        _fit([slim.conv1], [before], hidden, walk.seed)
+        _fit([slim.conv1], [before], hidden[:, inner], walk.seed)
         if first.conv_shortcut is not None or len(walk.chosen) != slim.conv2.out_channels:
             walk.chosen = _choose(stage, slim.conv2.out_channels, first.norm2.num_groups)
         behind = slim.nonlinearity(slim.norm2(slim.conv1(before)))
