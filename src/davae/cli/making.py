@@ -140,7 +140,7 @@ def generate(
     from davae.ranks import Ranks
     from davae.upgrade import load_pipeline
 
-    Ranks(rank_timeout)
+    Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
     if lora is not None:
         load_base_lora(loaded, lora)

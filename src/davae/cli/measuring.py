@@ -53,7 +53,7 @@ def reconstruct(
     from davae.loading import load_autoencoder, load_base_vae
     from davae.ranks import Ranks
 
-    Ranks(rank_timeout)
+    Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
     where = device_of(device)
     vae = None if base is None else load_base_vae(base, device=where)
     loaded = load_autoencoder(autoencoder, base=vae, device=where)
@@ -114,7 +114,7 @@ def evaluate(
     from davae.ranks import Ranks
     from davae.upgrade import load_pipeline
 
-    Ranks(rank_timeout)
+    Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
     say(evaluate(loaded, pictures, out, **settings))
 
