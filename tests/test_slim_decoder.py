@@ -131,13 +131,13 @@ def test_an_upgrade_of_an_upgrade_keeps_the_slim_decoder_inside() -> None:
 @pytest.mark.parametrize(
     ("widths", "depths", "message"),
     [
-        ((4, 8), None, "allowed are 3 widths"),
-        ((4, 8, 32), None, r"up to the base's \[8, 8, 16\]"),
-        ((3, 8, 16), None, r"multiples of \[2, 2, 4\]"),
-        ((0, 8, 16), None, "outermost stage first"),
+        ((4, 8), (), "allowed are 3 widths"),
+        ((4, 8, 32), (), r"up to the base's \[8, 8, 16\]"),
+        ((3, 8, 16), (), r"multiples of \[2, 2, 4\]"),
+        ((0, 8, 16), (), "outermost stage first"),
         ((4, 8, 16), (0, 0), "allowed are 3 numbers"),
-        (None, (0, 0, 2), "from 0 to the base's 1"),
-        (None, (0, 0, -1), "from 0 to the base's 1"),
+        ((), (0, 0, 2), "from 0 to the base's 1"),
+        ((), (0, 0, -1), "from 0 to the base's 1"),
     ],
 )
 def test_other_widths_and_depths_are_refused(widths, depths, message: str) -> None:

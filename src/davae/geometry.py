@@ -93,6 +93,6 @@ def untrained_autoencoder(
                 resolution_factor=resolution_factor,
                 linear_blocks=linear_blocks,
             )
-            return slimmed(autoencoder, *(each or None for each in decoder)) if any(decoder) else autoencoder
+            return slimmed(autoencoder, *decoder) if any(decoder) else autoencoder
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error

@@ -84,8 +84,8 @@ def slim_decoder(
 @torch.no_grad()
 def slimmed(
     autoencoder: ModelMixin,
-    block_out_channels: Sequence[int] | None = None,
-    layers_per_block: Sequence[int] | None = None,
+    block_out_channels: Sequence[int] = (),
+    layers_per_block: Sequence[int] = (),
 ) -> ModelMixin:
     """An AutoencoderDA of the same encoders, latents and statistics, its joint decoder narrower and not trained.
 
@@ -95,8 +95,8 @@ def slimmed(
     Args:
         autoencoder: of an AutoencoderKL or AutoencoderKLFlux2, its joint decoder as the base's; left as it is.
         block_out_channels: channels of the decoder's stages, the outermost first: none above the base's, in multiples
-            of the channels in a group of its norms; None for the base's.
-        layers_per_block: residual blocks of each stage less one, none above the base's; None for the base's.
+            of the channels in a group of its norms; () for the base's.
+        layers_per_block: residual blocks of each stage less one, none above the base's; () for the base's.
 
     Raises:
         ValueError: the base has another decoder, or has not these stages; or the joint decoder is slim already.
@@ -107,7 +107,8 @@ def slimmed(
     has = {name: list(config[name]) for name in own if config[name] is not None}
     if has:
         raise ValueError(f"the joint decoder is slim already, {has}: start from one with the full decoder")
-    slim = type(autoencoder).from_config({**config, own[0]: block_out_channels, own[1]: layers_per_block})
+    given = {name: value or None for name, value in zip(own, (block_out_channels, layers_per_block), strict=True)}
+    slim = type(autoencoder).from_config({**config, **given})
     nn.Module.to(slim, dtype=autoencoder.dtype, device=autoencoder.device)
     here, weights = slim.state_dict(), autoencoder.state_dict()
     slim.load_state_dict({**here, **{n: w for n, w in weights.items() if n in here and w.shape == here[n].shape}})

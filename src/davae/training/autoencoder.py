@@ -239,7 +239,7 @@ def with_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pic
     if not any(given) or given == [tuple(autoencoder.config[name] or ()) for name in settings]:
         return autoencoder
     try:
-        slim = slimmed(autoencoder, *(each or None for each in given))
+        slim = slimmed(autoencoder, *given)
     except ValueError as error:  # that file knows no davae and its errors
         raise SettingsError(str(error)) from error
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
