@@ -1,6 +1,6 @@
 """Base and upgrade, each with and without a LoRA that was trained on the base: one picture of all four.
 
-python recipes/base_lora/figure.py runs/base_lora docs/base_lora.png
+python recipes/base_lora/figure.py runs/base_lora docs/base_lora.webp
 """
 
 import io
@@ -39,8 +39,7 @@ def main(lora: Path, out: Path, seed: Annotated[int, typer.Option()] = 0) -> Non
     notes = [f"{side} px, bicubic" if side < max(sides) else f"{side} px" for side in sides]
     write_figure(out, Pictures(columns=list(made), rows=PROMPTS, cells=cells, notes=notes))
     figure = Image.open(io.BytesIO(out.read_bytes())).convert("RGB")
-    small = figure.resize((figure.width // 2, figure.height // 2), Image.Resampling.LANCZOS)
-    small.quantize(256, kmeans=1).save(out, optimize=True)
+    figure.resize((figure.width // 2, figure.height // 2), Image.Resampling.LANCZOS).save(out, quality=85)
 
 
 def _enlarged(picture):

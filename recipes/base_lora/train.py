@@ -1,7 +1,7 @@
 """Train a style LoRA on the shipped base pipeline, at 128 px; nothing here knows of the upgrade.
 
     python recipes/base_lora/train.py runs/base_lora
-    python recipes/base_lora/figure.py runs/base_lora docs/base_lora.png
+    python recipes/base_lora/figure.py runs/base_lora docs/base_lora.webp
 
 The style is a cyanotype: brightness as a ramp from deep blue to white. The LoRA is a stock one, of attention and MLP,
 saved as diffusers saves it, and loads by `pipeline.load_lora_weights` on the base and on its upgrade alike.

@@ -2,7 +2,7 @@
 
     python recipes/taef2/curves.py runs/taef2 experiments/taef2
 
-Reads RUNS/r1 and RUNS/r3 and OUTPUT/results.json; writes OUTPUT/r1.jsonl, OUTPUT/r3.jsonl and OUTPUT/curves.png.
+Reads RUNS/r1 and RUNS/r3 and OUTPUT/results.json; writes OUTPUT/r1.jsonl, OUTPUT/r3.jsonl and OUTPUT/curves.webp.
 """
 
 import json
@@ -45,7 +45,7 @@ def main(runs: Path, output: Path) -> None:
             axis.axhline(bounds[bound][metric], color="0.4", linestyle=style, label=bound)
         axis.set(xlabel="steps", title=title)
     axes[0].legend(fontsize=8)
-    figure.savefig(output / "curves.png", dpi=100)
+    figure.savefig(output / "curves.webp", dpi=100, pil_kwargs={"lossless": True})
 
 
 if __name__ == "__main__":
