@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -485,6 +486,12 @@ def test_a_config_without_the_bases_class_is_a_typed_refusal(autoencoder, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="cannot be loaded as an AutoencoderDA"):
         load_autoencoder(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no config\.json: give the folder of an AutoencoderDA"):
+        load_autoencoder(Path("runs/autoencoder"))
 
 
 def test_another_models_folder_is_a_typed_refusal(base, tmp_path):

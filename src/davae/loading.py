@@ -67,6 +67,8 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, damaged or holds something else.
     """
+    if not (folder / "config.json").is_file():  # diffusers would take "runs/autoencoder" for a name on the Hub
+        raise CheckpointError(f"{folder} has no config.json: give the folder of an {kind.__name__} on this machine")
     given = given or {}
     loading = logging.getLogger("diffusers.models.modeling_utils")
     level = loading.level
