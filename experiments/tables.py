@@ -16,7 +16,7 @@ def render() -> str:
     small_pair = _read("small_pair")
     parts = [
         *_small_pair(small_pair),
-        *_rivals(small_pair, _read("rivals")),
+        *_rivals(small_pair, _read("rivals"), _read("slim_decoder")),
         *_detail(_read("detail")),
         *_ablations(_read("ablations")),
     ]
@@ -72,21 +72,23 @@ def _small_pair(result: Row) -> list[str]:
 def _origin(result: Row) -> str:
     """Commit and machine kind of a result."""
     where = result["environment"]
-    return f"commit {str(where['commit'])[:10]}, {where['cpu_count']} CPU cores"
+    commit, _, changed = str(where["commit"]).partition("-")
+    return f"commit {commit[:10]}{changed and ' with changes'}, {where['cpu_count']} CPU cores"
 
 
-def _rivals(ours: Row, result: Row) -> list[str]:
+def _rivals(ours: Row, result: Row, slim: Row) -> list[str]:
     """The upgrade beside what the same training FLOPs or the same tokens buy otherwise."""
     upscaler = result["upscaler"]
     quality = upscaler["reconstruction_256"]["latent upscaler"]
     shipped = ours["reconstruction_256"]["shipped upgrade"]
-    seconds = {batch: list(values.values()) for batch, values in result["seconds_per_picture"].items()}
+    slimmed = slim["reconstruction_256"]["slim decoder, trained"]
+    seconds = result["seconds_per_picture"]
     heads = "".join(f" s a picture, batch {batch} | its steps |" for batch in seconds)
     steps = result["sampling"]["steps"]
-    timed = [
-        "".join(f" {times[place]['whole']:.2f} | {steps * times[place]['step']:.2f} |" for times in seconds.values())
-        for place in range(2)
-    ]
+    timed = {
+        name: "".join(f" {row[name]['whole']:.2f} | {steps * row[name]['step']:.2f} |" for row in seconds.values())
+        for name in next(iter(seconds.values()))
+    }
     empty = " |" * 2 * len(seconds)
     flops = {name: result[f"{name}_steps"] * count for name, count in result["training_flops"].items()}
     return [
@@ -94,14 +96,16 @@ def _rivals(ours: Row, result: Row) -> list[str]:
         f"| | tokens | KID x 1000 | PSNR, dB | LPIPS |{heads}",
         "|---|---:|---:|---:|---:|" + "---:|" * 2 * len(seconds),
         f"| shipped upgrade | 64 | {_distance(ours['kid']['shipped upgrade'])} | {shipped['psnr']:.2f} | "
-        f"{shipped['lpips']:.4f} |{timed[0]}",
+        f"{shipped['lpips']:.4f} |{timed['shipped upgrade']}",
+        f"| the same, slim decoder | 64 | {_distance(slim['kid']['slim decoder, trained'])} | {slimmed['psnr']:.2f} | "
+        f"{slimmed['lpips']:.4f} |{timed['shipped upgrade, slim decoder']}",
         f"| base at 128 px + latent upscaler, {upscaler['steps']:,} steps | 64 | "
         f"{_distance(upscaler['kid']['latent upscaler'])} | {quality['psnr']:.2f} | {quality['lpips']:.4f} |{empty}",
         f"| base trained on at 256 px, {result['native_steps']:,} steps | 256 | "
-        f"{_distance(result['kid']['native 256 px model'])} | | |{timed[1]}",
+        f"{_distance(result['kid']['native 256 px model'])} | | |{timed['base, run at 256 px']}",
         f"\n*`recipes/small_pair/latent_upscaler.py`, `native_256.toml`, `measure_rivals.py`; {_origin(result)}, "
-        f"one thread. The last row's training had {flops['native'] / flops['upgrade']:.2f} times the FLOPs of the "
-        "upgrade's stage 2, counted.*\n",
+        f"one thread, pictures decoded one by one. The last row's training had "
+        f"{flops['native'] / flops['upgrade']:.2f} times the FLOPs of the upgrade's stage 2, counted.*\n",
     ]
 
 

@@ -20,7 +20,7 @@ def forked(program: Callable[[], object]) -> int:
         code = 99
         try:
             torch.set_num_threads(1)
-            tqdm.set_lock(threading.RLock())  # else one for all forks, which one that was killed may hold for ever
+            _own_progress_locks()
             program()
             code = 0
         except DavaeError as error:
@@ -34,6 +34,15 @@ def forked(program: Callable[[], object]) -> int:
             sys.stderr.flush()
             os._exit(code)
     return pid
+
+
+def _own_progress_locks() -> None:
+    """Else one for all forks, which one that was killed may hold for ever; a subclass of tqdm may have its own."""
+    lock, classes = threading.RLock(), [tqdm]
+    while classes:
+        each = classes.pop()
+        each.set_lock(lock)
+        classes += each.__subclasses__()
 
 
 def print_to(output: Path, errors: Path) -> None:

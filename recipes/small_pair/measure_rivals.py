@@ -1,11 +1,12 @@
 """Measure the upgrade beside its rivals of equal training: a latent upscaler, and a native 256 px model.
 
-    python recipes/small_pair/measure_rivals.py RUN NATIVE_PIPELINE UPSCALER_RUN/result.json --count 1000
+    python recipes/small_pair/measure_rivals.py RUN NATIVE_PIPELINE UPSCALER_RUN/result.json SLIM_RUN/autoencoder
 
 samples the native pipeline (train_base_transformer.py with native_256.toml) with measure.py's prompts, seeds and
-settings, times it against the upgrade at batch sizes 1 and 16, whole and in parts, in turns, and writes RUN/result.json
-(copied into experiments/results/rivals.json). Pictures that are there already are not made again; without the
-upscaler's result it makes them and leaves.
+settings, times it against the upgrade with its own and with the slim decoder (slim_decoder.toml) at batch sizes 1 and
+16, whole and in parts, in turns, and writes RUN/result.json (copied into experiments/results/rivals.json). All decode
+picture by picture (`enable_slicing`), which is faster here than a batch at once. Pictures that are there already are
+not made again; without the upscaler's result it makes them and leaves.
 """
 
 import json
@@ -26,13 +27,15 @@ from davae.benchmark.cases import Case, runs_of
 from davae.benchmark.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
+from davae.loading import load_autoencoder
 from davae.record import environment, read_metrics
 from davae.storage import write_json
-from davae.upgrade import load_pipeline
+from davae.upgrade import load_pipeline, with_autoencoder
 
 SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCHES = (1, 16)
 PARTS = ("step", "decode", "whole")
+SLIM = "shipped upgrade, slim decoder"
 UPGRADE_STEPS = 22_000
 """Of stage2.toml."""
 T5_LENGTHS = {12: 0.9, 64: 0.07, 256: 0.03}
@@ -86,6 +89,7 @@ def main(
     run: Path,
     native: Path,
     upscaler: Path,
+    slim: Path,
     count: Annotated[int, typer.Option(help="Prompts, evenly spread over all captions.")] = 1000,
     training: Annotated[Path | None, typer.Option(help="The native model's run, for its steps and loss.")] = None,
     repeats: int = 5,
@@ -97,6 +101,10 @@ def main(
         demo.SHIPPED: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
         demo.NATIVE: load_pipeline(native),
     }
+    flops = training_flops(*pipelines.values())
+    pipelines[SLIM] = with_autoencoder(pipelines[demo.SHIPPED], load_autoencoder(slim))
+    for pipeline in pipelines.values():
+        pipeline.vae.enable_slicing()
     made = generation.sample_many(
         pipelines[demo.NATIVE], prompts, run / "native", label="native", size=demo.SIZE, **SAMPLING
     )
@@ -106,7 +114,7 @@ def main(
     facts: dict[str, Any] = {
         "kid": demo.measure_kid({"native 256 px model": made}, real, 0),
         "seconds_per_picture": {str(batch): times(pipelines, batch, repeats) for batch in BATCHES},
-        "training_flops": training_flops(*pipelines.values()),
+        "training_flops": flops,
         "upgrade_steps": UPGRADE_STEPS,
         "native_steps": trained[-1]["step"] + 1 if trained else None,
         "upscaler": json.loads(upscaler.read_bytes()),

@@ -4,7 +4,8 @@
     python recipes/small_pair/measure_slim.py runs/slim_decoder runs/slim_measure
 
 writes the second folder's result.json (copied into experiments/results/slim_decoder.json). Reconstruction is of all
-held-out pictures; of prompts, both decoders get the same latents, and the full one's pictures are the target.
+held-out pictures; of prompts, both decoders get the same latents, and the full one's pictures are the target. KID is of
+measure.py's prompts, seeds and settings.
 """
 
 import dataclasses
@@ -13,12 +14,13 @@ from typing import Annotated
 
 import torch
 import typer
+from diffusers import DiffusionPipeline
 
 from davae import assets, demo
 from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
 from davae.data.sources import open_pictures
 from davae.evaluation import reconstruction
-from davae.evaluation.generation import evaluation_prompts
+from davae.evaluation.generation import evaluation_prompts, sample_many
 from davae.loading import load_autoencoder
 from davae.metrics import psnr
 from davae.perceptual import LPIPS
@@ -32,19 +34,29 @@ BATCH = 8
 FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, trained"
 
 
+def kid_of(pipeline: DiffusionPipeline, folder: Path, count: int) -> dict[str, list[float]]:
+    """Of measure.py's prompts, seeds and settings; the pictures go to `folder`."""
+    real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
+    told = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+    made = sample_many(pipeline, evaluation_prompts(real, count), folder, label=TRAINED, **told)
+    return demo.measure_kid({TRAINED: made}, real, 0)
+
+
 @torch.no_grad()
 def main(
     run: Path,
     out: Path,
-    count: Annotated[int, typer.Option(help="Prompts, evenly spread over all captions.")] = 32,
+    count: Annotated[int, typer.Option(help="Prompts of both decoders, evenly spread over all captions.")] = 32,
+    kid_count: Annotated[int, typer.Option(help="Prompts for KID.")] = 1000,
     repeats: Annotated[int, typer.Option(help="Of each timing.")] = 15,
 ) -> None:
     """Measure, and write the numbers."""
     pipeline = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade())
     pipeline.set_progress_bar_config(disable=True)
-    decoders = {FULL: pipeline.vae}
+    pipelines = {FULL: pipeline}
     for name, folder in ((START, "start"), (TRAINED, "autoencoder")):
-        decoders[name] = with_autoencoder(pipeline, load_autoencoder(run / folder)).vae
+        pipelines[name] = with_autoencoder(pipeline, load_autoencoder(run / folder))
+    decoders = {name: each.vae for name, each in pipelines.items()}
     lpips = LPIPS.alex()
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
     ways = {name: reconstruction.upgraded(vae) for name, vae in decoders.items()}
@@ -71,8 +83,11 @@ def main(
         "ratio": dataclasses.asdict(paired_ratios(*seconds)),
     }
     typer.echo(speed)
-    found = {"reconstruction_256": quality, "prompts_against_full": to_full, "decode_float32": speed}
-    counts = {"heldout": len(heldout), "prompts": count}
+    kid = kid_of(pipelines[TRAINED], out / "pictures", kid_count)
+    typer.echo(kid)
+
+    found = {"kid": kid, "reconstruction_256": quality, "prompts_against_full": to_full, "decode_float32": speed}
+    counts = {"heldout": len(heldout), "prompts": count, "prompts for KID": kid_count}
     write_json(out / "result.json", {**found, "counts": counts, "environment": environment()})
 
 
