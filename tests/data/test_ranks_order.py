@@ -25,6 +25,7 @@ def seen(batch_size: int, ranks: int, steps: range) -> list[int]:
     ]
 
 
+@pytest.mark.soak("R6")
 @pytest.mark.parametrize("batch_size", [4, 8])
 def test_interrupted_anywhere_and_gone_on_with_other_ranks_none_is_lost_or_seen_twice(batch_size: int) -> None:
     steps = -(-EPOCHS * PICTURES // batch_size)
@@ -49,6 +50,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
         return open_pictures(folder, size=16, captions=False)
 
 
+@pytest.mark.soak("R6")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("workers", range(5))
 def test_interrupted_anywhere_any_number_of_decoding_threads_gives_the_same_pictures(
@@ -76,6 +78,7 @@ def test_interrupted_anywhere_any_number_of_decoding_threads_gives_the_same_pict
         assert [list(chain(*parts)) for parts in zip(*ran, strict=True)] == whole[first:last]
 
 
+@pytest.mark.soak("R6")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_crops_do_not_depend_on_the_number_of_ranks(ranks: int) -> None:
     images = torch.arange(8 * 3 * 9 * 9).reshape(8, 3, 9, 9)
