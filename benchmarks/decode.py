@@ -64,7 +64,7 @@ def main(
     if widths is None and depths is None:
         runs = {"float32": lambda: plain.decode(latents), "bfloat16, channels last": lambda: half.decode(last)}
     else:
-        stages = ([int(number) for number in each.split(",")] if each else None for each in (widths, depths))
+        stages = ([int(number) for number in each.split(",")] if each else () for each in (widths, depths))
         slim = slimmed(plain, *stages)
         thin = halved(slim)
         runs = {"full decoder": lambda: half.decode(last), "slim decoder": lambda: thin.decode(last)}

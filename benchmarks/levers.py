@@ -37,15 +37,17 @@ def with_part(case: Case, **parts: nn.Module) -> Case:
     return dataclasses.replace(case, pipeline=pipeline)
 
 
+def against(case: Case, part: str, **parts: nn.Module) -> dict[str, Run]:
+    """A part of the case, and that of the same pipeline with other parts."""
+    return {"plain": runs_of(case, [part])[part], "lever": runs_of(with_part(case, **parts), [part])[part]}
+
+
 def compiled(case: Case) -> dict[str, Run]:
     """A guided step, every block compiled."""
     transformer = copy.deepcopy(case.pipeline.transformer)
     for block in transformer.transformer_blocks:
         block.compile(fullgraph=True, dynamic=True)
-    return {
-        "plain": runs_of(case, ["step"])["step"],
-        "lever": runs_of(with_part(case, transformer=transformer), ["step"])["step"],
-    }
+    return against(case, "step", transformer=transformer)
 
 
 def embeddings(case: Case) -> dict[str, Run]:
@@ -78,30 +80,21 @@ def one_batch(case: Case) -> dict[str, Run]:
 def channels_last(case: Case) -> dict[str, Run]:
     """Decoding, the autoencoder's weights in channels last."""
     vae = copy.deepcopy(case.pipeline.vae).to(memory_format=torch.channels_last)
-    return {
-        "plain": runs_of(case, ["decode"])["decode"],
-        "lever": runs_of(with_part(case, vae=vae), ["decode"])["decode"],
-    }
+    return against(case, "decode", vae=vae)
 
 
 def compiled_decode(case: Case) -> dict[str, Run]:
     """Decoding, the decoder's outermost stage compiled."""
     vae = copy.deepcopy(case.pipeline.vae)
     vae.joint_decoder.up_blocks[-1].compile(fullgraph=True)
-    return {
-        "plain": runs_of(case, ["decode"])["decode"],
-        "lever": runs_of(with_part(case, vae=vae), ["decode"])["decode"],
-    }
+    return against(case, "decode", vae=vae)
 
 
 def slim_decoder(case: Case) -> dict[str, Run]:
     """Decoding, by half the widths and one residual block to a stage; its weights are those of no training."""
     widths = case.pipeline.vae.config.base_config["block_out_channels"]
     vae = slimmed(case.pipeline.vae, [width // 2 for width in widths], [0] * len(widths))
-    return {
-        "plain": runs_of(case, ["decode"])["decode"],
-        "lever": runs_of(with_part(case, vae=vae), ["decode"])["decode"],
-    }
+    return against(case, "decode", vae=vae)
 
 
 LEVERS: dict[str, Callable[[Case], dict[str, Run]]] = {

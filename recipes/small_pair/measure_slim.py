@@ -10,7 +10,7 @@ measure.py's prompts, seeds and settings.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,14 +22,14 @@ from davae.data.sources import open_pictures
 from davae.evaluation import reconstruction
 from davae.evaluation.generation import evaluation_prompts, sample_many
 from davae.loading import load_autoencoder
-from davae.metrics import psnr
+from davae.metrics import EfficientNetLite0Features, psnr
 from davae.perceptual import LPIPS
 from davae.record import environment
 from davae.seeds import generator
 from davae.storage import write_json
 from davae.upgrade import load_pipeline, with_autoencoder
 
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.5, "max_sequence_length": demo.PROMPT_TOKENS}
+SAMPLING: dict[str, Any] = {"steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCH = 8
 FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, trained"
 
@@ -37,8 +37,7 @@ FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, tra
 def kid_of(pipeline: DiffusionPipeline, folder: Path, count: int) -> dict[str, list[float]]:
     """Of measure.py's prompts, seeds and settings; the pictures go to `folder`."""
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
-    told = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
-    made = sample_many(pipeline, evaluation_prompts(real, count), folder, label=TRAINED, **told)
+    made = sample_many(pipeline, evaluation_prompts(real, count), folder, label=TRAINED, seed=0, **SAMPLING)
     return demo.measure_kid({TRAINED: made}, real, 0)
 
 
@@ -61,12 +60,16 @@ def main(
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
     ways = {name: reconstruction.upgraded(vae) for name, vae in decoders.items()}
     quality = reconstruction.measure(heldout, ways, lpips=lpips)
+    features = EfficientNetLite0Features()
+    for name, value in reconstruction.reconstruction_kid(heldout, ways, features, device=torch.device("cpu")).items():
+        quality[name]["kid"] = value
     typer.echo(quality)
 
     prompts = evaluation_prompts(open_pictures(assets.pictures(), size=demo.SIZE, limit=count), count)
+    stock = dict(zip(("num_inference_steps", "guidance_scale", "max_sequence_length"), SAMPLING.values(), strict=True))
     distances = []
     for start in range(0, count, BATCH):
-        told = {**SAMPLING, "generator": generator(0, "slim", start), "output_type": "latent"}
+        told = {**stock, "generator": generator(0, "slim", start), "output_type": "latent"}
         latents = pipeline(prompts[start : start + BATCH], **told).images
         pictures = {name: vae.decode(vae.from_units(latents)).sample.clamp(-1, 1) for name, vae in decoders.items()}
         pair = pictures[TRAINED], pictures[FULL]
