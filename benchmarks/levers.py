@@ -3,6 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/levers.py                            # the shipped upgrade
     OMP_NUM_THREADS=1 python benchmarks/levers.py --lever embeddings --lever channels-last
     python benchmarks/levers.py --pipeline runs/finetune/pipeline --device cuda --out levers.json
+    python benchmarks/levers.py --geometry sd35m --device cuda --dtype bfloat16 --batch 4      # random weights
+
+"int8" and "fp8" (the `quant` extra, a GPU) have weights and activations of eight bits in all blocks, compiled, against
+compiled bfloat16; on random weights their error says nothing of pictures.
 
 prints for each the ratio of times, plain over lever: median of pairs, least and most.
 """
@@ -11,7 +15,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,12 +23,14 @@ from torch import nn
 
 from davae import assets
 from davae.backbones import backbone_of
+from davae.benchmark.bench import load_pair
 from davae.benchmark.cases import Case, runs_of
-from davae.benchmark.timing import Run, measure_interleaved, paired_ratios
+from davae.benchmark.timing import Run, measure_interleaved, paired_ratios, spread
 from davae.errors import SettingsError
 from davae.record import environment
 from davae.slim_decoder import slimmed
 from davae.storage import write_json
+from davae.training.sharding import blocks_of
 from davae.upgrade import load_pipeline
 
 PROMPT = "red apple"
@@ -50,6 +56,33 @@ def compiled(case: Case) -> dict[str, Run]:
     return against(case, "step", transformer=transformer)
 
 
+def eight_bits(case: Case, config: object) -> dict[str, Run]:
+    """A guided step, every block compiled; the lever's linear layers are quantised by one of torchao's configs."""
+    from torchao.quantization import quantize_  # an extra
+
+    plain, quantised = (copy.deepcopy(case.pipeline.transformer) for _ in range(2))
+    for transformer in (plain, quantised):
+        for block in blocks_of(transformer):
+            if transformer is quantised:
+                quantize_(block, config)
+            block.compile(fullgraph=True)
+    return against(with_part(case, transformer=plain), "step", transformer=quantised)
+
+
+def int8(case: Case) -> dict[str, Run]:
+    """See `eight_bits`."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return eight_bits(case, Int8DynamicActivationInt8WeightConfig())
+
+
+def fp8(case: Case) -> dict[str, Run]:
+    """See `eight_bits`; a scale for each row."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return eight_bits(case, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
 def embeddings(case: Case) -> dict[str, Run]:
     """A whole picture, the embeddings of both prompts kept."""
     pipeline = case.pipeline
@@ -57,6 +90,7 @@ def embeddings(case: Case) -> dict[str, Run]:
         kept = pipeline.encode_prompt(PROMPT, None, None, negative_prompt="", max_sequence_length=case.prompt_tokens)
     named = dict(zip(EMBEDDINGS, kept, strict=True))
     told = {"num_inference_steps": case.steps, "max_sequence_length": case.prompt_tokens}
+    told |= {"height": case.size, "width": case.size}
     return {"plain": lambda: pipeline(PROMPT, **told), "lever": lambda: pipeline(**named, **told)}
 
 
@@ -105,13 +139,22 @@ LEVERS: dict[str, Callable[[Case], dict[str, Run]]] = {
     "compile-decode": compiled_decode,
     "slim-decoder": slim_decoder,
 }
+QUANTISED: dict[str, Callable[[Case], dict[str, Run]]] = {"int8": int8, "fp8": fp8}
+"""These only if they are named."""
 
 
 def main(
     pipeline: Annotated[
         str | None, typer.Option(help="A Stable Diffusion 3, upgraded or not; else the shipped one.")
     ] = None,
-    lever: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(LEVERS)}; all if none.")] = None,
+    geometry: Annotated[str | None, typer.Option(help="Instead: random weights of this size, upgraded.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks that a --geometry keeps.")] = None,
+    size: Annotated[int | None, typer.Option(help="Of the pictures; the pipeline's default.")] = None,
+    batch: Annotated[int, typer.Option()] = 1,
+    lever: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Some of {', '.join(LEVERS)}; these if none. Also {', '.join(QUANTISED)}."),
+    ] = None,
     device: Annotated[str, typer.Option()] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     steps: Annotated[int, typer.Option()] = 16,
@@ -120,24 +163,29 @@ def main(
 ) -> None:
     """Measure each, print and, if asked, write."""
     settings = {"dtype": getattr(torch, dtype), "device": device}
-    if pipeline is None:
+    if geometry is not None:
+        source: dict[str, Any] = {"adapter": (), "layers": layers, "parts": (), "dtype": dtype, "device": device}
+        loaded = next(iter(load_pair(None, None, geometry=geometry, **source).values()))
+    elif pipeline is None:
         loaded = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade(), **settings)
     else:
         loaded = load_pipeline(pipeline, **settings)
     loaded.set_progress_bar_config(disable=True)
-    side = backbone_of(loaded.transformer).picture_side(loaded, None)
-    case = Case("levers", loaded, side, steps=steps, prompt_tokens=12 if pipeline is None else 256)
+    side = backbone_of(loaded.transformer).picture_side(loaded, size)
+    shipped = pipeline is None and geometry is None
+    case = Case("levers", loaded, side, batch=batch, steps=steps, prompt_tokens=12 if shipped else 256)
     values = {}
     for name in lever or LEVERS:
-        if name not in LEVERS:
-            raise SettingsError(f"lever {name!r}: allowed are {', '.join(LEVERS)}")
-        found = measure_interleaved(LEVERS[name](case), torch.device(device), repeats=repeats, warm_up=2)
+        if name not in LEVERS | QUANTISED:
+            raise SettingsError(f"lever {name!r}: allowed are {', '.join(LEVERS | QUANTISED)}")
+        found = measure_interleaved((LEVERS | QUANTISED)[name](case), torch.device(device), repeats=repeats, warm_up=2)
         ratio = paired_ratios(found["plain"].seconds, found["lever"].seconds)
         typer.echo(f"{name}: {ratio.median:.3f}x [{ratio.least:.3f}, {ratio.most:.3f}]")
         cold = found["lever"].cold
-        values[name] = {**dataclasses.asdict(ratio), "cold_seconds": cold}
+        milliseconds = {kind: 1000 * spread(measured.seconds).median for kind, measured in found.items()}
+        values[name] = {**dataclasses.asdict(ratio), "cold_seconds": cold, "milliseconds": milliseconds}
     if out is not None:
-        counts = {"repeats": repeats, "steps": steps, "size": side}
+        counts = {"repeats": repeats, "steps": steps, "size": side, "batch": batch}
         write_json(out, {"values": values, "counts": counts, "device": device, "environment": environment()})
 
 

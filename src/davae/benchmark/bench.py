@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from davae.benchmark.timing import (
 from davae.errors import SettingsError
 from davae.record import environment
 from davae.storage import finite, write_atomically
+from davae.training.finetune import compile_blocks
 from davae.upgrade import load_pipeline, upgrade
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,6 +118,21 @@ def cases_of(
     ]
 
 
+def quicken(pipelines: Iterable[DiffusionPipeline], *, compiled: bool, channels_last: bool) -> None:
+    """Apply the levers that change a picture by rounding alone, in place: docs/speed.md.
+
+    Args:
+        pipelines: all cases'.
+        compiled: compile the transformers' blocks, one graph for all sizes.
+        channels_last: lay the autoencoders' weights out so.
+    """
+    for pipeline in pipelines:
+        if compiled:
+            compile_blocks(pipeline.transformer, sizes=2)
+        if channels_last:
+            pipeline.vae.to(memory_format=torch.channels_last)
+
+
 def bench(
     cases: Sequence[Case],
     out: Path,
@@ -124,6 +140,7 @@ def bench(
     parts: Sequence[str] = (),
     repeats: int = 7,
     warm_up: int = 3,
+    whole_repeats: int | None = None,
     shortest: float = SHORTEST,
     ceilings: Ceilings | None = None,
 ) -> str:
@@ -135,6 +152,7 @@ def bench(
         parts: some of `cases.PARTS`; all that the cases have if none.
         repeats: measurements of each part of each case, interleaved.
         warm_up: calls of each before that.
+        whole_repeats: measurements of "whole" after a single call, for pictures that take long; as the others if None.
         shortest: see `measure_interleaved`.
         ceilings: of this machine; measured if None.
 
@@ -148,15 +166,18 @@ def bench(
     where, dtype = cases[0].pipeline.device, cases[0].pipeline.transformer.dtype
     ceilings = ceilings or measure_ceilings(where, dtype, **CEILINGS[where.type])
     runs = {case.name: runs_of(case, parts) for case in cases}
+    counts = dict.fromkeys(parts, (repeats, warm_up))
+    if whole_repeats is not None and "whole" in counts:
+        counts["whole"] = (whole_repeats, 1)
     found = {
         part: measure_interleaved(
             {name: made[part] for name, made in runs.items()},
             where,
-            repeats=repeats,
-            warm_up=warm_up,
+            repeats=times,
+            warm_up=first,
             shortest=shortest,
         )
-        for part in parts
+        for part, (times, first) in counts.items()
     }
     lines = [line_of(case, {part: found[part][case.name] for part in parts}, ceilings) for case in cases]
     for line, case in zip(lines[1:], cases[1:], strict=True):

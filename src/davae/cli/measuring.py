@@ -133,6 +133,11 @@ def bench(
     prompt_tokens: PromptTokens = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements, interleaved.")] = 7,
     warm_up: Annotated[int, typer.Option(min=1, help="Calls before them.")] = 3,
+    whole_repeats: Annotated[
+        int | None, typer.Option(min=1, help="Measurements of the whole, after one call; as --repeats.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,  # noqa: A002
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Of the autoencoders' weights.")] = False,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on a CPU.")] = None,
     seed: Seed = 0,
     adapter: Adapter = [],  # noqa: B006 - typer reads the default and never changes it
@@ -144,10 +149,14 @@ def bench(
     source |= {"parts": part, "dtype": dtype}
     case: dict[str, Any] = {"size": size, "against_sizes": against_size, "batch": batch, "steps": steps}
     case |= {"prompt_tokens": prompt_tokens, "seed": seed}
+    levers = {"compiled": compile, "channels_last": channels_last}
+    counts: dict[str, Any] = {"repeats": repeats, "warm_up": warm_up, "whole_repeats": whole_repeats}
     if dry_run:
-        return show({"pipeline": pipeline, **source, **case, "repeats": repeats, "warm_up": warm_up, "out": out})
+        return show({"pipeline": pipeline, **source, **case, **levers, **counts, "out": out})
     quiet()
-    from davae.benchmark.bench import bench, cases_of, load_pair
+    from davae.benchmark.bench import bench, cases_of, load_pair, quicken
 
     pair = load_pair(pipeline, device=device_of(device), **source)
-    say(bench(cases_of(pair, **case), out, parts=part, repeats=repeats, warm_up=warm_up))
+    cases = cases_of(pair, **case)
+    quicken(pair.values(), **levers)
+    say(bench(cases, out, parts=part, **counts))

@@ -1,0 +1,168 @@
+"""Decoding at Stable Diffusion 3.5 Medium's true size, random weights, in bfloat16: times, memory, tiles, kernels.
+
+    python benchmarks/true_size_decode.py runs/decode.json                          # a GPU; about a minute
+    python benchmarks/true_size_decode.py runs/try.json --device cpu --size 64      # tries the script
+
+At each size interleaved: the upgrade's decoder as it is and with channels last; the base's, at as many pixels; a slim
+decoder; at the first size also the upgrade's compiled; at sizes above `--tile` also its tiles. Memory is what a decode
+adds to what was there. Tiles and the whole are compared in the pictures' 255 steps, beside the whole in float32.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from davae import AutoencoderDA, assets
+from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.geometry import META
+from davae.record import environment
+from davae.slim_decoder import slimmed
+from davae.storage import write_json
+from davae.workload import counting, in_half, meta
+
+SLIM_WIDTHS, SLIM_DEPTHS = (64, 128, 256, 256), (0, 0, 0, 0)
+Vae = AutoencoderDA | AutoencoderKL
+
+
+def decode_flops(vae: Vae, size: int) -> int:
+    """Of one picture, counted on the meta device."""
+    with META:
+        counted = in_half(type(vae).from_config(vae.config))
+    side = size // (2 ** (len(vae.config.block_out_channels) - 1))
+    with torch.no_grad(), counting() as work:
+        counted.decode(meta(1, vae.config.latent_channels, side, side))
+    return work.flops
+
+
+def last(vae: Vae) -> Vae:
+    """A copy with channels last."""
+    return nn.Module.to(copy.deepcopy(vae), memory_format=torch.channels_last)
+
+
+def compiled(vae: AutoencoderDA) -> AutoencoderDA:
+    """A copy with channels last whose decoder's stages are compiled, each by itself."""
+    made = last(vae)
+    for stage in made.joint_decoder.up_blocks:
+        stage.compile(fullgraph=True)
+    return made
+
+
+def tiled(vae: AutoencoderDA, storage: str, tile: int) -> AutoencoderDA:
+    """A copy with channels last that decodes over tiles."""
+    made = last(vae)
+    made.enable_tiling()
+    made.tile_sample_size, made.tile_storage = tile, storage
+    return made
+
+
+def attention_kernels(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Milliseconds of every kernel of a run in whose name is attention or a softmax."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.no_grad(), profile(activities=kinds) as profiled:
+        run()
+    words = ("attention", "attn", "softmax", "fmha")
+    events = [e for e in profiled.key_averages() if any(word in e.key.lower() for word in words)]
+    on_gpu = device.type == "cuda"
+    return {e.key[:120]: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1000 for e in events}
+
+
+def off(picture: Tensor, other: Tensor) -> dict[str, float]:
+    """Largest and mean difference of two pictures in [-1, 1], in their 255 steps."""
+    apart = 127.5 * (picture.float() - other.float()).abs()
+    return {"most": apart.max().item(), "mean": apart.mean().item()}
+
+
+def measure_size(
+    upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile: int, compile_it: bool
+) -> dict[str, Any]:
+    """All numbers at one size."""
+    device, dtype = upgrade.device, upgrade.dtype
+    slim = nn.Module.to(slimmed(upgrade, SLIM_WIDTHS, SLIM_DEPTHS), device=device, dtype=dtype)
+    ways: dict[str, Vae] = {
+        "upgrade": upgrade,
+        "upgrade, channels last": last(upgrade),
+        "base, channels last": last(base),
+        "slim, channels last": last(slim),
+    }
+    if compile_it:
+        ways["upgrade, channels last, compiled"] = compiled(upgrade)
+    if size > tile:
+        ways["tiles, kept in main memory"] = tiled(upgrade, "cpu", tile)
+        ways["tiles, kept on the device"] = tiled(upgrade, str(device), tile)
+    inputs = {}
+    for name, vae in ways.items():
+        side = size // (16 if isinstance(vae, AutoencoderDA) else 8)
+        random = torch.Generator().manual_seed(0)
+        inputs[name] = torch.randn(1, vae.config.latent_channels, side, side, generator=random).to(device, dtype)
+    runs = {name: lambda name=name, vae=vae: vae.decode(inputs[name]).sample for name, vae in ways.items()}
+    found = measure_interleaved(runs, device, repeats=7, warm_up=2)
+    plain, counted = (
+        found["upgrade, channels last"].seconds,
+        {id(vae): decode_flops(vae, size) for vae in ways.values()},
+    )
+    values: dict[str, Any] = {
+        name: {
+            "seconds": asdict(spread(measured.seconds)),
+            "against channels last": asdict(paired_ratios(measured.seconds, plain)),
+            "added_bytes": measured.added_bytes,
+            "cold_seconds": measured.cold,
+            "flops": counted[id(ways[name])],
+        }
+        for name, measured in found.items()
+    }
+    values["kernels"] = attention_kernels(runs["upgrade, channels last"], device)
+    if size > tile:
+        with torch.no_grad():
+            whole, pieces = (runs[name]() for name in ("upgrade, channels last", "tiles, kept on the device"))
+            exact = nn.Module.to(copy.deepcopy(upgrade), dtype=torch.float32)
+            precise = exact.decode(inputs["upgrade"].float()).sample
+            exact.enable_tiling()
+            exact.tile_sample_size, exact.tile_storage = tile, str(device)
+            precise_pieces = exact.decode(inputs["upgrade"].float()).sample
+        values["tiles and whole, 255ths"] = off(pieces, whole)
+        values["tiles and whole in float32, 255ths"] = off(precise_pieces, precise)
+        values["whole and float32, 255ths"] = off(whole, precise)
+    return values
+
+
+def main(
+    out: Path,
+    device: Annotated[str, typer.Option()] = "cuda",
+    size: Annotated[list[int] | None, typer.Option(help="1024 and 2048 if none is given. Repeatable.")] = None,
+    tile: Annotated[int, typer.Option(help="Side of the tiles in pixels.")] = 512,
+) -> None:
+    """Measure, print and write."""
+    folder, where = assets.geometry() / "stable-diffusion-3.5-medium", torch.device(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae")).eval()
+        upgrade = AutoencoderDA.from_base(base, detail_channels=base.config.latent_channels).eval()
+    for vae in (base, upgrade):
+        nn.Module.to(vae, device=where, dtype=torch.bfloat16)
+    values = {}
+    for number, each in enumerate(size or [1024, 2048]):
+        values[f"{each} px"] = found = measure_size(upgrade, base, each, tile=tile, compile_it=number == 0)
+        for name, value in found.items():
+            if "seconds" not in value:
+                typer.echo(f"{each} px, {name}: {value}")
+                continue
+            seconds, ratio = value["seconds"], value["against channels last"]
+            typer.echo(
+                f"{each} px, {name}: {1000 * seconds['median']:.1f} ms, {ratio['median']:.3f}x "
+                f"[{ratio['least']:.3f}, {ratio['most']:.3f}] of channels last, adds "
+                f"{(value['added_bytes'] or 0) / 2**30:.2f} GiB, {value['flops'] / seconds['median'] / 1e12:.0f} TFLOP/s, "
+                f"first call {value['cold_seconds']:.1f} s"
+            )
+        write_json(out, {"values": values, "tile": tile, "device": device, "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)

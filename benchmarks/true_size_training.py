@@ -1,0 +1,222 @@
+"""A training step at Stable Diffusion 3.5 Medium's true size, random weights and inputs, interleaved.
+
+    python benchmarks/true_size_training.py runs/training.json                                   # a GPU; about 3 minutes
+    python benchmarks/true_size_training.py runs/try.json --layers 1 --size 128 --batch 1        # tries the script
+
+"lora": stage 2 for 1024 px (32 x 32 tokens) from kept latents and embeddings, eager and compiled, against the
+reference's kind of step, which encodes pictures and captions anew and checkpoints gradients. "full": all weights, half
+the batch. "stage-1": crops of half the size with LPIPS and a discriminator, channels last against contiguous. A step is
+a whole one of davae's: autocast, clipping, optimiser, EMA. Operations are counted, forward and backward of a picture;
+what the second kind computes anew is not among them.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+
+from davae import AutoencoderDA, assets
+from davae.backbones import backbone_of
+from davae.benchmark.random_weights import build
+from davae.benchmark.timing import Run, dense_peak, measure_interleaved, paired_ratios, spread
+from davae.discriminator import PatchDiscriminator
+from davae.geometry import META, Geometry
+from davae.perceptual import LPIPS
+from davae.ranks import Ranks
+from davae.record import environment
+from davae.seeds import generator
+from davae.storage import write_json
+from davae.training.autoencoder import discriminator_of
+from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
+from davae.training.finetune import FinetuneRecipe, compile_blocks, trained_parameters
+from davae.training.objectives import objective_of
+from davae.training.stage_one_loss import compared_at, stage_one_loss
+from davae.training.state import TrainingState
+from davae.training.tensors import channels_last
+from davae.upgrade import upgrade
+from davae.workload import stage_one_work, transformer_work
+
+Step = Callable[[], None]
+ENDLESS: dict[str, Any] = {"steps": 10**6, "checkpoint_every": 10**6, "log_every": 10**6, "warmup_steps": 0}
+SOURCE = assets.geometry() / "stable-diffusion-3.5-medium"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
+"""Of LoRA in the paper's set-up: 196 layers (recipes/sd35m_1024.toml)."""
+TOKENS = 333
+"""Of a caption: 77 of the CLIPs, 256 of T5."""
+CACHED, COMPILED, ONLINE = "cached", "cached, compiled", "online, checkpointing"
+
+
+def steps_of(state: TrainingState, kinds: Mapping[str, Step]) -> dict[str, Run]:
+    """The steps of one run, each of the kind that is asked for: a kind makes the loss and updates the state."""
+    steps = state.steps()
+
+    def run_of(step: Step) -> Run:
+        def run() -> None:
+            with torch.enable_grad():
+                next(steps)
+                step()
+
+        return run
+
+    return {name: run_of(step) for name, step in kinds.items()}
+
+
+def upgraded(device: torch.device, layers: int | None, *, text: bool) -> DiffusionPipeline:
+    """The upgrade in float32, as in training; the text encoders, which only infer, in bfloat16."""
+    base = build("sd35m", layers=layers, text=text, dtype=torch.float32, device=device)
+    for name, part in base.components.items():
+        if name.startswith("text_encoder") and part is not None:
+            nn.Module.to(part, dtype=torch.bfloat16)
+    return upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels).eval())
+
+
+def stage_two_flops(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> int:
+    """Forward and backward of one picture through the transformer, counted on the meta device."""
+    with META:
+        transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
+        autoencoder = AutoencoderDA.from_config(pipeline.vae.config)
+    backbone = backbone_of(transformer)
+    trained_parameters(transformer, recipe, TARGETS, "")
+    return transformer_work(transformer, autoencoder, recipe, backbone, trained=True).flops
+
+
+def stage_two(
+    trained: str, folder: Path, device: torch.device, *, size: int, batch: int, layers: int | None
+) -> tuple[dict[str, Run], int]:
+    """Kinds of steps of stage 2, and what a picture costs in them."""
+    lora = trained == "lora"
+    settings = {"trained": trained, "lora_rank": 256, "lora_alpha": 256.0, "size": size, "batch_size": batch}
+    recipe = FinetuneRecipe(**settings, **ENDLESS)
+    pipeline = upgraded(device, layers, text=lora)
+    transformer, vae, backbone = pipeline.transformer, pipeline.vae, backbone_of(pipeline.transformer)
+    flops = stage_two_flops(pipeline, recipe)
+    side = size // vae.downsample_factor
+    objective = objective_of(pipeline, recipe, base_channels=vae.config.base_channels, positions=side * side)
+    parameters = trained_parameters(transformer, recipe, TARGETS, "")
+    transformer.train()
+    compile_blocks(transformer, sizes=1)
+    state = recipe.training_state(folder, {"transformer": transformer}, parameters, label="stage 2", ranks=Ranks())
+    config = transformer.config
+    images = 2 * torch.rand(batch, 3, size, size, device=device) - 1
+    latents = torch.randn(batch, vae.config.latent_channels, side, side, device=device)
+    condition = {
+        "encoder_hidden_states": torch.randn(batch, TOKENS, config.joint_attention_dim, device=device),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, device=device),
+    }
+    random = [generator(0, "benchmark", number) for number in range(batch)]
+
+    def update(latents: Tensor, condition: dict[str, Tensor]) -> None:
+        noise, time = torch.randn_like(latents), objective.draw_times(random).to(device)
+        with state.autocast():
+            prediction = objective.predict(transformer, latents, noise, time, condition)
+        state.update(*objective.loss(prediction, latents, noise, time, weight=1.0))
+
+    def cached() -> None:
+        with torch.compiler.set_stance("force_eager"):
+            update(latents, condition)
+
+    def online() -> None:
+        with torch.no_grad(), state.autocast():
+            encoded = vae.standardise(vae.encode(images).latent_dist.mode()).float()
+            told = backbone.condition(pipeline, ["a red apple"] * batch, max_sequence_length=256)
+        transformer.enable_gradient_checkpointing()
+        with torch.compiler.set_stance("force_eager"):
+            update(encoded, told)
+        transformer.disable_gradient_checkpointing()
+
+    kinds: dict[str, Step] = {CACHED: cached, COMPILED: lambda: update(latents, condition)}
+    return steps_of(state, {**kinds, ONLINE: online} if lora else {CACHED: cached}), flops
+
+
+def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> tuple[dict[str, Run], int]:
+    """Kinds of steps of stage 1, and what a crop costs in them."""
+    losses = LossWeights(l1=2.0, kl=1e-7, kl_reduction="sum", alignment=1.0, adversarial=0.1)
+    recipe = AutoencoderRecipe(detail_channels=16, size=size, crop=size, batch_size=batch, loss=losses, **ENDLESS)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = AutoencoderKL.from_config(AutoencoderKL.load_config(SOURCE, subfolder="vae"))
+    with META:
+        vae = AutoencoderKL.from_config(base.config)
+        counted = AutoencoderDA.from_base(vae, detail_channels=16)
+    discriminator = PatchDiscriminator(torch.Generator()).to(META)
+    flops = stage_one_work(counted, discriminator, Geometry(str(SOURCE), vae, counted), recipe).flops
+    image = 2 * torch.rand(batch, 3, size, size, device=device) - 1
+    lpips = LPIPS.alex().to(device)
+
+    def kind(name: str, autoencoder: AutoencoderDA) -> Run:
+        opponent = discriminator_of(recipe)
+        assert opponent is not None
+        models, parameters = {"autoencoder": autoencoder.train()}, autoencoder.detail_parameters()
+        whole = compared_at(autoencoder).values()
+        names = {"label": "stage 1", "ranks": Ranks(), "companion": opponent, "whole": whole}
+        state = recipe.training_state(folder / name, models, parameters, **names)
+
+        def step() -> None:
+            loss = stage_one_loss(autoencoder, image, lpips, recipe, state, opponent=opponent)
+            state.update(loss.total, loss.logs)
+            opponent.update(loss.discriminator)
+
+        return steps_of(state, {name: step})[name]
+
+    made = AutoencoderDA.from_base(base, detail_channels=16)
+    return {
+        "channels last": kind("channels last", channels_last(copy.deepcopy(made))),
+        "contiguous": kind("contiguous", made),
+    }, flops
+
+
+def main(
+    out: Path,
+    part: Annotated[list[str] | None, typer.Option(help="Some of lora, full, stage-1; all. Repeatable.")] = None,
+    size: Annotated[int, typer.Option(help="Of stage 2's pictures; stage 1's crops are half as large.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Pictures in a batch.")] = 8,
+    layers: Annotated[int | None, typer.Option(help="Blocks that are kept.")] = None,
+    repeats: Annotated[int, typer.Option()] = 7,
+) -> None:
+    """Measure, print and write."""
+    device, values = Ranks().device, {}
+    peak = dense_peak(device, torch.bfloat16)
+    for name in part or ["lora", "full", "stage-1"]:
+        pictures = max(1, batch // 2) if name == "full" else batch
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
+            if name == "stage-1":
+                runs, flops = stage_one(Path(folder), device, size=size // 2, batch=pictures)
+            else:
+                runs, flops = stage_two(name, Path(folder), device, size=size, batch=pictures, layers=layers)
+            found = measure_interleaved(runs, device, repeats=repeats, warm_up=2, shortest=0.0)
+        first, values[name] = next(iter(found.values())), {}
+        for kind, measured in found.items():
+            seconds, ratio = spread(measured.seconds), paired_ratios(measured.seconds, first.seconds)
+            rate = flops * pictures / seconds.median
+            values[name][kind] = {
+                "seconds": dataclasses.asdict(seconds),
+                "against the first": dataclasses.asdict(ratio),
+                "samples_per_second": pictures / seconds.median,
+                "flops_per_second": rate,
+                "mfu": None if peak is None else rate / peak,
+                "peak_bytes": measured.peak_bytes,
+                "cold_seconds": measured.cold,
+                "batch": pictures,
+                "flops": flops,
+            }
+            typer.echo(
+                f"{name}, {kind}: {pictures / seconds.median:.3g} samples/s, {ratio.median:.3f}x "
+                f"[{ratio.least:.3f}, {ratio.most:.3f}] the time of the first, {rate / 1e12:.3g} TFLOP/s, "
+                f"peak {(measured.peak_bytes or 0) / 2**30:.1f} GiB, first step {measured.cold:.1f} s"
+            )
+        del runs, found, first
+        gc.collect()
+        write_json(out, {"values": values, "size": size, "device": str(device), "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)
