@@ -1,17 +1,18 @@
-"""Stable Diffusion 3.5 Medium at its true size, random weights: the base against its upgrade, eager, compiled, recorded.
+"""Stable Diffusion 3.5 Medium at its true size, random weights: the base against its upgrade, eager and compiled.
 
-    python benchmarks/true_size.py runs/true_size                     # a GPU; about five minutes
+    python benchmarks/true_size.py runs/true_size                     # a GPU; about six minutes
     python benchmarks/true_size.py runs/true_size --round graphs      # CUDA graphs, on their own
     python benchmarks/true_size.py runs/try --device cpu --layers 1 --small    # tries the script, measures nothing
 
 Each round is a folder of `davae bench` in RUN, and its table is printed. "eager" and "compiled" are of one picture of
-1024 px; "batch" of ten; "large" of one of 2048 px; compiled ones share one graph for all sizes. "graphs" compiles the
-upgrade's blocks for one size and records them as CUDA graphs. RUN/compiling.json says how often torch compiled.
+1024 px; "batch" of ten; "large" of one of 2048 px; compiled ones share one graph for all sizes. "graphs" captures a
+step of either model as one CUDA graph, uncompiled (RUN/captured.json); then it compiles all blocks and records each
+as a CUDA graph. RUN/compiling.json says how often torch compiled. `--compile-decoder` compiles the decoders' stages.
 """
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,15 @@ from diffusers import DiffusionPipeline
 from torch._dynamo.utils import counters
 
 from davae.benchmark.bench import CEILINGS, bench, cases_of, load_pair, quicken
-from davae.benchmark.timing import Ceilings, measure_ceilings
+from davae.benchmark.cases import runs_of
+from davae.benchmark.timing import Ceilings, Run, measure_ceilings, measure_interleaved, paired_ratios, spread
 from davae.errors import SettingsError
+from davae.record import environment
 from davae.storage import write_json
 from davae.training.sharding import blocks_of
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
+SOME = ("step", "decode", "whole")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Round:
 
 
 ROUNDS = {
-    "eager": Round(compiled=False, parts=("step", "decode", "whole"), whole_repeats=3),
+    "eager": Round(compiled=False, parts=SOME, whole_repeats=3),
     "compiled": Round(compiled=True),
     "batch": Round(compiled=True, batch=10, parts=("step", "decode", "whole"), whole_repeats=2, equal_pixels_only=True),
     "large": Round(
@@ -65,10 +69,38 @@ def measure_round(
     return bench(cases, out, parts=round_.parts, ceilings=ceilings, **repeats)
 
 
-def record_graphs(pipeline: DiffusionPipeline) -> None:
-    """Compile the transformer's blocks for one size, and record each as a CUDA graph."""
-    for block in blocks_of(pipeline.transformer):
-        block.compile(fullgraph=True, mode="reduce-overhead")
+@torch.no_grad()
+def captured(run: Run) -> Run:
+    """What a run launches, as one CUDA graph."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def measure_captured(pair: Mapping[str, DiffusionPipeline], size: int, out: Path) -> str:
+    """A guided step of one picture at equal pixels, each model's as one CUDA graph, against its own launches."""
+    cases, runs = cases_of(pair, size=size, against_sizes=[size]), {}
+    for case in cases:
+        runs[f"{case.name}, launched"] = run = runs_of(case, ["step"])["step"]
+        runs[f"{case.name}, one graph"] = captured(run)
+    found = measure_interleaved(runs, cases[0].pipeline.device, repeats=7, warm_up=2)
+    names = list(runs)
+    ratios = {
+        f"{above} over {below}": asdict(paired_ratios(found[above].seconds, found[below].seconds))
+        for above, below in ((names[3], names[1]), (names[2], names[0]), (names[0], names[1]))
+    }
+    seconds = {name: asdict(spread(measured.seconds)) for name, measured in found.items()}
+    write_json(out / "captured.json", {"seconds": seconds, "ratios": ratios, "environment": environment()})
+    lines = [f"{name}: {1000 * value['median']:.2f} ms" for name, value in seconds.items()]
+    lines += [f"{name}: {v['median']:.3f} [{v['least']:.3f}, {v['most']:.3f}]" for name, v in ratios.items()]
+    return "\n".join(lines)
 
 
 def main(
@@ -79,6 +111,7 @@ def main(
     device: Annotated[str, typer.Option()] = "cuda",
     layers: Annotated[int | None, typer.Option(help="Blocks that are kept.")] = None,
     steps: Annotated[int, typer.Option()] = 28,
+    compile_decoder: Annotated[bool, typer.Option("--compile-decoder", help="In all rounds.")] = False,
     small: Annotated[bool, typer.Option(help="Pictures of 128 px, two at most: to try the script.")] = False,
 ) -> None:
     """Build the pair once, measure all rounds, and print their tables."""
@@ -91,19 +124,21 @@ def main(
     pair = load_pair(None, None, geometry="sd35m", **settings)
     typer.echo(f"built in {time.monotonic() - began:.0f} s")
     ceilings = measure_ceilings(where, torch.bfloat16, **CEILINGS[where.type])
+    if compile_decoder:
+        decoders = [getattr(p.vae, "joint_decoder", None) or p.vae.decoder for p in pair.values()]
+        for stage in (stage for decoder in decoders for stage in decoder.up_blocks):
+            stage.compile(fullgraph=True, dynamic=True)
     compiling = {}
     for name in [*(each for each in ROUNDS if each in wanted), *([GRAPHS] if GRAPHS in wanted else [])]:
-        chosen = ROUNDS.get(name, Round(compiled=False))
+        chosen = ROUNDS.get(name, Round(compiled=False, parts=SOME, whole_repeats=3, equal_pixels_only=True))
         if small:
-            chosen = Round(
-                chosen.compiled, chosen.size // 8, min(2, chosen.batch), chosen.parts, 1, chosen.equal_pixels_only
-            )
-        measured = dict(pair)
+            chosen = replace(chosen, size=chosen.size // 8, batch=min(2, chosen.batch), whole_repeats=1)
         if name == GRAPHS:
-            measured = dict([next(iter(pair.items()))])
-            record_graphs(next(iter(measured.values())))
+            typer.echo(f"\n{measure_captured(pair, chosen.size, run)}")
+            for block in (block for pipeline in pair.values() for block in blocks_of(pipeline.transformer)):
+                block.compile(fullgraph=True, dynamic=True, mode="reduce-overhead")
         began = time.monotonic()
-        typer.echo(f"\n## {name}\n\n{measure_round(measured, chosen, run / name, ceilings, {'steps': steps})}")
+        typer.echo(f"\n## {name}\n\n{measure_round(pair, chosen, run / name, ceilings, {'steps': steps})}")
         compiling[name] = {"seconds": time.monotonic() - began, "graphs so far": counters["stats"]["unique_graphs"]}
         write_json(run / "compiling.json", compiling)
 

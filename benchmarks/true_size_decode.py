@@ -4,12 +4,11 @@
     python benchmarks/true_size_decode.py runs/try.json --device cpu --size 64      # tries the script
 
 At each size interleaved: the upgrade's decoder as it is and with channels last; the base's, at as many pixels; a slim
-decoder; at the first size also the upgrade's compiled; at sizes above `--tile` also its tiles. Memory is what a decode
+decoder; the upgrade's compiled; at sizes above `--tile` also its tiles. Memory is what a decode
 adds to what was there. Tiles and the whole are compared in the pictures' 255 steps, beside the whole in float32.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from davae import AutoencoderDA, assets
-from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.benchmark.timing import Run, measure_interleaved, paired_ratios, spread
 from davae.geometry import META
 from davae.record import environment
 from davae.slim_decoder import slimmed
@@ -51,7 +50,7 @@ def compiled(vae: AutoencoderDA) -> AutoencoderDA:
     """A copy with channels last whose decoder's stages are compiled, each by itself."""
     made = last(vae)
     for stage in made.joint_decoder.up_blocks:
-        stage.compile(fullgraph=True)
+        stage.compile(fullgraph=True, dynamic=True)
     return made
 
 
@@ -63,15 +62,29 @@ def tiled(vae: AutoencoderDA, storage: str, tile: int) -> AutoencoderDA:
     return made
 
 
-def attention_kernels(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of every kernel of a run in whose name is attention or a softmax."""
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+def longest_kernels(run: Run, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the twelve kernels, or operators on a CPU, that take the most of a run."""
+    on_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     with torch.no_grad(), profile(activities=kinds) as profiled:
         run()
-    words = ("attention", "attn", "softmax", "fmha")
-    events = [e for e in profiled.key_averages() if any(word in e.key.lower() for word in words)]
-    on_gpu = device.type == "cuda"
-    return {e.key[:120]: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1000 for e in events}
+        if on_gpu:
+            torch.cuda.synchronize()
+    took = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in profiled.key_averages()}
+    return {name[:150]: took[name] / 1000 for name in sorted(took, key=took.__getitem__, reverse=True)[:12]}
+
+
+def searching(run: Run) -> Run:
+    """The same with cuDNN's search for the fastest convolutions."""
+
+    def searched() -> object:
+        torch.backends.cudnn.benchmark = True
+        try:
+            return run()
+        finally:
+            torch.backends.cudnn.benchmark = False
+
+    return searched
 
 
 def off(picture: Tensor, other: Tensor) -> dict[str, float]:
@@ -80,9 +93,7 @@ def off(picture: Tensor, other: Tensor) -> dict[str, float]:
     return {"most": apart.max().item(), "mean": apart.mean().item()}
 
 
-def measure_size(
-    upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile: int, compile_it: bool
-) -> dict[str, Any]:
+def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile: int) -> dict[str, Any]:
     """All numbers at one size."""
     device, dtype = upgrade.device, upgrade.dtype
     slim = nn.Module.to(slimmed(upgrade, SLIM_WIDTHS, SLIM_DEPTHS), device=device, dtype=dtype)
@@ -92,8 +103,7 @@ def measure_size(
         "base, channels last": last(base),
         "slim, channels last": last(slim),
     }
-    if compile_it:
-        ways["upgrade, channels last, compiled"] = compiled(upgrade)
+    ways["upgrade, channels last, compiled"] = compiled(upgrade)
     if size > tile:
         ways["tiles, kept in main memory"] = tiled(upgrade, "cpu", tile)
         ways["tiles, kept on the device"] = tiled(upgrade, str(device), tile)
@@ -118,7 +128,9 @@ def measure_size(
         }
         for name, measured in found.items()
     }
-    values["kernels"] = attention_kernels(runs["upgrade, channels last"], device)
+    for name in ("upgrade", "upgrade, channels last", "upgrade, channels last, compiled"):
+        if name in runs:
+            values[f"kernels, {name}"] = longest_kernels(runs[name], device)
     if size > tile:
         with torch.no_grad():
             whole, pieces = (runs[name]() for name in ("upgrade, channels last", "tiles, kept on the device"))
@@ -148,18 +160,18 @@ def main(
     for vae in (base, upgrade):
         nn.Module.to(vae, device=where, dtype=torch.bfloat16)
     values = {}
-    for number, each in enumerate(size or [1024, 2048]):
-        values[f"{each} px"] = found = measure_size(upgrade, base, each, tile=tile, compile_it=number == 0)
+    for each in size or [1024, 2048]:
+        values[f"{each} px"] = found = measure_size(upgrade, base, each, tile=tile)
         for name, value in found.items():
             if "seconds" not in value:
                 typer.echo(f"{each} px, {name}: {value}")
                 continue
             seconds, ratio = value["seconds"], value["against channels last"]
+            rate, added = value["flops"] / seconds["median"] / 1e12, (value["added_bytes"] or 0) / 2**30
             typer.echo(
                 f"{each} px, {name}: {1000 * seconds['median']:.1f} ms, {ratio['median']:.3f}x "
-                f"[{ratio['least']:.3f}, {ratio['most']:.3f}] of channels last, adds "
-                f"{(value['added_bytes'] or 0) / 2**30:.2f} GiB, {value['flops'] / seconds['median'] / 1e12:.0f} TFLOP/s, "
-                f"first call {value['cold_seconds']:.1f} s"
+                f"[{ratio['least']:.3f}, {ratio['most']:.3f}] of channels last, adds {added:.2f} GiB, "
+                f"{rate:.0f} TFLOP/s, first call {value['cold_seconds']:.1f} s"
             )
         write_json(out, {"values": values, "tile": tile, "device": device, "environment": environment()})
 

@@ -1,7 +1,7 @@
 """A training step at Stable Diffusion 3.5 Medium's true size, random weights and inputs, interleaved.
 
-    python benchmarks/true_size_training.py runs/training.json                                   # a GPU; about 3 minutes
-    python benchmarks/true_size_training.py runs/try.json --layers 1 --size 128 --batch 1        # tries the script
+    python benchmarks/true_size_training.py runs/training.json                               # a GPU; about 3 minutes
+    python benchmarks/true_size_training.py runs/try.json --layers 1 --size 128 --batch 1    # tries the script
 
 "lora": stage 2 for 1024 px (32 x 32 tokens) from kept latents and embeddings, eager and compiled, against the
 reference's kind of step, which encodes pictures and captions anew and checkpoints gradients. "full": all weights, half

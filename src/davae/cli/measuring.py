@@ -136,7 +136,7 @@ def bench(
     whole_repeats: Annotated[
         int | None, typer.Option(min=1, help="Measurements of the whole, after one call; as --repeats.")
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,  # noqa: A002
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Of the autoencoders' weights.")] = False,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on a CPU.")] = None,
     seed: Seed = 0,
