@@ -3,7 +3,7 @@ r"""Cut the photographs of the TAEF2 runs: 512 px pieces of UFO:AI's photo textu
 The packages are Debian's (bookworm); nothing is installed, only unpacked:
 
     apt-get download ufoai-textures scratch python3-skimage libjxl-testdata \
-        lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
+        lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers
     for package in *.deb; do dpkg-deb -x "$package" "unpacked/${package%%_*}"; done
     unzip -q unpacked/ufoai-textures/usr/share/games/ufoai/base/0textures.pk3 -d textures
     python recipes/taef2/build_pictures.py textures unpacked runs/taef2
@@ -12,13 +12,14 @@ OUTPUT/textures: pieces of native pixels out of every distinct colour map of at 
 small map, up to four of a large one. About one map in ten is held out, one piece of each; training maps that look like
 a held-out one (variants of one wall) are left out.
 OUTPUT/photographs: the middle 352 px of other photographs, all held out, never trained on; wallpapers are reduced.
-OUTPUT/large: the middle 1024 px of held-out colour maps and other photographs that are so large; none is trained on.
+OUTPUT/large: held out, the middle 1024 px of held-out colour maps and other photographs that are so large; to train on,
+pieces of 1024 px of the other colour maps and of two more packages' wallpapers.
 Licences are mixed (GPL, CC-BY-SA, CC0), so the pictures stay out of the repository.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,13 @@ PHOTOGRAPHS = {
     "lomiri-wallpapers-20.04/usr/share/backgrounds": "*.jpg",
 }
 """Where a package has its pictures, and which of them are looked at."""
+LARGE_TRAINING = {
+    "mate-backgrounds/usr/share/backgrounds/mate/nature": "*.jpg",
+    "plasma-workspace-wallpapers/usr/share/wallpapers": "*/contents/images/2560x1600.jpg",
+}
+"""Likewise, of large photographs to train on."""
 NOT_PHOTOGRAPHS = set(
-    "party-room room1 room2 room3 spotlight-stage forest brick-wall1 school2 woods-and-bench phantom "
+    "party-room room1 room2 room3 spotlight-stage forest brick-wall1 school2 woods-and-bench phantom Autumn "
     "analogpattern_by_Peter_Nerlich umang_by_Abhishek_Mudgal Infinite-Sea_by_Aury88 Fossa_by_Jasper_Roks "
     "Painting-Colors_by__herobrine7gamer Bridge_by_Sander_Klootwijk moon logo horse bw_text chessboard_RGB color "
     "motorcycle_right ihc retina truncated".split()
@@ -61,11 +67,11 @@ def key_on_side(name: str, held: bool) -> str:
     return next(key for number in range(1000) if heldout(key := f"{name}-{number}") == held)
 
 
-def corners(width: int, height: int) -> list[tuple[int, int]]:
+def corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
     """Left and top of pieces that do not overlap, spread over the picture; at most PIECES, alone in the middle."""
-    across, down = width // SIDE, height // SIDE
+    across, down = width // side, height // side
     places = [
-        ((width - across * SIDE) // 2 + column * SIDE, (height - down * SIDE) // 2 + row * SIDE)
+        ((width - across * side) // 2 + column * side, (height - down * side) // 2 + row * side)
         for row in range(down)
         for column in range(across)
     ]
@@ -98,17 +104,23 @@ def colour_maps(folder: Path) -> Iterator[tuple[str, Image.Image]]:
             yield path.relative_to(folder).with_suffix("").as_posix().replace("/", "-"), picture
 
 
-def photographs(unpacked: Path, side: int) -> Iterator[tuple[str, Image.Image]]:
-    """Name and picture of the other packages' colour photographs of at least `side` px, large ones reduced."""
-    for place, pattern in PHOTOGRAPHS.items():
+def photographs(unpacked: Path, side: int, places: Mapping[str, str]) -> Iterator[tuple[str, Image.Image]]:
+    """Name and picture of the packages' colour photographs of at least `side` px, large ones reduced."""
+    for place, pattern in places.items():
         for path in sorted((unpacked / place).glob(pattern)):
-            if path.stem in NOT_PHOTOGRAPHS or path.suffix not in (".jpg", ".png"):
+            name = path.relative_to(unpacked / place).parts[0] if pattern.count("/") > 1 else path.stem
+            if name in NOT_PHOTOGRAPHS or path.suffix not in (".jpg", ".png"):
                 continue
             with Image.open(path) as image:
                 if image.mode != "RGB" or min(image.size) < side:
                     continue
                 picture = image.reduce(max(1, min(LARGEST_FACTOR, min(image.size) // side)))
-            yield f"{place.partition('/')[0]}-{path.stem}", picture
+            yield f"{place.partition('/')[0]}-{name}", picture
+
+
+def pieces(picture: Image.Image, side: int) -> list[Image.Image]:
+    """Its squares of `side` px."""
+    return [picture.crop((left, top, left + side, top + side)) for left, top in corners(*picture.size, side)]
 
 
 def middle(picture: Image.Image, side: int) -> Image.Image:
@@ -129,24 +141,29 @@ def main(textures: Path, unpacked: Path, output: Path) -> None:
         (output / name).mkdir(parents=True, exist_ok=True)
     maps = list(colour_maps(textures))
     held = np.stack([thumbnail(picture) for name, picture in maps if heldout(name)])
-    counts = {"train": 0, "held out": 0, "alike": 0, "photographs": 0, "large": 0}
+    counts = {"train": 0, "held out": 0, "alike": 0, "photographs": 0, "large": 0, "large, to train on": 0}
+    sources = list(photographs(unpacked, LARGE, LARGE_TRAINING))
     for name, picture in maps:
         side = heldout(name)
         if not side and (held @ thumbnail(picture)).max() > ALIKE:
             counts["alike"] += 1
             continue
-        places = corners(*picture.size)
-        for number, (left, top) in enumerate(places[:1] if side else places):
-            piece = picture.crop((left, top, left + SIDE, top + SIDE))
+        sources += [] if side or min(picture.size) < LARGE else [(name, picture)]
+        cut = pieces(picture, SIDE)
+        for number, piece in enumerate(cut[:1] if side else cut):
             write_piece(piece, output / "textures", key_on_side(f"{name}-{number}", side))
             counts["held out" if side else "train"] += 1
-    for name, picture in photographs(unpacked, PHOTOGRAPH_SIDE):
+    for name, picture in photographs(unpacked, PHOTOGRAPH_SIDE, PHOTOGRAPHS):
         write_piece(middle(picture, PHOTOGRAPH_SIDE), output / "photographs", key_on_side(name, True))
         counts["photographs"] += 1
     large = [(name, picture) for name, picture in maps if heldout(name) and min(picture.size) >= LARGE]
-    for name, picture in [*large, *photographs(unpacked, LARGE)]:
+    for name, picture in [*large, *photographs(unpacked, LARGE, PHOTOGRAPHS)]:
         write_piece(middle(picture, LARGE), output / "large", key_on_side(name, True))
         counts["large"] += 1
+    for name, picture in sources:
+        for number, piece in enumerate(pieces(picture, LARGE)):
+            write_piece(piece, output / "large", key_on_side(f"{name}-{number}", False))
+            counts["large, to train on"] += 1
     typer.echo(f"{len(maps)} maps; pieces: {counts}")
 
 
