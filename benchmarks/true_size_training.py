@@ -41,7 +41,7 @@ from davae.training.finetune import FinetuneRecipe, compile_blocks, trained_para
 from davae.training.objectives import objective_of
 from davae.training.stage_one_loss import compared_at, stage_one_loss
 from davae.training.state import TrainingState
-from davae.training.tensors import channels_last
+from davae.training.tensors import laid_out
 from davae.upgrade import upgrade
 from davae.workload import stage_one_work, transformer_work
 
@@ -169,7 +169,7 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
 
     made = AutoencoderDA.from_base(base, detail_channels=16)
     return {
-        "channels last": kind("channels last", channels_last(copy.deepcopy(made))),
+        "channels last": kind("channels last", laid_out(copy.deepcopy(made))),
         "contiguous": kind("contiguous", made),
     }, flops
 

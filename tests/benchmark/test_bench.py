@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from davae import AutoencoderDA, upgrade
-from davae.benchmark.bench import bench, cases_of, load_pair, markdown, ratios
+from davae.benchmark.bench import bench, cases_of, load_pair, markdown, quicken, ratios
 from davae.benchmark.cases import PARTS
 from davae.benchmark.timing import Ceilings, Measured
 from davae.cli import main
 from davae.errors import SettingsError
+from davae.training.sharding import blocks_of
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following part of your input was truncated")
@@ -124,6 +126,24 @@ def test_only_the_parts_that_are_asked_for_are_timed(tmp_path: Path) -> None:
     assert "whole" not in table
     with pytest.raises(SettingsError, match="part 'train'"):
         bench(cases_of(pair(), size=None), tmp_path, parts=["train"], **QUICK)
+
+
+def test_whole_pictures_may_be_timed_less_often(tmp_path: Path) -> None:
+    bench(cases_of(pair(), size=None, steps=1), tmp_path, parts=["step", "whole"], whole_repeats=1, **QUICK)
+    for line in map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines()):
+        assert {part: found["seconds"]["count"] for part, found in line["parts"].items()} == {"step": 2, "whole": 1}
+
+
+def test_levers_are_applied_to_every_case() -> None:
+    both = pair()
+    blocks = [block for pipeline in both.values() for block in blocks_of(pipeline.transformer)]
+    quicken(both.values(), compiled=False, channels_last=True)
+    assert all(block._compiled_call_impl is None for block in blocks)
+    for pipeline in both.values():
+        decoder = getattr(pipeline.vae, "joint_decoder", None) or pipeline.vae.decoder
+        assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    quicken(both.values(), compiled=True, channels_last=False)
+    assert all(block._compiled_call_impl is not None for block in blocks)
 
 
 def test_a_class_conditional_pair_has_no_text(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.interruption import Interrupted
 from davae.training.optimizers import ADAMW, LIBRARIES, OptimizerName, OptimizerSettings
 from davae.training.state import TrainingState
-from davae.training.tensors import channels_last
+from davae.training.tensors import laid_out
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks
 from rank_program import STEPS as RANK_STEPS
@@ -47,7 +47,7 @@ def tiny_model() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = nn.Linear(64, 80), nn.Unflatten(1, (2, 5, 8)), nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(72, 1)
-        return channels_last(nn.Sequential(*layers))
+        return laid_out(nn.Sequential(*layers))
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:

@@ -15,14 +15,20 @@ from davae.training.sharding import gathered, part_of
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def channels_last(model: Model) -> Model:
-    """Lay the weights of 2-D convolutions out with channels last, in place: CPUs convolve by a fifth to a half faster.
+CPU = torch.device("cpu")
 
-    Those of 3-D convolutions stay as they are; `nn.Module.to` would fail on them.
+
+def laid_out(model: Model, device: torch.device = CPU) -> Model:
+    """Lay the weights of 2-D convolutions out as a device convolves fastest, in place.
+
+    On a CPU with channels last, a fifth to a half faster. Elsewhere contiguous: torch's group norm on a GPU copies what
+    comes with channels last, which takes longer than the convolutions gain (docs/speed.md). Those of 3-D convolutions
+    stay as they are; `nn.Module.to` would fail on them.
     """
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     for parameter in model.parameters():
         if parameter.ndim == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+            parameter.data = parameter.data.contiguous(memory_format=layout)
     return model
 
 
