@@ -134,6 +134,7 @@ def test_whole_pictures_may_be_timed_less_often(tmp_path: Path) -> None:
         assert {part: found["seconds"]["count"] for part, found in line["parts"].items()} == {"step": 2, "whole": 1}
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's, about itself
 def test_levers_are_applied_to_every_case() -> None:
     both = pair()
     blocks = [block for pipeline in both.values() for block in blocks_of(pipeline.transformer)]
