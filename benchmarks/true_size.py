@@ -7,7 +7,8 @@
 Each round is a folder of `davae bench` in RUN, and its table is printed. "eager" and "compiled" are of one picture of
 1024 px; "batch" of ten; "large" of one of 2048 px; compiled ones share one graph for all sizes. "graphs" captures a
 step of either model as one CUDA graph, uncompiled (RUN/captured.json); then it compiles all blocks and records each
-as a CUDA graph. RUN/compiling.json says how often torch compiled. `--compile-decoder` compiles the decoders' stages.
+as a CUDA graph. RUN/compiling.json says how often torch compiled. `--compile-decoder` compiles the decoders'
+stages and lays them out with channels last.
 """
 
 import time
@@ -62,7 +63,7 @@ def measure_round(
     pair: Mapping[str, DiffusionPipeline], round_: Round, out: Path, ceilings: Ceilings, settings: dict[str, Any]
 ) -> str:
     """One round's table."""
-    quicken(pair.values(), compiled=round_.compiled, channels_last=True)
+    quicken(pair.values(), compiled=round_.compiled, channels_last=False)
     pixels = [round_.size] if round_.equal_pixels_only else []
     cases = cases_of(pair, size=round_.size, against_sizes=pixels, batch=round_.batch, **settings)
     repeats = {"repeats": 7, "warm_up": 2, "whole_repeats": round_.whole_repeats}
@@ -125,6 +126,7 @@ def main(
     typer.echo(f"built in {time.monotonic() - began:.0f} s")
     ceilings = measure_ceilings(where, torch.bfloat16, **CEILINGS[where.type])
     if compile_decoder:
+        quicken(pair.values(), compiled=False, channels_last=True)
         decoders = [getattr(p.vae, "joint_decoder", None) or p.vae.decoder for p in pair.values()]
         for stage in (stage for decoder in decoders for stage in decoder.up_blocks):
             stage.compile(fullgraph=True, dynamic=True)
