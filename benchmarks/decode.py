@@ -19,10 +19,9 @@ from torch import nn
 
 from davae import AutoencoderDA, assets
 from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
-from davae.geometry import META
 from davae.loading import load_autoencoder, load_base_vae
 from davae.slim_decoder import slimmed
-from davae.workload import counting, in_half, meta
+from davae.workload import decode_flops
 
 
 def autoencoder(*, true_size: bool) -> AutoencoderDA:
@@ -37,15 +36,6 @@ def autoencoder(*, true_size: bool) -> AutoencoderDA:
 def halved(plain: AutoencoderDA) -> AutoencoderDA:
     """In bfloat16, channels last."""
     return nn.Module.to(copy.deepcopy(plain), dtype=torch.bfloat16, memory_format=torch.channels_last)
-
-
-def decode_flops(plain: AutoencoderDA, side: int) -> int:
-    """Of one picture, counted on the meta device; `side` is the latents'."""
-    with META:
-        counted = in_half(AutoencoderDA.from_config(plain.config))
-    with torch.no_grad(), counting() as work:
-        counted.decode(meta(1, plain.config.latent_channels, side, side))
-    return work.flops
 
 
 def main(

@@ -50,10 +50,8 @@ class Round:
 ROUNDS = {
     "eager": Round(compiled=False, parts=SOME, whole_repeats=3),
     "compiled": Round(compiled=True),
-    "batch": Round(compiled=True, batch=10, parts=("step", "decode", "whole"), whole_repeats=2, equal_pixels_only=True),
-    "large": Round(
-        compiled=True, size=2048, parts=("step", "decode", "whole"), whole_repeats=3, equal_pixels_only=True
-    ),
+    "batch": Round(compiled=True, batch=10, parts=SOME, whole_repeats=2, equal_pixels_only=True),
+    "large": Round(compiled=True, size=2048, parts=SOME, whole_repeats=3, equal_pixels_only=True),
 }
 """By name; those that are compiled come behind those that are not."""
 GRAPHS = "graphs"
@@ -92,10 +90,10 @@ def measure_captured(pair: Mapping[str, DiffusionPipeline], size: int, out: Path
         runs[f"{case.name}, launched"] = run = runs_of(case, ["step"])["step"]
         runs[f"{case.name}, one graph"] = captured(run)
     found = measure_interleaved(runs, cases[0].pipeline.device, repeats=7, warm_up=2)
-    names = list(runs)
+    launched, graph, base_launched, base_graph = runs
     ratios = {
         f"{above} over {below}": asdict(paired_ratios(found[above].seconds, found[below].seconds))
-        for above, below in ((names[3], names[1]), (names[2], names[0]), (names[0], names[1]))
+        for above, below in ((base_graph, graph), (base_launched, launched), (launched, graph))
     }
     seconds = {name: asdict(spread(measured.seconds)) for name, measured in found.items()}
     write_json(out / "captured.json", {"seconds": seconds, "ratios": ratios, "environment": environment()})
@@ -128,8 +126,9 @@ def main(
     if compile_decoder:
         quicken(pair.values(), compiled=False, channels_last=True)
         decoders = [getattr(p.vae, "joint_decoder", None) or p.vae.decoder for p in pair.values()]
-        for stage in (stage for decoder in decoders for stage in decoder.up_blocks):
-            stage.compile(fullgraph=True, dynamic=True)
+        for decoder in decoders:
+            for stage in decoder.up_blocks:
+                stage.compile(fullgraph=True, dynamic=True)
     compiling = {}
     for name in [*(each for each in ROUNDS if each in wanted), *([GRAPHS] if GRAPHS in wanted else [])]:
         chosen = ROUNDS.get(name, Round(compiled=False, parts=SOME, whole_repeats=3, equal_pixels_only=True))
@@ -137,8 +136,9 @@ def main(
             chosen = replace(chosen, size=chosen.size // 8, batch=min(2, chosen.batch), whole_repeats=1)
         if name == GRAPHS:
             typer.echo(f"\n{measure_captured(pair, chosen.size, run)}")
-            for block in (block for pipeline in pair.values() for block in blocks_of(pipeline.transformer)):
-                block.compile(fullgraph=True, dynamic=True, mode="reduce-overhead")
+            for pipeline in pair.values():
+                for block in blocks_of(pipeline.transformer):
+                    block.compile(fullgraph=True, dynamic=True, mode="reduce-overhead")
         began = time.monotonic()
         typer.echo(f"\n## {name}\n\n{measure_round(pair, chosen, run / name, ceilings, {'steps': steps})}")
         compiling[name] = {"seconds": time.monotonic() - began, "graphs so far": counters["stats"]["unique_graphs"]}

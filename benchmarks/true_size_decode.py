@@ -20,25 +20,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from davae import AutoencoderDA, assets
+from davae.autoencoder_bases import downsample_factor
 from davae.benchmark.timing import Run, measure_interleaved, paired_ratios, spread
-from davae.geometry import META
 from davae.record import environment
 from davae.slim_decoder import slimmed
 from davae.storage import write_json
-from davae.workload import counting, in_half, meta
+from davae.workload import decode_flops
 
 SLIM_WIDTHS, SLIM_DEPTHS = (64, 128, 256, 256), (0, 0, 0, 0)
 Vae = AutoencoderDA | AutoencoderKL
-
-
-def decode_flops(vae: Vae, size: int) -> int:
-    """Of one picture, counted on the meta device."""
-    with META:
-        counted = in_half(type(vae).from_config(vae.config))
-    side = size // (2 ** (len(vae.config.block_out_channels) - 1))
-    with torch.no_grad(), counting() as work:
-        counted.decode(meta(1, vae.config.latent_channels, side, side))
-    return work.flops
 
 
 def last(vae: Vae) -> Vae:
@@ -102,14 +92,14 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
         "upgrade, channels last": last(upgrade),
         "base, channels last": last(base),
         "slim, channels last": last(slim),
+        "upgrade, channels last, compiled": compiled(upgrade),
     }
-    ways["upgrade, channels last, compiled"] = compiled(upgrade)
     if size > tile:
         ways["tiles, kept in main memory"] = tiled(upgrade, "cpu", tile)
         ways["tiles, kept on the device"] = tiled(upgrade, str(device), tile)
     inputs = {}
     for name, vae in ways.items():
-        side = size // (16 if isinstance(vae, AutoencoderDA) else 8)
+        side = size // downsample_factor(vae.config)
         random = torch.Generator().manual_seed(0)
         inputs[name] = torch.randn(1, vae.config.latent_channels, side, side, generator=random).to(device, dtype)
     runs = {name: lambda name=name, vae=vae: vae.decode(inputs[name]).sample for name, vae in ways.items()}
@@ -121,17 +111,17 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
         typer.echo(f"{size} px, {name}: {kernels[f'kernels, {name}']}")
     if device.type == "cuda":
         name = "upgrade, channels last, cuDNN's search"
-        ways[name], runs[name] = ways["upgrade, channels last"], searching(runs["upgrade, channels last"])
+        ways[name], inputs[name] = ways["upgrade, channels last"], inputs["upgrade, channels last"]
+        runs[name] = searching(runs["upgrade, channels last"])
     found = measure_interleaved(runs, device, repeats=7, warm_up=2)
     plain = found["upgrade, channels last"].seconds
-    counted = {id(vae): decode_flops(vae, size) for vae in ways.values()}
     values: dict[str, Any] = {
         name: {
             "seconds": asdict(spread(measured.seconds)),
             "against channels last": asdict(paired_ratios(measured.seconds, plain)),
             "added_bytes": measured.added_bytes,
             "cold_seconds": measured.cold,
-            "flops": counted[id(ways[name])],
+            "flops": decode_flops(ways[name], inputs[name].shape[-1]),
         }
         for name, measured in found.items()
     }

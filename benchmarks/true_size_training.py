@@ -103,7 +103,6 @@ def stage_two(
     objective = objective_of(pipeline, recipe, base_channels=vae.config.base_channels, positions=side * side)
     parameters = trained_parameters(transformer, recipe, TARGETS, "")
     transformer.train()
-    compile_blocks(transformer, sizes=1)
     state = recipe.training_state(folder, {"transformer": transformer}, parameters, label="stage 2", ranks=Ranks())
     config = transformer.config
     images = 2 * torch.rand(batch, 3, size, size, device=device) - 1
@@ -133,8 +132,11 @@ def stage_two(
             update(encoded, told)
         transformer.disable_gradient_checkpointing()
 
-    kinds: dict[str, Step] = {CACHED: cached, COMPILED: lambda: update(latents, condition)}
-    return steps_of(state, {**kinds, ONLINE: online} if lora else {CACHED: cached}), flops
+    kinds: dict[str, Step] = {CACHED: cached}
+    if lora:
+        compile_blocks(transformer, sizes=1)
+        kinds |= {COMPILED: lambda: update(latents, condition), ONLINE: online}
+    return steps_of(state, kinds), flops
 
 
 def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> tuple[dict[str, Run], int]:
@@ -169,7 +171,7 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
 
     made = AutoencoderDA.from_base(base, detail_channels=16)
     return {
-        "channels last": kind("channels last", laid_out(copy.deepcopy(made))),
+        "channels last": kind("channels last", laid_out(copy.deepcopy(made), torch.channels_last)),
         "contiguous": kind("contiguous", made),
     }, flops
 

@@ -148,7 +148,8 @@ def main(textures: Path, unpacked: Path, output: Path) -> None:
         if not side and (held @ thumbnail(picture)).max() > ALIKE:
             counts["alike"] += 1
             continue
-        sources += [] if side or min(picture.size) < LARGE else [(name, picture)]
+        if not side and min(picture.size) >= LARGE:
+            sources.append((name, picture))
         cut = pieces(picture, SIDE)
         for number, piece in enumerate(cut[:1] if side else cut):
             write_piece(piece, output / "textures", key_on_side(f"{name}-{number}", side))

@@ -24,7 +24,7 @@ from davae.training.finetune import FinetuneRecipe, trained_parameters
 from davae.training.optimisation import OptimisationRecipe
 from davae.training.optimizers import STATE_BYTES
 from davae.widen import patch_side
-from davae.workload import Work, condition_of, counting, in_half, meta, stage_one_work, transformer_work
+from davae.workload import Work, condition_of, counting, decode_flops, in_half, meta, stage_one_work, transformer_work
 
 PEAK_TFLOPS = 989
 """An H100's dense bfloat16 products a second, in 10^12, as its data sheet says."""
@@ -223,11 +223,9 @@ def _passes(autoencoder: AutoencoderDA, size: int) -> tuple[Figure, Figure]:
     side = size // autoencoder.downsample_factor
     with torch.no_grad(), counting(autoencoder) as encoding:
         autoencoder.encode(meta(1, 3, size, size))
-    with torch.no_grad(), counting(autoencoder) as decoding:
-        autoencoder.decode(meta(1, autoencoder.config.latent_channels, side, side))
     return (
         _tflop(f"encoding one picture of {size} px", encoding.flops, "counted"),
-        _tflop("decoding it", decoding.flops, "counted"),
+        _tflop("decoding it", decode_flops(autoencoder, side), "counted"),
     )
 
 

@@ -83,6 +83,20 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
+def decode_flops(vae: ModelMixin, side: int) -> int:
+    """Operations of decoding one picture, counted on a copy of an autoencoder on the meta device.
+
+    Args:
+        vae: of any device and dtype.
+        side: of its latents.
+    """
+    with META:
+        counted: Any = in_half(type(vae).from_config(vae.config))
+    with torch.no_grad(), counting() as work:
+        counted.decode(meta(1, vae.config.latent_channels, side, side))
+    return work.flops
+
+
 def stage_one_work(
     autoencoder: AutoencoderDA, discriminator: nn.Module | None, geometry: Geometry, recipe: AutoencoderRecipe
 ) -> Work:

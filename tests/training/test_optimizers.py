@@ -47,7 +47,7 @@ def tiny_model() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = nn.Linear(64, 80), nn.Unflatten(1, (2, 5, 8)), nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(72, 1)
-        return laid_out(nn.Sequential(*layers))
+        return laid_out(nn.Sequential(*layers), torch.channels_last)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:

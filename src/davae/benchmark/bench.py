@@ -27,6 +27,7 @@ from davae.errors import SettingsError
 from davae.record import environment
 from davae.storage import finite, write_atomically
 from davae.training.finetune import compile_blocks
+from davae.training.tensors import laid_out
 from davae.upgrade import load_pipeline, upgrade
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,7 +131,7 @@ def quicken(pipelines: Iterable[DiffusionPipeline], *, compiled: bool, channels_
         if compiled:
             compile_blocks(pipeline.transformer, sizes=2)
         if channels_last:
-            pipeline.vae.to(memory_format=torch.channels_last)
+            laid_out(pipeline.vae, torch.channels_last)
 
 
 def bench(

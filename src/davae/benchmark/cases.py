@@ -17,7 +17,7 @@ from davae.geometry import META
 from davae.sampling import shared_noise
 from davae.seeds import generator
 from davae.widen import patch_side
-from davae.workload import condition_of, counting, in_half, meta
+from davae.workload import condition_of, counting, decode_flops, in_half, meta
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
 """text: the prompts through the text encoders, both of guidance. step: the transformer's work for a guided step in one
@@ -196,16 +196,14 @@ def flops_of(case: Case) -> dict[str, int]:
     """
     pipeline, side = case.pipeline, case.latent_side
     with META:
-        parts = (pipeline.transformer, pipeline.vae)
-        transformer, vae = (type(part).from_config(part.config) for part in parts)
+        transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
         encoders = [
             in_half(type(encoder)(encoder.config))
             for encoder in case.text_encoders.values()
             if isinstance(encoder, COUNTED)
         ]
-    for part in (transformer, vae):
-        in_half(part)
-    latents = meta(1, vae.config.latent_channels, side, side)
+    in_half(transformer)
+    latents = meta(1, pipeline.vae.config.latent_channels, side, side)
     condition = _condition(case, transformer)
     with torch.no_grad(), counting() as text:
         for encoder in encoders:
@@ -214,11 +212,9 @@ def flops_of(case: Case) -> dict[str, int]:
             encoder(meta(1, int(padded) if clip else case.prompt_tokens, dtype=torch.long))
     with torch.no_grad(), counting() as step:
         case.backbone.predict(transformer, latents, meta(1), condition)
-    with torch.no_grad(), counting() as decode:
-        vae.decode(latents)
     found = {
         "text": case.rows * text.flops,
         "step": case.rows * step.flops,
-        "decode": case.batch * decode.flops,
+        "decode": case.batch * decode_flops(pipeline.vae, side),
     }
     return {**found, "whole": found["text"] + case.steps * found["step"] + found["decode"]}

@@ -31,7 +31,7 @@ from davae.training.autoencoder_recipe import LossWeights as LossWeights  # impo
 from davae.training.companion import Companion
 from davae.training.heldout import heldout_metrics, heldout_picture
 from davae.training.stage_one_loss import compared_at, stage_one_loss
-from davae.training.tensors import laid_out
+from davae.training.tensors import fastest_layout, laid_out
 from davae.upgrade import check_base_encoder
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
     autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start"))
-    autoencoder = laid_out(autoencoder, ranks.device)
+    autoencoder = laid_out(autoencoder, fastest_layout(ranks.device))
     base_vae = load_base_vae(base_of(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = discriminator_of(recipe)
     trained = set_trained(autoencoder, recipe)
@@ -193,13 +193,13 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         return load_autoencoder(folder)
     check_choices(recipe)
     autoencoder = going_on(recipe) if recipe.autoencoder else untrained(recipe)
-    laid_out(autoencoder)
+    laid_out(autoencoder, torch.channels_last)
     check_sides(recipe, autoencoder.downsample_factor)
     if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
         facts = fit_closed_form(autoencoder, pictures.squares(chosen.tolist()), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
-    autoencoder = laid_out(with_slim_decoder(autoencoder, recipe, pictures))
+    autoencoder = with_slim_decoder(autoencoder, recipe, pictures)
     # Before the start, so that none is there without its recipe; after all refusals, so that none locks the folder.
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
     save_whole(autoencoder, folder)
