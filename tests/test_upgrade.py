@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FluxPipeline
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 
 import families
@@ -179,6 +180,19 @@ def test_an_upgrade_says_what_the_stock_pipeline_must_be_told(caplog):
     pixart = pipelines.pixart_sigma()
     upgrade(pixart, AutoencoderDA.from_base(pixart.vae, detail_channels=16).eval())
     assert "PixArtSigmaPipeline: call it with use_resolution_binning=False" in caplog.text
+
+
+def test_with_too_many_detail_channels_the_starting_noise_stays_where_an_upgrade_says(base, autoencoder, caplog):
+    pipeline = upgrade(base, autoencoder)  # 4 + 4 channels in patches of 2: 32 numbers a token, at a width of 16
+    assert "in 16 directions of each token it can never tell the noise" in caplog.text
+    disturb(pipeline.transformer.parameters())
+    start = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(5))
+    settings = {"num_images_per_prompt": 2, "latents": start, "output_type": "latent", "max_sequence_length": 8}
+    end = pipeline("red apple", num_inference_steps=3, guidance_scale=4.0, **settings).images
+    change = rearrange(end - start, "b c (h p) (w q) -> (b h w) (p q c)", p=2, q=2).double()
+    lost = torch.linalg.svd(pipeline.transformer.proj_out.weight.double())[0][:, 16:]
+    assert (change @ lost).std(dim=0).max() < 1e-5
+    assert change.std(dim=0).mean() > 0.1
 
 
 def test_lora_starts_without_effect_and_trains_the_ports_in_full(base, autoencoder):

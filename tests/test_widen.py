@@ -4,9 +4,9 @@ from diffusers import SD3Transformer2DModel
 from einops import rearrange
 
 import tiny
-from davae.backbones import BACKBONES, widen_transformer
+from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
-from davae.widen import LatentPorts, pad_channels, start_ports
+from davae.widen import LatentPorts, lost_directions, pad_channels, start_ports
 
 PORTS = ("pos_embed.proj.weight", "pos_embed.proj.bias", "proj_out.weight", "proj_out.bias")
 
@@ -152,3 +152,32 @@ def test_a_model_that_was_made_with_its_class_defaults_is_widened():
     widened = widen_transformer(base, base_channels=16, detail_channels=16)
     assert widened.config.in_channels == widened.config.out_channels == 32
     assert widened.pos_embed.proj.weight.shape[1] == 32
+
+
+def of_tokens(latents: torch.Tensor, patch: int = 2) -> torch.Tensor:
+    return rearrange(latents, "b c (h p) (w q) -> (b h w) (c p q)", p=patch, q=patch)
+
+
+@pytest.mark.parametrize(("detail_channels", "lost"), [(1, 0), (2, 0), (4, 8)])
+def test_predictions_fill_all_directions_but_those_that_are_lost(detail_channels: int, lost: int):
+    widened = widen_transformer(tiny.tiny_sd3(2), base_channels=2, detail_channels=detail_channels)
+    tiny.ports_alive(widened).double()
+    backbone, generator = backbone_of(widened), torch.Generator().manual_seed(0)
+    predictions = []
+    for sigma in torch.rand(8, generator=generator).double():
+        shapes = {"encoder_hidden_states": (4, 3, 32), "pooled_projections": (4, 32)}
+        condition = {name: torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
+        latents = torch.randn(4, 2 + detail_channels, 8, 8, generator=generator).double()
+        with torch.no_grad():
+            predictions.append(backbone.velocity(widened, latents, sigma.repeat(4), condition))
+    tokens = of_tokens(torch.cat(predictions))
+    assert lost_directions(widened, backbone.ports) == lost
+    assert torch.linalg.matrix_rank(tokens - tokens[0]) == tokens.shape[1] - lost
+
+
+@pytest.mark.parametrize(
+    ("build", "lost"), [(tiny.tiny_sd3, 4), (tiny.tiny_flux, 4), (tiny.tiny_dit, 4), (tiny.tiny_sana, 0)]
+)
+def test_what_is_lost_counts_packed_patches_and_one_prediction_of_several(build, lost: int):
+    transformer = build(5)  # 20 numbers a token in patches of 2, 5 in SANA's of 1; all are 16 wide
+    assert lost_directions(transformer, backbone_of(transformer).ports) == lost

@@ -28,6 +28,7 @@ from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.loading import DTYPE, LOADING_ERRORS, check_whole, load_autoencoder
 from davae.portable import ENTRY, make_portable
 from davae.storage import read_json, replaced_whole
+from davae.widen import lost_directions
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         detail_channels=autoencoder.config.detail_channels,
     )
     upgraded = _with_parts(pipeline, vae=autoencoder, transformer=transformer)
+    if lost := lost_directions(transformer, backbone.ports):
+        logger.warning(
+            "detail_channels=%d is too many for this %s: in %d directions of each token it can never tell the noise, "
+            "which stays in every picture. Fewer detail channels have fewer of them (docs/method.md)",
+            autoencoder.config.detail_channels, type(transformer).__name__, lost,
+        )  # fmt: skip
     if backbone.advice:
         logger.warning("the upgraded %s: %s", type(pipeline).__name__, backbone.advice)
     return upgraded

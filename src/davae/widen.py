@@ -46,6 +46,19 @@ def patch_side(transformer: ModelMixin, ports: LatentPorts) -> int:
     return ports.packed if ports.packed > 1 else ports.patch or transformer.config.patch_size
 
 
+def lost_directions(transformer: ModelMixin, ports: LatentPorts) -> int:
+    """In how many directions a token keeps the noise that sampling starts from, whatever the training; 0 if in none.
+
+    A token has n = (C + D) p^2 numbers, and the output port makes them of as many as the transformer is wide. So all of
+    its predictions lie in one affine subspace of at most `width` dimensions, at every time and for every prompt, while
+    noise fills n. In the n - width others a sampler adds nothing but a constant, and flow matching's loss is that of
+    the noise at least, (n - width) / n in all (docs/method.md; RAE, arXiv 2510.11690).
+    """
+    numbers = transformer.config.in_channels // ports.packed**2 * patch_side(transformer, ports) ** 2
+    width = transformer.get_submodule(ports.output).weight.shape[1]
+    return max(0, numbers - width)
+
+
 def pad_channels(weight: Tensor, layout: str, detail_channels: int, **axes: int) -> Tensor:
     """Append `detail_channels` zero channels to the axis `c` of a port's weight or bias.
 
