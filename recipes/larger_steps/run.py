@@ -3,11 +3,14 @@
     python recipes/larger_steps/build_pictures.py ...    # says what it needs
     python recipes/larger_steps/run.py runs/larger_steps
 
-The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; both arms have 64 latent channels in the end, and equal
-pictures, crops, steps and batches here. Writes RUN/result.json (copied into experiments/results/larger_steps.json)
-after stage 1, and with --stage-two anew: its losses, KID of pictures from prompts, times, and RUN/samples.png: prompts
-from top to bottom; base, shipped upgrade, s = 4 and 2 x 2 from left to right, all at 512 px. The first two know only
-the pictures that they were trained on, which are drawn in another style. The same command goes on where it stopped.
+The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; it and s = 4 have 64 latent channels in the end. "s = 4,
+r = 2" has 48, which the transformer's width holds. All have equal pictures, crops, steps and batches here.
+
+Writes RUN/result.json (copied into experiments/results/larger_steps.json) after stage 1, and with --stage-two anew: its
+losses, KID of pictures from prompts, times, and RUN/samples.png: prompts from top to bottom; from left to right base,
+shipped upgrade, and the arms, all at 512 px. The first two know only the pictures that they were trained on, which are
+drawn in another style. With --arm stage 2 is of some arms only, and with --steps of another length: its numbers are in
+RUN/result-STEPS.json then. The same command goes on where it stopped.
 """
 
 from dataclasses import asdict
@@ -38,7 +41,7 @@ from davae.training.finetune import FinetuneRecipe, finetune
 from davae.upgrade import load_pipeline, save_pipeline
 
 HERE = Path(__file__).parent
-ONE_GO, TWICE = "s = 4", "2 x 2"
+ONE_GO, NARROW, TWICE = "s = 4", "s = 4, r = 2", "2 x 2"
 SIZE = 512
 SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 
@@ -48,7 +51,8 @@ def bases(run: Path) -> dict[str, dict[str, Any]]:
     once = run / "once"
     if not once.is_dir():
         save_pipeline(load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()), once)
-    return {ONE_GO: {}, TWICE: {"base": str(once), "resolution_factor": 2, "detail_channels": 32}}
+    twice = {"base": str(once), "resolution_factor": 2, "detail_channels": 32}
+    return {ONE_GO: {}, NARROW: {"detail_channels": 32}, TWICE: twice}
 
 
 def reconstruct(autoencoders: dict[str, Path], pictures: Path, once: Path, count: int) -> dict[str, Any]:
@@ -90,14 +94,14 @@ def scaled(picture: Tensor, side: int) -> Tensor:
     return to_bytes(F.interpolate(image, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1))[0]
 
 
-def distances(pipelines: dict[str, DiffusionPipeline], pictures: Path, run: Path, count: int) -> dict[str, Any]:
+def distances(pipelines: dict[str, DiffusionPipeline], pictures: Path, folder: Path, count: int) -> dict[str, Any]:
     """KID at 512 px of pictures from prompts; and of the same ones without their detail, at 128 px and enlarged."""
     real = open_pictures(pictures, size=SIZE, limit=count)
     prompts = generation.evaluation_prompts(real, count)
     references = generation.features_of([real.image(index) for index in range(len(real))], side=SIZE)
     found = {}
     for name, pipeline in pipelines.items():
-        made = generation.sample_many(pipeline, prompts, run / "samples" / name, label=name, **SAMPLING)
+        made = generation.sample_many(pipeline, prompts, folder / name, label=name, **SAMPLING)
         without = [scaled(scaled(picture, SIZE // 4), SIZE) for picture in made]
         for title, ones in {name: made, f"{name}, reduced to 128 px + bicubic": without}.items():
             features = generation.features_of(ones, side=SIZE)
@@ -127,9 +131,11 @@ def main(
     run: Path,
     heldout: Annotated[int, typer.Option(help="Held-out pictures that are reconstructed.")] = 32,
     stage_two: Annotated[bool, typer.Option(help="Train and sample the transformers, too.")] = False,
+    arm: Annotated[list[str] | None, typer.Option(help="Of stage 2; all without it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of stage 2; the recipe's without it.")] = None,
     count: Annotated[int, typer.Option(help="Pictures from prompts for KID.")] = 400,
 ) -> None:
-    """Train both arms, and write the numbers."""
+    """Train all arms, and write the numbers."""
     arms, once = bases(run), run / "once"
     folders = {name: run / name.replace(" ", "") for name in arms}
     autoencoders = {}
@@ -145,12 +151,12 @@ def main(
     write_json(run / "result.json", found)
     if not stage_two:
         return
-    losses, trained = {}, {}
-    for name, changes in arms.items():
-        given = {"base": changes.get("base", ""), "autoencoder": str(autoencoders[name])}
-        recipe = load_recipe(FinetuneRecipe, HERE / "stage2.toml", given)
-        trained[name] = load_pipeline(finetune(recipe, folders[name] / "stage2"))
-        losses[name] = read_json(folders[name] / "stage2" / "result.json")
+    losses, trained, suffix = {}, {}, f"-{steps}" if steps else ""
+    for name in arm or list(arms):
+        given = {"base": arms[name].get("base", ""), "autoencoder": str(autoencoders[name])}
+        recipe = load_recipe(FinetuneRecipe, HERE / "stage2.toml", {**given, **({"steps": steps} if steps else {})})
+        trained[name] = load_pipeline(finetune(recipe, folders[name] / f"stage2{suffix}"))
+        losses[name] = read_json(folders[name] / f"stage2{suffix}" / "result.json")
     base, pictures = load_pipeline(assets.base_pipeline()), Path(recipe.pictures)
     for pipeline in (base, *trained.values()):
         pipeline.set_progress_bar_config(disable=True)
@@ -158,12 +164,13 @@ def main(
     prompts = [shown.captions[len(shown) * row // 6] for row in range(6)]
     rows: list[list[Tensor]] = [[] for _ in prompts]
     for name, pipeline in {"base": base, "shipped upgrade": load_pipeline(once), **trained}.items():
-        made = generation.sample_many(pipeline, prompts, run / "shown" / name, label=name, **SAMPLING)
+        made = generation.sample_many(pipeline, prompts, run / f"shown{suffix}" / name, label=name, **SAMPLING)
         for row, picture in zip(rows, made, strict=True):
             row.append(scaled(picture, SIZE) if picture.shape[-1] < SIZE else picture)
-    write_png(run / "samples.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
+    write_png(run / f"samples{suffix}.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
     facts = {"stage_two": losses, "times": times(trained, base), "prompts": prompts, "sampling": SAMPLING}
-    write_json(run / "result.json", {**found, **facts, "kid_512": distances(trained, pictures, run, count)})
+    kid = distances(trained, pictures, run / f"samples{suffix}", count)
+    write_json(run / f"result{suffix}.json", {**found, **facts, "kid_512": kid})
 
 
 if __name__ == "__main__":
