@@ -13,13 +13,13 @@ from torch import Tensor
 def blended_tiles(
     run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: float, channels: int, up: int, down: int
 ) -> Tensor:
-    """What `run` makes of tiles of a picture or of latents, put together.
+    """What `run` makes of tiles of `x`, put together: [B, `channels`, H / `down` * `up`, W / `down` * `up`].
 
     Args:
-        run: makes of `x`, or of a tile of it, [B, `channels`, ...], `up` positions of a side of every `down`.
-        x: [B, any, H, W], sides multiples of `down`, one of them larger than a tile.
-        tile: side of a tile, in `down` positions of `x`.
-        overlap: part of a tile's side that it shares with its neighbour at least.
+        run: works on `x`, and on any part of it whose sides are multiples of `down`.
+        x: [B, any, H, W], one of its sides larger than a tile.
+        tile: its side, in `down` positions of `x`.
+        overlap: part of it that neighbours share at least.
         channels: of the output.
         up: positions of the output for `down` of `x`.
         down: see `up`.

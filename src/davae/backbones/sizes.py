@@ -7,6 +7,11 @@ from diffusers import DiffusionPipeline
 
 from davae.errors import SettingsError
 
+UNBINNED = (
+    "call it with use_resolution_binning=False and with height and width: its tables of sizes are the base's, by which "
+    "it would make a small picture and enlarge it"
+)
+"""Advice for families whose pipelines have such tables."""
 Size = int | tuple[int, int]
 """Side of a square in pixels, or width and height, in the order of "320x192" and of Pillow's sizes."""
 
