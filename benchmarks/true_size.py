@@ -61,7 +61,6 @@ def measure_round(
     pair: Mapping[str, DiffusionPipeline], round_: Round, out: Path, ceilings: Ceilings, settings: dict[str, Any]
 ) -> str:
     """One round's table."""
-    quicken(pair.values(), compiled=round_.compiled, channels_last=False)
     pixels = [round_.size] if round_.equal_pixels_only else []
     cases = cases_of(pair, size=round_.size, against_sizes=pixels, batch=round_.batch, **settings)
     repeats = {"repeats": 7, "warm_up": 2, "whole_repeats": round_.whole_repeats}
@@ -129,7 +128,7 @@ def main(
         for decoder in decoders:
             for stage in decoder.up_blocks:
                 stage.compile(fullgraph=True, dynamic=True)
-    compiling = {}
+    compiling, compiled = {}, False
     for name in [*(each for each in ROUNDS if each in wanted), *([GRAPHS] if GRAPHS in wanted else [])]:
         chosen = ROUNDS.get(name, Round(compiled=False, parts=SOME, whole_repeats=3, equal_pixels_only=True))
         if small:
@@ -139,6 +138,9 @@ def main(
             for pipeline in pair.values():
                 for block in blocks_of(pipeline.transformer):
                     block.compile(fullgraph=True, dynamic=True, mode="reduce-overhead")
+        if chosen.compiled and not compiled:  # once: the rounds share the graphs
+            quicken(pair.values(), compiled=True, channels_last=False)
+            compiled = True
         began = time.monotonic()
         typer.echo(f"\n## {name}\n\n{measure_round(pair, chosen, run / name, ceilings, {'steps': steps})}")
         compiling[name] = {"seconds": time.monotonic() - began, "graphs so far": counters["stats"]["unique_graphs"]}

@@ -269,3 +269,19 @@ def lumina2() -> Lumina2Pipeline:
         vae=tiny.tiny_vae(CHANNELS),
         **gemma(16),
     )
+
+
+FAMILIES = {
+    "sd3": sd3,
+    "flux": flux,
+    "flux2": flux2,
+    "qwen-image": qwen_image,
+    "sana": sana,
+    "z-image": z_image,
+    "auraflow": auraflow,
+    "lumina2": lumina2,
+    "pixart-sigma": pixart_sigma,
+    "pixart-alpha": pixart_alpha,
+    "dit": dit,
+    "lightningdit": lightningdit,
+}

@@ -45,6 +45,7 @@ ALONE = {
     "autoencoder_bases",
     "autoencoder_da",
     "autoencoder_taef2",
+    "blended_tiles",
     "detail_blocks",
     "lightningdit",
     "slim_decoder",

@@ -353,8 +353,9 @@ def test_what_it_is_can_be_read() -> None:
     oblong = describe(by_two_twice(base), (96, 160))
     assert oblong["tokens"]["96x160"] == 3 * 5
     assert {**oblong, "tokens": facts[2]["tokens"]} == facts[2]
-    with pytest.raises(SettingsError, match="size=96x100: allowed are multiples of 32"):
-        describe(by_two_twice(base), (96, 100))
+    for size, wrong in (((96, 100), 100), (0, 0), ((-32, 96), -32)):
+        with pytest.raises(SettingsError, match=f"size={wrong}: allowed are multiples of 32"):
+            describe(by_two_twice(base), size)
 
 
 @pytest.mark.parametrize("family", ["lumina2", "z_image", "dit"])

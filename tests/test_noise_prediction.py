@@ -51,23 +51,23 @@ def test_the_variances_loss_is_the_divergence_of_two_gaussians(step):
         torch.tensor(2.0)
     )
     expected = (bits[:, :2].sum() + 0.25 * bits[:, 2:].sum()) / (3 * 16 * (2 + 0.25 * 4))
-    ours = variance_loss(variance, predicted, clean, noise, ALPHAS, time, **CHANNELS)
+    ours = variance_loss(variance, predicted, noise, ALPHAS, time, **CHANNELS)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_variances_loss_trains_the_variance_alone():
-    clean, noise, predicted, variance = (numbers(seed).requires_grad_() for seed in range(4))
+    noise, predicted, variance = (numbers(seed).requires_grad_() for seed in range(3))
     time = torch.tensor([0, 5, 19])
-    variance_loss(variance, predicted, clean, noise, ALPHAS, time, **CHANNELS).backward()
+    variance_loss(variance, predicted, noise, ALPHAS, time, **CHANNELS).backward()
     assert predicted.grad is None
     assert variance.grad.abs().max() > 0
 
 
 def test_the_true_noise_and_the_posteriors_variance_have_no_divergence():
     """v = -1 is the posterior's variance; at the first step, too, where it would be zero."""
-    clean, noise = numbers(0), numbers(1)
+    noise = numbers(1)
     lowest = torch.full_like(noise, -1.0)
     for step in (0, 1, 19):
         time = torch.full((3,), step)
-        assert variance_loss(lowest, noise, clean, noise, ALPHAS, time, **CHANNELS).abs() < 1e-6
-        assert variance_loss(-lowest, noise, clean, noise, ALPHAS, time, **CHANNELS) > 1e-4
+        assert variance_loss(lowest, noise, noise, ALPHAS, time, **CHANNELS).abs() < 1e-6
+        assert variance_loss(-lowest, noise, noise, ALPHAS, time, **CHANNELS) > 1e-4

@@ -93,7 +93,7 @@ ARMS = STAGE_ONE | STAGE_ONE_ONLY
 PICTURES = 192
 """Training pictures of stage 2, evenly spread over the set."""
 PROMPTS = 48
-SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+SAMPLING = {**demo.SAMPLING, "steps": 10}
 HELDOUT = 16
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 """Noise levels of the held-out losses."""

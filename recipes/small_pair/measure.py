@@ -23,7 +23,7 @@ from davae.storage import write_json
 from davae.upgrade import load_pipeline
 
 SEED = 0
-SAMPLING = {"seed": SEED, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+SAMPLING = {"seed": SEED, **demo.SAMPLING}
 GRID = (4, 8)
 
 

@@ -32,7 +32,6 @@ from davae.record import environment, read_metrics
 from davae.storage import write_json
 from davae.upgrade import load_pipeline, with_autoencoder
 
-SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCHES = (1, 16)
 PARTS = ("step", "decode", "whole")
 SLIM = "shipped upgrade, slim decoder"
@@ -72,7 +71,7 @@ def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> di
 
 def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds per picture: all of it, a guided step, decoding; in turns, after one turn to warm up."""
-    settings = {"batch": batch, "steps": SAMPLING["steps"], "prompt_tokens": SAMPLING["prompt_tokens"]}
+    settings = {"batch": batch, "steps": demo.SAMPLING["steps"], "prompt_tokens": demo.PROMPT_TOKENS}
     runs = {
         f"{name}: {part}": run
         for name, pipeline in pipelines.items()
@@ -105,7 +104,7 @@ def main(
     for pipeline in pipelines.values():
         pipeline.vae.enable_slicing()
     made = generation.sample_many(
-        pipelines[demo.NATIVE], prompts, run / "native", label="native", size=demo.SIZE, **SAMPLING
+        pipelines[demo.NATIVE], prompts, run / "native", label="native", size=demo.SIZE, seed=0, **demo.SAMPLING
     )
     if not upscaler.is_file():
         raise typer.Exit()
@@ -119,7 +118,7 @@ def main(
         "native_steps": trained[-1]["step"] + 1 if trained else None,
         "upscaler": json.loads(upscaler.read_bytes()),
         "counts": {"generated": count, "real": len(real)},
-        "sampling": SAMPLING,
+        "sampling": {"seed": 0, **demo.SAMPLING},
     }
     write_json(run / "result.json", {**facts, "environment": environment()})
     typer.echo(facts)

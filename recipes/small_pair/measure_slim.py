@@ -10,7 +10,7 @@ measure.py's prompts, seeds and settings.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -29,7 +29,6 @@ from davae.seeds import generator
 from davae.storage import write_json
 from davae.upgrade import load_pipeline, with_autoencoder
 
-SAMPLING: dict[str, Any] = {"steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
 BATCH = 8
 FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, trained"
 
@@ -37,7 +36,7 @@ FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, tra
 def kid_of(pipeline: DiffusionPipeline, folder: Path, count: int) -> dict[str, list[float]]:
     """Of measure.py's prompts, seeds and settings; the pictures go to `folder`."""
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
-    made = sample_many(pipeline, evaluation_prompts(real, count), folder, label=TRAINED, seed=0, **SAMPLING)
+    made = sample_many(pipeline, evaluation_prompts(real, count), folder, label=TRAINED, seed=0, **demo.SAMPLING)
     return demo.measure_kid({TRAINED: made}, real, 0)
 
 
@@ -66,7 +65,8 @@ def main(
     typer.echo(quality)
 
     prompts = evaluation_prompts(open_pictures(assets.pictures(), size=demo.SIZE, limit=count), count)
-    stock = dict(zip(("num_inference_steps", "guidance_scale", "max_sequence_length"), SAMPLING.values(), strict=True))
+    names = ("num_inference_steps", "guidance_scale", "max_sequence_length")
+    stock = dict(zip(names, demo.SAMPLING.values(), strict=True))
     distances = []
     for start in range(0, count, BATCH):
         told = {**stock, "generator": generator(0, "slim", start), "output_type": "latent"}

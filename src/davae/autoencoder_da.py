@@ -1,13 +1,12 @@
 """AutoencoderDA: a frozen base autoencoder with a detail encoder beside it and a joint decoder behind both.
 
-Imports torch, diffusers, `davae.autoencoder_bases`, `davae.detail_blocks`, `davae.slim_decoder` and
-`davae.tiled_decoder` only, so that these files can lie beside weights.
+Imports torch, diffusers, `davae.autoencoder_bases`, `davae.blended_tiles`, `davae.detail_blocks`, `davae.slim_decoder`
+and `davae.tiled_decoder` only, so that these files can lie beside weights.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from itertools import product
 from math import lcm
 
 import torch
@@ -35,6 +34,7 @@ from davae.autoencoder_bases import (
     features,
     refuse_newer,
 )
+from davae.blended_tiles import blended_tiles
 from davae.detail_blocks import DetailDownsample as DetailDownsample  # public names of this file
 from davae.detail_blocks import DetailUpsample as DetailUpsample
 from davae.slim_decoder import slim_decoder
@@ -448,30 +448,17 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return tuple(b.to(like.dtype).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
 
     def _in_pieces(self, run: Callable[[Tensor], Tensor], x: Tensor, *, channels: int, up: int, down: int) -> Tensor:
-        """Run `run` on single pictures if slicing is on, and on overlapping tiles if tiling is.
+        """Run `run` on single pictures if slicing is on, and on `blended_tiles` if tiling is.
 
-        Tiles are averaged with weights that fall smoothly to their borders. A latent position is `down` positions of
-        `x` and `up` positions of the output, which has `channels` channels.
+        A latent position is `down` positions of `x` and `up` positions of the output, which has `channels` channels.
         """
         if self.use_slicing and len(x) > 1:
             return torch.cat([self._in_pieces(run, one, channels=channels, up=up, down=down) for one in x.split(1)])
-        height, width = (length // down for length in x.shape[-2:])  # these and all below in latent positions
-        tile = max(1, self.tile_sample_size // self.downsample_factor)
+        tile = max(1, self.tile_sample_size // self.downsample_factor)  # in latent positions
         exact = up > 1 and self._decodes_tiles()  # then `_pixels` makes the tiles
-        if not self.use_tiling or exact or max(height, width) <= tile:
+        if not self.use_tiling or exact or max(x.shape[-2:]) // down <= tile:
             return run(x)
-        stride = max(1, int(tile * (1 - self.tile_overlap)))
-        tops, lefts = ([*range(0, length - tile, stride), max(0, length - tile)] for length in (height, width))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        total = torch.zeros(len(x), channels, height * up, width * up, dtype=dtype, device=x.device)
-        weights = torch.zeros_like(total[:1, :1])
-        for top, left in product(tops, lefts):
-            piece = run(x[..., top * down : (top + tile) * down, left * down : (left + tile) * down])
-            weight = torch.outer(*(_feather(length, total) for length in piece.shape[-2:]))
-            rows, columns = (slice(at * up, at * up + n) for at, n in zip((top, left), weight.shape, strict=True))
-            total[..., rows, columns] += piece * weight
-            weights[..., rows, columns] += weight
-        return (total / weights).to(x.dtype)
+        return blended_tiles(run, x, tile=tile, overlap=self.tile_overlap, channels=channels, up=up, down=down)
 
     def _check_sample(self, sample: Tensor) -> None:
         height, width = sample.shape[-2:]
@@ -541,12 +528,6 @@ def _picture(tensor: Tensor) -> Tensor:
     if tensor.ndim == 5 and tensor.shape[2] != 1:
         raise ValueError(f"a video of {tensor.shape[2]} frames: this autoencoder is for pictures, one frame.")
     return tensor.squeeze(2) if tensor.ndim == 5 else tensor
-
-
-def _feather(length: int, like: Tensor) -> Tensor:
-    """Weights [length] that rise as a squared sine from each border and never reach zero."""
-    position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length
-    return torch.sin(torch.pi * position).square() + 1e-4
 
 
 if __name__ == "davae.autoencoder_da":

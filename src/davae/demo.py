@@ -37,6 +37,8 @@ CLOSED_FORM, FULL = "closed-form start", "base at full size"
 SIZE = 256
 PROMPT_TOKENS = 12
 """Length that the small base was trained with, most of the time."""
+SAMPLING: dict[str, Any] = {"steps": 20, "guidance_scale": 2.5, "prompt_tokens": PROMPT_TOKENS}
+"""How the small pair's pictures are made where they are measured; the demo itself takes fewer steps."""
 SMALL_PAIR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
 
 

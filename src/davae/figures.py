@@ -19,6 +19,7 @@ from torch import Tensor
 _COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
 _TEXT = "#010203"  # stands for the page's own text colour, see `curves_svg`
 _INK, _SOFT, _LINE = "#1b1b1a", "#6a6a64", "#d8d8d2"
+_TILE = 420  # side of a cloud of points or a matrix, in pixels
 
 
 def picture_grid(
@@ -112,18 +113,18 @@ def curves_svg(
     return svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
 
 
-def scatter_tile(points: np.ndarray, colours: np.ndarray, *, side: int = 420) -> UInt8[Tensor, "3 {side} {side}"]:
+def scatter_tile(points: np.ndarray, colours: np.ndarray) -> UInt8[Tensor, f"3 {_TILE} {_TILE}"]:
     """Points [n, 2] as dots of their colours [n, 3] in 0..1 on white; both axes have one scale, and no numbers."""
-    figure = Figure(figsize=(side / 100, side / 100), dpi=100)
+    figure = Figure(figsize=(_TILE / 100, _TILE / 100), dpi=100)
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
     axes.scatter(points[:, 0], points[:, 1], c=colours, s=9, linewidths=0)
     axes.set_aspect("equal", adjustable="datalim")
     return _tile(figure, axes)
 
 
-def matrix_tile(matrix: np.ndarray, *, side: int = 420) -> UInt8[Tensor, "3 {side} {side}"]:
+def matrix_tile(matrix: np.ndarray) -> UInt8[Tensor, f"3 {_TILE} {_TILE}"]:
     """A matrix of values in -1..1, from blue over white to red; each value is a square cell."""
-    figure = Figure(figsize=(side / 100, side / 100), dpi=100)
+    figure = Figure(figsize=(_TILE / 100, _TILE / 100), dpi=100)
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
     axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     return _tile(figure, axes)

@@ -6,8 +6,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.autoencoder_bases import downsample_factor
 from davae.backbones import backbone_of, check_parts
-from davae.backbones.sizes import Size
-from davae.errors import SettingsError
+from davae.backbones.sizes import Size, checked_side
 from davae.widen import LatentPorts, patch_side
 
 _RESOLUTION_FACTOR = 2
@@ -37,11 +36,8 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
     sizes = {str(each): (each, each) for each in sorted({side // 2, side, 2 * side})}
     if size is not None:
-        width, height = (size, size) if isinstance(size, int) else size
-        if width % (factor * patch) or height % (factor * patch):
-            raise SettingsError(
-                f"size={width}x{height}: allowed are multiples of {factor * patch}, downsample factor x patch size"
-            )
+        sides = (size, size) if isinstance(size, int) else size
+        width, height = (checked_side(each, unit=factor * patch) for each in sides)
         sizes[f"{width}x{height}"] = width, height
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,

@@ -37,7 +37,6 @@ def noise_losses(
 def variance_loss(
     variance: Float[Tensor, "b latent h w"],
     prediction: Float[Tensor, "b latent h w"],
-    latents: Float[Tensor, "b latent h w"],
     noise: Float[Tensor, "b latent h w"],
     alphas: Float[Tensor, " steps"],
     timestep: Int[Tensor, " b"],
@@ -55,7 +54,6 @@ def variance_loss(
     Args:
         variance: what the transformer says of it, about [-1, 1].
         prediction: of the noise.
-        latents: clean.
         noise: that was added.
         alphas: cumulative products a_t.
         timestep: t of each sample.

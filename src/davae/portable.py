@@ -12,7 +12,15 @@ from davae.storage import write_json
 MODULE = "davae_autoencoder"
 ENTRY = [MODULE, "AutoencoderDA"]
 """What `model_index.json` says of the autoencoder: a file beside its weights, and a class in it."""
-SOURCES = ("tiled_decoder", "slim_decoder", "detail_blocks", "autoencoder_taef2", "autoencoder_bases", "autoencoder_da")
+SOURCES = (
+    "tiled_decoder",
+    "blended_tiles",
+    "slim_decoder",
+    "detail_blocks",
+    "autoencoder_taef2",
+    "autoencoder_bases",
+    "autoencoder_da",
+)
 """The modules that the file is made of, in that order: diffusers fetches one file, so they become one."""
 OWN_IMPORT = re.compile(r"^ *from davae\.[\w.]+ import (\([^)]*\)|[^(\n]*)\n", re.MULTILINE)
 HEAD = f"""# AutoencoderDA of davae {__version__} (Apache-2.0) in one file, so that a folder loads without davae:

@@ -44,6 +44,36 @@ def slim_decoder(
             "allowed are the decoders of AutoencoderKL and AutoencoderKLFlux2. Of an upgrade of an upgrade, slim the "
             "first one"
         )
+    widths, depths = stages_of(base_config, block_out_channels, layers_per_block)
+    slim = Decoder(
+        in_channels=base_config["latent_channels"],
+        out_channels=base_config["out_channels"],
+        up_block_types=tuple(base_config["up_block_types"]),
+        block_out_channels=widths,
+        layers_per_block=base_config["layers_per_block"],  # and cut below
+        norm_num_groups=gcd(*widths),  # of any number; below, as many channels to a group as in the base
+        act_fn=base_config["act_fn"],
+        mid_block_add_attention=base_config["mid_block_add_attention"],
+    )
+    for block, depth in zip(slim.up_blocks, reversed(depths), strict=True):
+        for name in ("resnets", "attentions"):
+            if isinstance(layers := getattr(block, name, None), nn.ModuleList):
+                setattr(block, name, layers[: depth + 1])
+    for name, norm in slim.named_modules():
+        if isinstance(norm, nn.GroupNorm):
+            theirs = decoder.get_submodule(name)
+            norm.num_groups = norm.num_channels * theirs.num_groups // theirs.num_channels
+    return slim
+
+
+def stages_of(
+    base_config: Mapping[str, Any], block_out_channels: Sequence[int] | None, layers_per_block: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Widths and depths of a slim decoder's stages, the base's own where None is given; arguments as `slim_decoder`'s.
+
+    Raises:
+        ValueError: the base has not these stages.
+    """
     widest = base_config.get("decoder_block_out_channels") or base_config["block_out_channels"]  # FLUX.2's own setting
     groups, deepest = base_config["norm_num_groups"], base_config["layers_per_block"]
     widths, depths = tuple(block_out_channels or widest), tuple(layers_per_block or [deepest] * len(widest))
@@ -60,25 +90,7 @@ def slim_decoder(
             f"decoder_layers_per_block={list(depths)}: allowed are {len(widest)} numbers from 0 to the base's "
             f"{deepest}, the outermost stage first; a stage has one residual block more than its number"
         )
-    slim = Decoder(
-        in_channels=base_config["latent_channels"],
-        out_channels=base_config["out_channels"],
-        up_block_types=tuple(base_config["up_block_types"]),
-        block_out_channels=widths,
-        layers_per_block=deepest,
-        norm_num_groups=gcd(*widths),  # of any number; below, as many channels to a group as in the base
-        act_fn=base_config["act_fn"],
-        mid_block_add_attention=base_config["mid_block_add_attention"],
-    )
-    for block, depth in zip(slim.up_blocks, reversed(depths), strict=True):
-        for name in ("resnets", "attentions"):
-            if isinstance(layers := getattr(block, name, None), nn.ModuleList):
-                setattr(block, name, layers[: depth + 1])
-    for name, norm in slim.named_modules():
-        if isinstance(norm, nn.GroupNorm):
-            theirs = decoder.get_submodule(name)
-            norm.num_groups = norm.num_channels * theirs.num_groups // theirs.num_channels
-    return slim
+    return widths, depths
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Every family end to end, on a tiny real pipeline: upgrade, sample, one step of fine-tuning, save, load, sample."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +33,6 @@ from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.objectives import objective_of
 from davae.upgrade import load_pipeline, save_pipeline, upgrade
 
-BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
-    "sd3": pipelines.sd3,
-    "flux": pipelines.flux,
-    "flux2": pipelines.flux2,
-    "qwen-image": pipelines.qwen_image,
-    "sana": pipelines.sana,
-    "z-image": pipelines.z_image,
-    "auraflow": pipelines.auraflow,
-    "lumina2": pipelines.lumina2,
-    "pixart-sigma": pipelines.pixart_sigma,
-    "pixart-alpha": pipelines.pixart_alpha,
-    "dit": pipelines.dit,
-    "lightningdit": pipelines.lightningdit,
-}
-
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -67,10 +51,10 @@ IMG2IMG = {
 """Stock pipelines that start from a picture, and how to call them without guidance."""
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=pipelines.FAMILIES)
 def base(request: pytest.FixtureRequest) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
-        return pipelines.quiet(BUILDERS[request.param]())
+        return pipelines.quiet(pipelines.FAMILIES[request.param]())
 
 
 def upgrade_of(base: DiffusionPipeline) -> DiffusionPipeline:
@@ -310,7 +294,7 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
 @torch.no_grad()
 def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypatch: pytest.MonkeyPatch):
     """FLUX.1-dev and FLUX.2-dev: `velocity` is what their pipelines compute when they are called without a guidance."""
-    base = BUILDERS[family]()
+    base = pipelines.FAMILIES[family]()
     embeds = numbers(1, 5, 16)
     told = {"prompt_embeds": embeds}
     if family == "flux":
@@ -335,7 +319,7 @@ def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypa
 @pytest.mark.parametrize("family", ["sana", "lumina2"])
 def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(family):
     """It stands alone, where a prompt stands behind an instruction; in a batch and by itself."""
-    pipeline = BUILDERS[family]()
+    pipeline = pipelines.FAMILIES[family]()
     condition = backbone_of(pipeline.transformer).condition
     mixed = condition(pipeline, ["red apple", ""], max_sequence_length=400)
     embeds, mask, none, no_mask = pipeline.encode_prompt(
@@ -389,7 +373,7 @@ def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     "name", ["sd3", "qwen-image", "sana", "z-image", "auraflow", "lumina2", "pixart-sigma", "pixart-alpha"]
 )
 def test_guidance_of_one_or_less_is_none(name):
-    pipeline = BUILDERS[name]()
+    pipeline = pipelines.FAMILIES[name]()
     pipeline.set_progress_bar_config(disable=True)
     none, less, much = (
         sample(pipeline, PROMPTS, size=32, seed=0, steps=2, guidance_scale=scale, prompt_tokens=TEXT_TOKENS)

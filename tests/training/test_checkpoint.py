@@ -51,13 +51,25 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     path = save_checkpoint(tmp_path / "new" / "folder", sample(100), recipe_digest=DIGEST, keep=1)
     assert path.name == "step-00000100"
     assert names(path) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
-    back, original = load_checkpoint(path, recipe_digest=DIGEST), sample(100)
-    assert (back.step, back.values, list(back.groups)) == (original.step, original.values, list(original.groups))
-    for group, tensors in original.groups.items():
-        assert back.groups[group].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert back.groups[group][name].dtype == tensor.dtype
-            assert torch.equal(back.groups[group][name], tensor)
+    original = sample(100)
+    for verified in (False, True):
+        back = load_checkpoint(path, recipe_digest=DIGEST, verified=verified)
+        assert (back.step, back.values, list(back.groups)) == (original.step, original.values, list(original.groups))
+        for group, tensors in original.groups.items():
+            assert back.groups[group].keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                assert back.groups[group][name].dtype == tensor.dtype
+                assert torch.equal(back.groups[group][name], tensor)
+
+
+def test_files_are_verified_unless_they_are_already(tmp_path):
+    save(tmp_path, 1)
+    path = latest_checkpoint(tmp_path)
+    save_file(dict(sample(2).groups["model"]), path / "model.safetensors")
+    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors"):
+        load_checkpoint(path, recipe_digest=DIGEST)
+    back = load_checkpoint(path, recipe_digest=DIGEST, verified=True)
+    assert all(torch.equal(tensor, sample(2).groups["model"][name]) for name, tensor in back.groups["model"].items())
 
 
 def test_the_umask_decides_who_may_read_a_checkpoint(tmp_path):

@@ -1,13 +1,20 @@
-"""A resumed run of a channels-last model: the fused optimiser must find its moments where the weights are."""
+"""How weights lie in memory: stage 1's as is fastest, and a resumed run's moments where its weights are."""
 
 from pathlib import Path
 
 import torch
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from davae.data.sources import open_pictures
+from davae.detail_blocks import DetailDownsample, DetailUpsample
+from davae.ranks import Ranks
 from davae.seeds import generator
+from davae.training.autoencoder import start_autoencoder, train_autoencoder
 from davae.training.state import TrainingState
 from davae.training.tensors import fastest_layout, laid_out
+from stages import autoencoder_recipe
 
 
 def trained(folder: Path, *, stop_after: int | None = None) -> torch.Tensor:
@@ -47,3 +54,25 @@ def test_a_layout_changes_no_value_and_leaves_other_convolutions_alone() -> None
         assert model[1].weight.is_contiguous()
         for parameter, values in zip(model.parameters(), before, strict=True):
             assert torch.equal(parameter, values)
+
+
+def test_stage_one_trains_with_the_layout_of_its_device_whether_its_start_is_new_or_read(
+    base_folder: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    recipe = autoencoder_recipe(base_folder, picture_folder, steps=2)
+    start_autoencoder(recipe, open_pictures(picture_folder, size=64, split="train"), tmp_path / "read" / "start")
+    layout, kinds = fastest_layout(Ranks().device), (Encoder, Decoder, DetailDownsample, DetailUpsample)
+    for name in ("new", "read"):
+        seen: set[tuple[type[nn.Module], bool]] = set()
+
+        def look(module: nn.Module, _: object, seen: set = seen) -> None:
+            if torch.is_grad_enabled() and isinstance(module, kinds):
+                weights = [weight for weight in module.parameters() if weight.ndim == 4]
+                seen |= {(type(module), weight.is_contiguous(memory_format=layout)) for weight in weights}
+
+        hook = register_module_forward_pre_hook(look)
+        try:
+            train_autoencoder(recipe, tmp_path / name)
+        finally:
+            hook.remove()
+        assert seen == {(kind, True) for kind in kinds}, name

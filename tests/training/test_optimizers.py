@@ -19,7 +19,7 @@ from davae.seeds import generator
 from davae.training.autoencoder import train_autoencoder
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.interruption import Interrupted
-from davae.training.optimizers import ADAMW, LIBRARIES, OptimizerName, OptimizerSettings
+from davae.training.optimizers import ADAMW, LIBRARIES, OptimizerName, OptimizerSettings, averages
 from davae.training.state import TrainingState
 from davae.training.tensors import laid_out
 from forks import exit_code, forked
@@ -145,16 +145,20 @@ def test_schedule_free_is_what_its_library_makes_of_the_same_steps(tmp_path: Pat
         optimizer.step()
     trained = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.eval()
-    averages = [parameter.detach().clone() for parameter in model.parameters()]
-    assert not same(trained, averages)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    assert not same(trained, expected)
 
     state = run(tmp_path, "AdamWScheduleFree")
     before = copies(state)
     torch.testing.assert_close(before, trained, rtol=1e-5, atol=1e-6)
     for context in (state.weights.evaluated, state.ema_weights):
         with context():
-            torch.testing.assert_close(copies(state), averages, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(copies(state), expected, rtol=1e-5, atol=1e-6)
         assert same(copies(state), before), "what is trained comes back exactly"
+    own = state.weights.optimizer
+    with state.weights.evaluated():
+        shown = copies(state)
+    assert same(averages(own, own.param_groups[0]["params"]), shown)
 
 
 def test_looking_at_the_averages_changes_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from davae.backbones import calling
 from davae.backbones.family import Backbone
-from davae.backbones.sizes import side_of
+from davae.backbones.sizes import UNBINNED, side_of
 from davae.backbones.variance import split_variance
 from davae.widen import LatentPorts
 
@@ -22,11 +22,6 @@ PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
 """Both attentions and the MLP's output; the modulation is one layer for all blocks, and stays."""
-
-ADVICE = (
-    "call it with use_resolution_binning=False and with height and width: its tables of sizes are the base's, by which "
-    "it would make a small picture and enlarge it"
-)
 
 
 def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
@@ -99,5 +94,5 @@ BACKBONE = Backbone(
     lora_targets=LORA_TARGETS,
     picture_side=picture_side,
     call=call,
-    advice=ADVICE,
+    advice=UNBINNED,
 )

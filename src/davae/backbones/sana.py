@@ -11,18 +11,13 @@ from torch import Tensor
 
 from davae.backbones import calling
 from davae.backbones.family import Backbone
-from davae.backbones.sizes import side_of
+from davae.backbones.sizes import UNBINNED, side_of
 from davae.widen import LatentPorts
 
 PORTS = LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Linear attention and cross-attention; the MLP is made of convolutions."""
-
-ADVICE = (
-    "call it with use_resolution_binning=False and with height and width: its tables of sizes are the base's, by which "
-    "it would make a small picture and enlarge it"
-)
 
 
 def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
@@ -72,5 +67,5 @@ def call(pipeline: SanaPipeline, prompts: Sequence[str], **settings: Any) -> dic
 
 
 BACKBONE = Backbone(
-    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call, advice=ADVICE
+    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=call, advice=UNBINNED
 )

@@ -7,6 +7,11 @@ from diffusers import DiffusionPipeline
 
 from davae.errors import SettingsError
 
+UNBINNED = (
+    "call it with use_resolution_binning=False and with height and width: its tables of sizes are the base's, by which "
+    "it would make a small picture and enlarge it"
+)
+"""Advice for families whose pipelines have such tables."""
 Size = int | tuple[int, int]
 """Side of a square in pixels, or width and height, in the order of "320x192" and of Pillow's sizes."""
 
@@ -54,7 +59,15 @@ def side_of(
             f"a {type(pipeline).__name__} was given; allowed is {allowed}: davae upgrades others of the family, "
             "too, but neither trains them nor samples from them yet"
         )
-    side = default if size is None else size
+    return checked_side(default if size is None else size, unit=unit, largest=largest)
+
+
+def checked_side(side: int, *, unit: int, largest: int | None = None) -> int:
+    """The side itself, in pixels, if a picture can have it: `unit` and `largest` as in `side_of`.
+
+    Raises:
+        SettingsError: it cannot.
+    """
     if side < unit or side % unit or (largest is not None and side > largest):
         raise SettingsError(
             f"size={side}: allowed are multiples of {unit}, downsample factor x patch size"

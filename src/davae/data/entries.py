@@ -1,12 +1,13 @@
-"""One picture of a source with what is said about it, checked by its header."""
+"""The pictures of a source with what is said about them, checked by their headers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from davae.data.buckets import Bucket, choose_bucket
 from davae.data.labels import read_caption, read_class
+from davae.data.loading import in_threads
 from davae.data.pictures import PictureRefused, check_picture
-from davae.data.stored import Sample, StoredBytes
+from davae.data.stored import Refusal, Sample, StoredBytes
 
 MAX_FILE_BYTES = 512 << 20
 
@@ -31,6 +32,33 @@ def least(buckets: Sequence[Bucket]) -> str:
     """The smallest of them, for messages."""
     least = min(buckets, key=lambda bucket: bucket.height * bucket.width)
     return f"{least.width} pixels" if least.width == least.height else f"{least.width}x{least.height} pixels"
+
+
+def make_entries(
+    samples: Mapping[str, Sample],
+    buckets: Sequence[Bucket],
+    folders: Mapping[str, int] | None,
+    needs_caption: bool,
+) -> tuple[list[Entry], list[Refusal]]:
+    """`make_entry` of each sample by its key, and what it refuses; of pictures of one name the first is taken."""
+
+    def entry(key: str) -> Entry | Refusal:
+        try:
+            return make_entry(key, samples[key], buckets, folders, needs_caption)
+        except PictureRefused as error:
+            return Refusal(error.name, error.reason, error.kind)
+
+    entries, refused = [], []
+    for sample, found in zip(samples.values(), in_threads(entry, list(samples)), strict=True):
+        first, *others = sample.pictures
+        refused += [
+            Refusal(other.name, f"same name as {first.name}; rename one of them", "same name") for other in others
+        ]
+        if isinstance(found, Refusal):
+            refused.append(found)
+        else:
+            entries.append(found)
+    return entries, refused
 
 
 def make_entry(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from davae import faults
 from davae.data.buckets import Bucket, Crop, central_crop, fit
-from davae.data.entries import Entry, least, make_entry
+from davae.data.entries import Entry, least, make_entries
 from davae.data.labels import folder_classes, number_classes
 from davae.data.listing import Source, list_source
 from davae.data.loading import in_threads
@@ -235,27 +235,12 @@ def open_pictures(
         raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
     buckets = tuple(buckets) or (Bucket(size, size),)
     listing = list_source(source)
-    samples, refused = listing.samples, listing.refused
-    folders = folder_classes(samples) if classes and listing.folders else {}
-    keys = [key for key in sorted(samples) if samples[key].pictures]
-    keys = [key for key in keys if split is None or heldout(key) == (split == "heldout")]
-
-    def entry(key: str) -> Entry | Refusal:
-        try:
-            return make_entry(key, samples[key], buckets, folders if classes else None, captions)
-        except PictureRefused as error:
-            return Refusal(error.name, error.reason, error.kind)
-
-    entries = []
-    for key, found in zip(keys, in_threads(entry, keys), strict=True):
-        first, *others = samples[key].pictures
-        refused += [
-            Refusal(other.name, f"same name as {first.name}; rename one of them", "same name") for other in others
-        ]
-        if isinstance(found, Refusal):
-            refused.append(found)
-        else:
-            entries.append(found)
+    samples = {key: sample for key, sample in sorted(listing.samples.items()) if sample.pictures}
+    if split is not None:
+        samples = {key: sample for key, sample in samples.items() if heldout(key) == (split == "heldout")}
+    folders = folder_classes(listing.samples) if classes and listing.folders else {}
+    entries, unusable = make_entries(samples, buckets, folders if classes else None, captions)
+    refused = [*listing.refused, *unusable]
     if not entries:
         rule = " (about one key in ten is held out, by a hash of its name: give more pictures)"
         what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"

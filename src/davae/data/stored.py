@@ -139,9 +139,9 @@ class RemoteFile:
             raise DataError(f"{self.url}: {len(data)} bytes instead of {end - start} at {start}; is it complete?")
         return data
 
-    def open(self, start: int = 0, end: int | None = None, buffer: int = HEADER_BYTES) -> Stream:
-        """A seekable stream of the bytes from `start` to before `end`, fetched `buffer` at a time."""
-        return io.BufferedReader(_Range(self, start, self.size if end is None else end), buffer)
+    def open(self, start: int = 0, end: int | None = None) -> Stream:
+        """A seekable stream of the bytes from `start` to before `end`, fetched `HEADER_BYTES` at a time."""
+        return io.BufferedReader(_Range(self, start, self.size if end is None else end), HEADER_BYTES)
 
     def matches(self) -> list["RemoteFile"]:
         """The files that this URL, a pattern with *, stands for, in sorted order."""

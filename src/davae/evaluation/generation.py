@@ -76,11 +76,11 @@ def features_of(pictures: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Flo
     return torch.cat(rows)
 
 
-def kid_with_error(made: Tensor, real: Tensor, *, seed: int, resamples: int = 50) -> tuple[float, float]:
+def kid_with_error(made: Tensor, real: Tensor, *, seed: int) -> tuple[float, float]:
     """KID of two sets of features, over all of both, and its standard error out of halves of the made ones."""
     value = kid(made, real)
     estimates = []
-    for index in range(resamples):
+    for index in range(50):
         rows = torch.randperm(len(made), generator=generator(seed, "kid half", index))[: len(made) // 2]
         estimates.append(kid(made[rows], real))
     # Halves drawn without replacement vary by about the standard error of the whole.

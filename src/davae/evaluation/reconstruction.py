@@ -165,16 +165,7 @@ def reconstruct(
             `davae[eval]` for KID, or `ablate_detail` of an autoencoder all of whose latents are new.
         DataError: no usable pictures.
     """
-    if base is not None and autoencoder.config.base_channels:
-        check_base_encoder(autoencoder, base)
-    tokenizers = {OURS: upgraded(autoencoder)}
-    if ablate_detail:
-        tokenizers |= {ZEROED: detail_zeroed(autoencoder), RANDOMISED: detail_randomised(autoencoder)}
-    tokenizers |= compare or {}
-    if base is not None:
-        factor = autoencoder.config.resolution_factor
-        bounds = {FULL: base_at_full_size(base), UNSHUFFLED: base_unshuffled(base, factor=factor)}
-        tokenizers = {SMALL[factor]: base_enlarged(base, autoencoder), **tokenizers, **bounds}
+    tokenizers = compared(autoencoder, base, compare or {}, ablate_detail=ablate_detail)
     for name in sorted(tokenizers, key=lambda name: name != OURS):
         if size % tokenizers[name].factor:
             factor = tokenizers[name].factor
@@ -194,6 +185,27 @@ def reconstruct(
     ranks.first_does(lambda: write_json(out / "result.json", {**result, **where, "environment": environment()}))
     ranks.first_does(lambda: _write_page(out / "index.html", heldout, tokenizers, numbers, autoencoder))
     return out / "index.html"
+
+
+def compared(
+    autoencoder: AutoencoderDA, base: ModelMixin | None, others: Mapping[str, Tokenizer], *, ablate_detail: bool
+) -> dict[str, Tokenizer]:
+    """What stands in the table of `reconstruct`, whose arguments these are, by name and in order.
+
+    Raises:
+        SettingsError: `base` is another autoencoder's, or `ablate_detail` of one all of whose latents are new.
+    """
+    if base is not None and autoencoder.config.base_channels:
+        check_base_encoder(autoencoder, base)
+    tokenizers = {OURS: upgraded(autoencoder)}
+    if ablate_detail:
+        tokenizers |= {ZEROED: detail_zeroed(autoencoder), RANDOMISED: detail_randomised(autoencoder)}
+    tokenizers |= others
+    if base is None:
+        return tokenizers
+    factor = autoencoder.config.resolution_factor
+    bounds = {FULL: base_at_full_size(base), UNSHUFFLED: base_unshuffled(base, factor=factor)}
+    return {SMALL[factor]: base_enlarged(base, autoencoder), **tokenizers, **bounds}
 
 
 def _write_page(

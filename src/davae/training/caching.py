@@ -48,13 +48,7 @@ def fill(
     cache.set_damaged_aside(process=ranks.rank, processes=ranks.count)
     ranks.wait("encoding")
     cache.find()
-    first: dict[str, int] = {}
-    for place, key in enumerate(keys):
-        first.setdefault(key, place)
-    lacking: dict[int, list[int]] = {}  # places by number of block
-    for key, place in first.items():
-        if key not in cache and place // block % ranks.count == ranks.rank:
-            lacking.setdefault(place // block, []).append(place)
+    lacking = lacking_places(cache, keys, block, ranks)
     if lacking:
         total, console = sum(map(len, lacking.values())), Console(stderr=True, quiet=not ranks.first)
         progress = StepProgress(f"encoding {unit}", done=0, total=total, console=console, unit=unit)
@@ -73,8 +67,20 @@ def fill(
                     pending, began = {}, time.monotonic()
     ranks.wait("encoding")
     cache.find()
-    if gone := [key for key in first if key not in cache]:
+    if gone := {key for key in keys if key not in cache}:
         raise CheckpointError(
             f"{cache.folder} lacks {len(gone)} entries that were to be there: another process has removed them, or has "
             "failed to make them. Run again"
         )
+
+
+def lacking_places(cache: TensorCache, keys: Sequence[str], block: int, ranks: Ranks) -> dict[int, list[int]]:
+    """The places whose entries this rank has to compute, by the number of their block; of equal keys the first."""
+    first: dict[str, int] = {}
+    for place, key in enumerate(keys):
+        first.setdefault(key, place)
+    lacking: dict[int, list[int]] = {}
+    for key, place in first.items():
+        if key not in cache and place // block % ranks.count == ranks.rank:
+            lacking.setdefault(place // block, []).append(place)
+    return lacking

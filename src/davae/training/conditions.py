@@ -12,7 +12,7 @@ from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.ranks import Ranks
-from davae.training.caching import SHARD_BYTES, fill
+from davae.training.caching import fill
 from davae.training.fingerprints import sha256_of, text_digest
 
 BLOCK = 64
@@ -71,7 +71,6 @@ def cached_conditions(
     *,
     tokens: int,
     ranks: Ranks | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> CachedConditions:
     """The conditions of all captions and of none, those that the cache in `folder` lacks encoded first.
 
@@ -85,7 +84,6 @@ def cached_conditions(
         folder: of caches, made if it is not there.
         tokens: length of the longest text encoder's output.
         ranks: the processes that share the encoding; by default those of the environment.
-        shard_bytes: size of the cache's files, about.
     """
     cache = TensorCache(folder, "text", {"encoders": text_digest(pipeline), "tokens": tokens})
     captions = ["", *pictures.captions]
@@ -95,7 +93,7 @@ def cached_conditions(
         found = encode_captions(pipeline, backbone, [captions[row] for row in rows], tokens)
         return [trimmed({name: values[index] for name, values in found.items()}) for index in range(len(rows))]
 
-    fill(cache, keys, entries, block=BLOCK, unit="captions", ranks=ranks or Ranks(), shard_bytes=shard_bytes)
+    fill(cache, keys, entries, block=BLOCK, unit="captions", ranks=ranks or Ranks())
     return CachedConditions(cache, keys)
 
 

@@ -84,7 +84,7 @@ class NoiseObjective:
         if variance is None:
             return losses.total, {**logs, "detail_weight": weight}
         bound = variance_loss(
-            variance, predicted, clean, noise, self.alphas, time, base_channels=self.base_channels, detail_weight=weight
+            variance, predicted, noise, self.alphas, time, base_channels=self.base_channels, detail_weight=weight
         )
         return losses.total + bound, {**logs, "detail_weight": weight, "variance_loss": bound.detach()}
 

@@ -1,13 +1,13 @@
 """The optimisers that a recipe may name: torch's AdamW, one whose moments have 8 bits, one that needs no schedule."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from davae.errors import SettingsError
 from davae.ranks import Ranks
@@ -87,6 +87,15 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         optimizer.train()
         with torch.no_grad():
             torch._foreach_copy_(weights, trained)
+
+
+def averages(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Its weights as `evaluated` shows them, bit for bit, for reading only: those of schedule-free are new tensors."""
+    if not hasattr(optimizer, "eval"):
+        return list(weights)
+    toward = 1 - 1 / optimizer.param_groups[0]["betas"][0]  # as its `eval`, which sets them in place
+    steps = {weight: state["z"] for weight, state in optimizer.state.items() if "z" in state}
+    return [torch.lerp(w.detach(), steps[w], toward).requires_grad_() if w in steps else w for w in weights]
 
 
 def counts(optimizer: torch.optim.Optimizer) -> dict[str, int | float]:

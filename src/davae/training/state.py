@@ -165,7 +165,8 @@ class TrainingState:
         self._loss = math.nan
         newest = self.ranks.on_first(lambda: getattr(latest_checkpoint(self._folder), "name", None))
         if newest is not None:
-            self._restore(load_checkpoint(self._folder / newest, recipe_digest=recipe_digest), self._folder / newest)
+            path, verified = self._folder / newest, self.ranks.first  # by rank 0 just now; others verify what they read
+            self._restore(load_checkpoint(path, recipe_digest=recipe_digest, verified=verified), path)
             logger.info("%s goes on at step %d of %d", label, self.step, total_steps)
 
     def steps(self) -> Iterator[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from davae import faults
 from davae.ranks import Ranks
 from davae.training.gradients import clipped_norm
-from davae.training.optimizers import OptimizerSettings, counts, evaluated, restore_counts
+from davae.training.optimizers import OptimizerSettings, averages, counts, evaluated, restore_counts
 from davae.training.sharding import gathered_into, now_trained, own_part, part_of, shard
 from davae.training.tensors import (
     copy_into,
@@ -79,8 +79,7 @@ class TrainedWeights:
             group["lr"] = learning_rate
         faults.at("step")
         self.optimizer.step()
-        with self.evaluated():
-            self._ema.step(self._parts.values())
+        self._ema.step(averages(self.optimizer, self._parts.values()))
         self._ema.shadow_params[0] = faults.at("ema", self._ema.shadow_params[0])
 
     def drop_gradients(self) -> None:
