@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from davae import AutoencoderDA, upgrade
+from davae import AutoencoderDA, assets, load_pipeline, upgrade, widen_transformer
+from davae.backbones import backbone_of
 from davae.inspection import describe
+from davae.widen import lost_directions
 from tiny import tiny_sd3_pipeline
 
 VERBS = [
@@ -139,6 +141,15 @@ def test_inspect_predicts_the_parameters_that_an_upgrade_adds() -> None:
     upgraded = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels))
     added = describe(upgraded)["transformer_parameters"] - describe(base)["transformer_parameters"]
     assert describe(base)["upgrade"]["added_transformer_parameters"] == added
+
+
+def test_inspect_says_how_many_detail_channels_a_transformers_width_holds() -> None:
+    base = load_pipeline(assets.base_pipeline())
+    most = describe(base)["upgrade"]["most_detail_channels"]
+    for more, loses in ((0, False), (1, True)):
+        widened = widen_transformer(base.transformer, base_channels=16, detail_channels=most + more)
+        assert bool(lost_directions(widened, backbone_of(widened).ports)) == loses
+    assert describe(tiny_sd3_pipeline())["upgrade"]["most_detail_channels"] == 0  # the base fills its width
 
 
 RECIPES = ["train-autoencoder", "finetune"]
