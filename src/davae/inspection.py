@@ -17,7 +17,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
 
     Tokens are of half the default size, of that and of twice that, and of `size`, by width and height.
 
-    A token of more numbers than the transformer is wide keeps some noise (`davae.widen.lost_directions`), which is where
+    A token of more numbers than the transformer is wide keeps noise (`davae.widen.lost_directions`), which is where
     `"most_detail_channels"` comes from.
 
     `"upgrade"` is None for a pipeline that is upgraded already; for a base pipeline it says what the default upgrade
@@ -60,9 +60,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         "scaling_factor": autoencoder.config.get("scaling_factor"),
         "shift_factor": autoencoder.config.get("shift_factor"),
         "default_size": side,
-        "tokens": {
-            name: (wide // factor // patch) * (high // factor // patch) for name, (wide, high) in sizes.items()
-        },
+        "tokens": {name: (wide // factor // patch) * (high // factor // patch) for name, (wide, high) in sizes.items()},
         "ports": {
             name: {"layer": layer, "layout": layout, "weight": list(_layer(transformer, layer).weight.shape)}
             for name, layer, layout in (
