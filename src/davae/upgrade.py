@@ -121,7 +121,7 @@ def load_pipeline(
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    without: Sequence[str] = (),
+    without: str | Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
 
@@ -134,13 +134,15 @@ def load_pipeline(
         fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
-        without: components that are not loaded, and None.
+        without: names of components, or one, that are not loaded, and None.
 
     Raises:
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
+        SettingsError: if the pipeline has no component of a name in `without`, or an adapter needs one of them.
     """
     folder = Path(path_or_base)
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
+    without = [without] if isinstance(without, str) else list(without)
     wanted = dtype or torch.float32
     dtype = torch.float32 if len(adapters) > 1 else wanted  # a later adapter knows its base by its weights in float32
     absent: dict[str, None] = {}
@@ -159,6 +161,11 @@ def load_pipeline(
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    if unknown := sorted(set(without) - pipeline.components.keys()):
+        raise SettingsError(
+            f"without={', '.join(unknown)}: this {type(pipeline).__name__} has no such component; allowed are "
+            f"{', '.join(sorted(pipeline.components))}"
+        )
     if portable:
         pipeline = _with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
     for name, module in pipeline.components.items():
@@ -196,6 +203,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
 
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
+    check_parts(pipeline)
     check_base(base_digest(pipeline.transformer), folder)
     upgraded = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)
