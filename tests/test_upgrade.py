@@ -418,7 +418,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(base, tmp_path):
 def test_components_are_left_out_by_name_and_names_that_are_none_are_refused(trained):
     folder, _ = trained
     assert load_pipeline(folder / "base", without="text_encoder_3").text_encoder_3 is None
-    with pytest.raises(SettingsError, match="without=t5: this StableDiffusion3Pipeline has no such .* text_encoder_3"):
+    with pytest.raises(SettingsError, match=r"without=t5: this StableDiffusion3Pipeline has no such .* text_encoder_3"):
         load_pipeline(folder / "base", without=["t5"])
     for part in ("transformer", "vae"):
         with pytest.raises(SettingsError, match=f"has no {part}: it cannot be upgraded"):
