@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
 
@@ -252,6 +253,32 @@ def test_statistics_change_the_latents_and_not_the_picture(base: str, linear: bo
     assert torch.allclose(
         deviation * autoencoder.detail_std.view(1, -1, 1, 1), (0.5 * log_variance).exp(), rtol=1e-9, atol=0
     )
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("base", BASES)
+def test_group_offloading_has_each_part_there_when_it_runs(base: str, offload_type: str, tmp_path: Path) -> None:
+    autoencoder, image = trained(base), pictures(1)
+    with torch.no_grad():
+        latents = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
+        picture = autoencoder.reconstruct(*latents)
+        settings = {"offload_type": offload_type, "num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
+        apply_group_offloading(autoencoder, torch.device("cpu"), **settings)
+        for parameter in autoencoder.parameters():  # what is not read from its file is missed
+            parameter.fill_(torch.nan)
+        again = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
+        assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(latents, again, strict=True))
+        assert torch.allclose(autoencoder.reconstruct(*latents), picture, atol=1e-12)
+
+
+def test_statistics_follow_the_latents_to_where_they_are() -> None:
+    autoencoder = trained("kl")
+    statistics = {name: getattr(autoencoder, name) for name in ("detail_mean", "detail_std")}
+    nn.Module.to(autoencoder, "meta")
+    for name, buffer in statistics.items():
+        setattr(autoencoder, name, buffer)
+    latents = autoencoder.encode(pictures().to("meta")).latent_dist.mode()
+    assert autoencoder.decode(latents).sample.is_meta
 
 
 def test_samples_spread_as_the_detail_encoder_says() -> None:

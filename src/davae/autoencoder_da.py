@@ -95,6 +95,17 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _group_offload_block_modules = (
+        "base_encoder",
+        "base_quant_conv",
+        "detail_encoder",
+        "detail_quant_conv",
+        "detail_downsample",
+        "detail_from_base",
+        "detail_upsample",
+        "joint_post_quant_conv",
+        "joint_decoder",
+    )
 
     @register_to_config
     def __init__(
@@ -445,7 +456,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return like.new_tensor(std).view(1, -1, 1, 1), like.new_tensor(mean).view(1, -1, 1, 1)
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(b.to(like.dtype).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
+        # Group offloading leaves buffers of the model itself where they are: it moves them for `forward` alone.
+        return tuple(b.to(like).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
 
     def _in_pieces(self, run: Callable[[Tensor], Tensor], x: Tensor, *, channels: int, up: int, down: int) -> Tensor:
         """Run `run` on single pictures if slicing is on, and on overlapping tiles if tiling is.
