@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 
@@ -173,6 +174,15 @@ def test_a_pipeline_without_a_transformer_is_told_what_it_lacks(base, autoencode
     parts = {name: base.components[name] for name in ("vae", "text_encoder", "tokenizer")}
     with pytest.raises(SettingsError, match=r"has no transformer.*It has .*vae.*allowed are .*FluxTransformer2DModel"):
         upgrade(OnlyParts(**parts), autoencoder)
+
+
+def test_weights_that_are_offloaded_and_a_compiled_transformer_are_refused_with_what_to_do(base, autoencoder):
+    compiled = type(base)(**{**base.components, "transformer": torch.compile(base.transformer, backend="eager")})
+    with pytest.raises(SettingsError, match=r"torch\.compile's wrapper: give it without"):
+        upgrade(compiled, autoencoder)
+    cpu_offload(base.transformer, execution_device="cpu")  # what `enable_sequential_cpu_offload` does
+    with pytest.raises(SettingsError, match="SD3Transformer2DModel's weights are not there: they are offloaded"):
+        upgrade(base, autoencoder)
 
 
 def test_an_upgrade_says_what_the_stock_pipeline_must_be_told(caplog):

@@ -41,14 +41,20 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     The default size grows by itself, since stock pipelines count the autoencoder's stages; the token count stays.
     `pipeline` may be an upgraded one, if `autoencoder` was made from its VAE: an upgrade of the upgrade.
     All other components, and all weights of the transformer but its two ports, are shared with `pipeline`, which is
-    left as it is: train a copy of it if you go on needing the base. `autoencoder` is moved to the dtype and device of
-    the VAE whose place it takes.
+    left as it is: if you go on needing the base, take a copy of it before you train, fuse a LoRA or change the dtype.
+    `autoencoder` is moved to the dtype and device of the VAE whose place it takes.
 
     Raises:
-        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, or `autoencoder`
-            was not made from this pipeline's VAE.
+        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, its weights are
+            offloaded, or `autoencoder` was not made from this pipeline's VAE.
     """
     check_parts(pipeline)
+    for part in (pipeline.transformer, pipeline.vae):
+        if any(parameter.is_meta for parameter in part.parameters()):
+            raise SettingsError(
+                f"the {type(part).__name__}'s weights are not there: they are offloaded (or on the device meta). "
+                "Upgrade first, then call enable_sequential_cpu_offload() of the upgraded pipeline"
+            )
     backbone = backbone_of(pipeline.transformer)
     if backbone.refusal:
         raise SettingsError(
