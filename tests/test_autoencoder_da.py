@@ -314,6 +314,9 @@ def test_calibration_refuses_what_cannot_be_standardised() -> None:
         autoencoder.calibrate([pictures()])
     with pytest.raises(ValueError, match="multiples of 8"):
         autoencoder.calibrate([pictures(side=36)])
+    for batch in (pictures(1)[0], pictures(dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"give batches \[B, 3, H, W\] of floating-point numbers in \[-1, 1\]"):
+            autoencoder.calibrate([batch])
     assert torch.equal(autoencoder.detail_std, torch.ones(8).double())
 
 
@@ -383,6 +386,7 @@ def test_tuples_for_those_who_ask() -> None:
         ({"detail_channels": 0}, "nearest is 4"),
         ({"detail_channels": -4}, "nearest is 4"),
         ({"detail_channels": 4, "base_downsample": "lanczos"}, "'lanczos'.*bicubic, bicubic-antialias"),
+        ({"detail_channels": 4, "all_new": True, "base_in_detail": True}, "there are no base latents to add"),
     ],
 )
 def test_settings_that_are_refused(settings: dict, message: str) -> None:
@@ -408,6 +412,8 @@ def test_pictures_and_latents_that_are_refused() -> None:
     autoencoder = trained("kl")
     with pytest.raises(ValueError, match="40x36 px: both sides must be multiples of 8"):
         autoencoder.encode(torch.zeros(1, 3, 36, 40).double())
+    with pytest.raises(ValueError, match=r"\[3, 32, 32\] of torch.float64: give batches"):
+        autoencoder.encode(pictures(1)[0])
     with pytest.raises(ValueError, match=r"4 channels.*12 \(4 base \+ 8 detail\)"):
         autoencoder.decode(torch.zeros(1, 4, 4, 4).double())
 

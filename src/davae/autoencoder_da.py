@@ -131,6 +131,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
+        if base_in_detail and not base_channels:
+            raise ValueError("base_in_detail=True: with base_channels=0 (all_new) there are no base latents to add.")
         base = base_class(base_config["_class_name"]).from_config(dict(base_config))
         quant_conv = getattr(base, "quant_conv", None)
         self.detail_encoder = copy.deepcopy(base.encoder)
@@ -293,7 +295,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Posterior over the C + D latents; the base half is deterministic.
 
         Raises:
-            ValueError: a side of the picture is no multiple of the downsample factor, or there are several frames.
+            ValueError: a side of the picture is no multiple of the downsample factor, there are several frames, or it
+                is no batch of floating-point numbers.
         """
         frames, x = x.ndim == 5, _picture(x)
         self._check_sample(x)
@@ -354,7 +357,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Measure mean and deviation of every detail channel over `batches` of pictures (float64) and keep them.
 
         Raises:
-            ValueError: no batches, or a channel that does not vary or is not finite.
+            ValueError: no batches, pictures that `encode` refuses, or a channel that does not vary or is not finite.
         """
         count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
         for batch in batches:
@@ -486,6 +489,11 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return (total / weights).to(x.dtype)
 
     def _check_sample(self, sample: Tensor) -> None:
+        if sample.ndim != 4 or not sample.is_floating_point():
+            raise ValueError(
+                f"pictures {list(sample.shape)} of {sample.dtype}: give batches [B, 3, H, W] of floating-point numbers "
+                "in [-1, 1]."
+            )
         height, width = sample.shape[-2:]
         if height % self.downsample_factor or width % self.downsample_factor:
             raise ValueError(
