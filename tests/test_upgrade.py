@@ -255,11 +255,15 @@ def test_an_adapter_can_stay_apart_from_the_weights(trained):
     assert any(".lora_A." in name for name in pipeline.transformer.state_dict())
 
 
-def test_an_adapter_for_half_precision_is_recognised(trained):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_for_half_precision_is_recognised(trained, dtype):
     folder, _ = trained
-    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
-    assert pipeline.vae.dtype == torch.bfloat16
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=dtype)
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {dtype}
+    assert {model.dtype for model in (pipeline.vae, pipeline.text_encoder)} == {dtype}
+    kept = load_pipeline(folder / "base", dtype=dtype).text_encoder_3  # transformers keeps some of T5 in float32
+    found = pipeline.text_encoder_3.state_dict()
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in kept.state_dict().items()}
     assert np.isfinite(generate(pipeline)).all()
 
 

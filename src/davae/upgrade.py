@@ -150,7 +150,9 @@ def load_pipeline(
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
     without = [without] if isinstance(without, str) else list(without)
     wanted = dtype or torch.float32
-    dtype = torch.float32 if len(adapters) > 1 else wanted  # a later adapter knows its base by its weights in float32
+    # A later adapter knows its base by its weights in float32, and the first one by those in float32 or bfloat16.
+    exact = bool(adapters[1:]) or (bool(adapters) and wanted == torch.float16)
+    dtype = torch.float32 if exact else wanted
     absent: dict[str, None] = {}
     kind, portable = DiffusionPipeline, False
     if folder.is_dir():
@@ -162,7 +164,8 @@ def load_pipeline(
             absent["vae"] = None  # its code is the folder's own: ours is used instead
         kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     absent |= dict.fromkeys(without)
-    settings = {**absent, DTYPE: dtype, "use_safetensors": True}
+    dtypes = {"vae": dtype, "transformer": dtype, "default": wanted} if exact else wanted
+    settings = {**absent, DTYPE: dtypes, "use_safetensors": True}
     try:
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
@@ -179,10 +182,9 @@ def load_pipeline(
             check_whole(module, f"{name} of {path_or_base}")
     for place in adapters:
         pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
-    if wanted != dtype:
-        for module in pipeline.components.values():
-            if isinstance(module, nn.Module):
-                nn.Module.to(module, dtype=wanted)
+    if exact:
+        for module in (pipeline.vae, pipeline.transformer):
+            nn.Module.to(module, dtype=wanted)
     return pipeline if device is None else pipeline.to(device)
 
 
