@@ -260,23 +260,21 @@ def test_statistics_change_the_latents_and_not_the_picture(base: str, linear: bo
 def test_group_offloading_has_each_part_there_when_it_runs(base: str, offload_type: str, tmp_path: Path) -> None:
     autoencoder, image = trained(base), pictures(1)
     with torch.no_grad():
-        latents = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
-        picture = autoencoder.reconstruct(*latents)
+        latents = [autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]]
+        before = [*latents, autoencoder.reconstruct(*latents)]
         settings = {"offload_type": offload_type, "num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
         apply_group_offloading(autoencoder, torch.device("cpu"), **settings)
         for parameter in autoencoder.parameters():  # what is not read from its file is missed
             parameter.fill_(torch.nan)
-        again = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
-        assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(latents, again, strict=True))
-        assert torch.allclose(autoencoder.reconstruct(*latents), picture, atol=1e-12)
+        now = [autoencoder.encode_base(image), autoencoder.encode_detail(image)[0], autoencoder.reconstruct(*latents)]
+    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(before, now, strict=True))
 
 
 def test_statistics_follow_the_latents_to_where_they_are() -> None:
     autoencoder = trained("kl")
-    statistics = {name: getattr(autoencoder, name) for name in ("detail_mean", "detail_std")}
+    mean, std = autoencoder.detail_mean, autoencoder.detail_std
     nn.Module.to(autoencoder, "meta")
-    for name, buffer in statistics.items():
-        setattr(autoencoder, name, buffer)
+    autoencoder.detail_mean, autoencoder.detail_std = mean, std
     latents = autoencoder.encode(pictures().to("meta")).latent_dist.mode()
     assert autoencoder.decode(latents).sample.is_meta
 
@@ -314,9 +312,8 @@ def test_calibration_refuses_what_cannot_be_standardised() -> None:
         autoencoder.calibrate([pictures()])
     with pytest.raises(ValueError, match="multiples of 8"):
         autoencoder.calibrate([pictures(side=36)])
-    for batch in (pictures(1)[0], pictures(dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"give batches \[B, 3, H, W\] of floating-point numbers in \[-1, 1\]"):
-            autoencoder.calibrate([batch])
+    with pytest.raises(ValueError, match=r"torch.uint8: give floats \[B, 3, H, W\] in"):
+        autoencoder.calibrate([pictures(dtype=torch.uint8)])
     assert torch.equal(autoencoder.detail_std, torch.ones(8).double())
 
 
@@ -412,7 +409,7 @@ def test_pictures_and_latents_that_are_refused() -> None:
     autoencoder = trained("kl")
     with pytest.raises(ValueError, match="40x36 px: both sides must be multiples of 8"):
         autoencoder.encode(torch.zeros(1, 3, 36, 40).double())
-    with pytest.raises(ValueError, match=r"\[3, 32, 32\] of torch.float64: give batches"):
+    with pytest.raises(ValueError, match=r"\[3, 32, 32\] of torch.float64: give floats"):
         autoencoder.encode(pictures(1)[0])
     with pytest.raises(ValueError, match=r"4 channels.*12 \(4 base \+ 8 detail\)"):
         autoencoder.decode(torch.zeros(1, 4, 4, 4).double())

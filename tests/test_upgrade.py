@@ -176,12 +176,9 @@ def test_a_pipeline_without_a_transformer_is_told_what_it_lacks(base, autoencode
         upgrade(OnlyParts(**parts), autoencoder)
 
 
-def test_weights_that_are_offloaded_and_a_compiled_transformer_are_refused_with_what_to_do(base, autoencoder):
-    compiled = type(base)(**{**base.components, "transformer": torch.compile(base.transformer, backend="eager")})
-    with pytest.raises(SettingsError, match=r"torch\.compile's wrapper: give it without"):
-        upgrade(compiled, autoencoder)
+def test_offloaded_weights_are_refused(base, autoencoder):
     cpu_offload(base.transformer, execution_device="cpu")  # what `enable_sequential_cpu_offload` does
-    with pytest.raises(SettingsError, match="SD3Transformer2DModel's weights are not there: they are offloaded"):
+    with pytest.raises(SettingsError, match="SD3Transformer2DModel's weights are offloaded"):
         upgrade(base, autoencoder)
 
 
@@ -261,9 +258,8 @@ def test_an_adapter_for_half_precision_is_recognised(trained, dtype):
     pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=dtype)
     assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {dtype}
     assert {model.dtype for model in (pipeline.vae, pipeline.text_encoder)} == {dtype}
-    kept = load_pipeline(folder / "base", dtype=dtype).text_encoder_3  # transformers keeps some of T5 in float32
-    found = pipeline.text_encoder_3.state_dict()
-    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in kept.state_dict().items()}
+    base = load_pipeline(folder / "base", dtype=dtype)  # transformers keeps some of T5 in float32
+    assert pipeline.text_encoder_3.get_memory_footprint() == base.text_encoder_3.get_memory_footprint()
     assert np.isfinite(generate(pipeline)).all()
 
 
@@ -432,7 +428,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(base, tmp_path):
 def test_components_are_left_out_by_name_and_names_that_are_none_are_refused(trained):
     folder, _ = trained
     assert load_pipeline(folder / "base", without="text_encoder_3").text_encoder_3 is None
-    with pytest.raises(SettingsError, match=r"without=t5: this StableDiffusion3Pipeline has no such .* text_encoder_3"):
+    with pytest.raises(SettingsError, match=r"without=t5: no such part.* text_encoder_3"):
         load_pipeline(folder / "base", without=["t5"])
     for part in ("transformer", "vae"):
         with pytest.raises(SettingsError, match=f"has no {part}: it cannot be upgraded"):

@@ -102,9 +102,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         "detail_quant_conv",
         "detail_downsample",
         "detail_from_base",
-        "detail_upsample",
-        "joint_post_quant_conv",
-        "joint_decoder",
+        *DECODING,
     )
 
     @register_to_config
@@ -459,7 +457,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return like.new_tensor(std).view(1, -1, 1, 1), like.new_tensor(mean).view(1, -1, 1, 1)
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        # Group offloading leaves buffers of the model itself where they are: it moves them for `forward` alone.
+        # Group offloading moves the model's own buffers for `forward` alone.
         return tuple(b.to(like).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
 
     def _in_pieces(self, run: Callable[[Tensor], Tensor], x: Tensor, *, channels: int, up: int, down: int) -> Tensor:
@@ -490,10 +488,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _check_sample(self, sample: Tensor) -> None:
         if sample.ndim != 4 or not sample.is_floating_point():
-            raise ValueError(
-                f"pictures {list(sample.shape)} of {sample.dtype}: give batches [B, 3, H, W] of floating-point numbers "
-                "in [-1, 1]."
-            )
+            raise ValueError(f"pictures {list(sample.shape)} of {sample.dtype}: give floats [B, 3, H, W] in [-1, 1].")
         height, width = sample.shape[-2:]
         if height % self.downsample_factor or width % self.downsample_factor:
             raise ValueError(

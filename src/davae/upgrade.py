@@ -52,8 +52,8 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     for part in (pipeline.transformer, pipeline.vae):
         if any(parameter.is_meta for parameter in part.parameters()):
             raise SettingsError(
-                f"the {type(part).__name__}'s weights are not there: they are offloaded (or on the device meta). "
-                "Upgrade first, then call enable_sequential_cpu_offload() of the upgraded pipeline"
+                f"the {type(part).__name__}'s weights are offloaded, or on the device meta: upgrade first, and offload "
+                "the upgraded pipeline"
             )
     backbone = backbone_of(pipeline.transformer)
     if backbone.refusal:
@@ -137,7 +137,8 @@ def load_pipeline(
             `ClassConditionalFlowPipeline.from_pretrained`.
         adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`. Several are applied in
             their order, each an upgrade of what is there by then.
-        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart.
+        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart, as the LoRA
+            "default": the stock call that loads another one switches it off, and `set_adapters` on.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
         without: names of components, or one, that are not loaded, and None.
@@ -171,10 +172,7 @@ def load_pipeline(
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
     if unknown := sorted(set(without) - pipeline.components.keys()):
-        raise SettingsError(
-            f"without={', '.join(unknown)}: this {type(pipeline).__name__} has no such component; allowed are "
-            f"{', '.join(sorted(pipeline.components))}"
-        )
+        raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")
     if portable:
         pipeline = _with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
     for name, module in pipeline.components.items():

@@ -4,7 +4,6 @@ To add a family, add its row; `tests/backbones/test_table.py` then checks that i
 """
 
 from diffusers import DiffusionPipeline, ModelMixin
-from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
 from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
@@ -53,7 +52,7 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
     """Refuse a pipeline without a transformer or without an autoencoder.
 
     Raises:
-        SettingsError: one of them is missing or wrapped, or the transformer's family is unknown.
+        SettingsError: one of them is missing, or the transformer's family is unknown.
     """
     parts = {name for name, part in pipeline.components.items() if part is not None}
     if missing := {"vae", "transformer"} - parts:
@@ -62,12 +61,6 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
             f"{', '.join(sorted(parts)) or 'no parts'}; allowed are pipelines with a transformer of "
             f"{', '.join(BACKBONES)}, and a VAE"
         )
-    for name in ("vae", "transformer"):
-        if isinstance(getattr(pipeline, name), OptimizedModule):
-            raise SettingsError(
-                f"the {name} is in torch.compile's wrapper: give it without, and compile it afterwards, or in place by "
-                f"pipeline.{name}.compile()"
-            )
     backbone_of(pipeline.transformer)
 
 
