@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
 
@@ -254,6 +255,30 @@ def test_statistics_change_the_latents_and_not_the_picture(base: str, linear: bo
     )
 
 
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("base", BASES)
+def test_group_offloading_has_each_part_there_when_it_runs(base: str, offload_type: str, tmp_path: Path) -> None:
+    autoencoder, image = trained(base), pictures(1)
+    with torch.no_grad():
+        latents = [autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]]
+        before = [*latents, autoencoder.reconstruct(*latents)]
+        settings = {"offload_type": offload_type, "num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
+        apply_group_offloading(autoencoder, torch.device("cpu"), **settings)
+        for parameter in autoencoder.parameters():  # what is not read from its file is missed
+            parameter.fill_(torch.nan)
+        now = [autoencoder.encode_base(image), autoencoder.encode_detail(image)[0], autoencoder.reconstruct(*latents)]
+    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(before, now, strict=True))
+
+
+def test_statistics_follow_the_latents_to_where_they_are() -> None:
+    autoencoder = trained("kl")
+    mean, std = autoencoder.detail_mean, autoencoder.detail_std
+    nn.Module.to(autoencoder, "meta")
+    autoencoder.detail_mean, autoencoder.detail_std = mean, std
+    latents = autoencoder.encode(pictures().to("meta")).latent_dist.mode()
+    assert autoencoder.decode(latents).sample.is_meta
+
+
 def test_samples_spread_as_the_detail_encoder_says() -> None:
     autoencoder, image = trained("tiny"), pictures(1, 8)
     autoencoder.calibrate([pictures()])
@@ -287,6 +312,8 @@ def test_calibration_refuses_what_cannot_be_standardised() -> None:
         autoencoder.calibrate([pictures()])
     with pytest.raises(ValueError, match="multiples of 8"):
         autoencoder.calibrate([pictures(side=36)])
+    with pytest.raises(ValueError, match=r"torch.uint8: give floats \[B, 3, H, W\] in"):
+        autoencoder.calibrate([pictures(dtype=torch.uint8)])
     assert torch.equal(autoencoder.detail_std, torch.ones(8).double())
 
 
@@ -356,6 +383,7 @@ def test_tuples_for_those_who_ask() -> None:
         ({"detail_channels": 0}, "nearest is 4"),
         ({"detail_channels": -4}, "nearest is 4"),
         ({"detail_channels": 4, "base_downsample": "lanczos"}, "'lanczos'.*bicubic, bicubic-antialias"),
+        ({"detail_channels": 4, "all_new": True, "base_in_detail": True}, "there are no base latents to add"),
     ],
 )
 def test_settings_that_are_refused(settings: dict, message: str) -> None:
@@ -381,6 +409,8 @@ def test_pictures_and_latents_that_are_refused() -> None:
     autoencoder = trained("kl")
     with pytest.raises(ValueError, match="40x36 px: both sides must be multiples of 8"):
         autoencoder.encode(torch.zeros(1, 3, 36, 40).double())
+    with pytest.raises(ValueError, match=r"\[3, 32, 32\] of torch.float64: give floats"):
+        autoencoder.encode(pictures(1)[0])
     with pytest.raises(ValueError, match=r"4 channels.*12 \(4 base \+ 8 detail\)"):
         autoencoder.decode(torch.zeros(1, 4, 4, 4).double())
 

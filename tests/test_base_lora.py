@@ -13,7 +13,7 @@ import pipelines
 from davae import AutoencoderDA, upgrade
 from davae.backbones import backbone_of
 from davae.base_lora import load_base_lora, pad_lora
-from davae.errors import SettingsError
+from davae.errors import CheckpointError, SettingsError
 
 C = pipelines.CHANNELS
 FAMILIES = ["sd3", "flux", "flux2", "qwen_image", "sana", "z_image", "auraflow", "lumina2"]
@@ -124,6 +124,18 @@ def test_another_models_lora_and_a_pipeline_without_lora_are_refused(tmp_path: P
     assert not getattr(upgraded.transformer, "peft_config", {})
     with pytest.raises(SettingsError, match="a DiTPipeline loads no LoRA"):
         load_base_lora(built("dit"), tmp_path)
+
+
+def test_what_is_no_lora_is_named_and_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
+    upgraded = upgraded_of(built("sd3"))
+    with pytest.raises(CheckpointError, match=r"nowhere cannot .*: there is no such file or folder"):
+        load_base_lora(upgraded, tmp_path / "nowhere")
+    wide = {f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.zeros(3, 3) for part in "AB"}
+    for tensors in ({"x": torch.zeros(1)}, wide):
+        save_file(tensors, tmp_path / FILE)
+        with pytest.raises(CheckpointError, match=f"{FILE} cannot be loaded as a LoRA of this pipeline: "):
+            load_base_lora(upgraded, tmp_path / FILE)
+    assert not getattr(upgraded.transformer, "peft_config", {})
 
 
 def test_what_has_no_channel_axis_is_left_alone(tmp_path: Path) -> None:

@@ -55,6 +55,18 @@ def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int) -> None:
         os.umask(before)
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(old: Path, tmp_path: Path) -> None:
+    link, dangling = tmp_path / "link", tmp_path / "dangling"
+    link.symlink_to(old)
+    dangling.symlink_to(tmp_path / "scratch" / "run")
+    for folder in (link, link, dangling):
+        with replaced_whole(folder) as partial:
+            (partial / "new.txt").write_text("new")
+    assert link.readlink() == old
+    assert contents(old) == contents(dangling) == {"new.txt": "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "result", "scratch"]
+
+
 def test_a_folder_and_its_parents_are_made(tmp_path: Path) -> None:
     with replaced_whole(tmp_path / "a" / "b") as partial:
         (partial / "new.txt").write_text("new")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -49,6 +50,14 @@ def test_a_decoder_in_half_precision_is_as_near_to_the_exact_one_as_the_whole_is
     assert tiled.dtype == torch.bfloat16
     errors = [(made.double() - target).square().mean().sqrt() for made in (half(hidden), tiled)]
     assert errors[1] < 1.2 * errors[0]
+
+
+def test_a_decoder_whose_weights_are_offloaded_layer_by_layer_decodes_tiles() -> None:
+    decoder, hidden = tiny_vae().decoder, torch.randn(1, 4, 6, 5)
+    whole = decoder(hidden)
+    cpu_offload(decoder, execution_device="cpu")  # what `enable_sequential_cpu_offload` does
+    assert torch.allclose(decode_tiles(decoder, hidden, tile=4, storage="cpu"), whole, atol=1e-5)
+    assert decoder.conv_norm_out.weight.is_meta
 
 
 def test_decoders_with_other_layers_are_left_to_blended_tiles() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FluxPipeline
 from einops import rearrange
 from safetensors.torch import load_file, save_file
@@ -176,6 +177,12 @@ def test_a_pipeline_without_a_transformer_is_told_what_it_lacks(base, autoencode
         upgrade(OnlyParts(**parts), autoencoder)
 
 
+def test_offloaded_weights_are_refused(base, autoencoder):
+    cpu_offload(base.transformer, execution_device="cpu")  # what `enable_sequential_cpu_offload` does
+    with pytest.raises(SettingsError, match="SD3Transformer2DModel's weights are offloaded"):
+        upgrade(base, autoencoder)
+
+
 def test_an_upgrade_says_what_the_stock_pipeline_must_be_told(caplog):
     pixart = pipelines.pixart_sigma()
     upgrade(pixart, AutoencoderDA.from_base(pixart.vae, detail_channels=16).eval())
@@ -259,11 +266,14 @@ def test_an_adapter_can_stay_apart_from_the_weights(trained):
     assert any(".lora_A." in name for name in pipeline.transformer.state_dict())
 
 
-def test_an_adapter_for_half_precision_is_recognised(trained):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_for_half_precision_is_recognised(trained, dtype):
     folder, _ = trained
-    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
-    assert pipeline.vae.dtype == torch.bfloat16
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", dtype=dtype)
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {dtype}
+    assert {model.dtype for model in (pipeline.vae, pipeline.text_encoder)} == {dtype}
+    base = load_pipeline(folder / "base", dtype=dtype)  # transformers keeps some of T5 in float32
+    assert pipeline.text_encoder_3.get_memory_footprint() == base.text_encoder_3.get_memory_footprint()
     assert np.isfinite(generate(pipeline)).all()
 
 
@@ -427,6 +437,16 @@ def test_a_folder_that_is_no_pipeline_is_refused(base, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
         load_pipeline(tmp_path)
+
+
+def test_components_are_left_out_by_name_and_names_that_are_none_are_refused(trained):
+    folder, _ = trained
+    assert load_pipeline(folder / "base", without="text_encoder_3").text_encoder_3 is None
+    with pytest.raises(SettingsError, match=r"without=t5: no such part.* text_encoder_3"):
+        load_pipeline(folder / "base", without=["t5"])
+    for part in ("transformer", "vae"):
+        with pytest.raises(SettingsError, match=f"has no {part}: it cannot be upgraded"):
+            load_pipeline(folder / "base", adapter=folder / "adapter", without=part)
 
 
 def test_a_saved_pipeline_replaces_a_pipeline_and_nothing_else(base, autoencoder, tmp_path):

@@ -95,6 +95,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _group_offload_block_modules = (
+        "base_encoder",
+        "base_quant_conv",
+        "detail_encoder",
+        "detail_quant_conv",
+        "detail_downsample",
+        "detail_from_base",
+        *DECODING,
+    )
 
     @register_to_config
     def __init__(
@@ -120,6 +129,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_settings(base_config, base_channels, detail_channels, resolution_factor, base_downsample)
+        if base_in_detail and not base_channels:
+            raise ValueError("base_in_detail=True: with base_channels=0 (all_new) there are no base latents to add.")
         base = base_class(base_config["_class_name"]).from_config(dict(base_config))
         quant_conv = getattr(base, "quant_conv", None)
         self.detail_encoder = copy.deepcopy(base.encoder)
@@ -282,7 +293,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Posterior over the C + D latents; the base half is deterministic.
 
         Raises:
-            ValueError: a side of the picture is no multiple of the downsample factor, or there are several frames.
+            ValueError: a side of the picture is no multiple of the downsample factor, there are several frames, or it
+                is no batch of floating-point numbers.
         """
         frames, x = x.ndim == 5, _picture(x)
         self._check_sample(x)
@@ -343,7 +355,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Measure mean and deviation of every detail channel over `batches` of pictures (float64) and keep them.
 
         Raises:
-            ValueError: no batches, or a channel that does not vary or is not finite.
+            ValueError: no batches, pictures that `encode` refuses, or a channel that does not vary or is not finite.
         """
         count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
         for batch in batches:
@@ -445,7 +457,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return like.new_tensor(std).view(1, -1, 1, 1), like.new_tensor(mean).view(1, -1, 1, 1)
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(b.to(like.dtype).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
+        # Group offloading moves the model's own buffers for `forward` alone.
+        return tuple(b.to(like).view(1, -1, 1, 1) for b in (self.detail_std, self.detail_mean))
 
     def _in_pieces(self, run: Callable[[Tensor], Tensor], x: Tensor, *, channels: int, up: int, down: int) -> Tensor:
         """Run `run` on single pictures if slicing is on, and on `blended_tiles` if tiling is.
@@ -461,6 +474,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return blended_tiles(run, x, tile=tile, overlap=self.tile_overlap, channels=channels, up=up, down=down)
 
     def _check_sample(self, sample: Tensor) -> None:
+        if sample.ndim != 4 or not sample.is_floating_point():
+            raise ValueError(f"pictures {list(sample.shape)} of {sample.dtype}: give floats [B, 3, H, W] in [-1, 1].")
         height, width = sample.shape[-2:]
         if height % self.downsample_factor or width % self.downsample_factor:
             raise ValueError(

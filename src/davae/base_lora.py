@@ -19,7 +19,8 @@ from torch import Tensor
 
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
-from davae.errors import SettingsError
+from davae.errors import CheckpointError, SettingsError
+from davae.loading import LOADING_ERRORS
 from davae.widen import bracket_sizes, pad_channels, patch_side
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -38,6 +39,7 @@ def load_base_lora(
 
     Raises:
         SettingsError: the pipeline's class has no LoRA, or this one is of a model with other latent channels.
+        CheckpointError: there is no LoRA at `lora`, or none that diffusers can read.
     """
     if not hasattr(pipeline, "load_lora_weights"):
         raise SettingsError(f"a {type(pipeline).__name__} loads no LoRA in diffusers; pipelines with LoRA do")
@@ -47,6 +49,16 @@ def load_base_lora(
         source, where = str(Path(lora).parent), {"weight_name": Path(lora).name}
     elif Path(lora).is_dir() and not where and len(files := list(Path(lora).glob("*.safetensors"))) == 1:
         where = {"weight_name": files[0].name}  # which older versions of diffusers find on the Hub only
+    try:
+        _load(pipeline, source, where, told)
+    except SettingsError:  # also a ValueError, as what diffusers raises
+        raise
+    except (*LOADING_ERRORS, RuntimeError) as error:  # the last of tensors of other sizes
+        there = "" if Path(lora).exists() else "there is no such file or folder, and as a name on the Hub: "
+        raise CheckpointError(f"{lora} cannot be loaded as a LoRA of this pipeline: {there}{error}") from error
+
+
+def _load(pipeline: DiffusionPipeline, source: str, where: Mapping[str, str], told: Mapping[str, str]) -> None:
     if isinstance(pipeline.vae, AutoencoderDA):
         tensors, metadata = _read(pipeline, source, where)
         padded = pad_lora(tensors, pipeline)

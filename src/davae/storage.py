@@ -19,9 +19,12 @@ from davae.errors import CheckpointError, StorageError
 def replaced_whole(folder: Path) -> Iterator[Path]:
     """A sibling folder to write into, which takes the place of `folder` only once all of it is written.
 
+    Where `folder` is a symbolic link, that is the folder that it leads to; the link stays.
+
     Raises:
         StorageError: something in it could not be written; `folder` is what it was before.
     """
+    folder = folder.resolve()
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     try:
         _put_back(old, folder)  # if the last process died between the two renames below

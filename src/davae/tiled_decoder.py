@@ -96,8 +96,14 @@ class _Layer:
         mean = means.mean(dim=2, keepdim=True)
         variance = (self.variance.unflatten(1, means.shape[1:]) + (means - mean).square()).mean(dim=2, keepdim=True)
         wide = torch.promote_types(piece.dtype, torch.float32)
-        scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1).to(device, wide) * norm.weight.to(wide)
-        shift = norm.bias.to(wide) - mean.expand_as(means).flatten(1).to(scale) * scale
+        hook = getattr(norm, "_hf_hook", None)  # accelerate's: offloaded weights are there between these two calls only
+        if hook is not None:
+            hook.pre_forward(norm)
+        weight, bias = (own.to(device, wide) for own in (norm.weight, norm.bias))
+        if hook is not None:
+            hook.post_forward(norm, None)
+        scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1).to(device, wide) * weight
+        shift = bias - mean.expand_as(means).flatten(1).to(scale) * scale
         return torch.addcmul(shift[..., None, None], piece, scale[..., None, None]).to(piece.dtype)
 
 

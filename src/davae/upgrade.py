@@ -42,14 +42,20 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     The default size grows by itself, since stock pipelines count the autoencoder's stages; the token count stays.
     `pipeline` may be an upgraded one, if `autoencoder` was made from its VAE: an upgrade of the upgrade.
     All other components, and all weights of the transformer but its two ports, are shared with `pipeline`, which is
-    left as it is: train a copy of it if you go on needing the base. `autoencoder` is moved to the dtype and device of
-    the VAE whose place it takes.
+    left as it is: if you go on needing the base, take a copy of it before you train, fuse a LoRA or change the dtype.
+    `autoencoder` is moved to the dtype and device of the VAE whose place it takes.
 
     Raises:
-        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, or `autoencoder`
-            was not made from this pipeline's VAE.
+        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, its weights are
+            offloaded, or `autoencoder` was not made from this pipeline's VAE.
     """
     check_parts(pipeline)
+    for part in (pipeline.transformer, pipeline.vae):
+        if any(parameter.is_meta for parameter in part.parameters()):
+            raise SettingsError(
+                f"the {type(part).__name__}'s weights are offloaded, or on the device meta: upgrade first, and offload "
+                "the upgraded pipeline"
+            )
     backbone = backbone_of(pipeline.transformer)
     if backbone.refusal:
         raise SettingsError(
@@ -128,7 +134,7 @@ def load_pipeline(
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    without: Sequence[str] = (),
+    without: str | Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
 
@@ -138,18 +144,23 @@ def load_pipeline(
             `ClassConditionalFlowPipeline.from_pretrained`.
         adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.adapter`. Several are applied in
             their order, each an upgrade of what is there by then.
-        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart.
+        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart, as the LoRA
+            "default": the stock call that loads another one switches it off, and `set_adapters` on.
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
-        without: components that are not loaded, and None.
+        without: names of components, or one, that are not loaded, and None.
 
     Raises:
         CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
+        SettingsError: if the pipeline has no component of a name in `without`, or an adapter needs one of them.
     """
     folder = Path(path_or_base)
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
+    without = [without] if isinstance(without, str) else list(without)
     wanted = dtype or torch.float32
-    dtype = torch.float32 if len(adapters) > 1 else wanted  # a later adapter knows its base by its weights in float32
+    # A later adapter knows its base by its weights in float32, and the first one by those in float32 or bfloat16.
+    exact = bool(adapters[1:]) or (bool(adapters) and wanted == torch.float16)
+    dtype = torch.float32 if exact else wanted
     absent: dict[str, None] = {}
     kind, portable = DiffusionPipeline, False
     if folder.is_dir():
@@ -161,11 +172,14 @@ def load_pipeline(
             absent["vae"] = None  # its code is the folder's own: ours is used instead
         kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     absent |= dict.fromkeys(without)
-    settings = {**absent, DTYPE: dtype, "use_safetensors": True}
+    dtypes = {"vae": dtype, "transformer": dtype, "default": wanted} if exact else wanted
+    settings = {**absent, DTYPE: dtypes, "use_safetensors": True}
     try:
         pipeline = kind.from_pretrained(str(path_or_base), **settings)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    if unknown := sorted(set(without) - pipeline.components.keys()):
+        raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")
     if portable:
         pipeline = _with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
     for name, module in pipeline.components.items():
@@ -173,10 +187,9 @@ def load_pipeline(
             check_whole(module, f"{name} of {path_or_base}")
     for place in adapters:
         pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
-    if wanted != dtype:
-        for module in pipeline.components.values():
-            if isinstance(module, nn.Module):
-                nn.Module.to(module, dtype=wanted)
+    if exact:
+        for module in (pipeline.vae, pipeline.transformer):
+            nn.Module.to(module, dtype=wanted)
     return pipeline if device is None else pipeline.to(device)
 
 
@@ -203,6 +216,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
 
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
+    check_parts(pipeline)
     check_base(base_digest(pipeline.transformer), folder)
     upgraded = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)

@@ -54,10 +54,11 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
     Raises:
         SettingsError: one of them is missing, or the transformer's family is unknown.
     """
-    if missing := {"vae", "transformer"} - pipeline.components.keys():
+    parts = {name for name, part in pipeline.components.items() if part is not None}
+    if missing := {"vae", "transformer"} - parts:
         raise SettingsError(
             f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded. It has "
-            f"{', '.join(sorted(pipeline.components)) or 'no parts'}; allowed are pipelines with a transformer of "
+            f"{', '.join(sorted(parts)) or 'no parts'}; allowed are pipelines with a transformer of "
             f"{', '.join(BACKBONES)}, and a VAE"
         )
     backbone_of(pipeline.transformer)
