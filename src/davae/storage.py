@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from davae import faults
-from davae.errors import CheckpointError, StorageError
+from davae.errors import CheckpointError, SettingsError, StorageError
 
 
 @contextmanager
@@ -71,6 +71,19 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(path, len(content), error) from error
+
+
+def check_replaceable(folder: Path, *, holds: str) -> None:
+    """Refuse a folder that is there without the file `holds`: what is to be written there would replace somebody's own.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if folder.exists() and not (folder / holds).is_file():
+        raise SettingsError(
+            f"{folder} exists, is not a run's (it has no {holds}), and would be replaced: give another folder for the "
+            "run, or remove it yourself"
+        )
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -29,6 +29,7 @@ from davae.training.autoencoder import (
     start_autoencoder,
     train_autoencoder,
 )
+from davae.training.finetune import FinetuneRecipe, finetune
 from hashes import digests
 from scenes import fill_with_scenes
 from tiny import tiny_taesd, tiny_vae
@@ -204,6 +205,20 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: tuple[Path, str],
     with pytest.raises(CheckpointError, match="another recipe"):
         train_autoencoder(recipe.model_copy(update={"start": start, "learning_rate": 1e-3}), folder)
     assert digests(folder, "*") == before
+
+
+def test_a_folder_of_the_other_stage_is_refused(trained: tuple[Path, str]) -> None:
+    with pytest.raises(CheckpointError, match="holds a run of the other stage, or of a newer davae"):
+        finetune(FinetuneRecipe(), trained[0])
+
+
+def test_somebodys_own_folder_is_not_replaced(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder" / "mine.bin").write_bytes(b"mine")
+    with pytest.raises(SettingsError, match=r"autoencoder exists, is not a run's \(it has no config.json\)"):
+        train_autoencoder(recipe.model_copy(update={"steps": 0}), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"autoencoder", ".lock"}
+    assert (tmp_path / "autoencoder" / "mine.bin").read_bytes() == b"mine"
 
 
 def test_another_recipe_is_refused_even_before_the_first_checkpoint(

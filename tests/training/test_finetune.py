@@ -189,6 +189,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
     assert digests(folder, "*") == before
 
 
+@pytest.mark.parametrize("name", ["pipeline", "adapter"])
+def test_somebodys_own_folder_is_refused_before_training(recipe: FinetuneRecipe, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(SettingsError, match=f"{name} exists, is not a run's"):
+        finetune(recipe, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".lock"}
+
+
 def test_plain_diffusers_loads_the_result_and_it_is_the_ema(tuned: Run) -> None:
     folder, _ = tuned
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")

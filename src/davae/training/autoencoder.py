@@ -25,7 +25,7 @@ from davae.perceptual import LPIPS
 from davae.ranks import TIMEOUT, Ranks
 from davae.seeds import generator
 from davae.slim_decoder import slimmed
-from davae.storage import replaced_whole, write_atomically
+from davae.storage import check_replaceable, replaced_whole, write_atomically
 from davae.training.autoencoder_recipe import AutoencoderRecipe, check_choices, check_sides
 from davae.training.autoencoder_recipe import LossWeights as LossWeights  # imported from here with the recipe
 from davae.training.companion import Companion
@@ -55,7 +55,8 @@ def train_autoencoder(
         The folder of the trained autoencoder, `folder`/autoencoder.
 
     Raises:
-        SettingsError: sizes that do not fit each other, the base or the number of ranks.
+        SettingsError: sizes that do not fit each other, the base or the number of ranks; or `folder`/autoencoder is
+            somebody's own.
         CheckpointError: `folder` holds a run of another recipe.
         NumericsError: the detail latents came to nothing.
         DavaeError: whatever data, checkpoints and storage raise.
@@ -63,6 +64,7 @@ def train_autoencoder(
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
     with recipe.alone_in(folder, ranks):
+        ranks.first_does(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
         return _train_autoencoder(recipe, folder, ranks, report_to)
 
 

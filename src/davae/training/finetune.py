@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from davae import assets, faults
 from davae.adapter import (
+    INDEX,
     add_lora,
     base_digest,
     check_base,
@@ -28,7 +30,7 @@ from davae.loading import load_autoencoder
 from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
 from davae.seeds import generator, rand, randn, sample_generators
-from davae.storage import write_json
+from davae.storage import check_replaceable, write_json
 from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
 from davae.training.inputs import training_inputs
@@ -61,7 +63,7 @@ def finetune(
 
     Raises:
         SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, a batch that the
-            ranks cannot share equally, or compiled blocks with FSDP2.
+            ranks cannot share equally, or compiled blocks with FSDP2; or `folder`/pipeline is somebody's own.
         CheckpointError: `folder` holds a run of another recipe.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
@@ -72,6 +74,8 @@ def finetune(
             "compile = true with FSDP2: nobody has tried it. Leave it out, or launch with recipes/launch/ddp.yaml"
         )
     with recipe.alone_in(folder, ranks):
+        for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
+            ranks.first_does(partial(check_replaceable, folder / name, holds=index))
         return _finetune(recipe, folder, ranks, report_to)
 
 
@@ -92,9 +96,9 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
+    validation = Validation(recipe, pipeline, pictures, folder)  # which may refuse: before hours of encoding
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
-    validation = Validation(recipe, pipeline, pictures, folder)
     for step in state.steps():
         if validation.is_due(step):
             validation.draw(state)
