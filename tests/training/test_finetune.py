@@ -408,6 +408,20 @@ def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_p
     assert all(torch.equal(adapted[name], tensor) for name, tensor in after.items())
 
 
+def test_an_adapter_of_other_latents_goes_on_with_a_warning(lora: Run, tmp_path, caplog) -> None:
+    folder, recipe = lora
+    update = {"adapter": str(folder / "adapter"), "steps": 0}
+    finetune(recipe.model_copy(update=update), tmp_path / "same")
+    assert "latents of another autoencoder" not in caplog.text
+    other = load_autoencoder(Path(recipe.autoencoder))
+    with torch.no_grad():
+        other.detail_downsample.conv.weight.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    finetune(recipe.model_copy(update={**update, "autoencoder": str(tmp_path / "other")}), tmp_path / "run")
+    assert "latents of another autoencoder" in caplog.text
+    assert "differs in weights of the encoders" in caplog.text
+
+
 def test_lora_does_not_go_on_from_trained_layers(layers: Run, tmp_path) -> None:
     folder, recipe = layers
     update = {"adapter": str(folder / "adapter"), "trained": "lora"}

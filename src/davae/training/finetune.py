@@ -21,6 +21,7 @@ from davae.adapter import (
     save_adapter,
     target_layers,
 )
+from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.card import model_card, write_card
 from davae.data.sources import PictureSet
@@ -40,7 +41,7 @@ from davae.training.optimisation import attention_on
 from davae.training.sharding import blocks_of
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.upgrade import encoding_half, load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
@@ -139,11 +140,24 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """
     pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    if recipe.adapter:
+        warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
     for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def warn_of_other_latents(autoencoder: AutoencoderDA, adapters: AutoencoderDA, recipe: FinetuneRecipe) -> None:
+    """Say so if the recipe's adapter was trained on other latents than those of the run, statistics aside."""
+    ours, theirs = encoding_half(autoencoder), encoding_half(adapters)
+    if differing := [name for name in ours if name != "latent statistics" and ours[name] != theirs.get(name)]:
+        logger.warning(
+            'adapter = "%s" was trained on the latents of another autoencoder than autoencoder = "%s", which differs '
+            'in %s. To go on with its own, set autoencoder = "%s", too',
+            recipe.adapter, recipe.autoencoder, ", ".join(differing), recipe.adapter,
+        )  # fmt: skip
 
 
 def compile_blocks(transformer: nn.Module, *, sizes: int) -> None:
