@@ -207,6 +207,21 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: tuple[Path, str],
     assert digests(folder, "*") == before
 
 
+def test_a_finished_run_is_not_finished_anew_on_other_pictures(
+    recipe: AutoencoderRecipe, picture_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(picture_folder, tmp_path / "pictures")
+    recipe = recipe.model_copy(update={"pictures": str(tmp_path / "pictures"), "steps": 1})
+    folder = train_autoencoder(recipe, tmp_path / "run")
+    before = digests(folder)
+    training = open_pictures(tmp_path / "pictures", size=64, split="train").keys[0]
+    for path in (tmp_path / "pictures").glob(f"{training}.*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"is finished, on .* pictures, and there are"):
+        train_autoencoder(recipe, tmp_path / "run")
+    assert digests(folder) == before
+
+
 def test_a_folder_of_the_other_stage_is_refused(trained: tuple[Path, str]) -> None:
     with pytest.raises(CheckpointError, match="holds a run of the other stage, or of a newer davae"):
         finetune(FinetuneRecipe(), trained[0])
