@@ -181,6 +181,8 @@ def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
         return f'unknown key "{dotted}": {hint}known keys here: {", ".join(known)}'
+    if problem["type"] == "missing" and isinstance(location[-1], int):
+        return f'key "{dotted.rpartition(".")[0]}" = {problem["input"]!r}: too few values'
     if problem["type"] == "missing":
         return f'missing key "{dotted}": it has no default, so the recipe must give it'
     message = problem["msg"].removeprefix("Value error, ")
