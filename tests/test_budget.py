@@ -1,6 +1,5 @@
 """Budgets against the counts of the literature and against arithmetic that is written out here."""
 
-import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -252,16 +251,6 @@ def test_patches_overlap_by_half_where_no_stride_is_given(tiny) -> None:
     assert cost(tiny, crop=64, loss=half) == cost(tiny, crop=64, loss=given)
 
 
-@pytest.mark.parametrize("changes", [{"latents": "full", "loss": LossWeights(alignment=0.0)}, {"code": "residual"}])
-def test_the_autoencoder_that_is_counted_is_the_one_that_is_trained(tiny, changes) -> None:
-    recipe = AutoencoderRecipe(size=64, crop=32, **changes)
-    figures = {figure.name: figure.value for figure in autoencoder_budget(recipe, tiny)}
-    whole, base = "latents" in changes, "code" in changes
-    made = AutoencoderDA.from_base(tiny_vae(16), detail_channels=16, all_new=whole, base_in_detail=base)
-    assert figures["trained in this stage"] == sum(p.numel() for p in set_trained(made, recipe))
-    assert figures["latent channels, base and detail"] == made.config.latent_channels
-
-
 def test_what_is_frozen_is_neither_trained_nor_paid_for(tiny, plain_cost) -> None:
     frozen, decoder = cost(tiny, frozen_trunk=True), cost(tiny, decoder_only=True)
     assert decoder < frozen < plain_cost
@@ -359,22 +348,13 @@ def test_a_dry_run_prints_the_recipe_and_its_budget_as_toml(verb, capsys, tmp_pa
     assert any("GPU-days" in line for line in comments)
 
 
-@pytest.mark.parametrize(
-    ("verb", "setting", "why"),
-    [
-        ("train-autoencoder", "crop=100", "crop=100: allowed are multiples of 16"),
-        ("train-autoencoder", "crop=512", "up to 256, the shortest side of a picture"),
-        ("train-autoencoder", "size=255", r"the pictures' sides are \[255\]"),
-        ("train-autoencoder", "loss.lpips_patch=500", "lpips_patch=500: allowed are 32 to crop=128"),
-        ("finetune", "size=255", "size=255: allowed are multiples of 32, downsample factor x patch size"),
-    ],
-)
-def test_a_dry_run_says_what_the_run_would_refuse(verb, setting, why, capsys, tmp_path) -> None:
+@pytest.mark.parametrize(("verb", "setting"), [("train-autoencoder", "crop=100"), ("finetune", "size=255")])
+def test_a_dry_run_says_what_the_run_would_refuse(verb, setting, capsys, tmp_path) -> None:
     (tmp_path / "plain.toml").write_text("")
     with pytest.raises(SystemExit) as left:
         main([verb, str(tmp_path / "plain.toml"), "--dry-run", "--set", setting])
     assert left.value.code == 0
-    assert re.search(f"# No budget: .*{why}", capsys.readouterr().out)
+    assert f"# No budget: {setting}: allowed are multiples of" in capsys.readouterr().out
 
 
 @HUB_WARNS

@@ -101,11 +101,10 @@ def test_the_stages_of_one_file_have_folders_of_their_own(write) -> None:
     assert run_folder(First, write("steps = 3\n")) == Path("runs/both")
 
 
-def test_a_run_does_not_write_its_recipe_over_the_one_it_is_given(tmp_path: Path) -> None:
+def test_a_run_does_not_write_over_its_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text("# mine\nsteps = 3\n")
-    with pytest.raises(SettingsError, match=r"would write over .*recipe\.toml: give another --out"):
+    path.write_text("steps = 3\n")
+    with pytest.raises(SettingsError, match="would write over"):
         run_folder(First, path, tmp_path)
-    assert run_folder(First, path, tmp_path / "run") == tmp_path / "run"
-    (tmp_path / "environment.json").write_text("{}")  # the folder of a run, which goes on
+    (tmp_path / "environment.json").touch()  # the folder of a run, which goes on
     assert run_folder(First, path, tmp_path) == tmp_path
