@@ -246,6 +246,11 @@ def test_vgg_and_its_patches_cost_what_they_cost_by_hand(tiny) -> None:
     assert patches - without == pytest.approx(9 * 3 * once, rel=1e-6)
 
 
+def test_patches_overlap_by_half_where_no_stride_is_given(tiny) -> None:
+    half, given = LossWeights(lpips_patch=32), LossWeights(lpips_patch=32, lpips_stride=16)
+    assert cost(tiny, crop=64, loss=half) == cost(tiny, crop=64, loss=given)
+
+
 def test_what_is_frozen_is_neither_trained_nor_paid_for(tiny, plain_cost) -> None:
     frozen, decoder = cost(tiny, frozen_trunk=True), cost(tiny, decoder_only=True)
     assert decoder < frozen < plain_cost
@@ -306,6 +311,8 @@ def test_the_planned_autoencoder_is_the_saved_one_or_that_of_the_files_stage_1(t
     assert (planned.config.detail_channels, planned.config.linear_blocks) == (32, True)
     AutoencoderDA.from_base(tiny_vae(), detail_channels=8).save_pretrained(tmp_path / "made")
     assert planned_autoencoder(recipe, tiny, path).config.detail_channels == 8
+    shipped = assets.upgrade()  # an adapter folder
+    assert planned_autoencoder(FinetuneRecipe(autoencoder=str(shipped)), tiny, path).config.detail_channels == 16
     path.write_text("")
     with pytest.raises(SettingsError, match=r"no autoencoder in .*nowhere yet, and .* no section \[autoencoder\]"):
         planned_autoencoder(FinetuneRecipe(autoencoder="nowhere"), tiny, path)
@@ -339,6 +346,15 @@ def test_a_dry_run_prints_the_recipe_and_its_budget_as_toml(verb, capsys, tmp_pa
     assert f"configs of {tmp_path / 'pair'}" in comments[0]
     assert all(line.split()[-1] in ("counted", "derived", "assumed") for line in comments[1:])
     assert any("GPU-days" in line for line in comments)
+
+
+@pytest.mark.parametrize(("verb", "setting"), [("train-autoencoder", "crop=100"), ("finetune", "size=255")])
+def test_a_dry_run_says_what_the_run_would_refuse(verb, setting, capsys, tmp_path) -> None:
+    (tmp_path / "plain.toml").write_text("")
+    with pytest.raises(SystemExit) as left:
+        main([verb, str(tmp_path / "plain.toml"), "--dry-run", "--set", setting])
+    assert left.value.code == 0
+    assert f"# No budget: {setting}: allowed are multiples of" in capsys.readouterr().out
 
 
 @HUB_WARNS

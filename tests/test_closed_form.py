@@ -260,7 +260,7 @@ def test_calibration_standardises_it_and_leaves_the_picture() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(DataError, match="8 latent positions, 64 are needed"):
+    with pytest.raises(DataError, match=r"8 latent positions, 64 are needed: give more \(fit_pictures\)"):
         fit_closed_form(untrained(4), pictures()[:8, :, :8, :8])
     with pytest.raises(SettingsError, match=r"detail_channels=20.*16"):
         fit_closed_form(untrained(20), pictures())

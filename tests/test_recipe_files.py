@@ -43,6 +43,12 @@ def values(name: str) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------- what they say
 
 
+def test_each_recipes_command_has_a_folder_of_its_own() -> None:
+    commands = [text for path in RECIPES.rglob("*.toml") for text in re.findall("# +davae .*", path.read_text())]
+    folders = [found for command in commands for found in re.findall(r"--out (\S+)", command)]
+    assert len(set(folders)) == len(folders) > 5
+
+
 @pytest.mark.parametrize("name", [*NAMES, *(f"tiny/{name}" for name in NAMES)])
 def test_one_file_has_both_stages(name: str) -> None:
     path = RECIPES / f"{name}.toml"

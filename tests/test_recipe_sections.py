@@ -99,3 +99,12 @@ def test_the_stages_of_one_file_have_folders_of_their_own(write) -> None:
     assert run_folder(First, write(BOTH)) == Path("runs/both/autoencoder")
     assert run_folder(Second, write(BOTH)) == Path("runs/both/finetune")
     assert run_folder(First, write("steps = 3\n")) == Path("runs/both")
+
+
+def test_a_run_does_not_write_over_its_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("steps = 3\n")
+    with pytest.raises(SettingsError, match="would write over"):
+        run_folder(First, path, tmp_path)
+    (tmp_path / "environment.json").touch()  # the folder of a run, which goes on
+    assert run_folder(First, path, tmp_path) == tmp_path

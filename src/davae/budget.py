@@ -13,13 +13,16 @@ from diffusers import ModelMixin
 from torch import nn
 
 from davae import assets
+from davae.adapter import INDEX
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of, widen_transformer
+from davae.closed_form import BASE_CODES
 from davae.discriminator import PatchDiscriminator
 from davae.errors import DavaeError, SettingsError
 from davae.geometry import META, Geometry, read_geometry, untrained_autoencoder
 from davae.recipe import has_sections, load_recipe, read_toml
 from davae.training.autoencoder import AutoencoderRecipe, set_trained
+from davae.training.autoencoder_recipe import check_choices, check_sides
 from davae.training.finetune import FinetuneRecipe, trained_parameters
 from davae.training.optimisation import OptimisationRecipe
 from davae.training.optimizers import STATE_BYTES
@@ -89,7 +92,9 @@ def _number(value: int | float) -> str:
 
 def autoencoder_budget(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Figure]:
     """Stage 1; see `budget_of`."""
+    check_choices(recipe)
     autoencoder = _made_by(recipe, geometry)
+    check_sides(recipe, autoencoder.downsample_factor)
     set_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
     trained = parameters(autoencoder, discriminator, trained=True)
@@ -111,7 +116,8 @@ def planned_autoencoder(recipe: FinetuneRecipe, geometry: Geometry, path: Path) 
     Raises:
         SettingsError: it is not there, and the file has no section for stage 1.
     """
-    folder = Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade() / "vae"
+    folder = Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade()
+    folder = folder / "vae" if (folder / INDEX).is_file() else folder  # of an adapter
     if (folder / "config.json").is_file():
         with META:
             return AutoencoderDA.from_config(AutoencoderDA.load_config(folder))
@@ -126,6 +132,8 @@ def _made_by(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
         detail_channels=recipe.detail_channels,
         resolution_factor=recipe.resolution_factor,
         linear_blocks=recipe.start == "closed form",
+        all_new=recipe.latents == "full",
+        base_in_detail=recipe.start == "closed form" and recipe.code in BASE_CODES,
         decoder=(recipe.decoder_block_out_channels, recipe.decoder_layers_per_block),
     )
 
@@ -133,6 +141,9 @@ def _made_by(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
 def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> list[Figure]:
     """Stage 2; see `budget_of`."""
     config, backbone = autoencoder.config, backbone_of(geometry.transformer)
+    unit = autoencoder.downsample_factor * patch_side(geometry.transformer, backbone.ports)
+    if odd := {side for bucket in recipe.buckets for side in bucket[:2] if side % unit}:
+        raise SettingsError(f"size={min(odd)}: allowed are multiples of {unit}, downsample factor x patch size")
     with META:
         transformer = widen_transformer(
             geometry.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
@@ -197,7 +208,7 @@ def _parts(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[
     parts = {
         "base encoder, frozen": (a.base_encoder, a.base_quant_conv),
         "detail encoder without its new block": (a.detail_encoder, a.detail_quant_conv),
-        "new block of the detail encoder": (a.detail_downsample,),
+        "new block of the detail encoder": (a.detail_downsample, a.detail_from_base),
         "new block of the joint decoder": (a.detail_upsample,),
         "joint decoder without its new block": (a.joint_decoder, a.joint_post_quant_conv),
         "discriminator": (discriminator,),

@@ -182,7 +182,8 @@ def _latents(autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int) -> t
         rows.append((_positions(autoencoder.encode_base(batch)), _positions(full)))
     base, full = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
     if full.shape[1] < 4 * len(full):
-        raise DataError(f"{full.shape[1]} latent positions, {4 * len(full)} are needed: give more or larger pictures.")
+        found = f"{full.shape[1]} latent positions, {4 * len(full)} are needed"
+        raise DataError(f"{found}: give more (fit_pictures) or larger pictures.")
     if not full.isfinite().all():
         raise NumericsError("latents of the pictures are not finite: the base autoencoder is damaged, or they are.")
     return base, full

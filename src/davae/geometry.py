@@ -78,6 +78,8 @@ def untrained_autoencoder(
     detail_channels: int,
     resolution_factor: int = 2,
     linear_blocks: bool,
+    all_new: bool = False,
+    base_in_detail: bool = False,
     decoder: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> AutoencoderDA:
     """An AutoencoderDA on that base, on the meta device; `decoder` has widths and depths of a slim one, () the base's.
@@ -92,6 +94,8 @@ def untrained_autoencoder(
                 detail_channels=detail_channels,
                 resolution_factor=resolution_factor,
                 linear_blocks=linear_blocks,
+                all_new=all_new,
+                base_in_detail=base_in_detail,
             )
             return slimmed(autoencoder, *decoder) if any(decoder) else autoencoder
     except ValueError as error:  # that file knows no davae and its errors

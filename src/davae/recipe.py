@@ -107,14 +107,18 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def run_folder(cls: type[Recipe], path: Path) -> Path:
-    """Where a run of the recipe in the file `path` goes by default: runs/NAME, and for a section runs/NAME/SECTION.
+def run_folder(cls: type[Recipe], path: Path, out: Path | None = None) -> Path:
+    """Where a run of the recipe in the file `path` goes: `out`, or else runs/NAME, and for a section runs/NAME/SECTION.
 
     Raises:
-        SettingsError: the file is missing or no TOML.
+        SettingsError: the file is missing or no TOML, or the run would write over it.
     """
     folder = Path("runs") / path.stem
-    return folder / cls.section if has_sections(cls, read_toml(path)) else folder
+    folder = out or (folder / cls.section if has_sections(cls, read_toml(path)) else folder)
+    own = path.resolve() == (folder / "recipe.toml").resolve()
+    if own and not (folder / "environment.json").is_file():
+        raise SettingsError(f"the run in {folder} would write over {path}: give another --out, or rename the recipe")
+    return folder
 
 
 def has_sections(cls: type[Recipe], values: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from davae import faults
-from davae.errors import CheckpointError, StorageError
+from davae.errors import CheckpointError, SettingsError, StorageError
 
 
 @contextmanager
@@ -74,6 +74,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(path, len(content), error) from error
+
+
+def check_replaceable(folder: Path, *, holds: str) -> None:
+    """Raise SettingsError if a folder is there without the file `holds`: it is somebody's own."""
+    if folder.exists() and not (folder / holds).is_file():
+        raise SettingsError(
+            f"{folder} exists, is not a run's (no {holds}), and would be replaced: give the run another folder"
+        )
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -93,7 +93,7 @@ def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) ->
     if not (isinstance(pipeline.vae, AutoencoderDA) and isinstance(autoencoder, AutoencoderDA)):
         kinds = " and ".join(type(vae).__name__ for vae in (pipeline.vae, autoencoder))
         raise SettingsError(f"both autoencoders must be AutoencoderDAs: the pipeline's and the new one are {kinds}")
-    ours, theirs = (_encoding_half(vae) for vae in (autoencoder, pipeline.vae))
+    ours, theirs = (encoding_half(vae) for vae in (autoencoder, pipeline.vae))
     if differing := sorted(name for name in ours if ours[name] != theirs[name]):
         raise SettingsError(
             f"the autoencoder differs from the pipeline's in {', '.join(differing)}: the transformer was not trained "
@@ -103,7 +103,7 @@ def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) ->
     return _with_parts(pipeline, vae=autoencoder)
 
 
-def _encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
+def encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
     """What decides an autoencoder's latents: settings, and digests of weights and statistics."""
     settings = {
         name: json.dumps(value) for name, value in autoencoder.config.items() if not name.startswith(("_", "decoder_"))

@@ -112,13 +112,13 @@ def stage_one_work(
             with torch.no_grad():
                 target = geometry.vae(image).sample
         base = autoencoder.encode_base(image)
-        mean, log_variance = autoencoder.encode_detail(image)
+        mean, log_variance = autoencoder.encode_detail(image, base)
         detail = mean + (0.5 * log_variance).exp() * torch.empty_like(mean)
         picture = autoencoder.reconstruct(base, detail)
         reconstruction = reconstruction_l1(picture, target)
         if perceptual is not None:
             reconstruction = reconstruction + _perceptual(perceptual, picture, target, recipe)
-        alignment = detail_alignment_loss(detail, base)
+        alignment = detail_alignment_loss(detail, base) if base.shape[1] else reconstruction.new_zeros(())
         adversarial = reconstruction.new_zeros(())
         if recipe.loss.adaptive_alignment and not recipe.decoder_only:
             _gradients((reconstruction, alignment), autoencoder.detail_downsample.conv.weight)
@@ -164,7 +164,7 @@ def _perceptual(stages: nn.ModuleList, picture: Tensor, target: Tensor, recipe: 
     for image in (picture, target):
         hidden = image
         if side is not None:
-            starts = patch_starts(recipe.crop, side, stride or side)
+            starts = patch_starts(recipe.crop, side, stride or max(1, side // 2))
             corners = [(top, left) for top in starts for left in starts]
             hidden = torch.cat([image[..., y : y + side, x : x + side] for y, x in corners])
         for stage in stages:

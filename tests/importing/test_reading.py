@@ -70,7 +70,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     for name, message in (
         ("f.safetensors", "damaged"),
         ("f.txt", r"allowed are files in \.safetensors, \.bin"),
-        ("none.pt", "is no checkpoint file"),
+        ("none.pt", "is not there"),
         (".", "is a folder"),
     ):
         with pytest.raises(CheckpointError, match=message):

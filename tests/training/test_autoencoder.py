@@ -29,6 +29,7 @@ from davae.training.autoencoder import (
     start_autoencoder,
     train_autoencoder,
 )
+from davae.training.finetune import FinetuneRecipe, finetune
 from hashes import digests
 from scenes import fill_with_scenes
 from tiny import tiny_taesd, tiny_vae
@@ -204,6 +205,30 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: tuple[Path, str],
     with pytest.raises(CheckpointError, match="another recipe"):
         train_autoencoder(recipe.model_copy(update={"start": start, "learning_rate": 1e-3}), folder)
     assert digests(folder, "*") == before
+
+
+def test_a_finished_run_is_not_finished_on_other_pictures(
+    recipe: AutoencoderRecipe, picture_folder: Path, tmp_path: Path
+) -> None:
+    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
+    recipe = recipe.model_copy(update={"pictures": str(pictures), "steps": 0})
+    train_autoencoder(recipe, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+    first = open_pictures(pictures, size=64, split="train").keys[0]
+    (pictures / f"{first}.png").unlink()
+    with pytest.raises(CheckpointError, match=r"finished, on \d+ pictures"):
+        train_autoencoder(recipe, tmp_path / "run")
+
+
+def test_a_folder_of_the_other_stage_is_refused(trained: tuple[Path, str]) -> None:
+    with pytest.raises(CheckpointError, match="of the other stage"):
+        finetune(FinetuneRecipe(), trained[0])
+
+
+def test_somebodys_own_folder_is_not_replaced(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
+    (tmp_path / "autoencoder").mkdir()
+    with pytest.raises(SettingsError, match="autoencoder exists, is not a run's"):
+        train_autoencoder(recipe, tmp_path)
 
 
 def test_another_recipe_is_refused_even_before_the_first_checkpoint(

@@ -183,6 +183,12 @@ def test_a_class_that_the_transformer_has_not_is_refused(recipe, tmp_path) -> No
         finetune(recipe.model_copy(update={"pictures": str(tmp_path)}), tmp_path / "run")
 
 
+def test_pictures_of_classes_are_refused_before_anything_is_encoded(recipe, tmp_path) -> None:
+    with pytest.raises(SettingsError, match="validation_every=2: pictures are drawn from captions"):
+        finetune(recipe.model_copy(update={"validation_every": 2}), tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_captioned_pictures_have_no_classes(recipe, picture_folder, tmp_path) -> None:
     with pytest.raises(DataError, match="no class; put its number beside"):
         finetune(recipe.model_copy(update={"pictures": str(picture_folder)}), tmp_path)

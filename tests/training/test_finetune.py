@@ -19,7 +19,7 @@ from davae.loading import load_autoencoder, load_base_vae
 from davae.record import alone, read_metrics
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.conditions import encode_captions
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.training.finetune import FinetuneRecipe, finetune, upgraded_base
 from davae.training.latents import cached_latents
 from davae.upgrade import load_pipeline, upgrade
 from forks import exit_code, forked
@@ -187,6 +187,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
     with pytest.raises(CheckpointError, match=r"another.* where learning_rate = 0.01, limit = None\. .*new folder"):
         finetune(recipe.model_copy(update={"learning_rate": 1e-3, "limit": 3}), folder)
     assert digests(folder, "*") == before
+
+
+@pytest.mark.parametrize("name", ["pipeline", "adapter"])
+def test_somebodys_own_folder_is_refused_before_training(recipe: FinetuneRecipe, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(SettingsError, match=f"{name} exists, is not a run's"):
+        finetune(recipe, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_plain_diffusers_loads_the_result_and_it_is_the_ema(tuned: Run) -> None:
@@ -398,6 +406,19 @@ def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_p
         torch.testing.assert_close(after[value], before[value], atol=1e-6, rtol=0)
         assert query.removesuffix(".weight") in caplog.text
     assert all(torch.equal(adapted[name], tensor) for name, tensor in after.items())
+
+
+def test_an_adapter_of_other_latents_goes_on_with_a_warning(lora: Run, tmp_path, caplog) -> None:
+    folder, recipe = lora
+    recipe = recipe.model_copy(update={"adapter": str(folder / "adapter")})
+    upgraded_base(recipe)
+    assert not caplog.text
+    other = load_autoencoder(Path(recipe.autoencoder))
+    with torch.no_grad():
+        other.detail_downsample.conv.weight.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    upgraded_base(recipe.model_copy(update={"autoencoder": str(tmp_path / "other")}))
+    assert "another autoencoder's latents: it differs in weights of the encoders" in caplog.text
 
 
 def test_lora_does_not_go_on_from_trained_layers(layers: Run, tmp_path) -> None:

@@ -13,6 +13,7 @@ from davae.loading import load_autoencoder, load_base_vae
 from davae.record import read_metrics
 from davae.sampling import sample
 from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from davae.training.autoencoder import untrained as untrained_of
 from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.stage_one_loss import last_convolution
 from davae.upgrade import load_pipeline, save_pipeline, upgrade
@@ -107,7 +108,7 @@ def test_what_a_run_costs_is_counted_on_the_same_models(step: Step, many_picture
     geometry = read_geometry(step[0], tmp_path / "recipe.toml")
     figures = {figure.name: figure.value for figure in autoencoder_budget(recipe, geometry)}
     assert figures["tokens, 2 x 2"] == 4
-    trained = sum(parameter.numel() for parameter in untrained(step).detail_parameters())
+    trained = sum(parameter.numel() for parameter in untrained_of(recipe).detail_parameters())
     assert figures["trained in this stage"] == trained
 
 

@@ -29,7 +29,7 @@ def build(
     from davae.training.inputs import cache_folder
 
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
-    folder = out or run_folder(FinetuneRecipe, recipe)
+    folder = run_folder(FinetuneRecipe, recipe, out)
     if dry_run:
         say(resolved.to_toml())
         return say(f"# caches go to {cache_folder(resolved, folder)}")

@@ -20,7 +20,7 @@ def train_autoencoder(
     resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:
         return say(plan_of(resolved, recipe))
-    folder = out or run_folder(AutoencoderRecipe, recipe)
+    folder = run_folder(AutoencoderRecipe, recipe, out)
     say(train_autoencoder(resolved, folder, report_to=trackers_of(report_to), rank_timeout=rank_timeout))
 
 
@@ -41,5 +41,5 @@ def finetune(
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:
         return say(plan_of(resolved, recipe))
-    folder = out or run_folder(FinetuneRecipe, recipe)
+    folder = run_folder(FinetuneRecipe, recipe, out)
     say(finetune(resolved, folder, report_to=trackers_of(report_to), rank_timeout=rank_timeout))

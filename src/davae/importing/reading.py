@@ -75,7 +75,8 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
             that are not finite or of no usual dtype.
     """
     if path.suffix not in (".safetensors", *PICKLED) or not path.is_file():
-        what = "is a folder: give a file in it" if path.is_dir() else "is no checkpoint file"
+        what = "is no checkpoint file" if path.exists() else "is not there"
+        what = "is a folder: give a file in it" if path.is_dir() else what
         raise CheckpointError(f"{path} {what}; allowed are files in {', '.join(('.safetensors', *PICKLED))}")
     wrappers = (*EMA_WRAPPERS, *WRAPPERS) if ema else WRAPPERS
     try:

@@ -25,7 +25,7 @@ from davae.perceptual import LPIPS
 from davae.ranks import TIMEOUT, Ranks
 from davae.seeds import generator
 from davae.slim_decoder import slimmed
-from davae.storage import replaced_whole, write_atomically
+from davae.storage import check_replaceable, replaced_whole, write_atomically
 from davae.training.autoencoder_recipe import AutoencoderRecipe, check_choices, check_sides
 from davae.training.autoencoder_recipe import LossWeights as LossWeights  # imported from here with the recipe
 from davae.training.companion import Companion
@@ -63,11 +63,13 @@ def train_autoencoder(
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
     with recipe.alone_in(folder, ranks):
+        ranks.first_does(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
         return _train_autoencoder(recipe, folder, ranks, report_to)
 
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
     pictures = recipe.training_pictures(folder if ranks.first else None, captions=False)
+    ranks.first_does(lambda: recipe.check_count(folder, len(pictures)))
     heldout = open_pictures(
         recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
     )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from davae import assets, faults
 from davae.adapter import (
+    INDEX,
     add_lora,
     base_digest,
     check_base,
@@ -19,6 +21,7 @@ from davae.adapter import (
     save_adapter,
     target_layers,
 )
+from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.card import model_card, write_card
 from davae.data.sources import PictureSet
@@ -28,7 +31,7 @@ from davae.loading import load_autoencoder
 from davae.ranks import TIMEOUT, Ranks
 from davae.record import read_metrics
 from davae.seeds import generator, rand, randn, sample_generators
-from davae.storage import write_json
+from davae.storage import check_replaceable, write_json
 from davae.training.conditions import check_classes
 from davae.training.finetune_recipe import FinetuneRecipe as FinetuneRecipe
 from davae.training.inputs import training_inputs
@@ -38,7 +41,7 @@ from davae.training.optimisation import attention_on
 from davae.training.sharding import blocks_of
 from davae.training.state import TrainingState
 from davae.training.validation import Validation
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.upgrade import encoding_half, load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ def finetune(
             "compile = true with FSDP2: nobody has tried it. Leave it out, or launch with recipes/launch/ddp.yaml"
         )
     with recipe.alone_in(folder, ranks):
+        for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
+            ranks.first_does(partial(check_replaceable, folder / name, holds=index))
         return _finetune(recipe, folder, ranks, report_to)
 
 
@@ -82,6 +87,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     start, drawn = recipe.ports_start, generator(recipe.seed, "ports")
     start_ports(pipeline.transformer, backbone.ports, base_channels=channels, start=start, generator=drawn)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
+    ranks.first_does(lambda: recipe.check_count(folder, len(pictures)))
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
@@ -92,9 +98,9 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
+    validation = Validation(recipe, pipeline, pictures, folder)  # refuses before hours of encoding
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
-    validation = Validation(recipe, pipeline, pictures, folder)
     for step in state.steps():
         if validation.is_due(step):
             validation.draw(state)
@@ -135,11 +141,21 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """
     pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    if recipe.adapter:
+        warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae))
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
     for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def warn_of_other_latents(autoencoder: AutoencoderDA, adapters: AutoencoderDA) -> None:
+    """Say so if the recipe's adapter was trained on other latents than the run's, statistics aside."""
+    ours, theirs = encoding_half(autoencoder), encoding_half(adapters)
+    if differing := [name for name in ours if name != "latent statistics" and ours[name] != theirs.get(name)]:
+        message = "the adapter was trained on another autoencoder's latents: it differs in %s"
+        logger.warning(message, ", ".join(differing))
 
 
 def compile_blocks(transformer: nn.Module, *, sizes: int) -> None:

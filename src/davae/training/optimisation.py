@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from davae.errors import CheckpointError
+from davae.errors import CheckpointError, SettingsError
 from davae.ranks import Ranks
 from davae.recipe import Recipe, load_recipe
 from davae.record import alone
@@ -106,7 +106,12 @@ class OptimisationRecipe(Recipe):
         stack.enter_context(alone(folder))
         remove_temporaries(folder)
         if kept.is_file() and any((folder / name).is_dir() for name in ("start", "checkpoints")):
-            theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
+            try:
+                theirs = load_recipe(type(self), kept)  # which may be older: what it does not say is the default
+            except SettingsError as error:
+                raise CheckpointError(
+                    f"{folder} holds a run of the other stage, or of a newer davae, see {kept}. Give a new folder"
+                ) from error
             fixed = [name for name in type(self).model_fields if name not in self.free_to_change]
             names = [name for name in fixed if getattr(theirs, name) != getattr(self, name)]
             if names:

@@ -9,6 +9,8 @@ from davae import assets
 from davae.data.buckets import Bucket, bucket_table
 from davae.data.listing import Source
 from davae.data.sources import PictureSet, open_pictures
+from davae.errors import CheckpointError
+from davae.storage import read_json
 from davae.training.optimisation import OptimisationRecipe, Positive
 
 
@@ -71,3 +73,14 @@ class PicturesRecipe(OptimisationRecipe):
         )
         report = None if folder is None else folder / "refused.json"
         return pictures.sound(report, max_unreadable=self.max_unreadable)
+
+    def check_count(self, folder: Path, count: int) -> None:
+        """Raise CheckpointError if `folder` has a finished run of more or fewer pictures, which would change."""
+        path = folder / "result.json"
+        if path.is_file() and (folder / "checkpoints").is_dir():
+            before = read_json(path).get("counts", {}).get("pictures", count)
+            if before != count:
+                raise CheckpointError(
+                    f"the run in {folder} is finished, on {before} pictures, and there are {count} now: "
+                    "bring these back, or give a new folder"
+                )

@@ -44,7 +44,7 @@ def start_trackers(names: Sequence[str], folder: Path, *, step: int) -> list[Gen
     TensorBoard's files go to `folder`/tensorboard; the others call the project "davae" and the run as its folder.
     """
     check_trackers(names)
-    text = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
+    text = (folder / "recipe.toml").read_text(encoding="utf-8") if (folder / "recipe.toml").is_file() else ""
     started: list[GeneralTracker] = []
     for name in names:
         run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
