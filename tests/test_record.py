@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from davae.errors import StorageError
+from davae.errors import SettingsError, StorageError
 from davae.recipe import Recipe, load_recipe
-from davae.record import RunRecord, environment, read_metrics
+from davae.record import RunRecord, alone, environment, read_metrics
 from davae.storage import write_atomically
 
 
@@ -105,3 +105,10 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="Not a directory"):
         RunRecord(tmp_path / "file" / "run")
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SettingsError, match="is a file, or lies below one"), alone(folder):
+            pass

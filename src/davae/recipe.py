@@ -111,12 +111,12 @@ def run_folder(cls: type[Recipe], path: Path, out: Path | None = None) -> Path:
     """Where a run of the recipe in the file `path` goes: `out`, or else runs/NAME, and for a section runs/NAME/SECTION.
 
     Raises:
-        SettingsError: the file is missing or no TOML, or the run would write over it.
+        SettingsError: the file is missing or no TOML, or the run would write its own recipe.toml over it.
     """
     folder = Path("runs") / path.stem
     folder = out or (folder / cls.section if has_sections(cls, read_toml(path)) else folder)
     own = path.resolve() == (folder / "recipe.toml").resolve()
-    if own and not (folder / "environment.json").is_file():
+    if own and not (folder / "environment.json").is_file():  # which a run's folder has, whose recipe.toml may be given
         raise SettingsError(f"the run in {folder} would write over {path}: give another --out, or rename the recipe")
     return folder
 
@@ -181,6 +181,8 @@ def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
         return f'unknown key "{dotted}": {hint}known keys here: {", ".join(known)}'
+    if problem["type"] == "missing" and isinstance(location[-1], int):
+        return f'key "{dotted.rpartition(".")[0]}" = {problem["input"]!r}: too few values'
     if problem["type"] == "missing":
         return f'missing key "{dotted}": it has no default, so the recipe must give it'
     message = problem["msg"].removeprefix("Value error, ")

@@ -33,7 +33,7 @@ def alone(folder: Path) -> Iterator[None]:
     Within one process it nests.
 
     Raises:
-        SettingsError: another process holds it.
+        SettingsError: another process holds it, or the folder is a file.
         StorageError: the folder cannot be written, or its file system has no locks.
     """
     folder = Path(folder).resolve()
@@ -49,6 +49,8 @@ def alone(folder: Path) -> Iterator[None]:
             raise SettingsError(
                 f"another process trains in {folder}: wait for it, stop it, or give another folder"
             ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise SettingsError(f"{folder} is a file, or lies below one: give another folder") from error
         except OSError as error:
             raise storage_error(folder / ".lock", 0, error) from error
         _held.add(mine)

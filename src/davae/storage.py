@@ -77,10 +77,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_replaceable(folder: Path, *, holds: str) -> None:
-    """Raise SettingsError if a folder is there without the file `holds`: it is somebody's own."""
+    """Refuse a folder that is there without the file `holds`: what is to be written there would replace somebody's own.
+
+    Raises:
+        SettingsError: it is.
+    """
     if folder.exists() and not (folder / holds).is_file():
         raise SettingsError(
-            f"{folder} exists, is not a run's (no {holds}), and would be replaced: give the run another folder"
+            f"{folder} exists, is not a run's (it has no {holds}), and would be replaced: give another folder for the "
+            "run, or remove it yourself"
         )
 
 

@@ -55,8 +55,9 @@ def train_autoencoder(
         The folder of the trained autoencoder, `folder`/autoencoder.
 
     Raises:
-        SettingsError: sizes that do not fit each other, the base or the number of ranks.
-        CheckpointError: `folder` holds a run of another recipe.
+        SettingsError: sizes that do not fit each other, the base or the number of ranks; or `folder`/autoencoder is
+            somebody's own.
+        CheckpointError: `folder` holds a run of another recipe, or a finished one of fewer or more pictures.
         NumericsError: the detail latents came to nothing.
         DavaeError: whatever data, checkpoints and storage raise.
     """

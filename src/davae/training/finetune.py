@@ -64,8 +64,8 @@ def finetune(
 
     Raises:
         SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, a batch that the
-            ranks cannot share equally, or compiled blocks with FSDP2.
-        CheckpointError: `folder` holds a run of another recipe.
+            ranks cannot share equally, or compiled blocks with FSDP2; or `folder`/pipeline is somebody's own.
+        CheckpointError: `folder` holds a run of another recipe, or a finished one of fewer or more pictures.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     ranks = Ranks(rank_timeout)
@@ -98,7 +98,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
-    validation = Validation(recipe, pipeline, pictures, folder)  # refuses before hours of encoding
+    validation = Validation(recipe, pipeline, pictures, folder)  # which may refuse: before hours of encoding
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
     for step in state.steps():
@@ -142,7 +142,7 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
     if recipe.adapter:
-        warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae))
+        warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
     for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
@@ -150,12 +150,15 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     return pipeline
 
 
-def warn_of_other_latents(autoencoder: AutoencoderDA, adapters: AutoencoderDA) -> None:
-    """Say so if the recipe's adapter was trained on other latents than the run's, statistics aside."""
+def warn_of_other_latents(autoencoder: AutoencoderDA, adapters: AutoencoderDA, recipe: FinetuneRecipe) -> None:
+    """Say so if the recipe's adapter was trained on other latents than those of the run, statistics aside."""
     ours, theirs = encoding_half(autoencoder), encoding_half(adapters)
     if differing := [name for name in ours if name != "latent statistics" and ours[name] != theirs.get(name)]:
-        message = "the adapter was trained on another autoencoder's latents: it differs in %s"
-        logger.warning(message, ", ".join(differing))
+        logger.warning(
+            'adapter = "%s" was trained on the latents of another autoencoder than autoencoder = "%s", which differs '
+            'in %s. To go on with its own, set autoencoder = "%s", too',
+            recipe.adapter, recipe.autoencoder, ", ".join(differing), recipe.adapter,
+        )  # fmt: skip
 
 
 def compile_blocks(transformer: nn.Module, *, sizes: int) -> None:

@@ -75,12 +75,16 @@ class PicturesRecipe(OptimisationRecipe):
         return pictures.sound(report, max_unreadable=self.max_unreadable)
 
     def check_count(self, folder: Path, count: int) -> None:
-        """Raise CheckpointError if `folder` has a finished run of more or fewer pictures, which would change."""
+        """Refuse to finish a finished run anew on a set that has grown or shrunk: its result would change.
+
+        Raises:
+            CheckpointError: the run in `folder` ended with another number of pictures than `count`.
+        """
         path = folder / "result.json"
         if path.is_file() and (folder / "checkpoints").is_dir():
             before = read_json(path).get("counts", {}).get("pictures", count)
             if before != count:
                 raise CheckpointError(
-                    f"the run in {folder} is finished, on {before} pictures, and there are {count} now: "
-                    "bring these back, or give a new folder"
+                    f"the run in {folder} is finished, on {before} pictures, and there are {count} now: bring the set "
+                    "back to what it was, or give a new folder"
                 )
