@@ -207,17 +207,21 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: tuple[Path, str],
     assert digests(folder, "*") == before
 
 
-def test_a_finished_run_is_not_finished_on_other_pictures(
-    recipe: AutoencoderRecipe, picture_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_does_not_go_on_with_other_pictures(
+    recipe: AutoencoderRecipe, picture_folder: Path, tmp_path: Path, finished: bool
 ) -> None:
-    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
-    recipe = recipe.model_copy(update={"pictures": str(pictures), "steps": 0})
-    train_autoencoder(recipe, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+    pictures, run = shutil.copytree(picture_folder, tmp_path / "pictures"), tmp_path / "run"
+    recipe = recipe.model_copy(update={"pictures": str(pictures), "steps": 1})
+    train_autoencoder(recipe, run)
+    if not finished:
+        (run / "result.json").unlink()
     first = open_pictures(pictures, size=64, split="train").keys[0]
-    (pictures / f"{first}.png").unlink()
-    with pytest.raises(CheckpointError, match=r"finished, on \d+ pictures"):
-        train_autoencoder(recipe, tmp_path / "run")
+    (pictures / f"{first}.png").rename(tmp_path / "aside.png")
+    with pytest.raises(CheckpointError, match=r"has trained on \d+ pictures, and there are \d+ now"):
+        train_autoencoder(recipe, run)
+    (tmp_path / "aside.png").rename(pictures / f"{first}.png")
+    train_autoencoder(recipe, run)
 
 
 def test_a_folder_of_the_other_stage_is_refused(trained: tuple[Path, str]) -> None:

@@ -57,7 +57,7 @@ def train_autoencoder(
     Raises:
         SettingsError: sizes that do not fit each other, the base or the number of ranks; or `folder`/autoencoder is
             somebody's own.
-        CheckpointError: `folder` holds a run of another recipe, or a finished one of fewer or more pictures.
+        CheckpointError: `folder` holds a run of another recipe, or on other pictures.
         NumericsError: the detail latents came to nothing.
         DavaeError: whatever data, checkpoints and storage raise.
     """
@@ -70,7 +70,7 @@ def train_autoencoder(
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
     pictures = recipe.training_pictures(folder if ranks.first else None, captions=False)
-    ranks.first_does(lambda: recipe.check_count(folder, len(pictures)))
+    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
     heldout = open_pictures(
         recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
     )

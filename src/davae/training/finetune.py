@@ -65,7 +65,7 @@ def finetune(
     Raises:
         SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, a batch that the
             ranks cannot share equally, or compiled blocks with FSDP2; or `folder`/pipeline is somebody's own.
-        CheckpointError: `folder` holds a run of another recipe, or a finished one of fewer or more pictures.
+        CheckpointError: `folder` holds a run of another recipe, or on other pictures.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
     ranks = Ranks(rank_timeout)
@@ -87,7 +87,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     start, drawn = recipe.ports_start, generator(recipe.seed, "ports")
     start_ports(pipeline.transformer, backbone.ports, base_channels=channels, start=start, generator=drawn)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
-    ranks.first_does(lambda: recipe.check_count(folder, len(pictures)))
+    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)

@@ -1,5 +1,7 @@
 """What both stages say about their pictures, and the sets that follow from it."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ from davae.data.buckets import Bucket, bucket_table
 from davae.data.listing import Source
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError
-from davae.storage import read_json
+from davae.storage import read_json, write_json
 from davae.training.optimisation import OptimisationRecipe, Positive
 
 
@@ -74,17 +76,19 @@ class PicturesRecipe(OptimisationRecipe):
         report = None if folder is None else folder / "refused.json"
         return pictures.sound(report, max_unreadable=self.max_unreadable)
 
-    def check_count(self, folder: Path, count: int) -> None:
-        """Refuse to finish a finished run anew on a set that has grown or shrunk: its result would change.
+    def check_set(self, folder: Path, keys: Sequence[str]) -> None:
+        """Note in `folder`/pictures.json which pictures a run trains on, and refuse to go on with others.
 
         Raises:
-            CheckpointError: the run in `folder` ended with another number of pictures than `count`.
+            CheckpointError: the run in `folder` has trained on a set of other names than `keys`.
         """
-        path = folder / "result.json"
-        if path.is_file() and (folder / "checkpoints").is_dir():
-            before = read_json(path).get("counts", {}).get("pictures", count)
-            if before != count:
-                raise CheckpointError(
-                    f"the run in {folder} is finished, on {before} pictures, and there are {count} now: bring the set "
-                    "back to what it was, or give a new folder"
-                )
+        path = folder / "pictures.json"
+        facts = {"count": len(keys), "sha256_of_names": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+        if not (path.is_file() and any((folder / "checkpoints").glob("step-*"))):
+            write_json(path, facts)
+        elif (before := read_json(path)) != facts:
+            raise CheckpointError(
+                f"the run in {folder} has trained on {before['count']} pictures, and there are {facts['count']} now, "
+                "of other names: their order would change midway. Bring the set back to what it was, or give a new "
+                "folder"
+            )
