@@ -70,7 +70,6 @@ def train_autoencoder(
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
     pictures = recipe.training_pictures(folder if ranks.first else None, captions=False)
-    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
     heldout = open_pictures(
         recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
     )
@@ -86,6 +85,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     state = recipe.training_state(
         folder, models, trained, label="stage 1", ranks=ranks, companion=discriminator, whole=whole, report_to=report_to
     )
+    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
     for network in (alex, lpips, base_vae):
         if network is not None:
             network.to(state.device)

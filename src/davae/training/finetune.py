@@ -87,7 +87,6 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     start, drawn = recipe.ports_start, generator(recipe.seed, "ports")
     start_ports(pipeline.transformer, backbone.ports, base_channels=channels, start=start, generator=drawn)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
-    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
     base_sha256 = base_digest(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
@@ -98,6 +97,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
+    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
     validation = Validation(recipe, pipeline, pictures, folder)  # which may refuse: before hours of encoding
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
