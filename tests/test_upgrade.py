@@ -266,6 +266,18 @@ def test_an_adapter_can_stay_apart_from_the_weights(trained):
     assert any(".lora_A." in name for name in pipeline.transformer.state_dict())
 
 
+def test_a_pipeline_with_a_lora_apart_is_saved_once_it_is_fused(trained):
+    folder, image = trained
+    pipeline = load_pipeline(folder / "base", adapter=folder / "adapter", fuse=False)
+    with pytest.raises(SettingsError, match="transformer has a LoRA beside its weights"):
+        save_pipeline(pipeline, folder / "saved")
+    assert not (folder / "saved").exists()
+    pipeline.fuse_lora(components=["transformer"])
+    pipeline.unload_lora_weights()
+    save_pipeline(pipeline, folder / "saved")
+    assert np.allclose(generate(load_pipeline(folder / "saved")), image, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_for_half_precision_is_recognised(trained, dtype):
     folder, _ = trained

@@ -199,9 +199,16 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
     With `portable` the autoencoder's code goes along, and the folder loads without davae (`make_portable`).
 
     Raises:
-        SettingsError: `folder` holds something else than a pipeline, or `pipeline` cannot be portable.
+        SettingsError: `folder` holds something else than a pipeline, `pipeline` has a LoRA that is not fused, or it
+            cannot be portable.
         StorageError: it cannot be written.
     """
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(".base_layer." in tensor for tensor in part.state_dict()):
+            raise SettingsError(
+                f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
+                "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
+            )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise SettingsError(f"{folder} exists and holds no pipeline: choose another folder, or remove it yourself")
     with replaced_whole(folder) as partial:
