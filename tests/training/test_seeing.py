@@ -108,8 +108,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_done(recipe, 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SettingsError, match=r"Install it: pip install 'davae\[wandb\]'"):
         finetune(recipe, tmp_path / "run", report_to=["wandb"])
-    assert not (tmp_path / "run" / "cache").exists()
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_of_a_family_of_classes_are_refused(recipe, tmp_path) -> None:

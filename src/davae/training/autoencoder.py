@@ -32,6 +32,7 @@ from davae.training.companion import Companion
 from davae.training.heldout import heldout_metrics, heldout_picture
 from davae.training.stage_one_loss import compared_at, stage_one_loss
 from davae.training.tensors import fastest_layout, laid_out
+from davae.training.trackers import check_trackers
 from davae.upgrade import check_base_encoder
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def train_autoencoder(
         NumericsError: the detail latents came to nothing.
         DavaeError: whatever data, checkpoints and storage raise.
     """
+    check_trackers(report_to)
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
     with recipe.alone_in(folder, ranks):

@@ -40,6 +40,7 @@ from davae.training.objectives import FlowObjective, NoiseObjective, objective_o
 from davae.training.optimisation import attention_on
 from davae.training.sharding import blocks_of
 from davae.training.state import TrainingState
+from davae.training.trackers import check_trackers
 from davae.training.validation import Validation
 from davae.upgrade import encoding_half, load_pipeline, save_pipeline, upgrade
 from davae.widen import start_ports
@@ -68,6 +69,7 @@ def finetune(
         CheckpointError: `folder` holds a run of another recipe, or on other pictures.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
+    check_trackers(report_to)
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
     if recipe.compile and ranks.sharded:
