@@ -12,6 +12,7 @@ UNBINNED = (
     "it would make a small picture and enlarge it"
 )
 """Advice for families whose pipelines have such tables."""
+
 Size = int | tuple[int, int]
 """Side of a square in pixels, or width and height, in the order of "320x192" and of Pillow's sizes."""
 
