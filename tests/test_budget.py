@@ -93,6 +93,7 @@ def test_a_forward_pass_costs_what_was_counted_before(sd35m, finetune_figures) -
 def test_the_budget_of_sd35m_at_1024_px(finetune_figures) -> None:
     figures = finetune_figures
     assert figures["tokens, 32 x 32, "] == 1024
+    assert figures["numbers in a token, 1536 being the transformer's width, "] == 128
     assert figures["text tokens beside them, "] == 333
     forward_and_backward = figures["transformer, one picture, forward and backward, TFLOP"]
     assert forward_and_backward == pytest.approx(6.41, rel=0.01)

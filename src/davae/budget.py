@@ -220,11 +220,13 @@ def _parts(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[
 def _grid(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> list[Figure]:
     ports = backbone_of(transformer).ports
     side = size // autoencoder.downsample_factor
-    patch = patch_side(transformer, ports)
+    patch, channels = patch_side(transformer, ports), autoencoder.config.latent_channels
+    width = transformer.get_submodule(ports.output).weight.shape[1]
     return [
-        Figure("latent channels, base and detail", autoencoder.config.latent_channels, "", "derived"),
+        Figure("latent channels, base and detail", channels, "", "derived"),
         Figure("side of the latents", side, "", "derived"),
         Figure(f"tokens, {side // patch} x {side // patch}", (side // patch) ** 2, "", "derived"),
+        Figure(f"numbers in a token, {width} being the transformer's width", channels * patch**2, "", "derived"),
     ]
 
 
