@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
@@ -26,7 +25,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.benchmark.cases import Case, runs_of
 from davae.benchmark.timing import measure_interleaved, spread
-from davae.data.png import to_bytes, write_png
+from davae.data.png import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure
@@ -43,7 +42,7 @@ from davae.upgrade import load_pipeline, save_pipeline
 HERE = Path(__file__).parent
 ONE_GO, NARROW, TWICE = "s = 4", "s = 4, r = 2", "2 x 2"
 SIZE = 512
-SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": demo.PROMPT_TOKENS}
+SAMPLING = {"seed": 0, **demo.SAMPLING}
 
 
 def bases(run: Path) -> dict[str, dict[str, Any]]:
@@ -88,12 +87,6 @@ def starts(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def scaled(picture: Tensor, side: int) -> Tensor:
-    """A picture [3, H, W] in bytes, at another side with bicubic, antialiased where it gets smaller."""
-    image = picture[None].float() / 127.5 - 1
-    return to_bytes(F.interpolate(image, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1))[0]
-
-
 def distances(pipelines: dict[str, DiffusionPipeline], pictures: Path, folder: Path, count: int) -> dict[str, Any]:
     """KID at 512 px of pictures from prompts; and of the same ones without their detail, at 128 px and enlarged."""
     real = open_pictures(pictures, size=SIZE, limit=count)
@@ -102,7 +95,7 @@ def distances(pipelines: dict[str, DiffusionPipeline], pictures: Path, folder: P
     found = {}
     for name, pipeline in pipelines.items():
         made = generation.sample_many(pipeline, prompts, folder / name, label=name, **SAMPLING)
-        without = [scaled(scaled(picture, SIZE // 4), SIZE) for picture in made]
+        without = [generation.scaled(generation.scaled(picture, SIZE // 4), SIZE) for picture in made]
         for title, ones in {name: made, f"{name}, reduced to 128 px + bicubic": without}.items():
             features = generation.features_of(ones, side=SIZE)
             value, error = generation.kid_with_error(features, references, seed=SAMPLING["seed"])
@@ -166,7 +159,7 @@ def main(
     for name, pipeline in {"base": base, "shipped upgrade": load_pipeline(once), **trained}.items():
         made = generation.sample_many(pipeline, prompts, run / f"shown{suffix}" / name, label=name, **SAMPLING)
         for row, picture in zip(rows, made, strict=True):
-            row.append(scaled(picture, SIZE) if picture.shape[-1] < SIZE else picture)
+            row.append(generation.scaled(picture, SIZE) if picture.shape[-1] < SIZE else picture)
     write_png(run / f"samples{suffix}.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
     facts = {"stage_two": losses, "times": times(trained, base), "prompts": prompts, "sampling": SAMPLING}
     kid = distances(trained, pictures, run / f"samples{suffix}", count)

@@ -12,28 +12,18 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
 from davae import assets, demo
-from davae.data.png import read_png, to_bytes
+from davae.data.png import read_png
 from davae.data.sources import open_pictures
-from davae.evaluation.generation import features_of, kid_with_error
+from davae.evaluation.generation import features_of, kid_with_error, scaled
 from davae.record import environment
 from davae.storage import write_json
 
 SIDES = (demo.SIZE, 192, 128)
 BANDS = {"1/16 to 1/8": (1 / 16, 1 / 8), "1/8 to 1/4": (1 / 8, 1 / 4), "1/4 to 1/2": (1 / 4, 1 / 2)}
-
-
-def reduced(pictures: list[Tensor], side: int) -> list[Tensor]:
-    """Pictures [3, H, W] in bytes at another side with bicubic, antialiased where they get smaller."""
-    if side == pictures[0].shape[-1]:
-        return pictures
-    images = (picture[None].float() / 127.5 - 1 for picture in pictures)
-    sized = (F.interpolate(image, size=(side, side), mode="bicubic", antialias=True) for image in images)
-    return [to_bytes(image.clamp(-1, 1))[0] for image in sized]
 
 
 def energies(pictures: list[Tensor]) -> dict[str, float]:
@@ -61,16 +51,16 @@ def main(
     sets = {}
     for folder in folders:
         made = [read_png(folder / f"{index:05d}.png") for index in range(count)]
-        sets[folder.name] = reduced(made, demo.SIZE)  # the base's are enlarged
+        sets[folder.name] = [scaled(picture, demo.SIZE) for picture in made]  # the base's are enlarged
     of_real = energies(real)
     found = {
         name: {"energy": {band: value / of_real[band] for band, value in energies(made).items()}, "kid": {}}
         for name, made in sets.items()
     }
     for side in SIDES:
-        references = features_of(reduced(real, side), side=demo.SIZE)
+        references = features_of([scaled(picture, side) for picture in real], side=demo.SIZE)
         for name, made in sets.items():
-            features = features_of(reduced(made, side), side=demo.SIZE)
+            features = features_of([scaled(picture, side) for picture in made], side=demo.SIZE)
             found[name]["kid"][str(side)] = kid_with_error(features, references, seed=0)
             typer.echo(f"{name}, {side} px: {found[name]['kid'][str(side)]}")
     write_json(out / "result.json", {"sets": found, "count": count, "environment": environment()})

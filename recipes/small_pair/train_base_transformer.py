@@ -3,8 +3,7 @@
     python recipes/small_pair/train_base_transformer.py RUN --autoencoder AUTOENCODER --out PIPELINE
 
 RUN holds checkpoints and metrics; the same command goes on where it stopped. PIPELINE becomes a stock
-`StableDiffusion3Pipeline` folder in half precision. `--start OLD` begins from that pipeline's weights, not at random;
-`--pictures` takes another set than the one that ships.
+`StableDiffusion3Pipeline` folder in half precision. `--start OLD` begins from that pipeline's weights, not at random.
 """
 
 import json
@@ -188,12 +187,11 @@ def main(
     out: Annotated[Path, typer.Option()],
     recipe_file: Annotated[Path | None, typer.Option("--recipe")] = None,
     start: Annotated[Path | None, typer.Option(help="A pipeline of this script to go on from.")] = None,
-    pictures_from: Annotated[Path, typer.Option("--pictures")] = assets.pictures(),
 ) -> None:
     """Train, then write the pipeline."""
     recipe = load_recipe(BaseTransformerRecipe, recipe_file) if recipe_file else BaseTransformerRecipe()
     vae = AutoencoderKL.from_pretrained(autoencoder).eval()
-    pictures = open_pictures(pictures_from, size=256, split="train")
+    pictures = open_pictures(assets.pictures(), size=256, split="train")
     pipeline = load_pipeline(start) if start else build_pipeline(recipe, vae, pictures.captions)
     pipeline.register_modules(vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.shift))
     latents = encode(vae, pictures, recipe.size)

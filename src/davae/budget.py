@@ -16,6 +16,7 @@ from davae import assets
 from davae.adapter import INDEX
 from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import Backbone, backbone_of, widen_transformer
+from davae.backbones.sizes import checked_side
 from davae.closed_form import BASE_CODES
 from davae.discriminator import PatchDiscriminator
 from davae.errors import DavaeError, SettingsError
@@ -26,7 +27,7 @@ from davae.training.autoencoder_recipe import check_choices, check_sides
 from davae.training.finetune import FinetuneRecipe, trained_parameters
 from davae.training.optimisation import OptimisationRecipe
 from davae.training.optimizers import STATE_BYTES
-from davae.widen import patch_side
+from davae.widen import patch_side, width_of
 from davae.workload import Work, condition_of, counting, decode_flops, in_half, meta, stage_one_work, transformer_work
 
 PEAK_TFLOPS = 989
@@ -142,8 +143,8 @@ def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: Aut
     """Stage 2; see `budget_of`."""
     config, backbone = autoencoder.config, backbone_of(geometry.transformer)
     unit = autoencoder.downsample_factor * patch_side(geometry.transformer, backbone.ports)
-    if odd := {side for bucket in recipe.buckets for side in bucket[:2] if side % unit}:
-        raise SettingsError(f"size={min(odd)}: allowed are multiples of {unit}, downsample factor x patch size")
+    for side in recipe.sides:
+        checked_side(side, unit=unit)
     with META:
         transformer = widen_transformer(
             geometry.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
@@ -221,7 +222,7 @@ def _grid(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> lis
     ports = backbone_of(transformer).ports
     side = size // autoencoder.downsample_factor
     patch, channels = patch_side(transformer, ports), autoencoder.config.latent_channels
-    width = transformer.get_submodule(ports.output).weight.shape[1]
+    width = width_of(transformer, ports)
     return [
         Figure("latent channels, base and detail", channels, "", "derived"),
         Figure("side of the latents", side, "", "derived"),

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from davae.autoencoder_bases import downsample_factor
 from davae.backbones import backbone_of, check_parts
 from davae.backbones.sizes import Size, checked_side
-from davae.widen import LatentPorts, patch_side
+from davae.widen import LatentPorts, patch_side, width_of
 
 _RESOLUTION_FACTOR = 2
 
@@ -34,15 +34,14 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     patch = patch_side(transformer, ports)
     factor = downsample_factor(autoencoder.config)  # not every pipeline's own count is its VAE's
     channels = transformer.config.in_channels // ports.packed**2
-    width = _layer(transformer, ports.output).weight.shape[1]
     detail_channels = autoencoder.config.get("detail_channels", 0)
     sample_size = getattr(pipeline, "default_sample_size", None) or transformer.config.get("sample_size")
     side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
     sizes = {str(each): (each, each) for each in sorted({side // 2, side, 2 * side})}
     if size is not None:
         sides = (size, size) if isinstance(size, int) else size
-        wide, high = (checked_side(each, unit=factor * patch) for each in sides)
-        sizes[f"{wide}x{high}"] = wide, high
+        width, height = (checked_side(each, unit=factor * patch) for each in sides)
+        sizes[f"{width}x{height}"] = width, height
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "transformer": type(transformer).__name__,
@@ -56,11 +55,13 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         "detail_channels": detail_channels,
         "patch_size": patch,
         "numbers_per_token": channels * patch**2,
-        "transformer_width": width,
+        "transformer_width": width_of(transformer, ports),
         "scaling_factor": autoencoder.config.get("scaling_factor"),
         "shift_factor": autoencoder.config.get("shift_factor"),
         "default_size": side,
-        "tokens": {name: (wide // factor // patch) * (high // factor // patch) for name, (wide, high) in sizes.items()},
+        "tokens": {
+            name: (width // factor // patch) * (height // factor // patch) for name, (width, height) in sizes.items()
+        },
         "ports": {
             name: {"layer": layer, "layout": layout, "weight": list(_layer(transformer, layer).weight.shape)}
             for name, layer, layout in (
@@ -82,7 +83,7 @@ def _upgrade_effect(
     added = entry.weight.numel() + leave.weight.numel() + (0 if leave.bias is None else leave.bias.numel())
     return {
         "detail_channels": channels,
-        "most_detail_channels": max(0, leave.weight.shape[1] // patch**2 - channels),
+        "most_detail_channels": max(0, width_of(transformer, ports) // patch**2 - channels),
         "latent_channels": [channels, 2 * channels],
         "downsample_factor": [factor, factor * _RESOLUTION_FACTOR],
         "default_size": [side, side * _RESOLUTION_FACTOR],

@@ -46,6 +46,11 @@ def patch_side(transformer: ModelMixin, ports: LatentPorts) -> int:
     return ports.packed if ports.packed > 1 else ports.patch or transformer.config.patch_size
 
 
+def width_of(transformer: ModelMixin, ports: LatentPorts) -> int:
+    """How wide a transformer is: how many numbers its output port takes for a token."""
+    return int(transformer.get_submodule(ports.output).weight.shape[1])
+
+
 def lost_directions(transformer: ModelMixin, ports: LatentPorts) -> int:
     """In how many directions a token keeps the noise that sampling starts from, whatever the training; 0 if in none.
 
@@ -55,8 +60,7 @@ def lost_directions(transformer: ModelMixin, ports: LatentPorts) -> int:
     the noise at least, (n - width) / n in all (docs/method.md; RAE, arXiv 2510.11690).
     """
     numbers = transformer.config.in_channels // ports.packed**2 * patch_side(transformer, ports) ** 2
-    width = transformer.get_submodule(ports.output).weight.shape[1]
-    return max(0, numbers - width)
+    return max(0, numbers - width_of(transformer, ports))
 
 
 def pad_channels(weight: Tensor, layout: str, detail_channels: int, **axes: int) -> Tensor:

@@ -20,7 +20,7 @@ from davae.backbones import backbone_of
 from davae.backbones.sizes import Size, width_and_height
 from davae.data.buckets import Bucket
 from davae.data.listing import Source
-from davae.data.png import ORIGIN, read_png, write_png
+from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.metrics import EfficientNetLite0Features, kid
@@ -62,6 +62,12 @@ def evaluation_prompts(pictures: PictureSet, count: int) -> list[str]:
     if not len(pictures):
         raise DataError("there are no captions to generate from: the set of pictures is empty")
     return [pictures.captions[index % len(pictures)] for index in range(count)]
+
+
+def scaled(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 {side} {side}"]:
+    """A square picture at another side with bicubic, antialiased where it gets smaller."""
+    image = picture[None].float() / 127.5 - 1
+    return to_bytes(F.interpolate(image, size=(side, side), mode="bicubic", antialias=True))[0]
 
 
 def features_of(pictures: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:

@@ -126,17 +126,17 @@ def check_sides(recipe: AutoencoderRecipe, factor: int) -> None:
     needs = [(MIN_SIDE, "LPIPS")] if loss.lpips else []
     needs += [(DISCRIMINATOR_MIN_SIDE, "the discriminator")] if loss.adversarial else []
     least, who = max(needs, default=(0, ""))
-    sides = [side for bucket in recipe.buckets for side in bucket[:2]]
+    sides = recipe.sides
     if any(side % factor for side in sides):
         raise SettingsError(
-            f"size={recipe.size}, bucket_step={recipe.bucket_step}: the pictures' sides are {sorted(set(sides))}; "
+            f"size={recipe.size}, bucket_step={recipe.bucket_step}: the pictures' sides are {sides}; "
             f"allowed are multiples of {factor}, the downsample factor"
         )
-    if recipe.crop % factor or not least <= recipe.crop <= min(sides):
+    if recipe.crop % factor or not least <= recipe.crop <= sides[0]:
         bound = f"from {least}, which {who} needs, " if least else ""
         raise SettingsError(
             f"crop={recipe.crop}: allowed are multiples of {factor}, the downsample factor, "
-            f"{bound}up to {min(sides)}, the shortest side of a picture at size={recipe.size}"
+            f"{bound}up to {sides[0]}, the shortest side of a picture at size={recipe.size}"
         )
     if loss.lpips_patch is not None and not MIN_SIDE <= loss.lpips_patch <= recipe.crop:
         raise SettingsError(f"lpips_patch={loss.lpips_patch}: allowed are {MIN_SIDE} to crop={recipe.crop}")

@@ -143,11 +143,11 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """
     pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
-    if recipe.adapter:
+    if recipe.adapter and recipe.adapter != recipe.autoencoder:
         warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)
     expect_noise(autoencoder, recipe.detail_noise)
     pipeline = upgrade(pipeline, autoencoder)
-    for side in sorted({side for bucket in recipe.buckets for side in bucket[:2]}):
+    for side in recipe.sides:
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
 

@@ -53,9 +53,14 @@ class PicturesRecipe(OptimisationRecipe):
         return bucket_table((self.size, *self.sizes), self.aspect_ratios, multiple=self.bucket_step if several else 1)
 
     @property
+    def sides(self) -> list[int]:
+        """All sides of the buckets in pixels, from the shortest to the longest."""
+        return sorted({side for bucket in self.buckets for side in bucket[:2]})
+
+    @property
     def heldout_size(self) -> int:
         """Side of the held-out squares: the shortest side of a bucket, so that whatever may train may be held out."""
-        return min(side for bucket in self.buckets for side in bucket[:2])
+        return self.sides[0]
 
     def training_pictures(self, folder: Path | None, *, captions: bool = True, classes: bool = False) -> PictureSet:
         """The training split, every picture decoded once; what is refused is in `folder`/refused.json, if there is one.
