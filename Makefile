@@ -20,7 +20,7 @@ test: lint types ## what a change has to pass
 
 test-oldest: $(STAMP) $(OLDEST)/.installed ## what saves, loads and widens, on the oldest diffusers that is allowed
 	PYTHONPATH=$(OLDEST) $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
-		tests/test_fixtures.py tests/test_portable.py tests/test_base_lora.py tests/backbones/test_table.py
+		tests/test_fixtures.py tests/pipelines/test_portable.py tests/pipelines/test_base_lora.py tests/backbones/test_table.py
 
 soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--part 0.1" for a tenth
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or slow" --soak experiments/results/soak.json \

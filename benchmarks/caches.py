@@ -17,10 +17,10 @@ import typer
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from davae.benchmark.timing import paired_ratios, spread
-from davae.recipe import load_recipe
-from davae.record import read_metrics
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.cost.timing import paired_ratios, spread
+from davae.run.recipe import load_recipe
+from davae.run.record import read_metrics
+from davae.training.stage_two import FinetuneRecipe, finetune
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "small_pair" / "stage2.toml"
 

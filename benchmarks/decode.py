@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from davae import AutoencoderDA, assets
-from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
-from davae.loading import load_autoencoder, load_base_vae
-from davae.slim_decoder import slimmed
-from davae.workload import decode_flops
+from davae.cost.timing import measure_interleaved, paired_ratios, spread
+from davae.cost.workload import decode_flops
+from davae.models.slim_decoder import slimmed
+from davae.pipelines.loading import load_autoencoder, load_base_vae
 
 
 def autoencoder(*, true_size: bool) -> AutoencoderDA:

@@ -1,4 +1,4 @@
-"""What the sites of `davae.faults` cost while no fault is asked for, against the smallest step that davae trains.
+"""What the sites of `davae.run.faults` cost while no fault is asked for, against the smallest step that davae trains.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import typer
 
-from davae import faults
-from davae.record import read_metrics
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.run import faults
+from davae.run.record import read_metrics
+from davae.training.stage_two import FinetuneRecipe, finetune
 
 REPEATS, LOOPS, STEPS = 20, 100_000, 21
 VISITS = 12

@@ -23,15 +23,15 @@ from torch import nn
 
 from davae import assets
 from davae.backbones import backbone_of
-from davae.benchmark.bench import load_pair
-from davae.benchmark.cases import Case, runs_of
-from davae.benchmark.timing import Run, measure_interleaved, paired_ratios, spread
+from davae.cost.bench import load_pair
+from davae.cost.cases import Case, runs_of
+from davae.cost.timing import Run, measure_interleaved, paired_ratios, spread
 from davae.errors import SettingsError
-from davae.record import environment
-from davae.slim_decoder import slimmed
-from davae.storage import write_json
+from davae.models.slim_decoder import slimmed
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.training.sharding import blocks_of
-from davae.upgrade import load_pipeline
 
 PROMPT = "red apple"
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

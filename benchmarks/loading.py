@@ -20,13 +20,13 @@ import typer
 from PIL import Image
 
 from davae import assets
-from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.cost.timing import measure_interleaved, paired_ratios, spread
 from davae.data.buckets import Bucket, fit
 from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import read_picture
 from davae.data.sources import PictureSet, open_pictures
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 
 COUNT = 256
 

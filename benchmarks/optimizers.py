@@ -15,8 +15,8 @@ import typer
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
-from davae.training.finetune import FinetuneRecipe, trained_parameters, upgraded_base
 from davae.training.optimizers import LIBRARIES, OptimizerSettings
+from davae.training.stage_two import FinetuneRecipe, trained_parameters, upgraded_base
 
 REPEATS = 20
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from davae import assets
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
-from davae.record import environment
-from davae.storage import write_json
-from davae.upgrade import load_pipeline
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import environment
+from davae.run.storage import write_json
 
 COUNT, PROMPT_TOKENS, SEED = 16, 12, 0
 

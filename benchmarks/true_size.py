@@ -22,12 +22,12 @@ import typer
 from diffusers import DiffusionPipeline
 from torch._dynamo.utils import counters
 
-from davae.benchmark.bench import CEILINGS, bench, cases_of, load_pair, quicken
-from davae.benchmark.cases import runs_of
-from davae.benchmark.timing import Ceilings, Run, measure_ceilings, measure_interleaved, paired_ratios, spread
+from davae.cost.bench import CEILINGS, bench, cases_of, load_pair, quicken
+from davae.cost.cases import runs_of
+from davae.cost.timing import Ceilings, Run, measure_ceilings, measure_interleaved, paired_ratios, spread
 from davae.errors import SettingsError
-from davae.record import environment
-from davae.storage import write_json
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.training.sharding import blocks_of
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")

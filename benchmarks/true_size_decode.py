@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from davae import AutoencoderDA, assets
-from davae.autoencoder_bases import downsample_factor
-from davae.benchmark.timing import Run, measure_interleaved, paired_ratios, spread
-from davae.record import environment
-from davae.slim_decoder import slimmed
-from davae.storage import write_json
-from davae.workload import decode_flops
+from davae.cost.timing import Run, measure_interleaved, paired_ratios, spread
+from davae.cost.workload import decode_flops
+from davae.models.base_autoencoders import downsample_factor
+from davae.models.slim_decoder import slimmed
+from davae.run.record import environment
+from davae.run.storage import write_json
 
 SLIM_WIDTHS, SLIM_DEPTHS = (64, 128, 256, 256), (0, 0, 0, 0)
 Vae = AutoencoderDA | AutoencoderKL

@@ -26,24 +26,24 @@ from torch import Tensor, nn
 
 from davae import AutoencoderDA, assets
 from davae.backbones import backbone_of
-from davae.benchmark.random_weights import build
-from davae.benchmark.timing import Run, dense_peak, measure_interleaved, paired_ratios, spread
-from davae.discriminator import PatchDiscriminator
-from davae.geometry import META, Geometry
-from davae.perceptual import LPIPS
-from davae.ranks import Ranks
-from davae.record import environment
+from davae.cost.geometry import META, Geometry
+from davae.cost.random_weights import build
+from davae.cost.timing import Run, dense_peak, measure_interleaved, paired_ratios, spread
+from davae.cost.workload import stage_one_work, transformer_work
+from davae.method.discriminator import PatchDiscriminator
+from davae.method.perceptual import LPIPS
+from davae.pipelines.upgrade import upgrade
+from davae.run.ranks import Ranks
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
-from davae.training.autoencoder import discriminator_of
-from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
-from davae.training.finetune import FinetuneRecipe, compile_blocks, trained_parameters
-from davae.training.objectives import objective_of
+from davae.training.stage_one import discriminator_of
 from davae.training.stage_one_loss import compared_at, stage_one_loss
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_two import FinetuneRecipe, compile_blocks, trained_parameters
+from davae.training.stage_two_loss import objective_of
 from davae.training.state import TrainingState
 from davae.training.tensors import laid_out
-from davae.upgrade import upgrade
-from davae.workload import stage_one_work, transformer_work
 
 Step = Callable[[], None]
 ENDLESS: dict[str, Any] = {"steps": 10**6, "checkpoint_every": 10**6, "log_every": 10**6, "warmup_steps": 0}

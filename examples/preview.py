@@ -11,8 +11,8 @@ import torch
 from PIL.Image import Image
 
 from davae import load_pipeline
-from davae.loading import load_base_vae
-from davae.previews import preview_callback
+from davae.pipelines.loading import load_base_vae
+from davae.pipelines.previews import preview_callback
 
 
 def main(folder: str, base: str, out: str, prompt: str, steps: str = "28") -> None:

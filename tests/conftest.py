@@ -83,10 +83,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, picture_folder: Path) -> Path:
     """An AutoencoderDA of that pipeline with 8 detail channels: the closed-form start, calibrated."""
-    from davae.autoencoder_da import AutoencoderDA
-    from davae.closed_form import fit_closed_form
     from davae.data.sources import open_pictures
-    from davae.loading import load_base_vae
+    from davae.method.closed_form import fit_closed_form
+    from davae.models.autoencoder_da import AutoencoderDA
+    from davae.pipelines.loading import load_base_vae
 
     folder = tmp_path_factory.mktemp("autoencoder")
     autoencoder = AutoencoderDA.from_base(load_base_vae(str(base_folder)), detail_channels=8).eval()

@@ -9,10 +9,10 @@ from rich.console import Console
 from torch import nn
 
 from davae.errors import RankError
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 from davae.seeds import generator
-from davae.training.optimisation import warmup_cosine
 from davae.training.optimizers import ADAMW, OptimizerSettings
+from davae.training.recipes import warmup_cosine
 from davae.training.state import TrainingState
 
 STEPS, BATCH = 40, 8

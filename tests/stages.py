@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights
-from davae.training.finetune import FinetuneRecipe
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe, LossWeights
+from davae.training.stage_two import FinetuneRecipe
 from hashes import digests
 
 ADVERSARIAL = LossWeights(

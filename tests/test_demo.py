@@ -29,11 +29,11 @@ from davae.demo import (
     stage_two_recipe,
 )
 from davae.errors import SettingsError
-from davae.recipe import load_recipe
-from davae.report import Pictures, write_page
-from davae.storage import write_json
-from davae.training.autoencoder import AutoencoderRecipe
-from davae.training.finetune import FinetuneRecipe
+from davae.evaluation.report import Pictures, write_page
+from davae.run.recipe import load_recipe
+from davae.run.storage import write_json
+from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_two import FinetuneRecipe
 from scenes import fill_with_scenes, scene
 
 PLAN = BUDGETS["tiny"]

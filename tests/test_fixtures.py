@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from davae import AutoencoderDA, load_pipeline
-from davae.adapter import FORMAT_VERSION
 from davae.errors import CheckpointError
-from davae.loading import load_autoencoder
+from davae.pipelines.adapter import FORMAT_VERSION
+from davae.pipelines.loading import load_autoencoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEPT = FIXTURES / "0.1.0"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from davae.errors import DavaeError
-from davae.recipe import load_recipe
-from davae.storage import read_json
-from davae.training.autoencoder import AutoencoderRecipe
-from davae.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
-from davae.training.finetune import FinetuneRecipe
+from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from davae.run.recipe import load_recipe
+from davae.run.storage import read_json
+from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_two import FinetuneRecipe
 from trials import Trials
 
 ROOT = Path(__file__).parents[1]

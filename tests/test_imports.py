@@ -13,54 +13,28 @@ import davae
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "davae"
 
-LAYERS = [
+FLOORS = [
     {"errors", "seeds"},
-    {"faults"},
-    {"storage", "ranks"},
-    {"portable"},
     {"assets"},
-    {"widen", "flow", "losses", "perceptual", "discriminator", "metrics"},
-    {"noise_prediction"},
-    {"backbones", "closed_form"},
-    {"closed_form_decoder"},
-    {"adapter", "class_conditional"},
-    {"loading"},
-    {"data", "record", "recipe", "upgrade", "importing", "inspection", "figures", "previews", "base_lora"},
-    {"report", "geometry", "card", "sampling", "runs", "hub"},
+    {"models", "run"},
+    {"method"},
+    {"backbones"},
+    {"data"},
+    {"pipelines"},
     {"training", "evaluation"},
-    {"workload"},
-    {"budget", "benchmark"},
+    {"cost"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
-"""Bottom first. A module may import from the layers below its own; within a layer only where `BESIDE` says so."""
-
-BESIDE = {
-    "record": {"recipe"},  # a record holds the recipe
-    "assets": set(),
-    "importing": {"upgrade"},  # fine-tuned ports need the pipeline that they were tuned from
-}
-ALONE = {
-    "autoencoder_bases",
-    "autoencoder_da",
-    "autoencoder_taef2",
-    "blended_tiles",
-    "detail_blocks",
-    "lightningdit",
-    "slim_decoder",
-    "tiled_decoder",
-}
-"""Ship beside weights: torch, diffusers, the standard library and each other only. May be imported by everyone from
-`backbones` upward."""
+"""Rooms, bottom first. A file may import from its own room and from floors below; never from a room beside its own."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def subject(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -76,35 +50,25 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
-def davae_subjects(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imported_modules(path) if name.startswith("davae.")} - {"__version__"}
+def imported_rooms(path: Path) -> set[str]:
+    modules = {name for name in imported_modules(path) if name.startswith("davae.")}
+    return {name.split(".")[1] for name in modules} - {"__version__", room_of(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_downward(path: Path) -> None:
-    own = subject(path)
-    if own == "__init__":
-        return  # the public names, imported on first use
-    others = davae_subjects(path) - {own}
-    if own in ALONE:
-        assert others <= ALONE, f"{own} ships beside weights and must not need davae"
-        return
-    assert own in LEVEL, f"{own} has no layer: say in LAYERS where it belongs"
-    for other in others - ALONE:
-        below = LEVEL[other] < LEVEL[own]
-        assert below or other in BESIDE.get(own, set()), f"{own} must not import {other}"
-    if LEVEL[own] < LEVEL["backbones"]:
-        assert not others & ALONE, f"{own} knows no model"
+    room = room_of(path)
+    if room in {"__init__", "autoencoder_da"}:
+        return  # public names, imported on first use
+    assert room in FLOOR, f"{room} is no room: say in FLOORS where it belongs"
+    for other in imported_rooms(path):
+        assert FLOOR[other] < FLOOR[room], f"{room} must not import {other}"
 
 
-@pytest.mark.parametrize("name", sorted(ALONE))
-def test_models_that_ship_need_torch_and_diffusers_only(name: str) -> None:
-    path = PACKAGE / f"{name}.py"
-    if not path.exists():
-        pytest.skip(f"{name} is not written yet")
-    alone = {f"davae.{other}" for other in ALONE}
-    roots = {module.split(".")[0] for module in imported_modules(path) - alone}
-    assert roots <= {"torch", "diffusers"} | set(sys.stdlib_module_names)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda path: path.stem)
+def test_models_that_ship_need_torch_and_diffusers_only(path: Path) -> None:
+    others = {name for name in imported_modules(path) if not name.startswith("davae.models.")}
+    assert {name.split(".")[0] for name in others} <= {"torch", "diffusers"} | set(sys.stdlib_module_names)
 
 
 def test_package_import_is_light() -> None:
@@ -117,8 +81,8 @@ def test_public_names_resolve(name: str) -> None:
     assert callable(getattr(davae, name))
 
 
-def test_importing_the_upgrade_module_keeps_the_function() -> None:
-    code = "from davae.upgrade import load_pipeline; from davae import upgrade; assert callable(upgrade)"
+def test_the_old_module_of_the_autoencoder_has_it() -> None:
+    code = "from davae.autoencoder_da import AutoencoderDA; import davae; assert AutoencoderDA is davae.AutoencoderDA"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -178,4 +142,4 @@ def test_files_are_short_and_ascii() -> None:
         text = path.read_text()
         assert text.isascii(), path.name
         # A model that ships beside weights is one file by necessity.
-        assert len(text.splitlines()) <= (570 if path.stem in ALONE else 350), f"{path.name} has two subjects"
+        assert len(text.splitlines()) <= (570 if room_of(path) == "models" else 350), f"{path.name} has two subjects"

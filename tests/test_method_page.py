@@ -30,7 +30,7 @@ def test_the_name_is_there(name: str) -> None:
 
 def test_a_name_that_is_not_there_is_found_out() -> None:
     with pytest.raises((AttributeError, ImportError)):
-        resolve("davae.losses.no_such_loss")
+        resolve("davae.method.losses.no_such_loss")
 
 
 def test_the_page_names_many() -> None:

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from davae.autoencoder_da import AutoencoderDA
-from davae.recipe import load_recipe
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.run.recipe import load_recipe
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 from tiny import tiny_sd3_pipeline, tiny_vae
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -185,9 +185,9 @@ def test_the_class_conditional_twin_runs_through_stage_1(class_pictures, tmp_pat
     assert (config.base_channels, config.detail_channels, config.linear_blocks) == (4, 12, False)
 
 
-@pytest.mark.skipif(find_spec("davae.lightningdit") is None, reason="davae.lightningdit is not there yet")
+@pytest.mark.skipif(find_spec("davae.models.lightningdit") is None, reason="davae.models.lightningdit is not there yet")
 def test_the_class_conditional_twin_runs_through_both_stages(class_pictures, tmp_path) -> None:
-    from davae.upgrade import load_pipeline
+    from davae.pipelines.upgrade import load_pipeline
     from tiny import tiny_class_pipeline
 
     base = tmp_path / "base"

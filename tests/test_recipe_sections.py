@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 
 from davae.errors import SettingsError
-from davae.recipe import Recipe, load_recipe, run_folder
+from davae.run.recipe import Recipe, load_recipe, run_folder
 
 
 class Weights(Recipe):

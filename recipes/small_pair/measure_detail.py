@@ -18,17 +18,17 @@ import typer
 from torch import Tensor
 
 from davae import assets, demo
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.generation import features_of
 from davae.evaluation.reconstruction import base_enlarged
-from davae.loading import load_autoencoder, load_base_vae
-from davae.metrics import EfficientNetLite0Features, kid, psnr, ssim
-from davae.perceptual import LPIPS
-from davae.record import environment
+from davae.method.metrics import EfficientNetLite0Features, kid, psnr, ssim
+from davae.method.perceptual import LPIPS
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
 
 SHIPPED = assets.upgrade()
 Change = Callable[[Tensor, Tensor], Tensor]

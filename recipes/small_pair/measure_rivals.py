@@ -21,16 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from davae import assets, demo
-from davae.adapter import target_layers
 from davae.backbones import sd3
-from davae.benchmark.cases import Case, runs_of
-from davae.benchmark.timing import measure_interleaved
+from davae.cost.cases import Case, runs_of
+from davae.cost.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
-from davae.loading import load_autoencoder
-from davae.record import environment, read_metrics
-from davae.storage import write_json
-from davae.upgrade import load_pipeline, with_autoencoder
+from davae.pipelines.adapter import target_layers
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline, with_autoencoder
+from davae.run.record import environment, read_metrics
+from davae.run.storage import write_json
 
 BATCHES = (1, 16)
 PARTS = ("step", "decode", "whole")

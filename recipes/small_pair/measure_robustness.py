@@ -17,8 +17,8 @@ from davae import assets, demo
 from davae.data.png import to_bytes
 from davae.data.sources import open_pictures
 from davae.evaluation.generation import features_of
-from davae.loading import load_autoencoder, load_base_vae
-from davae.metrics import kid
+from davae.method.metrics import kid
+from davae.pipelines.loading import load_autoencoder, load_base_vae
 from davae.seeds import generator
 
 

@@ -19,8 +19,8 @@ from davae import assets, demo
 from davae.data.png import read_png
 from davae.data.sources import open_pictures
 from davae.evaluation.generation import features_of, kid_with_error, scaled
-from davae.record import environment
-from davae.storage import write_json
+from davae.run.record import environment
+from davae.run.storage import write_json
 
 SIDES = (demo.SIZE, 192, 128)
 BANDS = {"1/16 to 1/8": (1 / 16, 1 / 8), "1/8 to 1/4": (1 / 8, 1 / 4), "1/4 to 1/2": (1 / 4, 1 / 2)}

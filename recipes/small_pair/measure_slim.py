@@ -17,17 +17,17 @@ import typer
 from diffusers import DiffusionPipeline
 
 from davae import assets, demo
-from davae.benchmark.timing import measure_interleaved, paired_ratios, spread
+from davae.cost.timing import measure_interleaved, paired_ratios, spread
 from davae.data.sources import open_pictures
 from davae.evaluation import reconstruction
 from davae.evaluation.generation import evaluation_prompts, sample_many
-from davae.loading import load_autoencoder
-from davae.metrics import EfficientNetLite0Features, psnr
-from davae.perceptual import LPIPS
-from davae.record import environment
+from davae.method.metrics import EfficientNetLite0Features, psnr
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline, with_autoencoder
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
-from davae.upgrade import load_pipeline, with_autoencoder
 
 BATCH = 8
 FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, trained"

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from davae import assets
 from davae.data.order import random_crops
 from davae.data.sources import PictureSet, open_pictures
-from davae.losses import gradient_l1, kl_loss_mean, reconstruction_l1
-from davae.metrics import psnr
-from davae.perceptual import LPIPS
-from davae.recipe import Recipe
+from davae.method.losses import gradient_l1, kl_loss_mean, reconstruction_l1
+from davae.method.metrics import psnr
+from davae.method.perceptual import LPIPS
+from davae.run.recipe import Recipe
 from davae.seeds import generator
-from davae.training.optimisation import warmup_cosine
+from davae.training.recipes import warmup_cosine
 from davae.training.state import TrainingState
 
 

@@ -29,12 +29,12 @@ from davae import assets
 from davae.backbones import sd3
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
-from davae.flow import interpolate, sample_timesteps, velocity_target
-from davae.recipe import Recipe, load_recipe
+from davae.method.flow import interpolate, sample_timesteps, velocity_target
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.recipe import Recipe, load_recipe
 from davae.seeds import generator
-from davae.training.optimisation import attention_on, warmup_cosine
+from davae.training.recipes import attention_on, warmup_cosine
 from davae.training.state import TrainingState
-from davae.upgrade import load_pipeline
 
 PROMPT_TOKENS = 12
 

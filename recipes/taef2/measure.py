@@ -17,14 +17,14 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.reconstruction import base_at_full_size, base_enlarged, measure, upgraded
-from davae.loading import load_autoencoder, load_base_vae
-from davae.perceptual import LPIPS
-from davae.record import environment
-from davae.storage import write_json
+from davae.method.perceptual import LPIPS
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.run.record import environment
+from davae.run.storage import write_json
 
 SETS: dict[str, tuple[str, int, int | None]] = {
     "curve": ("textures", 512, 8),

@@ -5,22 +5,20 @@ what makes a saved pipeline loadable, because `model_index.json` names its autoe
 diffusers then looks for that class, and for `ModelMixin`, in this module.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin as ModelMixin
 
-    from davae.autoencoder_da import AutoencoderDA
-    from davae.autoencoder_taef2 import AutoencoderTAEF2
     from davae.backbones import widen_transformer
-    from davae.class_conditional import ClassConditionalFlowPipeline
-    from davae.flow import detail_weight, scheduled_flow_matching_loss
-    from davae.lightningdit import LightningDiT2DModel
-    from davae.losses import channel_group_mean, detail_alignment_loss
-    from davae.upgrade import load_pipeline, upgrade
+    from davae.method.flow import detail_weight, scheduled_flow_matching_loss
+    from davae.method.losses import channel_group_mean, detail_alignment_loss
+    from davae.models.autoencoder_da import AutoencoderDA
+    from davae.models.autoencoder_taef2 import AutoencoderTAEF2
+    from davae.models.lightningdit import LightningDiT2DModel
+    from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
+    from davae.pipelines.upgrade import load_pipeline, upgrade
 
 __version__ = "0.1.0"
 
@@ -39,17 +37,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "AutoencoderDA": "davae.autoencoder_da",
-    "AutoencoderTAEF2": "davae.autoencoder_taef2",
-    "ClassConditionalFlowPipeline": "davae.class_conditional",
-    "LightningDiT2DModel": "davae.lightningdit",
+    "AutoencoderDA": "davae.models.autoencoder_da",
+    "AutoencoderTAEF2": "davae.models.autoencoder_taef2",
+    "ClassConditionalFlowPipeline": "davae.pipelines.class_conditional",
+    "LightningDiT2DModel": "davae.models.lightningdit",
     "ModelMixin": "diffusers",
-    "channel_group_mean": "davae.losses",
-    "detail_alignment_loss": "davae.losses",
-    "detail_weight": "davae.flow",
-    "load_pipeline": "davae.upgrade",
-    "scheduled_flow_matching_loss": "davae.flow",
-    "upgrade": "davae.upgrade",
+    "channel_group_mean": "davae.method.losses",
+    "detail_alignment_loss": "davae.method.losses",
+    "detail_weight": "davae.method.flow",
+    "load_pipeline": "davae.pipelines.upgrade",
+    "scheduled_flow_matching_loss": "davae.method.flow",
+    "upgrade": "davae.pipelines.upgrade",
     "widen_transformer": "davae.backbones",
 }
 
@@ -64,14 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
-
-
-class _Package(ModuleType):
-    """Keeps `davae.upgrade` the function: importing the submodule of that name would bind the module over it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

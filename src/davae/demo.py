@@ -15,21 +15,21 @@ from rich.progress import track
 from torch import Tensor
 
 from davae import assets
-from davae.benchmark.cases import Case, parameters_of, runs_of
-from davae.benchmark.timing import measure_interleaved, spread
+from davae.cost.cases import Case, parameters_of, runs_of
+from davae.cost.timing import measure_interleaved, spread
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation import generation, reconstruction
-from davae.loading import load_autoencoder, load_base_vae
-from davae.metrics import EfficientNetLite0Features
-from davae.perceptual import LPIPS
-from davae.record import environment, read_metrics
-from davae.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
-from davae.storage import write_json
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_pipeline
+from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
+from davae.method.metrics import EfficientNetLite0Features
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import environment, read_metrics
+from davae.run.storage import write_json
+from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 
 BASE, NATIVE, ENLARGED = "base, 128 px", "base, run at 256 px", "base + bicubic"
 THIS_RUN, SHIPPED = "this run", "shipped upgrade"

@@ -7,11 +7,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-import pipelines
+import tiny_pipelines
 from davae import AutoencoderDA, upgrade
 from davae.backbones.packing import unpack
 
-C = pipelines.CHANNELS
+C = tiny_pipelines.CHANNELS
 SIDE = 64
 INPAINTING = {
     "flux": ("FluxInpaintPipeline", {}),
@@ -30,12 +30,12 @@ CONDITIONED = {
 def made_of(kind: str, parts: DiffusionPipeline) -> DiffusionPipeline:
     if not hasattr(diffusers, kind):
         pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
-    return pipelines.quiet(getattr(diffusers, kind)(**parts.components))
+    return tiny_pipelines.quiet(getattr(diffusers, kind)(**parts.components))
 
 
 def upgraded_of(family: str) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
-        base = getattr(pipelines, family)()
+        base = getattr(tiny_pipelines, family)()
         torch.manual_seed(5)
         autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=C).eval()
         torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)

@@ -18,20 +18,20 @@ from diffusers import (
 from torch import Tensor
 
 import families
-import pipelines
 import tiny
-from davae.adapter import target_layers
-from davae.autoencoder_da import AutoencoderDA
+import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.backbones.packing import pack, unpack
 from davae.backbones.sana import instruction
 from davae.data.png import to_bytes
 from davae.errors import SettingsError
-from davae.sampling import sample, shared_noise
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.adapter import target_layers
+from davae.pipelines.sampling import sample, shared_noise
+from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
 from davae.seeds import sample_generators
-from davae.training.finetune_recipe import FinetuneRecipe
-from davae.training.objectives import objective_of
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.training.stage_two_loss import objective_of
+from davae.training.stage_two_recipe import FinetuneRecipe
 
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 PROMPTS = ["red apple", "a pear"]
 CLASSES = [1, 7]
 TEXT_TOKENS = 32
-C = pipelines.CHANNELS
+C = tiny_pipelines.CHANNELS
 
 
 IMG2IMG = {
@@ -51,10 +51,10 @@ IMG2IMG = {
 """Stock pipelines that start from a picture, and how to call them without guidance."""
 
 
-@pytest.fixture(scope="module", params=pipelines.FAMILIES)
+@pytest.fixture(scope="module", params=tiny_pipelines.FAMILIES)
 def base(request: pytest.FixtureRequest) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
-        return pipelines.quiet(pipelines.FAMILIES[request.param]())
+        return tiny_pipelines.quiet(tiny_pipelines.FAMILIES[request.param]())
 
 
 def upgrade_of(base: DiffusionPipeline) -> DiffusionPipeline:
@@ -63,7 +63,7 @@ def upgrade_of(base: DiffusionPipeline) -> DiffusionPipeline:
         torch.manual_seed(5)
         autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=C, linear_blocks=True).eval()
         torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
-    return pipelines.quiet(upgrade(base, autoencoder))
+    return tiny_pipelines.quiet(upgrade(base, autoencoder))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_sampling_starts_as_the_bases_on_the_base_half(base, upgraded):
 @torch.no_grad()
 def test_pixart_alpha_is_the_base_where_it_is_told_the_bases_size():
     """Its pipeline tells the transformer the size in pixels, so that the upgraded one has to learn its own."""
-    base = pipelines.quiet(pipelines.pixart_alpha())
+    base = tiny_pipelines.quiet(tiny_pipelines.pixart_alpha())
     upgraded = upgrade_of(base)
     noise, time = numbers(2, 2 * C, 8, 8), torch.tensor([10, 900])
     models = [(base.transformer, noise[:, :C]), (upgraded.transformer, noise)]
@@ -237,7 +237,7 @@ def test_a_picture_is_where_img2img_starts(upgraded):
     if type(upgraded).__name__ not in IMG2IMG:
         pytest.skip("diffusers has no such pipeline, or it was not tried")
     kind, settings = IMG2IMG[type(upgraded).__name__]
-    pipeline = pipelines.quiet(kind(**upgraded.components))
+    pipeline = tiny_pipelines.quiet(kind(**upgraded.components))
     image = numbers(1, 3, 64, 64, seed=6).mul(0.3).add(0.5).clamp(0, 1)
     with torch.no_grad():
         encoded = upgraded.vae.standardise(upgraded.vae.encode(image * 2 - 1).latent_dist.mode())[:, :C]
@@ -285,7 +285,7 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
     after = made(upgraded, 64)
     assert not torch.equal(after, before)
     save_pipeline(upgraded, tmp_path / "saved")
-    loaded = pipelines.quiet(load_pipeline(tmp_path / "saved"))
+    loaded = tiny_pipelines.quiet(load_pipeline(tmp_path / "saved"))
     assert type(loaded) is type(base)
     assert torch.equal(made(loaded, 64), after)
 
@@ -294,7 +294,7 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
 @torch.no_grad()
 def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypatch: pytest.MonkeyPatch):
     """FLUX.1-dev and FLUX.2-dev: `velocity` is what their pipelines compute when they are called without a guidance."""
-    base = pipelines.FAMILIES[family]()
+    base = tiny_pipelines.FAMILIES[family]()
     embeds = numbers(1, 5, 16)
     told = {"prompt_embeds": embeds}
     if family == "flux":
@@ -304,7 +304,7 @@ def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypa
         models = {"scheduler": base.scheduler, "vae": base.vae}
         transformer = families.tiny_flux2(C, guidance_embeds=True)
         base = Flux2Pipeline(**models, transformer=transformer, text_encoder=None, tokenizer=None)
-    pipeline = upgrade_of(pipelines.quiet(base))
+    pipeline = upgrade_of(tiny_pipelines.quiet(base))
     given, noise = recorded(monkeypatch, pipeline.scheduler, "step"), numbers(1, 2 * C, 8, 8, seed=1)
     latents = pack(noise) if family == "flux" else torch.nn.functional.pixel_unshuffle(noise, 2)
     pipeline(**told, latents=latents, height=64, width=64, num_inference_steps=1, output_type="latent")
@@ -319,7 +319,7 @@ def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypa
 @pytest.mark.parametrize("family", ["sana", "lumina2"])
 def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(family):
     """It stands alone, where a prompt stands behind an instruction; in a batch and by itself."""
-    pipeline = pipelines.FAMILIES[family]()
+    pipeline = tiny_pipelines.FAMILIES[family]()
     condition = backbone_of(pipeline.transformer).condition
     mixed = condition(pipeline, ["red apple", ""], max_sequence_length=400)
     embeds, mask, none, no_mask = pipeline.encode_prompt(
@@ -345,7 +345,7 @@ def test_a_family_with_ports_only_makes_pictures_of_twice_the_side_as_well():
         text_encoder=None,
         tokenizer=None,
     )
-    upgraded = upgrade_of(pipelines.quiet(base))
+    upgraded = upgrade_of(tiny_pipelines.quiet(base))
     told = {"prompt_embeds": numbers(1, 16, 16), "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "pt"}
     assert upgraded(**told).images.shape == (1, 3, 64, 64)
     assert base(**told).images.shape == (1, 3, 32, 32)
@@ -354,7 +354,7 @@ def test_a_family_with_ports_only_makes_pictures_of_twice_the_side_as_well():
 @torch.no_grad()
 def test_classes_are_dropped_by_the_recipe_and_not_by_the_model():
     """DiT's own dropout of labels would act in training mode, on top of `caption_dropout`."""
-    base = pipelines.dit()
+    base = tiny_pipelines.dit()
     transformer, latents = base.transformer.train(), numbers(64, C, 8, 8)
     condition = {"class_labels": torch.full((64,), 7)}
     predict = backbone_of(transformer).noise
@@ -373,7 +373,7 @@ def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     "name", ["sd3", "qwen-image", "sana", "z-image", "auraflow", "lumina2", "pixart-sigma", "pixart-alpha"]
 )
 def test_guidance_of_one_or_less_is_none(name):
-    pipeline = pipelines.FAMILIES[name]()
+    pipeline = tiny_pipelines.FAMILIES[name]()
     pipeline.set_progress_bar_config(disable=True)
     none, less, much = (
         sample(pipeline, PROMPTS, size=32, seed=0, steps=2, guidance_scale=scale, prompt_tokens=TEXT_TOKENS)

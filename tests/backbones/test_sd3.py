@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import tiny
-from davae.adapter import add_lora
 from davae.backbones import backbone_of
+from davae.pipelines.adapter import add_lora
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import families
 import tiny
 from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
-from davae.widen import start_ports, widen_ports
+from davae.method.widen import start_ports, widen_ports
 
 BASE_CHANNELS = 16  # with fewer, matrix kernels may sum the base and the widened model in different orders
 CAPTION = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from davae.cli import main
 from davae.data.png import read_png
 from davae.data.sources import open_pictures
 from davae.data.survey import contact_sheet, source_name, survey
-from davae.metrics import half_size_psnr
+from davae.method.metrics import half_size_psnr
 
 
 def inspect(*arguments: object) -> None:

@@ -18,11 +18,11 @@ from davae.evaluation.generation import (
     sample,
     sample_many,
 )
-from davae.loading import load_autoencoder
-from davae.metrics import kid
-from davae.sampling import shared_noise
+from davae.method.metrics import kid
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.sampling import shared_noise
+from davae.pipelines.upgrade import load_pipeline, upgrade
 from davae.seeds import generator
-from davae.upgrade import load_pipeline, upgrade
 from hashes import digests
 from scenes import fill_with_scenes
 

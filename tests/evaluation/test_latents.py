@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from davae import AutoencoderDA, detail_alignment_loss
-from davae.closed_form import fit_closed_form
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
+from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
 from davae.evaluation.latents import chosen_positions, describe, draw_latents, encode_halves
 from davae.evaluation.structure import at_positions, neighbourhood_agreement
-from davae.figures import matrix_tile, place_colours, scatter_tile
-from davae.loading import load_autoencoder, load_base_vae
+from davae.method.closed_form import fit_closed_form
+from davae.pipelines.loading import load_autoencoder, load_base_vae
 
 
 @pytest.fixture(scope="module")

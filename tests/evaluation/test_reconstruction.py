@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.reconstruction import (
@@ -20,9 +19,10 @@ from davae.evaluation.reconstruction import (
     table,
     upgraded,
 )
-from davae.loading import load_autoencoder, load_base_vae
-from davae.metrics import psnr, ssim
-from davae.perceptual import LPIPS
+from davae.method.metrics import psnr, ssim
+from davae.method.perceptual import LPIPS
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder, load_base_vae
 from scenes import fill_with_scenes
 
 

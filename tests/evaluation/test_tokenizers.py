@@ -29,9 +29,9 @@ from davae.evaluation.tokenizers import (
     stock,
     upgraded,
 )
-from davae.loading import load_autoencoder, load_base_vae
-from davae.metrics import kid
-from davae.perceptual import LPIPS
+from davae.method.metrics import kid
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_autoencoder, load_base_vae
 
 
 def tiny_dc() -> AutoencoderDC:

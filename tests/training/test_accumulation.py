@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
 
 
 def test_the_losses_of_an_accumulated_step_are_the_means_over_its_batches(

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipelines
-from davae.autoencoder_bases import decode_base
-from davae.loading import load_autoencoder
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
+import tiny_pipelines
+from davae.models.base_autoencoders import decode_base
+from davae.pipelines.loading import load_autoencoder
+from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
 
 BUILDERS = {
-    "dc": lambda: pipelines.sana().vae,
-    "qwen": lambda: pipelines.qwen_image().vae,
-    "flux2": lambda: pipelines.flux2().vae,
+    "dc": lambda: tiny_pipelines.sana().vae,
+    "qwen": lambda: tiny_pipelines.qwen_image().vae,
+    "flux2": lambda: tiny_pipelines.flux2().vae,
 }
 
 
@@ -27,7 +27,7 @@ def test_stage_1_starts_in_closed_form_and_lowers_its_loss(name: str, picture_fo
         pictures=str(picture_folder),
         size=64,
         crop=32,
-        detail_channels=pipelines.CHANNELS,
+        detail_channels=tiny_pipelines.CHANNELS,
         fit_pictures=6,
         loss=LossWeights(lpips=0.0),
         steps=2,
@@ -49,4 +49,4 @@ def test_stage_1_starts_in_closed_form_and_lowers_its_loss(name: str, picture_fo
     assert not torch.equal(autoencoder.detail_std, torch.ones_like(autoencoder.detail_std))
     trained = autoencoder.joint_decoder.state_dict()
     assert any(not torch.equal(tensor, frozen[f"decoder.{key}"]) for key, tensor in trained.items())
-    assert decode_base(base, torch.zeros(1, pipelines.CHANNELS, 4, 4)).shape == (1, 3, 16, 16)
+    assert decode_base(base, torch.zeros(1, tiny_pipelines.CHANNELS, 4, 4)).shape == (1, 3, 16, 16)

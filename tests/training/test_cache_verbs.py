@@ -14,13 +14,13 @@ from davae.cli import main
 from davae.data.cache import prune
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
-from davae.loading import load_autoencoder
-from davae.recipe import load_recipe
-from davae.record import read_metrics
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.recipe import load_recipe
+from davae.run.record import read_metrics
 from davae.training.conditions import OnlineConditions, cached_conditions
-from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import OnlineLatents, cached_latents
-from davae.upgrade import load_pipeline
+from davae.training.stage_two import FinetuneRecipe, finetune
 from hashes import digests
 from stages import finetune_recipe
 

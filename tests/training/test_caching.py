@@ -16,17 +16,17 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-import pipelines
-from davae.autoencoder_da import AutoencoderDA
+import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
-from davae.loading import load_autoencoder
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline
 from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
 from davae.training.fingerprints import model_digest, text_digest
 from davae.training.latents import CachedLatents, cached_latents, encode
-from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from hashes import digests
 from rank_forks import run_ranks
@@ -350,14 +350,14 @@ def test_repeated_rows_at_the_end_are_not_kept() -> None:
 @pytest.mark.parametrize("family", ["sana", "lumina2", "pixart_sigma", "qwen_image", "z_image", "flux2"])
 def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(family: str) -> None:
     """Zero where it is masked, kept as one row; what the transformer makes of it is the same, bit for bit."""
-    pipeline = getattr(pipelines, family)()
+    pipeline = getattr(tiny_pipelines, family)()
     pipeline.system_prompt = "draw"  # Lumina2's own fills all 40 tokens
     backbone = backbone_of(pipeline.transformer)
     captions = ["red ball", "", "a fish and a tree"]
     with torch.no_grad():
         plain = backbone.condition(pipeline, captions, max_sequence_length=40)
         found = encode_captions(pipeline, backbone, captions, 40)
-        latents = torch.randn(3, pipelines.CHANNELS, 8, 8)
+        latents = torch.randn(3, tiny_pipelines.CHANNELS, 8, 8)
         predict, time = backbone.velocity, torch.tensor([0.2, 0.5, 0.9])
         if backbone.noise is not None:
             predict, time = backbone.noise, torch.tensor([3, 500, 900])

@@ -11,18 +11,18 @@ from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
 from torch import Tensor
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES, fixed_size
 from davae.data.order import batch_indices
 from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.flow import interpolate, sample_timesteps
-from davae.loading import load_autoencoder
-from davae.record import read_metrics
+from davae.method.flow import interpolate, sample_timesteps
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.run.record import read_metrics
 from davae.seeds import rand, randn, sample_generators
-from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.training.stage_two import FinetuneRecipe, finetune
 from scenes import scene
 from tiny import tiny_vae
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, NumericsError
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 from davae.seeds import generator
 from davae.training.companion import Companion
 from davae.training.state import TrainingState

@@ -8,9 +8,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from davae.errors import SettingsError
-from davae.record import read_metrics
-from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_pipeline
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import read_metrics
+from davae.training.stage_two import FinetuneRecipe, finetune
 from hashes import digests
 from rank_forks import FSDP2, run_ranks
 from stages import finetune_recipe, outcome

@@ -7,23 +7,23 @@ import pytest
 import torch
 from PIL import Image
 
-import pipelines
-from davae.autoencoder_da import AutoencoderDA
+import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
-from davae.sampling import sample
-from davae.training.finetune import FinetuneRecipe, finetune
-from davae.training.objectives import objective_of
-from davae.upgrade import load_pipeline, save_pipeline
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.sampling import sample
+from davae.pipelines.upgrade import load_pipeline, save_pipeline
+from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_loss import objective_of
 from scenes import scene
 
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-FAMILIES = [name for name in pipelines.FAMILIES if name not in ("sd3", "pixart-alpha", "lightningdit")]
+FAMILIES = [name for name in tiny_pipelines.FAMILIES if name not in ("sd3", "pixart-alpha", "lightningdit")]
 NOISE = ("pixart-sigma", "dit")
-C = pipelines.CHANNELS
+C = tiny_pipelines.CHANNELS
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def recipe(family: str, tmp_path: Path, picture_folder: Path, class_folder: Path) -> FinetuneRecipe:
     with torch.random.fork_rng(devices=[]):
-        base = pipelines.FAMILIES[family]()
+        base = tiny_pipelines.FAMILIES[family]()
         torch.manual_seed(5)
         autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=C).eval()
         torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
@@ -73,7 +73,7 @@ def recipe(family: str, tmp_path: Path, picture_folder: Path, class_folder: Path
 
 
 def made(pipeline) -> torch.Tensor:
-    pipelines.quiet(pipeline)
+    tiny_pipelines.quiet(pipeline)
     if not backbone_of(pipeline.transformer).classes:
         quick = {"seed": 0, "steps": 2, "guidance_scale": 2.0, "prompt_tokens": 32, "size": 64}
         return sample(pipeline, ["a red ball"], **quick).float()
@@ -106,11 +106,11 @@ def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recip
 def test_settings_of_flow_models_are_refused_for_those_that_predict_noise(family, setting):
     recipe = FinetuneRecipe(**setting)
     with pytest.raises(SettingsError, match=r"predicts noise, and these are for flow models"):
-        objective_of(pipelines.FAMILIES[family](), recipe, base_channels=C, positions=64)
+        objective_of(tiny_pipelines.FAMILIES[family](), recipe, base_channels=C, positions=64)
 
 
 def test_a_scheduler_of_the_other_kind_is_refused():
-    flow, noise = pipelines.flux(), pipelines.dit()
+    flow, noise = tiny_pipelines.flux(), tiny_pipelines.dit()
     flow.scheduler, noise.scheduler = noise.scheduler, flow.scheduler
     with pytest.raises(SettingsError, match=r"FlowMatchEuler.*allowed is one of a model that predicts"):
         objective_of(noise, FinetuneRecipe(), base_channels=C, positions=64)

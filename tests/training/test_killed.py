@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from davae import cli, faults
-from davae.recipe import Recipe
-from davae.training.autoencoder import train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae import cli
+from davae.run import faults
+from davae.run.recipe import Recipe
 from davae.training.interruption import SIGNALS
+from davae.training.stage_one import train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 from forks import exit_code, forked
 from stages import ADVERSARIAL, autoencoder_recipe, finetune_recipe, newest_step, outcome, steps_done
 from trials import Trials

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from davae.adapter import read_index
-from davae.autoencoder_da import AutoencoderDA
-from davae.budget import autoencoder_budget
+from davae.cost.budget import autoencoder_budget
+from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
-from davae.geometry import read_geometry
-from davae.loading import load_autoencoder, load_base_vae
-from davae.record import read_metrics
-from davae.sampling import sample
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.training.autoencoder import untrained as untrained_of
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.adapter import read_index
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.sampling import sample
+from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_one import untrained as untrained_of
 from davae.training.stage_one_loss import last_convolution
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.training.stage_two import FinetuneRecipe, finetune
 from scenes import fill_with_scenes
 
 Step = tuple[str, int, int]

@@ -9,14 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 import tiny
-from davae.autoencoder_da import AutoencoderDA
 from davae.backbones import BACKBONES, backbone_of
 from davae.data.sources import open_pictures
-from davae.flow import interpolate
+from davae.method.flow import interpolate
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
 from davae.seeds import generator
-from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.latents import cached_latents
-from davae.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.training.stage_two import FinetuneRecipe, finetune
 from scenes import scene
 
 pytestmark = pytest.mark.skipif("LightningDiT2DModel" not in BACKBONES, reason="LightningDiT is not here yet")

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from davae.data.sources import open_pictures
-from davae.detail_blocks import DetailDownsample, DetailUpsample
-from davae.ranks import Ranks
+from davae.models.detail_blocks import DetailDownsample, DetailUpsample
+from davae.run.ranks import Ranks
 from davae.seeds import generator
-from davae.training.autoencoder import start_autoencoder, train_autoencoder
+from davae.training.stage_one import start_autoencoder, train_autoencoder
 from davae.training.state import TrainingState
 from davae.training.tensors import fastest_layout, laid_out
 from stages import autoencoder_recipe

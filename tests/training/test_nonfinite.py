@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from davae import faults
 from davae.errors import NumericsError
-from davae.record import read_metrics
-from davae.training.autoencoder import LossWeights, train_autoencoder
-from davae.training.finetune import finetune
+from davae.run import faults
+from davae.run.record import read_metrics
+from davae.training.stage_one import LossWeights, train_autoencoder
+from davae.training.stage_two import finetune
 from hashes import digests
 from stages import autoencoder_recipe, finetune_recipe, newest_step
 from trials import Trials

@@ -10,10 +10,10 @@ from rich.console import Console
 from torch import nn
 
 from davae.errors import CheckpointError
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 from davae.seeds import generator
-from davae.training.autoencoder_recipe import AutoencoderRecipe
 from davae.training.companion import Companion
+from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.state import TrainingState
 
 KEPT = Path(__file__).parents[1] / "checkpoints"
@@ -51,7 +51,7 @@ def train(folder: Path, *, total_steps: int) -> TrainingState:
 
 
 def test_of_every_format_version_there_is_one_and_they_are_small() -> None:
-    from davae.training.checkpoint import FORMAT_VERSION
+    from davae.run.checkpoint import FORMAT_VERSION
 
     folders = sorted(path.name for path in KEPT.iterdir())
     assert folders == [f"format-{version}" for version in range(1, FORMAT_VERSION + 1)]

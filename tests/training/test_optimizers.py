@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from davae.data.png import read_png
 from davae.errors import SettingsError
-from davae.record import read_metrics
+from davae.run.record import read_metrics
 from davae.seeds import generator
-from davae.training.autoencoder import train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
 from davae.training.interruption import Interrupted
 from davae.training.optimizers import ADAMW, LIBRARIES, OptimizerName, OptimizerSettings, averages
+from davae.training.stage_one import train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 from davae.training.state import TrainingState
 from davae.training.tensors import laid_out
 from forks import exit_code, forked

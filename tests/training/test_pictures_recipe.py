@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-import pipelines
-from davae.autoencoder_da import AutoencoderDA
+import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
-from davae.loading import load_autoencoder
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, bucket_objectives, finetune, upgraded_base
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import save_pipeline
+from davae.run.record import read_metrics
 from davae.training.latents import cached_latents, encode
-from davae.upgrade import save_pipeline
+from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, bucket_objectives, finetune, upgraded_base
 from scenes import caption, fill_with_scenes, keys, scene
 
 SIDES = [(64, 64), (96, 64), (64, 96), (128, 128)]
@@ -122,8 +122,8 @@ def test_stage_two_trains_on_buckets_cached_or_encoded_anew(base_folder, autoenc
 
 def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_folder, uneven, tmp_path) -> None:
     with torch.random.fork_rng(devices=[]):
-        base = pipelines.flux()
-        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=pipelines.CHANNELS).eval()
+        base = tiny_pipelines.flux()
+        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=tiny_pipelines.CHANNELS).eval()
         torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
     autoencoder.calibrate([open_pictures(picture_folder, size=64).batch(range(4))])
     save_pipeline(base, tmp_path / "base")
@@ -149,8 +149,8 @@ def test_a_family_of_one_size_refuses_buckets(class_base, uneven, tmp_path) -> N
 def class_base(tmp_path: Path) -> Path:
     """A DiT and the autoencoder for it, untrained."""
     with torch.random.fork_rng(devices=[]):
-        base = pipelines.dit()
-        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=pipelines.CHANNELS)
+        base = tiny_pipelines.dit()
+        autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=tiny_pipelines.CHANNELS)
     save_pipeline(base, tmp_path / "base")
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     return tmp_path / "base"

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from davae.errors import RankError
-from davae.record import read_metrics
+from davae.run.record import read_metrics
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks, start_ranks
 from rank_program import STEPS, signalled, train

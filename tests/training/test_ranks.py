@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from davae.data.png import read_png
-from davae.loading import load_autoencoder
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 from davae.training.state import TrainingState
-from davae.upgrade import load_pipeline
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks
 

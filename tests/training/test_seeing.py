@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from davae.data.png import read_png
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
+from davae.run.record import read_metrics
 from davae.training.progress import StepProgress
-from davae.training.validation import Validation
+from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_validation import Validation
 from hashes import digests
 from stages import finetune_recipe
 from tiny import tiny_class_pipeline

@@ -7,8 +7,8 @@ import torch
 
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
-from davae.loading import load_autoencoder
-from davae.training.autoencoder import AutoencoderRecipe, start_autoencoder, train_autoencoder
+from davae.pipelines.loading import load_autoencoder
+from davae.training.stage_one import AutoencoderRecipe, start_autoencoder, train_autoencoder
 from stages import autoencoder_recipe
 
 SLIM = {"decoder_block_out_channels": (4, 8, 12), "decoder_layers_per_block": (0, 0, 1)}

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from davae.record import read_metrics
+from davae.run.record import read_metrics
 from davae.seeds import generator
 from davae.training.spikes import SIGMAS, WINDOW, Spikes
 from davae.training.state import TrainingState

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.sources import PictureSet, open_pictures
-from davae.discriminator import PatchDiscriminator
-from davae.loading import load_autoencoder
-from davae.perceptual import LPIPS, patchwise_lpips
-from davae.ranks import Ranks
+from davae.method.discriminator import PatchDiscriminator
+from davae.method.perceptual import LPIPS, patchwise_lpips
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_autoencoder
+from davae.run.ranks import Ranks
 from davae.seeds import generator, rand, randn, sample_generators
-from davae.training.autoencoder import discriminator_of
-from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
 from davae.training.companion import Companion
+from davae.training.stage_one import discriminator_of
 from davae.training.stage_one_loss import (
     adaptive_factors,
     adversarial_losses,
@@ -28,6 +27,7 @@ from davae.training.stage_one_loss import (
     with_detail_dropout,
     with_latent_noise,
 )
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.state import TrainingState
 from tiny import tiny_taesd, tiny_vae
 

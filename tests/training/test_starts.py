@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from davae.closed_form import Code
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
-from davae.loading import load_autoencoder
-from davae.losses import detail_alignment_loss
-from davae.training.autoencoder import AutoencoderRecipe, LossWeights, start_autoencoder, train_autoencoder
-from davae.training.finetune import FinetuneRecipe, finetune
-from davae.upgrade import load_pipeline
-from davae.widen import PortsStart
+from davae.method.closed_form import Code
+from davae.method.losses import detail_alignment_loss
+from davae.method.widen import PortsStart
+from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.upgrade import load_pipeline
+from davae.training.stage_one import AutoencoderRecipe, LossWeights, start_autoencoder, train_autoencoder
+from davae.training.stage_two import FinetuneRecipe, finetune
 
 
 def recipe_for(base: Path, pictures: Path, **changes: object) -> AutoencoderRecipe:

@@ -19,14 +19,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from davae import faults
 from davae.errors import CheckpointError, NumericsError, SettingsError, StorageError
-from davae.record import alone, read_metrics
+from davae.run import faults
+from davae.run.checkpoint import latest_checkpoint
+from davae.run.record import alone, read_metrics
 from davae.seeds import generator
-from davae.training.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
-from davae.training.optimisation import warmup_cosine
 from davae.training.optimizers import OptimizerSettings
+from davae.training.recipes import warmup_cosine
 from davae.training.state import TrainingState, computes_bfloat16
 from forks import exit_code, forked
 from hashes import digests

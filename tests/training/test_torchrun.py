@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from davae import cli, ranks
-from davae.recipe import Recipe
-from davae.record import read_metrics
-from davae.training.autoencoder import AutoencoderRecipe
+from davae import cli
+from davae.run import ranks
+from davae.run.recipe import Recipe
+from davae.run.record import read_metrics
+from davae.training.stage_one import AutoencoderRecipe
 from elastic import generations, start_agent, start_torchrun
 from forks import exit_code
 from rank_forks import FSDP2, run_ranks

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
 from davae.backbones.family import Backbone as Backbone
 from davae.errors import SettingsError
-from davae.widen import LatentPorts, Transformer, widen_ports
+from davae.method.widen import LatentPorts, Transformer, widen_ports
 
 BACKBONES: dict[str, Backbone] = {
     "SD3Transformer2DModel": sd3.BACKBONE,
@@ -65,7 +65,7 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
 
 
 def widen_transformer(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:
-    """Widen a transformer of a known family by `detail_channels` latent channels; see `davae.widen.widen_ports`.
+    """Widen a transformer of a known family by `detail_channels` latent channels; see `davae.method.widen.widen_ports`.
 
     The result is of the same stock class; on the base channels its output is the base's, on the others zero. All
     tensors but the two ports are shared with `transformer`.

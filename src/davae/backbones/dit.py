@@ -11,7 +11,7 @@ from davae.backbones import fixed_size
 from davae.backbones.class_labels import class_labels
 from davae.backbones.family import Backbone
 from davae.backbones.variance import split_variance
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from davae.backbones.timestep_shift import timestep_shift
 from davae.errors import SettingsError
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 
 def _ports_only(*arguments: Any, **keywords: Any) -> NoReturn:

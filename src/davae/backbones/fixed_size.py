@@ -2,8 +2,8 @@
 
 from diffusers import DiffusionPipeline
 
-from davae.autoencoder_bases import downsample_factor
 from davae.errors import SettingsError
+from davae.models.base_autoencoders import downsample_factor
 
 
 def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:

@@ -15,7 +15,7 @@ from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.packing import grid, pack, unpack
 from davae.backbones.sizes import side_of
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from davae.backbones import fixed_size
 from davae.backbones.class_labels import class_labels
 from davae.backbones.family import Backbone
-from davae.lightningdit import LightningDiT2DModel
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
+from davae.models.lightningdit import LightningDiT2DModel
 
 PORTS = LatentPorts("x_embedder.proj", "d c p q", "final_layer.linear", "(p q c) d")
 

@@ -7,11 +7,11 @@ from diffusers import DiffusionPipeline, Lumina2Pipeline, Lumina2Transformer2DMo
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.autoencoder_bases import downsample_factor
 from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
+from davae.models.base_autoencoders import downsample_factor
 
 PORTS = LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d")
 

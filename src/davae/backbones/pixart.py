@@ -16,7 +16,7 @@ from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import UNBINNED, side_of
 from davae.backbones.variance import split_variance
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d")
 

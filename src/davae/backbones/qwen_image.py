@@ -13,7 +13,7 @@ from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.packing import pack, unpack
 from davae.backbones.sizes import side_of
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q c) d")
 

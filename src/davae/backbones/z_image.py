@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from davae.backbones import calling
 from davae.backbones.family import Backbone
 from davae.backbones.sizes import side_of
-from davae.widen import LatentPorts
+from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2)
 

@@ -23,10 +23,10 @@ def build(
 ) -> None:
     """Encode what a run of the recipe would encode first; killed, it goes on where it was. Also as many processes."""
     quiet()
-    from davae.recipe import load_recipe, parse_overrides, run_folder
+    from davae.run.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.cache_building import build_caches
-    from davae.training.finetune_recipe import FinetuneRecipe
     from davae.training.inputs import cache_folder
+    from davae.training.stage_two_recipe import FinetuneRecipe
 
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     folder = run_folder(FinetuneRecipe, recipe, out)

@@ -42,7 +42,7 @@ def inspect(
     from davae.data.png import write_png
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
-    from davae.storage import write_json
+    from davae.run.storage import write_json
 
     folder = out or Path("runs/data") / source_name(source)
     pictures = open_pictures(source, buckets=buckets, **settings)

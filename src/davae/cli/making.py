@@ -50,8 +50,8 @@ def inspect(
     """Print factor, channels, tokens per size and ports of a pipeline, and what an upgrade would change."""
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter, "size": size_of(size)})
-    from davae.inspection import describe
-    from davae.upgrade import load_pipeline
+    from davae.pipelines.inspection import describe
+    from davae.pipelines.upgrade import load_pipeline
 
     show(describe(load_pipeline(pipeline, adapter=adapter), size_of(size)))
 
@@ -69,10 +69,10 @@ def upgrade(
     if dry_run:
         given = {"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable}
         return show({**given, "push_to_hub": push_to_hub, "private": private})
-    from davae.card import upgrade_card, write_card
-    from davae.hub import check_name, push_folder
-    from davae.loading import load_autoencoder
-    from davae.upgrade import load_pipeline, save_pipeline, upgrade
+    from davae.pipelines.hub import check_name, push_folder
+    from davae.pipelines.loading import load_autoencoder
+    from davae.pipelines.publishing import upgrade_card, write_card
+    from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
@@ -102,7 +102,7 @@ def import_(
 ) -> None:
     """Turn another program's checkpoint into a folder of diffusers' or davae's, and account for every key."""
     quiet()
-    from davae.importing.kinds import import_checkpoint
+    from davae.pipelines.importing.kinds import import_checkpoint
 
     report = import_checkpoint(
         file, out, kind=kind, stats=stats, base=base, autoencoder=autoencoder, lora=lora, ema=ema, dry_run=dry_run
@@ -135,10 +135,10 @@ def generate(
     if dry_run:
         read = {"pipeline": pipeline, "adapter": adapter, "lora": lora}
         return show({**read, "prompts": prompts, "out": out, **settings})
-    from davae.base_lora import load_base_lora
     from davae.evaluation.generation import generate
-    from davae.ranks import Ranks
-    from davae.upgrade import load_pipeline
+    from davae.pipelines.base_lora import load_base_lora
+    from davae.pipelines.upgrade import load_pipeline
+    from davae.run.ranks import Ranks
 
     Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))

@@ -50,8 +50,8 @@ def reconstruct(
         return show({**given, **settings})
     from davae.evaluation.reconstruction import reconstruct
     from davae.evaluation.tokenizers import load_tokenizers
-    from davae.loading import load_autoencoder, load_base_vae
-    from davae.ranks import Ranks
+    from davae.pipelines.loading import load_autoencoder, load_base_vae
+    from davae.run.ranks import Ranks
 
     Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
     where = device_of(device)
@@ -80,7 +80,7 @@ def latents(
         return show({"autoencoders": autoencoders, "pictures": pictures, "out": out, "base": base, **settings})
     from davae.evaluation.latents import draw_latents
     from davae.evaluation.tokenizers import folder_names
-    from davae.loading import load_autoencoder, load_base_vae
+    from davae.pipelines.loading import load_autoencoder, load_base_vae
 
     where = device_of(device)
     vae = None if base is None else load_base_vae(base, device=where)
@@ -111,8 +111,8 @@ def evaluate(
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
-    from davae.ranks import Ranks
-    from davae.upgrade import load_pipeline
+    from davae.pipelines.upgrade import load_pipeline
+    from davae.run.ranks import Ranks
 
     Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
@@ -154,7 +154,7 @@ def bench(
     if dry_run:
         return show({"pipeline": pipeline, **source, **case, **levers, **counts, "out": out})
     quiet()
-    from davae.benchmark.bench import bench, cases_of, load_pair, quicken
+    from davae.cost.bench import bench, cases_of, load_pair, quicken
 
     pair = load_pair(pipeline, device=device_of(device), **source)
     cases = cases_of(pair, **case)

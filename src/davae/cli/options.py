@@ -55,7 +55,7 @@ def device_of(name: str | None) -> str:
     """The device of that name, or the best one here: of several ranks each has its own."""
     import torch
 
-    from davae.ranks import Ranks
+    from davae.run.ranks import Ranks
 
     allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if name is not None and name.partition(":")[0] not in allowed:

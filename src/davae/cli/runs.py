@@ -16,7 +16,7 @@ def runs(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: nothing is ever changed.")] = False,
 ) -> None:
     """List runs: how far they are, what they measured, and the settings in which they differ."""
-    from davae.runs import find_runs, to_json, to_text
+    from davae.run.comparison import find_runs, to_json, to_text
 
     found = find_runs(folders or [Path("runs")])
     say(to_json(found) if as_json else to_text(found))

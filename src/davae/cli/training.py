@@ -13,9 +13,9 @@ def train_autoencoder(
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
     quiet()
-    from davae.budget import plan_of
-    from davae.recipe import load_recipe, parse_overrides, run_folder
-    from davae.training.autoencoder import AutoencoderRecipe, train_autoencoder
+    from davae.cost.budget import plan_of
+    from davae.run.recipe import load_recipe, parse_overrides, run_folder
+    from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 
     resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:
@@ -34,9 +34,9 @@ def finetune(
 ) -> None:
     """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
     quiet()
-    from davae.budget import plan_of
-    from davae.recipe import load_recipe, parse_overrides, run_folder
-    from davae.training.finetune import FinetuneRecipe, finetune
+    from davae.cost.budget import plan_of
+    from davae.run.recipe import load_recipe, parse_overrides, run_folder
+    from davae.training.stage_two import FinetuneRecipe, finetune
 
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:

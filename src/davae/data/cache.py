@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from davae.errors import CheckpointError, SettingsError
-from davae.storage import read_json, remove_temporaries, storage_error, write_atomically, write_json
+from davae.run.storage import read_json, remove_temporaries, storage_error, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from davae.storage import write_atomically
+from davae.run.storage import write_atomically
 
 ORIGIN = "davae-origin"
 """Name of the text in a PNG file that says what it was made from."""

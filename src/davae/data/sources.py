@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from davae import faults
 from davae.data.buckets import Bucket, Crop, central_crop, fit
 from davae.data.entries import Entry, least, make_entries
 from davae.data.labels import folder_classes, number_classes
@@ -22,7 +21,8 @@ from davae.data.order import bucket_batch
 from davae.data.pictures import LEFT_OUT, MIN_SIDE, PictureRefused, read_picture
 from davae.data.stored import PICTURE_SUFFIXES, Refusal, summarise
 from davae.errors import DataError, SettingsError
-from davae.storage import write_json
+from davae.run import faults
+from davae.run.storage import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import LEFT_OUT, PictureRefused
 from davae.data.sources import PictureSet, as_floats
 from davae.data.stored import Refusal
-from davae.metrics import half_size_psnr
+from davae.method.metrics import half_size_psnr
 
 TIMED_PICTURES = 64
 SOFT_DB = 40.0
@@ -33,8 +33,8 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
       `LEFT_OUT`.
     - `stored`: quantiles of the upright pictures' widths, heights and megapixels.
     - `buckets`: size, pictures, and the mean share of a picture that the crop cuts off.
-    - `half_size_psnr_db`: quantiles of `davae.metrics.half_size_psnr` at the bucket's size; `soft`: how many are above
-      `soft_db`.
+    - `half_size_psnr_db`: quantiles of `davae.method.metrics.half_size_psnr` at the bucket's size; `soft`: how many
+      are above `soft_db`.
     - `captions`: quantiles of their lengths in characters and words; how many are empty or not the only of their kind.
     - `classes`: how many there are, and the fewest and most pictures of one.
     - `loader`: pictures and megapixels of the stored size a second, decoded and fitted, by one thread and by `threads`,

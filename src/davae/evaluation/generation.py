@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from davae.adapter import tensors_digest
 from davae.backbones import backbone_of
 from davae.backbones.sizes import Size, width_and_height
 from davae.data.buckets import Bucket
@@ -23,13 +22,14 @@ from davae.data.listing import Source
 from davae.data.png import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.metrics import EfficientNetLite0Features, kid
-from davae.ranks import Ranks
-from davae.record import environment
-from davae.report import Pictures, Report, Section, Table, write_page
-from davae.sampling import sample
+from davae.evaluation.report import Pictures, Report, Section, Table, write_page
+from davae.method.metrics import EfficientNetLite0Features, kid
+from davae.pipelines.adapter import tensors_digest
+from davae.pipelines.sampling import sample
+from davae.run.ranks import Ranks
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
 
 
 def sample_many(

@@ -15,11 +15,12 @@ from einops import reduce
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.listing import Source
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.embedding import MOST_POINTS, principal_components, tsne
+from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
+from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
 from davae.evaluation.structure import (
     at_positions,
     by_chance,
@@ -28,12 +29,11 @@ from davae.evaluation.structure import (
     neighbourhood_agreement,
     radial_spectrum,
 )
-from davae.figures import matrix_tile, place_colours, scatter_tile
-from davae.losses import detail_alignment_loss
-from davae.record import environment
-from davae.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
+from davae.method.losses import detail_alignment_loss
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.run.record import environment
+from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.storage import write_json
 
 BATCH = 8
 PERPLEXITY = 30.0

@@ -8,11 +8,11 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.listing import Source
 from davae.data.png import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
+from davae.evaluation.report import Pictures, Report, Section, Table, write_page
 from davae.evaluation.tokenizers import (
     Tokenizer,
     base_at_full_size,
@@ -23,13 +23,13 @@ from davae.evaluation.tokenizers import (
     facts,
     upgraded,
 )
-from davae.metrics import EfficientNetLite0Features, kid, psnr, ssim
-from davae.perceptual import LPIPS
-from davae.ranks import Ranks
-from davae.record import environment
-from davae.report import Pictures, Report, Section, Table, write_page
-from davae.storage import write_json
-from davae.upgrade import check_base_encoder
+from davae.method.metrics import EfficientNetLite0Features, kid, psnr, ssim
+from davae.method.perceptual import LPIPS
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.upgrade import check_base_encoder
+from davae.run.ranks import Ranks
+from davae.run.record import environment
+from davae.run.storage import write_json
 
 Way = Callable[[Tensor], Tensor]
 """Pictures [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from davae.errors import SettingsError
-from davae.losses import channel_group_mean
+from davae.method.losses import channel_group_mean
 
 
 def neighbourhood_agreement(

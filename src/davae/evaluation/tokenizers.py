@@ -14,11 +14,11 @@ from diffusers import AutoencoderKLQwenImage, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from davae.autoencoder_bases import BASE_CLASSES, base_facts, decode_base, downsample_factor
-from davae.autoencoder_da import AutoencoderDA
-from davae.autoencoder_taef2 import AutoencoderTAEF2
 from davae.errors import CheckpointError, SettingsError
-from davae.loading import LOADING_ERRORS, load_model
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.autoencoder_taef2 import AutoencoderTAEF2
+from davae.models.base_autoencoders import BASE_CLASSES, base_facts, decode_base, downsample_factor
+from davae.pipelines.loading import LOADING_ERRORS, load_model
 from davae.seeds import generator
 
 CLASSES: dict[str, type[ModelMixin]] = {

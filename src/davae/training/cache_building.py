@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from davae.errors import SettingsError
-from davae.ranks import TIMEOUT, Ranks
-from davae.training.finetune import training_pictures, upgraded_base
-from davae.training.finetune_recipe import FinetuneRecipe
+from davae.run.ranks import TIMEOUT, Ranks
 from davae.training.inputs import cache_folder, training_inputs
+from davae.training.stage_two import training_pictures, upgraded_base
+from davae.training.stage_two_recipe import FinetuneRecipe
 
 
 def build_caches(recipe: FinetuneRecipe, folder: Path, *, rank_timeout: float = TIMEOUT) -> Path:

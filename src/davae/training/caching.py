@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from davae import faults
 from davae.data.cache import Entry, TensorCache
 from davae.errors import CheckpointError
-from davae.ranks import Ranks
+from davae.run import faults
+from davae.run.ranks import Ranks
 from davae.training.progress import StepProgress
 
 SHARD_BYTES = 128 << 20

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae import faults
 from davae.errors import NumericsError
-from davae.ranks import Ranks
-from davae.training.checkpoint import LARGEST
+from davae.run import faults
+from davae.run.checkpoint import LARGEST
+from davae.run.ranks import Ranks
 from davae.training.tensors import (
     copy_into,
     live_tensors,

@@ -11,7 +11,7 @@ from davae.backbones import Backbone
 from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 from davae.training.caching import fill
 from davae.training.fingerprints import sha256_of, text_digest
 

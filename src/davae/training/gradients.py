@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 from davae.training.sharding import own_gradient
 
 

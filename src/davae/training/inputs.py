@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 from davae.backbones import backbone_of
 from davae.data.sources import PictureSet
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 from davae.training.conditions import (
     ClassConditions,
     Conditions,
@@ -15,8 +15,8 @@ from davae.training.conditions import (
     cached_conditions,
     move_frozen,
 )
-from davae.training.finetune_recipe import FinetuneRecipe
 from davae.training.latents import CachedLatents, OnlineLatents, cached_latents
+from davae.training.stage_two_recipe import FinetuneRecipe
 
 
 def cache_folder(recipe: FinetuneRecipe, folder: Path) -> Path:

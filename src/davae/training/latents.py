@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.autoencoder_da import AutoencoderDA
 from davae.data.cache import Entry, TensorCache
 from davae.data.sources import PictureSet
-from davae.ranks import Ranks
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.run.ranks import Ranks
 from davae.seeds import rand, randn, sample_generators
 from davae.training.caching import SHARD_BYTES, fill
 from davae.training.fingerprints import model_digest

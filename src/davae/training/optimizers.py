@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.errors import SettingsError
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 
 OptimizerName = Literal["AdamW", "AdamW8bit", "AdamWScheduleFree"]
 

@@ -12,8 +12,8 @@ from davae.data.buckets import Bucket, bucket_table
 from davae.data.listing import Source
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError
-from davae.storage import read_json, write_json
-from davae.training.optimisation import OptimisationRecipe, Positive
+from davae.run.storage import read_json, write_json
+from davae.training.recipes import OptimisationRecipe, Positive
 
 
 class PicturesRecipe(OptimisationRecipe):

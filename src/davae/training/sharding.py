@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from davae.ranks import Ranks
+from davae.run.ranks import Ranks
 
 
 def shard(models: Mapping[str, nn.Module], ranks: Ranks, whole: Iterable[Tensor] = ()) -> dict[str, nn.Module]:

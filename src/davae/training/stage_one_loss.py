@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from davae import faults
-from davae.autoencoder_da import AutoencoderDA
-from davae.losses import (
+from davae.method.losses import (
     adaptive_weight,
     detail_alignment_loss,
     gradient_l1,
@@ -19,11 +17,13 @@ from davae.losses import (
     kl_loss_sum,
     reconstruction_l1,
 )
-from davae.perceptual import LPIPS, patchwise_lpips
-from davae.ranks import Ranks
+from davae.method.perceptual import LPIPS, patchwise_lpips
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.run import faults
+from davae.run.ranks import Ranks
 from davae.seeds import rand, randn, sample_generators
-from davae.training.autoencoder_recipe import AutoencoderRecipe, LossWeights
 from davae.training.companion import Companion
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.state import TrainingState
 
 KL_LOSSES = {"mean": kl_loss_mean, "sum": kl_loss_sum}

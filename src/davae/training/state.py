@@ -13,19 +13,19 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from torch import Tensor, nn
 
-from davae import faults
 from davae.errors import NumericsError
-from davae.ranks import Ranks
-from davae.record import RunRecord, alone
-from davae.seeds import generator
-from davae.training.accumulation import Logs, means
-from davae.training.checkpoint import (
+from davae.run import faults
+from davae.run.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     remove_litter,
     save_checkpoint,
 )
+from davae.run.ranks import Ranks
+from davae.run.record import RunRecord, alone
+from davae.seeds import generator
+from davae.training.accumulation import Logs, means
 from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
 from davae.training.interruption import Interrupted, stop_requests
 from davae.training.optimizers import ADAMW, OptimizerSettings

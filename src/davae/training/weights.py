@@ -8,8 +8,8 @@ from typing import Any
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from davae import faults
-from davae.ranks import Ranks
+from davae.run import faults
+from davae.run.ranks import Ranks
 from davae.training.gradients import clipped_norm
 from davae.training.optimizers import OptimizerSettings, averages, counts, evaluated, restore_counts
 from davae.training.sharding import gathered_into, now_trained, own_part, part_of, shard

@@ -1,0 +1,1 @@
+"""What a pipeline and its training cost: counted, and timed."""

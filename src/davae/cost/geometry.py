@@ -1,0 +1,102 @@
+"""The models of a base pipeline as its configs describe them: on the meta device, without weights."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from davae import assets
+from davae.backbones import BACKBONES
+from davae.errors import CheckpointError, SettingsError
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.base_autoencoders import BASE_CLASSES, OWN_CLASSES, base_class
+from davae.models.slim_decoder import slimmed
+from davae.pipelines.loading import LOADING_ERRORS
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A base pipeline's autoencoder and transformer on the meta device."""
+
+    source: str
+    """Where the configs are from: a folder or a name on the Hub."""
+    vae: ModelMixin
+    transformer: ModelMixin
+
+
+def read_geometry(base: str, beside: Path) -> Geometry:
+    """The models of a base pipeline from its configs alone.
+
+    Args:
+        base: folder or Hub name of the pipeline, as in a recipe; "" is the shipped one.
+        beside: a recipe's path. Where `base` is no folder, the configs are looked for in the folder of the same name
+            in `geometry/` there, then among the shipped ones, before the Hub is asked.
+
+    Raises:
+        CheckpointError: there are no such configs here, or they are damaged.
+        SettingsError: the pipeline's classes are none that davae knows.
+    """
+    kept = beside.parent / "geometry" / Path(base).name
+    source = base or str(assets.base_pipeline())
+    if not Path(source).is_dir():
+        shipped = assets.geometry() / Path(base).name
+        source = str(next((folder for folder in (kept, shipped) if folder.is_dir()), source))
+    try:
+        index = DiffusionPipeline.load_config(source)
+        (_, vae), (library, transformer) = index["vae"], index["transformer"]
+        allowed = (*BASE_CLASSES, *OWN_CLASSES)
+        if vae not in allowed or transformer not in BACKBONES:
+            raise SettingsError(
+                f"{source} has a {vae} and a {transformer}; allowed are {', '.join(allowed)} and {', '.join(BACKBONES)}"
+            )
+        kind = getattr(importlib.import_module("davae" if library == "davae" else "diffusers"), transformer)
+        return Geometry(source, _without_weights(base_class(vae), source, "vae"), _without_weights(kind, source))
+    except SettingsError:  # also a ValueError, as what diffusers raises
+        raise
+    except LOADING_ERRORS as error:
+        raise CheckpointError(
+            f"the configs of {source} cannot be read ({error}). Give a pipeline's folder, with or without weights "
+            f"(--set base=FOLDER), or lay its configs into {kept}"
+        ) from error
+
+
+def _without_weights(kind: type[Any], source: str, subfolder: str = "transformer") -> Any:
+    config = kind.load_config(source, subfolder=subfolder)
+    with META:
+        return kind.from_config(config)
+
+
+def untrained_autoencoder(
+    vae: ModelMixin,
+    *,
+    detail_channels: int,
+    resolution_factor: int = 2,
+    linear_blocks: bool,
+    all_new: bool = False,
+    base_in_detail: bool = False,
+    decoder: tuple[Sequence[int], Sequence[int]] = ((), ()),
+) -> AutoencoderDA:
+    """An AutoencoderDA on that base, on the meta device; `decoder` has widths and depths of a slim one, () the base's.
+
+    Raises:
+        SettingsError: channels that do not fit the base.
+    """
+    try:
+        with META:
+            autoencoder = AutoencoderDA.from_base(
+                vae,
+                detail_channels=detail_channels,
+                resolution_factor=resolution_factor,
+                linear_blocks=linear_blocks,
+                all_new=all_new,
+                base_in_detail=base_in_detail,
+            )
+            return slimmed(autoencoder, *decoder) if any(decoder) else autoencoder
+    except ValueError as error:  # that file knows no davae and its errors
+        raise SettingsError(str(error)) from error

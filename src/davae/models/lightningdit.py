@@ -1,0 +1,367 @@
+"""LightningDiT2DModel: the class-conditional flow transformer of LightningDiT as a diffusers model.
+
+Architecture and parameter names are those of LightningDiT (arXiv 2501.01423): a DiT (arXiv 2212.09748) with RMSNorm,
+SwiGLU and two-dimensional rotary embeddings. Imports torch and diffusers only, so that this one file can lie beside
+weights.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+TIMESTEP_FREQUENCIES = 256
+"""Width of the sinusoidal embedding of t, before its two linear layers."""
+LONGEST_PERIOD = 10_000.0
+"""Of all three sinusoidal embeddings: time, fixed positions, rotary positions."""
+NORM_EPSILON = 1e-6
+
+
+class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts data - noise at x_t = t data + (1 - t) noise: t = 0 is noise and t = 1 data, LightningDiT's convention.
+
+    (davae's own runs the other way; `davae.backbones.lightningdit` turns time and sign at its border.)
+
+    A label dropped in training is the trainer's business: it passes `num_classes`, the null class.
+
+    Args:
+        sample_size: side of the latents; positions are fixed, so this is the only size.
+        patch_size: side of a patch; there are (sample_size / patch_size)^2 tokens.
+        in_channels: latent channels, in and out.
+        num_layers: blocks.
+        num_attention_heads: heads; the width is heads times `attention_head_dim`.
+        attention_head_dim: width of a head, a multiple of 4.
+        mlp_ratio: the SwiGLU's inner width is 2/3 of `mlp_ratio` times the width, as many parameters as a plain MLP.
+        num_classes: classes; the embedding has one row more, the null class.
+        qk_norm: RMSNorm on each head's queries and keys. Published weights come with and without; `config_of` tells.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("LightningDiTBlock",)
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        patch_size: int = 1,
+        in_channels: int = 32,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        qk_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size={sample_size} must be a multiple of patch_size={patch_size}.")
+        if attention_head_dim % 4:
+            raise ValueError(f"attention_head_dim={attention_head_dim} must be a multiple of 4: pairs for two axes.")
+        width, side = num_attention_heads * attention_head_dim, sample_size // patch_size
+        self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
+        self.pos_embed = nn.Parameter(position_table(width, side)[None], requires_grad=False)  # [1, tokens, width]
+        self.t_embedder = TimestepEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width)
+        self.feat_rope = RotaryEmbedding(attention_head_dim, side)
+        self.blocks = nn.ModuleList(
+            LightningDiTBlock(width, num_attention_heads, swiglu_width(width, mlp_ratio), qk_norm=qk_norm)
+            for _ in range(num_layers)
+        )
+        self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
+        self.gradient_checkpointing = False
+        self._initialise()
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity data - noise, [B, C, H, W].
+
+        Args:
+            hidden_states: latents x_t [B, C, H, W], H and W `sample_size`.
+            timestep: t [B] in [0, 1], 0 = noise; not multiplied by 1000.
+            class_labels: [B] integers; `num_classes` is the null class.
+            return_dict: whether to wrap the result as diffusers does.
+
+        Raises:
+            ValueError: latents of another shape.
+        """
+        config = self.config
+        expected = (config.in_channels, config.sample_size, config.sample_size)
+        if tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"latents of shape {tuple(hidden_states.shape)}; this model reads [B, "
+                f"{', '.join(map(str, expected))}], for its positions are fixed."
+            )
+        tokens = self.x_embedder(hidden_states) + self.pos_embed  # [B, tokens, width]
+        condition = self.t_embedder(timestep) + self.y_embedder(class_labels)  # [B, width]
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, self.feat_rope)
+            else:
+                tokens = block(tokens, condition, self.feat_rope)
+        rows = self.final_layer(tokens, condition)  # [B, tokens, (p q c)]
+        sample = _unpatch(rows, config.patch_size, config.sample_size // config.patch_size)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "LightningDiT2DModel":
+        """As torch's, but for `pos_embed`: it is a parameter by name only, and is never trained."""
+        super().requires_grad_(requires_grad)
+        self.pos_embed.requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """DiT's start: linear layers Xavier-uniform, embeddings small, and all that is added to the residual zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the patches' convolution is a linear layer
+                module.bias.zero_()
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            layer.weight.normal_(std=0.02)
+        modulations = [owner.adaLN_modulation[1] for owner in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
+            layer.weight.zero_()
+
+
+class LightningDiTBlock(nn.Module):
+    """Attention and SwiGLU, each between a modulated RMSNorm and a gate (adaLN-Zero, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, qk_norm=qk_norm)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, mlp_width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, tokens: Tensor, condition: Tensor, rotary: "RotaryEmbedding") -> Tensor:
+        """Tokens [B, N, width], condition [B, width] -> tokens."""
+        modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        attended = self.attn(_modulate(self.norm1(tokens), shift_attention, scale_attention), rotary)
+        tokens = tokens + gate_attention * attended
+        return tokens + gate_mlp * self.mlp(_modulate(self.norm2(tokens), shift_mlp, scale_mlp))
+
+
+class Attention(nn.Module):
+    """Attention over all tokens; queries and keys are normalised, if so configured, and then rotated."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, rotary: "RotaryEmbedding") -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        parts = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, head]
+        query, key, value = parts.unbind()
+        query, key = rotary(self.q_norm(query)), rotary(self.k_norm(key))
+        attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), where a and b are the halves of w12(x) (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, mlp_width: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * mlp_width)
+        self.w3 = nn.Linear(mlp_width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6), over the last axis and in float32 at least, times a weight (arXiv 1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        exact = _at_least_float32(hidden)
+        normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)
+        return normed.to(hidden.dtype) * self.weight
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns neighbouring pairs of a head's channels by angles that grow with the position (arXiv 2104.09864).
+
+    In two dimensions, as in EVA-02 (arXiv 2303.11331): the first half of the channels turns with the token's row, the
+    second with its column; head_dim / 4 frequencies each. The tables [tokens, head_dim] hold each frequency twice and
+    are no part of a state dict.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_dim: int, side: int) -> None:
+        super().__init__()
+        frequencies = _frequencies(head_dim // 4)
+        angles = torch.outer(torch.arange(side, dtype=torch.float64), frequencies).repeat_interleave(2, dim=1)
+        rows = angles[:, None].expand(side, side, -1)
+        columns = angles[None].expand(side, side, -1)
+        angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+        self.register_buffer("freqs_cos", angles.cos().float(), persistent=False)
+        self.register_buffer("freqs_sin", angles.sin().float(), persistent=False)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """[B, heads, tokens, head_dim] -> the same, each pair (a, b) now (a cos - b sin, b cos + a sin)."""
+        exact = _at_least_float32(heads)
+        first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
+        quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
+        return (exact * self.freqs_cos + quarter_turn * self.freqs_sin).to(heads.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size: one token for each patch, row by row."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, tokens, width], in one memory layout, for convolutions choose theirs by their channels.
+
+        Sums over the width would otherwise run in another order in a widened model than in its base.
+        """
+        return self.proj(latents).flatten(2).transpose(1, 2).contiguous()
+
+
+class TimestepEmbedding(nn.Module):
+    """Cosines and sines of t in [0, 1], as it is, through two linear layers; DiT's, there for t up to 1000."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """[B] -> [B, width]; angles in float32 at least."""
+        exact = _at_least_float32(timestep)
+        angles = exact[:, None] * _frequencies(TIMESTEP_FREQUENCIES // 2).to(exact)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """A row for each class, and one for none."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """[B] -> [B, width]."""
+        return self.embedding_table(labels)
+
+
+class FinalLayer(nn.Module):
+    """Modulated RMSNorm and a linear layer to the patches."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, rows)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Tokens [B, N, width], condition [B, width] -> [B, N, rows]."""
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(_modulate(self.norm_final(tokens), shift, scale))
+
+
+def position_table(width: int, side: int) -> Tensor:
+    """DiT's fixed positions [side^2, width] in float32: sines, then cosines of the column, then the same of the row."""
+    angles = torch.outer(torch.arange(side, dtype=torch.float64), _frequencies(width // 4))
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    columns, rows = waves[None].expand(side, side, -1), waves[:, None].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
+
+
+def swiglu_width(width: int, mlp_ratio: float) -> int:
+    """Inner width of the SwiGLU, 2/3 of `mlp_ratio` times `width`, rounded down: 3072 for a width of 1152 and 4."""
+    return 2 * int(width * mlp_ratio) // 3
+
+
+def config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of a LightningDiT whose state dict this is, in the reference's names, by its keys and shapes.
+
+    QK-norm is there if `blocks.0.attn.q_norm.weight` is. The width of a head is that weight's, or that of the
+    rotary tables `feat_rope.freqs_cos`, which the reference's checkpoints hold and this class's do not.
+
+    Raises:
+        ValueError: it is none, or one of a variant that this class is not (a plain MLP, modulation without shifts,
+            LayerNorm, a predicted variance), or nothing tells the width of a head.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    first = "blocks.0."
+    patch, rows = shapes.get("x_embedder.proj.weight"), shapes.get("final_layer.linear.weight")
+    positions, classes = shapes.get("pos_embed"), shapes.get("y_embedder.embedding_table.weight")
+    norm, inner = shapes.get(f"{first}norm1.weight"), shapes.get(f"{first}mlp.w3.weight")
+    modulation = shapes.get(f"{first}adaLN_modulation.1.weight")
+    if not (patch and rows and positions and classes and norm and inner and modulation):
+        raise ValueError("this state dict is no LightningDiT's with RMSNorm and SwiGLU: see docs/formats.md.")
+    width, channels, patch_size, _ = patch
+    if modulation[0] != 6 * width or rows[0] != patch_size * patch_size * channels:
+        raise ValueError(
+            f"modulation of {modulation[0]} rows and output of {rows[0]}: allowed are 6 x {width} (with shifts) and "
+            f"{patch_size}^2 x {channels} (no variance)."
+        )
+    q_norm, tables = shapes.get(f"{first}attn.q_norm.weight"), shapes.get("feat_rope.freqs_cos")
+    if not (q_norm or tables):
+        raise ValueError("neither q_norm nor feat_rope.freqs_cos is there: nothing tells the width of a head.")
+    head = (q_norm or tables)[-1]  # type: ignore[index]
+    mlp_ratio = round(1.5 * inner[1] / width, 2)
+    if swiglu_width(width, mlp_ratio) != inner[1]:
+        raise ValueError(f"a SwiGLU of width {inner[1]} is 2/3 of no mlp_ratio (two decimals) times {width}.")
+    return {
+        "sample_size": math.isqrt(positions[1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": channels,
+        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "mlp_ratio": mlp_ratio,
+        "num_classes": classes[0] - 1,
+        "qk_norm": q_norm is not None,
+    }
+
+
+def _frequencies(count: int) -> Tensor:
+    """LONGEST_PERIOD^(-i / count), i < count, in float64."""
+    return LONGEST_PERIOD ** -(torch.arange(count, dtype=torch.float64) / count)
+
+
+def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return tokens * (1 + scale) + shift
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _unpatch(rows: Tensor, patch_size: int, side: int) -> Tensor:
+    """[B, (h w), (p q c)] -> [B, c, (h p), (w q)]."""
+    patches = rows.unflatten(1, (side, side)).unflatten(-1, (patch_size, patch_size, -1))  # [B, h, w, p, q, c]
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+if __name__ == "davae.models.lightningdit":
+    # model_index.json stores the module path: "davae" is the frozen public one (docs/formats.md).
+    LightningDiT2DModel.__module__ = "davae"

@@ -1,0 +1,1 @@
+"""A pipeline in, a pipeline out: upgrade, load, adapt, sample, publish, import."""

@@ -1,0 +1,60 @@
+"""Writes a torch checkpoint's tensors as safetensors: `python -m davae.pipelines.importing.unpickling`.
+
+`davae.pipelines.importing.reading` starts it. It knows no model, and its memory is bounded by the size of the file.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOM = 2 * 2**30
+"""Bytes of address space beside four times the file: read, unpacked, copied, written."""
+
+
+def open_wrappers(found: Mapping[Any, Any], wrappers: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
+    """The names of the wrappers that were opened, from outside in, and the tensors inside the last one.
+
+    Args:
+        found: what the file holds.
+        wrappers: names of entries to open, the preferred one first; one without a tensor stays closed.
+    """
+    for name in wrappers:
+        inner = found.get(name)
+        if isinstance(inner, Mapping):
+            names, tensors = open_wrappers(inner, wrappers)
+            if tensors:
+                return [name, *names], tensors
+    return [], {name: entry for name, entry in found.items() if isinstance(name, str) and isinstance(entry, Tensor)}
+
+
+def convert(source: Path, target: Path, wrappers: Sequence[str]) -> None:
+    """Read `source` as tensors only and write those inside its wrappers to `target`, every dtype as it is.
+
+    Raises:
+        TypeError: it holds something else than a dictionary with tensors.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 4 * source.stat().st_size + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.set_num_threads(1)  # each thread's stack counts, too
+    found = torch.load(source, map_location="cpu", weights_only=True)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"it holds a {type(found).__name__}, not a dictionary of tensors")
+    opened, tensors = open_wrappers(found, wrappers)
+    if not tensors:
+        raise TypeError(f"it holds no tensors by name, but {[str(name) for name in found][:6]}")
+    beside = [str(name) for name in found if name not in opened[:1] and (opened or name not in tensors)]
+    facts = {"opened": json.dumps(opened), "beside": json.dumps(beside)}
+    # Cloned: safetensors takes neither views of one storage nor other orders of the axes.
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, target, metadata=facts)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

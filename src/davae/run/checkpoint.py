@@ -1,0 +1,262 @@
+"""Checkpoints on disk: written whole or not at all, checked by SHA-256, free of pickle.
+
+A checkpoint is a folder `step-00000100` with one safetensors file for each group of tensors, state.json with the plain
+values, and manifest.json, which names every file with its length and SHA-256 and is written last.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from davae.errors import CheckpointError, NumericsError
+from davae.run import faults
+from davae.run.storage import fsync, read_json, remove, rename, share_as_umask_says, storage_error, write
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+LARGEST = 1e19
+"""Numbers above it are refused as those that are not finite: their squares, and so every norm, overflow float32."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: the step it was taken at, tensors on the CPU by group and name, plain values."""
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str, keep: int) -> Path:
+    """Write `checkpoint` below `folder`, verify it, and only then delete all but the newest `keep` checkpoints.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        NumericsError: a tensor holds a number that is not finite, or above `LARGEST`; nothing is written.
+        StorageError: the disk is full, read-only or failing; the old checkpoints stay, and of the new one nothing, or,
+            if only the last fsync failed, all of it.
+        DamagedCheckpointError: what is on the disk is not what was written; the old checkpoints stay.
+    """
+    target = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
+    needed = sum(t.numel() * t.element_size() for tensors in checkpoint.groups.values() for t in tensors.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if bad := _bad_tensor(checkpoint.groups):
+            raise NumericsError(
+                f"step {checkpoint.step}: {bad}, so no checkpoint is written. The older ones are sound: lower the "
+                "learning rate and start a new run"
+            )
+        faults.at("save.open", temporary)
+        temporary.mkdir()
+        _write_files(temporary, checkpoint, recipe_digest)
+        share_as_umask_says(temporary)
+        fsync(temporary)
+        rename(temporary, target)
+        fsync(folder)
+    except (OSError, SafetensorError) as error:
+        raise storage_error(target, needed, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    verify_checkpoint(target)
+    for old in _checkpoints(folder)[:-keep]:
+        _remove(old)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest sound checkpoint below `folder`, or None when there is none.
+
+    Damaged checkpoints are moved aside to `damaged-...`, with a logged warning that names the file and the reason.
+
+    Raises:
+        CheckpointError: the newest checkpoint was written by a newer version of davae.
+        StorageError: a damaged checkpoint cannot be moved aside.
+    """
+    found = _checkpoints(folder)
+    for path in reversed(found):
+        try:
+            if bad := _bad_tensor(_groups(path, verify_checkpoint(path))):
+                raise DamagedCheckpointError(f"{path} is damaged: {bad}")
+        except DamagedCheckpointError as damage:
+            aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+            logger.warning("%s; moved aside to %s, falling back to an older one", damage, aside.name)
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise storage_error(aside, 0, error) from error
+        else:
+            return path
+    if found:
+        logger.warning("no sound checkpoint is left in %s: starting from step 0", folder)
+    return None
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what its manifest says."""
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Check every file of the checkpoint `path` against its manifest, and return the manifest.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or has another length or SHA-256, or the folder was renamed.
+        CheckpointError: the checkpoint was written by a newer version of davae.
+    """
+    manifest = _manifest(path / "manifest.json")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest['format_version']}, davae reads {FORMAT_VERSION}: update davae"
+        )
+    if "state.json" not in manifest["files"] or any(Path(name).name != name for name in manifest["files"]):
+        raise DamagedCheckpointError(f"{path / 'manifest.json'} is damaged: these are no files of a checkpoint")
+    if path.name != f"step-{manifest['step']:08d}":
+        raise DamagedCheckpointError(f"{path} is damaged: it holds step {manifest['step']}")
+    for name, expected in manifest["files"].items():
+        try:
+            found = _fingerprint(path / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
+        if found != expected and isinstance(expected, dict) and found["bytes"] != expected.get("bytes"):
+            reason = f"{found['bytes']:,} bytes instead of {expected.get('bytes')}"
+            raise DamagedCheckpointError(f"{path / name} is damaged: {reason}")
+        if found != expected:
+            raise DamagedCheckpointError(f"{path / name} is damaged: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -> Checkpoint:
+    """Read the checkpoint `path`, and verify it unless it is `verified`, as what `latest_checkpoint` returns is.
+
+    Raises:
+        CheckpointError: it is damaged, or it belongs to a recipe with another digest.
+    """
+    manifest = _manifest(path / "manifest.json") if verified else verify_checkpoint(path)
+    # Digests of format 1 were taken over the defaults, too: theirs is another for every new setting.
+    if manifest["recipe_digest"] != recipe_digest and manifest["format_version"] > 1:
+        raise CheckpointError(
+            f"{path} was written with the recipe of digest {manifest['recipe_digest'][:12]}, this run has digest "
+            f"{recipe_digest[:12]}. Give the old recipe to go on with it, or a new folder to start afresh"
+        )
+    values = read_json(path / "state.json")
+    if manifest["format_version"] < 2:
+        values |= {"recent": [], "spikes": 0}
+    return Checkpoint(manifest["step"], _groups(path, manifest), values)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what killed saves and deletions left below `folder`; only the one run that writes there may call it.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
+    for path in folder.glob("step-*.tmp-*"):
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise storage_error(path, 0, error) from error
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The content of a manifest.json whose own digest fits, with all keys of their types."""
+    try:
+        faults.at("load", path)
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        if content != _canonical({**manifest, "digest": _digest_of(manifest)}):
+            raise DamagedCheckpointError(f"{path} is damaged: its own digest does not fit")
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
+    for key, kind in {"format_version": int, "step": int, "recipe_digest": str, "files": dict}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise DamagedCheckpointError(f"{path} is damaged: {key} is {manifest.get(key)!r}")
+    return manifest
+
+
+def _groups(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The tensors in the files that a manifest names, by group and name."""
+    groups = {}
+    for name in manifest["files"]:
+        if name.endswith(".safetensors"):
+            try:
+                groups[Path(name).stem] = load_file(path / name)
+            except (OSError, SafetensorError) as error:
+                raise DamagedCheckpointError(f"{path / name} is damaged: {error}") from error
+    return groups
+
+
+def _bad_tensor(groups: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """What is wrong with the first tensor that no checkpoint may hold; "" if there is none."""
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if tensor.numel() and not tensor.abs().amax() <= LARGEST:  # false for NaN, too
+                return f"{group} tensor {name} holds numbers that are not finite, or above {LARGEST:g}"
+    return ""
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> None:
+    for group, tensors in checkpoint.groups.items():
+        faults.at("save.open", folder / f"{group}.safetensors")
+        save_file(dict(tensors), folder / f"{group}.safetensors")
+    write(folder / "state.json", _canonical(checkpoint.values))
+    files = sorted(folder.iterdir())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "recipe_digest": recipe_digest,
+        "files": {file.name: _fingerprint(file) for file in files},
+    }
+    for file in files:  # after the fingerprints, so that these are of what was written, not of what a disk made of it
+        fsync(file)
+    write(folder / "manifest.json", _canonical({**manifest, "digest": _digest_of(manifest)}))
+    fsync(folder / "manifest.json")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders below `folder`, oldest first, sound or not."""
+    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a kill half way through leaves litter, not a checkpoint that looks damaged.
+    doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        rename(path, doomed)
+        remove(doomed)
+    except OSError as error:
+        raise storage_error(path, 0, error) from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({key: manifest[key] for key in manifest if key != "digest"})).hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

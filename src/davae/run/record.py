@@ -1,0 +1,201 @@
+"""What a run leaves behind: recipe.toml, environment.json, metrics.jsonl and result.json in one folder."""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from davae.errors import SettingsError
+from davae.run.recipe import Recipe
+from davae.run.storage import finite, fsync, storage_error, write_atomically, write_json
+
+PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+
+
+_held: set[tuple[int, Path]] = set()
+"""By process and folder: a fork inherits the set, not the locks."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops when the process dies, however it dies; make the folder.
+
+    Within one process it nests.
+
+    Raises:
+        SettingsError: another process holds it, or the folder is a file.
+        StorageError: the folder cannot be written, or its file system has no locks.
+    """
+    folder = Path(folder).resolve()
+    mine = os.getpid(), folder
+    if mine in _held:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / ".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"another process trains in {folder}: wait for it, stop it, or give another folder"
+            ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise SettingsError(f"{folder} is a file, or lies below one: give another folder") from error
+        except OSError as error:
+            raise storage_error(folder / ".lock", 0, error) from error
+        _held.add(mine)
+        stack.callback(_held.discard, mine)
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock of `alone`."""
+    if not (folder / ".lock").is_file():
+        return False
+    with (folder / ".lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+class RunRecord:
+    """The record of one run in `folder`, which is created.
+
+    Raises:
+        StorageError: here and in every method, when the folder or a file in it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the record in `folder`; nothing is written yet."""
+        self.folder = Path(folder)
+        self.metrics_path = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self.folder, 0, error) from error
+
+    def start(self, recipe: Recipe, *, device: str, precision: str) -> None:
+        """Write recipe.toml (readable by `load_recipe`) and environment.json (machine, versions, commit, command)."""
+        write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
+        write_json(self.folder / "environment.json", {**environment(), "device": device, "precision": precision})
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        line = (json.dumps(finite(dict(metrics)), allow_nan=False) + "\n").encode()
+        try:
+            with self.metrics_path.open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise storage_error(self.metrics_path, len(line), error) from error
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl whose "step" is `step` or later, and a last line that was cut short."""
+        if self.metrics_path.exists():
+            kept = [line for line in read_metrics(self.metrics_path) if line.get("step", -1) < step]
+            write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def sync(self) -> None:
+        """Force metrics.jsonl onto the disk, so that a checkpoint never outlives the lines before it."""
+        if self.metrics_path.exists():
+            try:
+                fsync(self.metrics_path)
+            except OSError as error:
+                raise storage_error(self.metrics_path, 0, error) from error
+
+    def finish(
+        self, values: Mapping[str, Any], *, recipe: Recipe, device: str, seed: int, counts: Mapping[str, int]
+    ) -> None:
+        """Write result.json, whole or not at all.
+
+        Args:
+            values: the measured numbers; non-finite ones become null, absolute paths are shortened.
+            recipe: its digest is recorded.
+            device: on what the numbers were measured.
+            seed: the seed of the run.
+            counts: how many samples each number stands on, by name.
+        """
+        where = environment()
+        result = {
+            "values": _sanitised(dict(values)),
+            "recipe_digest": recipe.digest(),
+            "device": device,
+            "seed": seed,
+            "counts": dict(counts),
+            "commit": where["commit"],
+            "versions": where["versions"],
+            "command": where["command"],
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        write_json(self.folder / "result.json", result)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, in order; a last line that a kill cut short is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
+
+
+def environment() -> dict[str, Any]:
+    """Python, platform, CPU count, package versions, git commit (None outside a checkout) and command line."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *_sanitised(sys.argv[1:])],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file is tracked in, with "-dirty" behind it when sources differ from it."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    here = Path(__file__)
+
+    def answer(*arguments: str) -> str | None:
+        command = [git, "-C", str(here.parent), *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    # An installed package can lie inside somebody else's checkout: only a tracked file counts.
+    if answer("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = answer("rev-parse", "HEAD")
+    return f"{commit}-dirty" if answer("status", "--porcelain", "--untracked-files=no", ".") else commit
+
+
+def _sanitised(value: Any) -> Any:
+    """`value` with every absolute path inside made relative to the working folder, or cut to its last part."""
+    if isinstance(value, dict):
+        return {key: _sanitised(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sanitised(item) for item in value]
+    if not isinstance(value, str | Path):
+        return value
+    return re.sub(r"(?<![\w.~:/])(?:[A-Za-z]:\\|/)[^\s'\",:;]+", _shortened, str(value))
+
+
+def _shortened(found: re.Match[str]) -> str:
+    path = Path(found.group())
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

@@ -1,0 +1,171 @@
+"""Files and folders that are written whole or not at all."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from davae.errors import CheckpointError, SettingsError, StorageError
+from davae.run import faults
+
+
+@contextmanager
+def replaced_whole(folder: Path) -> Iterator[Path]:
+    """A sibling folder to write into, which takes the place of `folder` only once all of it is written.
+
+    Where `folder` is a symbolic link, that is the folder that it leads to; the link stays.
+
+    Raises:
+        StorageError: something in it could not be written; `folder` is what it was before.
+    """
+    folder = folder.resolve()
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    try:
+        _put_back(old, folder)  # if the last process died between the two renames below
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        share_as_umask_says(partial)
+        if folder.exists():
+            rename(folder, old)
+        rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        _put_back(old, folder)
+        raise storage_error(folder, sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()), error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def share_as_umask_says(folder: Path) -> None:
+    """Give what is in a new folder the rights that the umask gave the folder: safetensors' files are their owner's."""
+    mode = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds all of it or what it held before, even after a power cut; make its folder.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing; no temporary file stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary, content)
+            fsync(temporary)
+            rename(temporary, path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(path, len(content), error) from error
+
+
+def check_replaceable(folder: Path, *, holds: str) -> None:
+    """Refuse a folder that is there without the file `holds`: what is to be written there would replace somebody's own.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if folder.exists() and not (folder / holds).is_file():
+        raise SettingsError(
+            f"{folder} exists, is not a run's (it has no {holds}), and would be replaced: give another folder for the "
+            "run, or remove it yourself"
+        )
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed calls of `write_atomically` left below `folder`; for the one process that writes there.
+
+    Raises:
+        StorageError: one cannot be removed.
+    """
+    for path in folder.rglob(".*.tmp-*"):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise storage_error(path, 0, error) from error
+
+
+def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
+    """The error to raise when `path` (`needed` bytes) could not be written; it tells how much room there is."""
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    return StorageError(
+        f"cannot write {path}: {error}. {needed:,} bytes are needed, {free:,} are free. "
+        "Make room (or lift the quota, or make the folder writable) or choose another folder, and run again"
+    )
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make the file `path` and fill it."""
+    faults.at("save.open", path)
+    with path.open("wb") as file:
+        faults.at("save.write", path)
+        file.write(content)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name; a file of that name is replaced."""
+    faults.at("save.rename", path)
+    path.replace(target)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and what is in it."""
+    faults.at("save.unlink", folder)
+    shutil.rmtree(folder)
+
+
+def fsync(path: Path) -> None:
+    """Force the file or folder `path` onto the disk."""
+    faults.at("save.fsync", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object: it is damaged, copy the folder anew")
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON, whole or not at all; numbers that are not finite become null."""
+    write_atomically(path, (json.dumps(finite(dict(value)), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with every non-finite float inside replaced by None, which JSON can say."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not -sys.float_info.max <= value <= sys.float_info.max else value

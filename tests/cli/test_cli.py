@@ -1,0 +1,184 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from davae import AutoencoderDA, assets, load_pipeline, upgrade, widen_transformer
+from davae.backbones import backbone_of
+from davae.method.widen import lost_directions
+from davae.pipelines.inspection import describe
+from tiny import tiny_sd3_pipeline
+
+VERBS = [
+    "demo",
+    "inspect",
+    "train-autoencoder",
+    "upgrade",
+    "import",
+    "finetune",
+    "generate",
+    "reconstruct",
+    "latents",
+    "evaluate",
+    "bench",
+    "runs",
+]
+
+
+def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "davae", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_help_is_fast_and_names_every_verb() -> None:
+    began = time.perf_counter()
+    answer = davae("--help")
+    seconds = time.perf_counter() - began
+    assert answer.returncode == 0
+    assert all(verb in answer.stdout for verb in [*VERBS, "cache", "data"])
+    assert seconds < 2  # 0.2 s on an idle machine
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
+    answer = davae(verb, "--help")
+    assert answer.returncode == 0
+    assert "--dry-run" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo", "--budget", "tiny", "--seed", "3"], {"out": "runs/demo", "budget": "tiny", "seed": 3}),
+        (["inspect", "a", "--size", "320x192"], {"pipeline": "a", "size": [320, 192]}),
+        (["upgrade", "a", "b", "c"], {"pipeline": "a", "autoencoder": "b", "out": "c"}),
+        (["generate", "a", "red apple", "--size", "256"], {"prompts": ["red apple"], "size": 256, "seed": 0}),
+        (["generate", "a", "b", "--size", "320x192", "--adapter", "c"], {"size": [320, 192], "adapter": ["c"]}),
+        (["reconstruct", "a", "b", "--limit", "4"], {"autoencoder": "a", "pictures": "b", "limit": 4, "base": None}),
+        (["reconstruct", "a", "b", "--base", "c"], {"base": "c", "size": 256}),
+        (["reconstruct", "a", "b", "--compare", "c", "--compare", "d"], {"compare": ["c", "d"], "patch": 2}),
+        (["latents", "a", "b", "c"], {"autoencoders": ["a", "b"], "pictures": "c", "neighbours": 10}),
+        (
+            ["evaluate", "a", "b", "--count", "8", "--size", "320x192"],
+            {"pictures": "b", "count": 8, "size": [320, 192]},
+        ),
+        (["bench", "a", "--against", "b", "--part", "step"], {"against": "b", "parts": ["step"], "repeats": 7}),
+        (["bench", "--geometry", "sd35m", "--layers", "2"], {"pipeline": None, "geometry": "sd35m", "layers": 2}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_dry_run_prints_the_resolved_arguments(arguments: list[str], expected: dict[str, object]) -> None:
+    answer = davae(*arguments, "--dry-run")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout).items() >= expected.items()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    davae("demo", "--out", str(tmp_path / "run"), "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version() -> None:
+    assert davae("--version").stdout.startswith("davae 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "red apple", "--steps", "0"],
+        ["generate", "a", "red apple", "--size", "320x"],
+        ["generate", "a", "red apple", "--size", "0x64"],
+        ["generate", "a", "red apple", "--seed", "-1"],
+        ["evaluate", "a"],
+        ["fly"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_leave_with_2_and_no_traceback(arguments: list[str]) -> None:
+    answer = davae(*arguments)
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_a_missing_pipeline_is_one_error_without_a_traceback(tmp_path: Path) -> None:
+    answer = davae("inspect", str(tmp_path / "nowhere"))
+    assert answer.returncode in {2, 4}
+    assert "nowhere" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_inspect_tells_what_a_pipeline_is_and_what_an_upgrade_would_change(tmp_path: Path) -> None:
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+    answer = davae("inspect", str(tmp_path / "base"))
+    assert answer.returncode == 0, answer.stderr
+    facts = json.loads(answer.stdout)
+    assert not facts["upgraded"]
+    assert (facts["downsample_factor"], facts["latent_channels"], facts["default_size"]) == (4, 4, 32)
+    assert facts["tokens"] == {"16": 4, "32": 16, "64": 64}
+    assert facts["upgrade"]["default_size"] == [32, 64]
+    assert facts["upgrade"]["tokens_at_default_size"] == [16, 16]
+
+
+def test_inspect_knows_an_upgraded_pipeline() -> None:
+    base = tiny_sd3_pipeline()
+    upgraded = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=8))
+    before, after = describe(base), describe(upgraded)
+    assert after["upgraded"]
+    assert after["upgrade"] is None
+    assert (after["base_channels"], after["detail_channels"], after["latent_channels"]) == (4, 8, 12)
+    assert after["tokens"]["64"] == before["tokens"]["32"]
+    assert after["default_size"] == 2 * before["default_size"]
+
+
+def test_inspect_predicts_the_parameters_that_an_upgrade_adds() -> None:
+    base = tiny_sd3_pipeline()
+    upgraded = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels))
+    added = describe(upgraded)["transformer_parameters"] - describe(base)["transformer_parameters"]
+    assert describe(base)["upgrade"]["added_transformer_parameters"] == added
+
+
+def test_inspect_says_how_many_detail_channels_a_transformers_width_holds() -> None:
+    base = load_pipeline(assets.base_pipeline())
+    most = describe(base)["upgrade"]["most_detail_channels"]
+    for more, loses in ((0, False), (1, True)):
+        widened = widen_transformer(base.transformer, base_channels=16, detail_channels=most + more)
+        assert bool(lost_directions(widened, backbone_of(widened).ports)) == loses
+    assert describe(tiny_sd3_pipeline())["upgrade"]["most_detail_channels"] == 0  # the base fills its width
+
+
+RECIPES = ["train-autoencoder", "finetune"]
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+@pytest.mark.parametrize("option", ["--set", "file"])
+def test_unknown_recipe_key_leaves_with_2_and_suggests_the_nearest(tmp_path: Path, verb: str, option: str) -> None:
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text("sede = 3\n" if option == "file" else "")
+    answer = davae(verb, str(recipe), "--dry-run", *(["--set", "sede=3"] if option == "--set" else []))
+    assert answer.returncode == 2
+    assert "sede" in answer.stderr
+    assert "seed" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_missing_recipe_leaves_with_2(tmp_path: Path, verb: str) -> None:
+    answer = davae(verb, str(tmp_path / "none.toml"))
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+
+
+def test_an_upgrade_never_replaces_what_it_reads(tmp_path: Path) -> None:
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*"))
+    for out in (tmp_path / "base", tmp_path):
+        answer = davae("upgrade", str(tmp_path / "base"), str(tmp_path / "autoencoder"), str(out))
+        assert answer.returncode == 2
+        assert "would be replaced" in answer.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*")) == before

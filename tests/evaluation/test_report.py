@@ -1,0 +1,110 @@
+"""The page: safe whatever the texts say, needs nothing beside it, shows the pictures bit for bit."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from davae.errors import StorageError
+from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
+
+HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
+
+
+def picture(seed: int, side: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def hostile_report() -> Report:
+    grid = Pictures([HOSTILE, "b"], [HOSTILE], [[picture(0), picture(1)]], notes=[HOSTILE, ""], caption=HOSTILE)
+    curve = Curves([Series(HOSTILE, [0, 1, 2], [3.0, 2.0, 1.0])])
+    contents = [grid, Table([HOSTILE, "n"], [[HOSTILE, HOSTILE]], HOSTILE), curve, None]
+    return Report(HOSTILE, HOSTILE, [Section(HOSTILE, HOSTILE, content) for content in contents], footer=HOSTILE)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes += attrs
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_texts_are_escaped_and_tags_balance(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", hostile_report())
+    text = (tmp_path / "page.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert "script" not in tags.names
+    assert not [name for name, _ in tags.attributes if name.startswith("on")]
+    assert "&lt;script&gt;" in text
+
+
+def test_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", hostile_report())
+    tags = Tags()
+    tags.feed((tmp_path / "page.html").read_text())
+    sources = [value for name, value in tags.attributes if name in {"src", "href", "srcset"}]
+    assert sources
+    assert all(value.startswith(("data:image/", "#")) for value in sources)
+
+
+def test_pictures_are_shown_bit_for_bit(tmp_path: Path) -> None:
+    shown = [picture(1, 32), picture(2, 16)]
+    write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", Pictures(["a", "b"], ["r"], [shown]))]))
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)"', (tmp_path / "page.html").read_text())
+    assert len(found) == 2
+    for data, original in zip(found, shown, strict=True):
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+        assert torch.equal(torch.from_numpy(pixels).permute(2, 0, 1), original)
+
+
+def test_figure_contains_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:
+    big, small = picture(3, 32), picture(4, 16)
+    write_figure(tmp_path / "figure.png", Pictures(["a", "b"], ["r"], [[big, small]]), title="title")
+    figure = torch.from_numpy(np.array(Image.open(tmp_path / "figure.png"))).permute(2, 0, 1)
+    doubled = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    for wanted in (big, doubled):
+        windows = figure.unfold(1, 32, 1).unfold(2, 32, 1)  # [3, y, x, 32, 32]
+        assert (windows == wanted[:, None, None]).all(-1).all(-1).all(0).any()
+
+
+def test_same_report_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_page(tmp_path / name, hostile_report())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_curves_survive_few_points(tmp_path: Path) -> None:
+    series = [Series("none", [], []), Series("one", [0], [1.0]), Series("same", [0, 1], [1.0, 1.0])]
+    write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", Curves(series, smoothing=20))]))
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_grid_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        Pictures(["a", "b"], ["r"], [[picture(0)]])
+
+
+def test_nothing_half_written_stays(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()  # a folder where the file should be
+    with pytest.raises(StorageError, match=r"page\.html"):
+        write_page(tmp_path / "page.html", hostile_report())
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
