@@ -28,7 +28,7 @@ from davae.cost.cases import Case, runs_of
 from davae.cost.timing import Run, measure_interleaved, paired_ratios, spread
 from davae.errors import SettingsError
 from davae.models.slim_decoder import slimmed
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.training.sharding import blocks_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from davae import assets
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import environment
 from davae.run.storage import write_json
 

@@ -187,7 +187,7 @@ def test_the_class_conditional_twin_runs_through_stage_1(class_pictures, tmp_pat
 
 @pytest.mark.skipif(find_spec("davae.models.lightningdit") is None, reason="davae.models.lightningdit is not there yet")
 def test_the_class_conditional_twin_runs_through_both_stages(class_pictures, tmp_path) -> None:
-    from davae.pipelines.upgrade import load_pipeline
+    from davae.pipelines.loading import load_pipeline
     from tiny import tiny_class_pipeline
 
     base = tmp_path / "base"

@@ -15,8 +15,8 @@ from davae import assets
 from davae.data.png import to_bytes
 from davae.evaluation.report import Pictures, write_figure
 from davae.pipelines.base_lora import load_base_lora
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample
-from davae.pipelines.upgrade import load_pipeline
 
 PROMPTS = ["red apple", "grinning face", "flag: Japan", "globe showing Americas"]
 

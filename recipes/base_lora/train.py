@@ -23,7 +23,7 @@ from davae.backbones import sd3
 from davae.data.order import batch_indices
 from davae.data.sources import open_pictures
 from davae.method.flow import interpolate, sample_timesteps, velocity_target
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.seeds import generator
 
 PROMPT_TOKENS = 12

@@ -22,7 +22,7 @@ from davae.data.sources import open_pictures
 from davae.evaluation.generation import evaluation_prompts
 from davae.method.flow import interpolate, velocity_target
 from davae.method.widen import lost_directions, patch_side
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator

@@ -31,8 +31,8 @@ from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure
 from davae.evaluation.tokenizers import base_at_full_size, base_enlarged, stock, upgraded
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_base_vae
-from davae.pipelines.upgrade import load_pipeline, save_pipeline
+from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.saving import save_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import environment, read_metrics
 from davae.run.storage import read_json, write_json

@@ -26,9 +26,8 @@ from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.method.losses import gradient_l1, reconstruction_l1
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_base_vae
+from davae.pipelines.loading import load_base_vae, load_pipeline
 from davae.pipelines.sampling import shared_noise
-from davae.pipelines.upgrade import load_pipeline
 from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json

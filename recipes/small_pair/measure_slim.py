@@ -23,8 +23,8 @@ from davae.evaluation import reconstruction
 from davae.evaluation.generation import evaluation_prompts, sample_many
 from davae.method.metrics import EfficientNetLite0Features, psnr
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline, with_autoencoder
+from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.upgrade import with_autoencoder
 from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator

@@ -30,7 +30,7 @@ from davae.backbones import sd3
 from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.method.flow import interpolate, sample_timesteps, velocity_target
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.run.recipe import Recipe, load_recipe
 from davae.seeds import generator
 from davae.training.recipes import attention_on, warmup_cosine

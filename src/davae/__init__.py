@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from davae.models.autoencoder_taef2 import AutoencoderTAEF2
     from davae.models.lightningdit import LightningDiT2DModel
     from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
-    from davae.pipelines.upgrade import load_pipeline, upgrade
+    from davae.pipelines.loading import load_pipeline
+    from davae.pipelines.upgrade import upgrade
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,7 @@ _HOME = {
     "channel_group_mean": "davae.method.losses",
     "detail_alignment_loss": "davae.method.losses",
     "detail_weight": "davae.method.flow",
-    "load_pipeline": "davae.pipelines.upgrade",
+    "load_pipeline": "davae.pipelines.loading",
     "scheduled_flow_matching_loss": "davae.method.flow",
     "upgrade": "davae.pipelines.upgrade",
     "widen_transformer": "davae.backbones",

@@ -24,8 +24,7 @@ from davae.evaluation import generation, reconstruction
 from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
 from davae.method.metrics import EfficientNetLite0Features
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_base_vae
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder

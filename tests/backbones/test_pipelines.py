@@ -27,8 +27,10 @@ from davae.data.png import to_bytes
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import target_layers
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample, shared_noise
-from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.seeds import sample_generators
 from davae.training.stage_two_loss import objective_of
 from davae.training.stage_two_recipe import FinetuneRecipe

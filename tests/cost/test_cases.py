@@ -23,7 +23,7 @@ from davae.cost.cases import (
 )
 from davae.cost.geometry import META, read_geometry
 from davae.errors import SettingsError
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline
 
 pytestmark = [

@@ -19,9 +19,9 @@ from davae.evaluation.generation import (
     sample_many,
 )
 from davae.method.metrics import kid
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.pipelines.sampling import shared_noise
-from davae.pipelines.upgrade import load_pipeline, upgrade
+from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator
 from hashes import digests
 from scenes import fill_with_scenes

@@ -16,8 +16,9 @@ from davae import AutoencoderDA, AutoencoderTAEF2, assets
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.method.metrics import psnr
-from davae.pipelines.loading import load_base_vae
-from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.pipelines.loading import load_base_vae, load_pipeline
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import upgrade
 
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "taef2"
 PUBLISHED = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="TAEF2's weights are not here")

@@ -18,7 +18,8 @@ from davae.method.slim_start import fit_slim_decoder
 from davae.models.slim_decoder import slimmed
 from davae.pipelines.adapter import base_digest, save_adapter
 from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import save_pipeline, with_autoencoder
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import with_autoencoder
 from davae.run.recipe import load_recipe
 from davae.training.stage_one import AutoencoderRecipe
 

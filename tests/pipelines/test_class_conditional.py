@@ -14,7 +14,7 @@ from davae.errors import SettingsError
 from davae.pipelines.adapter import add_lora, base_digest, save_adapter
 from davae.pipelines.class_conditional import time_grid
 from davae.pipelines.inspection import describe
-from davae.pipelines.upgrade import save_pipeline
+from davae.pipelines.saving import save_pipeline
 
 LABELS = [3, 7]
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from davae import load_pipeline
 from davae.cli import main
 from davae.errors import SettingsError, StorageError
-from davae.pipelines.hub import push_folder
+from davae.pipelines.publishing import push_folder
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 NAME = "someone/tiny-da"

@@ -13,8 +13,7 @@ from PIL import Image, ImageChops
 from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.errors import CheckpointError, SettingsError
 from davae.models.slim_decoder import slimmed
-from davae.pipelines.portable import MODULE, portable_source
-from davae.pipelines.upgrade import save_pipeline
+from davae.pipelines.saving import MODULE, portable_source, save_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline, tiny_taef2
 
 WITHOUT_DAVAE = """

@@ -18,8 +18,9 @@ from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import add_lora, base_digest, load_adapter, save_adapter, target_layers
-from davae.pipelines.loading import load_autoencoder, load_base_vae
-from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import upgrade
 
 
 class OnlyParts(DiffusionPipeline):
@@ -155,7 +156,7 @@ def test_a_dit_pipeline_is_upgraded_as_well(tmp_path):
         )
         with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
             given = next(noises)
-            patch.setattr("diffusers.tiny_pipelines.dit.pipeline_dit.randn_tensor", lambda *_, given=given, **__: given)
+            patch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *_, given=given, **__: given)
             image = model(classes, num_inference_steps=3, guidance_scale=2.0, output_type="pt").images
         assert image.shape == (2, 3, *((32, 32) if name == "base" else (64, 64)))
     for name in ("upgraded", "saved"):

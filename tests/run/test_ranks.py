@@ -18,8 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from davae.errors import DataError, RankError, SettingsError
 from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.ranks import Ranks, meeting
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.stage_two import FinetuneRecipe, finetune

@@ -22,8 +22,7 @@ from davae.data.cache import TensorCache, damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
 from davae.training.fingerprints import model_digest, text_digest
 from davae.training.latents import CachedLatents, cached_latents, encode

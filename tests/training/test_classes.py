@@ -17,8 +17,9 @@ from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.method.flow import interpolate, sample_timesteps
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.seeds import rand, randn, sample_generators
 from davae.training.latents import cached_latents

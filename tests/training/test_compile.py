@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from davae.errors import SettingsError
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_two import FinetuneRecipe, finetune
 from hashes import digests

@@ -12,8 +12,9 @@ from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample
-from davae.pipelines.upgrade import load_pipeline, save_pipeline
+from davae.pipelines.saving import save_pipeline
 from davae.training.stage_two import FinetuneRecipe, finetune
 from davae.training.stage_two_loss import objective_of
 from scenes import scene

@@ -9,9 +9,10 @@ from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import read_index
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.pipelines.sampling import sample
-from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 from davae.training.stage_one import untrained as untrained_of

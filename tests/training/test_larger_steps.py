@@ -27,7 +27,7 @@ from davae.pipelines.adapter import add_lora, base_digest, save_adapter
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.sampling import sample, shared_noise
-from davae.pipelines.upgrade import save_pipeline
+from davae.pipelines.saving import save_pipeline
 from scenes import fill_with_scenes
 
 # Of diffusers' DPM solver: numpy is given a tensor.

@@ -13,7 +13,9 @@ from davae.backbones import BACKBONES, backbone_of
 from davae.data.sources import open_pictures
 from davae.method.flow import interpolate
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+from davae.pipelines.loading import load_pipeline
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator
 from davae.training.latents import cached_latents
 from davae.training.stage_two import FinetuneRecipe, finetune

@@ -15,7 +15,7 @@ from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import save_pipeline
+from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
 from davae.training.latents import cached_latents, encode
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder

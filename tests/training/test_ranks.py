@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from davae.data.png import read_png
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.training.stage_two import FinetuneRecipe, finetune

@@ -15,8 +15,8 @@ from davae.errors import CheckpointError, SettingsError
 from davae.method.flow import detail_weight, interpolate, sample_timesteps
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import base_digest, read_index
-from davae.pipelines.loading import load_autoencoder, load_base_vae
-from davae.pipelines.upgrade import load_pipeline, upgrade
+from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.run.record import alone, read_metrics
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.conditions import encode_captions

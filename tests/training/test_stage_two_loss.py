@@ -14,8 +14,8 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.method.flow import detail_weight
 from davae.pipelines.adapter import base_digest, read_index
-from davae.pipelines.loading import load_autoencoder, load_base_vae
-from davae.pipelines.upgrade import load_pipeline, upgrade
+from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators

@@ -11,8 +11,7 @@ from davae.errors import SettingsError
 from davae.method.closed_form import Code
 from davae.method.losses import detail_alignment_loss
 from davae.method.widen import PortsStart
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline
+from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, start_autoencoder, train_autoencoder
 from davae.training.stage_two import FinetuneRecipe, finetune
 

@@ -51,7 +51,7 @@ def inspect(
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter, "size": size_of(size)})
     from davae.pipelines.inspection import describe
-    from davae.pipelines.upgrade import load_pipeline
+    from davae.pipelines.loading import load_pipeline
 
     show(describe(load_pipeline(pipeline, adapter=adapter), size_of(size)))
 
@@ -69,10 +69,10 @@ def upgrade(
     if dry_run:
         given = {"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable}
         return show({**given, "push_to_hub": push_to_hub, "private": private})
-    from davae.pipelines.hub import check_name, push_folder
-    from davae.pipelines.loading import load_autoencoder
-    from davae.pipelines.publishing import upgrade_card, write_card
-    from davae.pipelines.upgrade import load_pipeline, save_pipeline, upgrade
+    from davae.pipelines.loading import load_autoencoder, load_pipeline
+    from davae.pipelines.publishing import check_name, push_folder, upgrade_card, write_card
+    from davae.pipelines.saving import save_pipeline
+    from davae.pipelines.upgrade import upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
@@ -137,7 +137,7 @@ def generate(
         return show({**read, "prompts": prompts, "out": out, **settings})
     from davae.evaluation.generation import generate
     from davae.pipelines.base_lora import load_base_lora
-    from davae.pipelines.upgrade import load_pipeline
+    from davae.pipelines.loading import load_pipeline
     from davae.run.ranks import Ranks
 
     Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all

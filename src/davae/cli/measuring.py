@@ -111,7 +111,7 @@ def evaluate(
     if dry_run:
         return show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
-    from davae.pipelines.upgrade import load_pipeline
+    from davae.pipelines.loading import load_pipeline
     from davae.run.ranks import Ranks
 
     Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all

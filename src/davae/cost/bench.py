@@ -24,7 +24,8 @@ from davae.cost.timing import (
 )
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.upgrade import load_pipeline, upgrade
+from davae.pipelines.loading import load_pipeline
+from davae.pipelines.upgrade import upgrade
 from davae.run.record import environment
 from davae.run.storage import finite, write_atomically
 from davae.training.stage_two import compile_blocks

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 import davae
 from davae import assets
 from davae.errors import SettingsError
-from davae.pipelines.upgrade import OWN_PIPELINES
+from davae.pipelines.loading import OWN_PIPELINES
 
 GEOMETRIES = {
     "sd35m": "stable-diffusion-3.5-medium",

@@ -1,7 +1,7 @@
 """Models out of their folders, whole or not at all: autoencoders, base VAEs, and whatever else diffusers saves."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffusers
@@ -11,10 +11,23 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
 
+from davae.backbones import check_parts
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_class
-from davae.pipelines.adapter import INDEX, VAE, frozen_half, read_index, tensors_digest
+from davae.pipelines.adapter import (
+    INDEX,
+    VAE,
+    base_digest,
+    check_base,
+    frozen_half,
+    load_adapter,
+    read_index,
+    tensors_digest,
+)
+from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
+from davae.pipelines.saving import ENTRY
+from davae.pipelines.upgrade import upgrade, with_parts
 from davae.run.storage import read_json
 
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -22,6 +35,84 @@ DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch
 
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 """What diffusers raises for a folder of something else, or a damaged one."""
+
+
+OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
+"""By the `_class_name` of model_index.json, which diffusers would look for in itself."""
+
+
+def load_pipeline(
+    path_or_base: str | Path,
+    *,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    fuse: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    without: str | Sequence[str] = (),
+) -> DiffusionPipeline:
+    """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
+
+    Args:
+        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
+            was saved are None again. A class-conditional pipeline must be a folder; from the Hub it loads by
+            `ClassConditionalFlowPipeline.from_pretrained`.
+        adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.pipelines.adapter`. Several are
+            applied in their order, each an upgrade of what is there by then.
+        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart, as the LoRA
+            "default": the stock call that loads another one switches it off, and `set_adapters` on.
+        dtype: of all weights; float32 if None.
+        device: where the pipeline goes; the CPU if None.
+        without: names of components, or one, that are not loaded, and None.
+
+    Raises:
+        CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
+        SettingsError: if the pipeline has no component of a name in `without`, or an adapter needs one of them.
+    """
+    folder = Path(path_or_base)
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
+    without = [without] if isinstance(without, str) else list(without)
+    wanted = dtype or torch.float32
+    # A later adapter knows its base by its weights in float32, and the first one by those in float32 or bfloat16.
+    exact = bool(adapters[1:]) or (bool(adapters) and wanted == torch.float16)
+    dtype = torch.float32 if exact else wanted
+    absent: dict[str, None] = {}
+    kind, portable = DiffusionPipeline, False
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
+        index = read_json(folder / "model_index.json")
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        if portable := index.get("vae") == ENTRY and "vae" not in without:
+            absent["vae"] = None  # its code is the folder's own: ours is used instead
+        kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+    absent |= dict.fromkeys(without)
+    dtypes = {"vae": dtype, "transformer": dtype, "default": wanted} if exact else wanted
+    settings = {**absent, DTYPE: dtypes, "use_safetensors": True}
+    try:
+        pipeline = kind.from_pretrained(str(path_or_base), **settings)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    if unknown := sorted(set(without) - pipeline.components.keys()):
+        raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")
+    if portable:
+        pipeline = with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            check_whole(module, f"{name} of {path_or_base}")
+    for place in adapters:
+        pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
+    if exact:
+        for module in (pipeline.vae, pipeline.transformer):
+            nn.Module.to(module, dtype=wanted)
+    return pipeline if device is None else pipeline.to(device)
+
+
+def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
+    check_parts(pipeline)
+    check_base(base_digest(pipeline.transformer), folder)
+    upgraded = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
+    load_adapter(upgraded.transformer, folder, fuse=fuse)
+    return upgraded
 
 
 def load_autoencoder(

@@ -1,11 +1,15 @@
-"""Model cards: what a result was made from and with, as the Hub reads it."""
+"""Model cards, and uploads of saved folders to the Hugging Face Hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
+from davae.errors import SettingsError, StorageError
+from davae.pipelines.adapter import INDEX
 from davae.run.recipe import Recipe
 from davae.run.record import environment
 from davae.run.storage import write_atomically
@@ -126,3 +130,42 @@ def write_card(folder: Path, text: str) -> None:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+MARKS = ("model_index.json", INDEX, "config.json")
+"""What a folder of a pipeline, an adapter or a model has."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that the Hub cannot have, before any work is done.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise SettingsError(f"{name!r} is no name of a repository: {error} Give OWNER/NAME") from error
+
+
+def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload a pipeline, portable or not, an adapter or a model to `name` on the Hub, and return its address.
+
+    The repository is made if there is none. huggingface_hub knows the token (`hf auth login`, or HF_TOKEN) and the
+    address (HF_ENDPOINT). A pipeline's own `push_to_hub` does as much for a plain one, and cannot know of a portable
+    folder's code or an adapter's files.
+
+    Raises:
+        SettingsError: `folder` holds none of these, or `name` is no name.
+        StorageError: the Hub cannot be reached, or refuses.
+    """
+    check_name(name)
+    if not any((folder / mark).is_file() for mark in MARKS):
+        raise SettingsError(f"{folder} holds no pipeline, adapter or model: it has none of {', '.join(MARKS)}")
+    api = HfApi()
+    try:
+        repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with davae")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise StorageError(f"{folder} was not uploaded to {name}: {error}. It is still there; push it again") from error
+    return f"{api.endpoint}/{repository}"

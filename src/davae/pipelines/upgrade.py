@@ -4,8 +4,6 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,26 +12,13 @@ from torch import nn
 
 from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
-from davae.errors import CheckpointError, SettingsError, StorageError
+from davae.errors import SettingsError
 from davae.method.widen import lost_directions
 from davae.models.autoencoder_da import DECODING, AutoencoderDA
 from davae.models.base_autoencoders import base_class, base_facts, downsample_factor
-from davae.pipelines.adapter import (
-    VAE,
-    base_digest,
-    check_base,
-    load_adapter,
-    tensors_digest,
-)
-from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
-from davae.pipelines.loading import DTYPE, LOADING_ERRORS, check_whole, load_autoencoder
-from davae.pipelines.portable import ENTRY, make_portable
-from davae.run.storage import read_json, replaced_whole
+from davae.pipelines.adapter import tensors_digest
 
 logger = logging.getLogger(__name__)
-
-OWN_PIPELINES = {"ClassConditionalFlowPipeline": ClassConditionalFlowPipeline}
-"""By the `_class_name` of model_index.json, which diffusers would look for in itself."""
 
 
 def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPipeline:
@@ -69,7 +54,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         base_channels=autoencoder.config.base_channels,
         detail_channels=autoencoder.config.detail_channels,
     )
-    upgraded = _with_parts(pipeline, vae=autoencoder, transformer=transformer)
+    upgraded = with_parts(pipeline, vae=autoencoder, transformer=transformer)
     if lost := lost_directions(transformer, backbone.ports):
         logger.warning(
             "detail_channels=%d is too many for this %s: in %d directions of each token it can never tell the noise, "
@@ -100,7 +85,7 @@ def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) ->
             "on its latents. Train the decoder alone, by decoder_only = true and the pipeline's autoencoder as a start"
         )
     nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)
-    return _with_parts(pipeline, vae=autoencoder)
+    return with_parts(pipeline, vae=autoencoder)
 
 
 def encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
@@ -117,7 +102,7 @@ def encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
     }
 
 
-def _with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
+def with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
     """A new pipeline of the same class, settings and other components: stock ones count the VAE's stages when made."""
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
     arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
@@ -125,109 +110,6 @@ def _with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPi
     if isinstance(pipeline, DiTPipeline):
         made.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
     return made
-
-
-def load_pipeline(
-    path_or_base: str | Path,
-    *,
-    adapter: str | Path | Sequence[str | Path] | None = None,
-    fuse: bool = True,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    without: str | Sequence[str] = (),
-) -> DiffusionPipeline:
-    """Load a pipeline, upgraded or not, or a base pipeline with an adapter applied to it.
-
-    Args:
-        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
-            was saved are None again. A class-conditional pipeline must be a folder; from the Hub it loads by
-            `ClassConditionalFlowPipeline.from_pretrained`.
-        adapter: an adapter folder for the base pipeline at `path_or_base`; see `davae.pipelines.adapter`. Several are
-            applied in their order, each an upgrade of what is there by then.
-        fuse: add the last adapter's LoRA to the weights, for a plain transformer; otherwise it stays apart, as the LoRA
-            "default": the stock call that loads another one switches it off, and `set_adapters` on.
-        dtype: of all weights; float32 if None.
-        device: where the pipeline goes; the CPU if None.
-        without: names of components, or one, that are not loaded, and None.
-
-    Raises:
-        CheckpointError: if something is missing or damaged, or the adapter belongs to another base.
-        SettingsError: if the pipeline has no component of a name in `without`, or an adapter needs one of them.
-    """
-    folder = Path(path_or_base)
-    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
-    without = [without] if isinstance(without, str) else list(without)
-    wanted = dtype or torch.float32
-    # A later adapter knows its base by its weights in float32, and the first one by those in float32 or bfloat16.
-    exact = bool(adapters[1:]) or (bool(adapters) and wanted == torch.float16)
-    dtype = torch.float32 if exact else wanted
-    absent: dict[str, None] = {}
-    kind, portable = DiffusionPipeline, False
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
-        index = read_json(folder / "model_index.json")
-        absent = {name: None for name, entry in index.items() if entry == [None, None]}
-        if portable := index.get("vae") == ENTRY and "vae" not in without:
-            absent["vae"] = None  # its code is the folder's own: ours is used instead
-        kind = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
-    absent |= dict.fromkeys(without)
-    dtypes = {"vae": dtype, "transformer": dtype, "default": wanted} if exact else wanted
-    settings = {**absent, DTYPE: dtypes, "use_safetensors": True}
-    try:
-        pipeline = kind.from_pretrained(str(path_or_base), **settings)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
-    if unknown := sorted(set(without) - pipeline.components.keys()):
-        raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")
-    if portable:
-        pipeline = _with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
-    for name, module in pipeline.components.items():
-        if isinstance(module, nn.Module):
-            check_whole(module, f"{name} of {path_or_base}")
-    for place in adapters:
-        pipeline = _with_adapter(pipeline, Path(place), fuse=fuse or place is not adapters[-1])
-    if exact:
-        for module in (pipeline.vae, pipeline.transformer):
-            nn.Module.to(module, dtype=wanted)
-    return pipeline if device is None else pipeline.to(device)
-
-
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool = False) -> None:
-    """`pipeline.save_pretrained(folder)`, whole or not at all; a pipeline that is there already is replaced.
-
-    With `portable` the autoencoder's code goes along, and the folder loads without davae (`make_portable`).
-
-    Raises:
-        SettingsError: `folder` holds something else than a pipeline, `pipeline` has a LoRA that is not fused, or it
-            cannot be portable.
-        StorageError: it cannot be written.
-    """
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and any(".base_layer." in tensor for tensor in part.state_dict()):
-            raise SettingsError(
-                f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
-                "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
-            )
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise SettingsError(f"{folder} exists and holds no pipeline: choose another folder, or remove it yourself")
-    with replaced_whole(folder) as partial:
-        try:
-            pipeline.save_pretrained(partial)
-        except OSError:
-            raise
-        except Exception as error:  # tokenizers raise no other class, on a full disk, too
-            raise StorageError(f"{folder} was not written: {error}. Free space, or choose another folder") from error
-        if portable:
-            make_portable(partial)
-
-
-def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
-    check_parts(pipeline)
-    check_base(base_digest(pipeline.transformer), folder)
-    upgraded = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
-    load_adapter(upgraded.transformer, folder, fuse=fuse)
-    return upgraded
 
 
 def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> None:

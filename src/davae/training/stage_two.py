@@ -27,9 +27,10 @@ from davae.pipelines.adapter import (
     save_adapter,
     target_layers,
 )
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.pipelines.publishing import model_card, write_card
-from davae.pipelines.upgrade import encoding_half, load_pipeline, save_pipeline, upgrade
+from davae.pipelines.saving import save_pipeline
+from davae.pipelines.upgrade import encoding_half, upgrade
 from davae.run import faults
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.record import read_metrics

@@ -17,8 +17,8 @@ import ldm
 from davae import AutoencoderDA
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.importing.autoencoders import imagenet_da_vae, sd3_da_vae, va_vae
-from davae.pipelines.importing.conversion import Options
 from davae.pipelines.importing.kinds import import_checkpoint
+from davae.pipelines.importing.matching import Options
 from davae.pipelines.importing.reading import Checkpoint
 
 TRUE_WIDTHS = (128, 128, 256, 256, 512)

@@ -214,8 +214,8 @@ def test_a_lightningdit_of_other_positions_or_layers_is_refused(tmp_path: Path) 
 
 def test_lightningdit_xl_has_the_papers_size() -> None:
     pytest.importorskip("davae.models.lightningdit", reason="another branch")
-    from davae.pipelines.importing.conversion import Options
-    from davae.pipelines.importing.lightning import lightningdit
+    from davae.pipelines.importing.autoencoders import lightningdit
+    from davae.pipelines.importing.matching import Options
     from davae.pipelines.importing.reading import Checkpoint
 
     with torch.device("meta"):

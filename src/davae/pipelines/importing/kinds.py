@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.importing.autoencoders import imagenet_da_vae, sd3_da_vae, va_vae
-from davae.pipelines.importing.conversion import Conversion, Options
-from davae.pipelines.importing.lightning import lightningdit
-from davae.pipelines.importing.matching import ImportReport
+from davae.pipelines.importing.autoencoders import imagenet_da_vae, lightningdit, sd3_da_vae, va_vae
+from davae.pipelines.importing.matching import Conversion, ImportReport, Options
 from davae.pipelines.importing.reading import Checkpoint, read_checkpoint, read_statistics
 from davae.pipelines.importing.stage_two import sd35_stage_two
 from davae.run.storage import replaced_whole, write_json

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -10,7 +11,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.errors import CheckpointError
-from davae.pipelines.importing.reading import DTYPES, Checkpoint
+from davae.pipelines.importing.reading import DTYPES, Checkpoint, Statistics
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,38 @@ def leave_rest(
 def name_of(tensor: Tensor) -> str:
     """Its dtype, without torch's prefix."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Beside the checkpoint; None where it was not given."""
+
+    stats: Statistics | None = None
+    """Of the latents."""
+    base: str | None = None
+    """Base pipeline, folder or Hub name."""
+    autoencoder: Path | None = None
+    """Folder of an AutoencoderDA."""
+    lora: Path | None = None
+    """A file with the LoRA tensors."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint, converted and not yet written."""
+
+    save: Callable[[Path], object]
+    """Writes it into a folder that exists."""
+    report: ImportReport
+
+
+def check_statistics(statistics: Statistics | None, channels: int, whose: str) -> None:
+    """Refuse statistics of another number of channels.
+
+    Raises:
+        CheckpointError: there are some, of another number.
+    """
+    if statistics is not None and len(statistics.mean) != channels:
+        raise CheckpointError(
+            f"the statistics are of {len(statistics.mean)} channels, and {whose} has {channels}: give its own, or none"
+        )

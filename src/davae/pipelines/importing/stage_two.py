@@ -12,11 +12,10 @@ from torch import Tensor
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter import add_lora, base_digest, save_adapter, target_layers
-from davae.pipelines.importing.conversion import Conversion, Options
-from davae.pipelines.importing.matching import ImportReport, Source, leave_rest, match, new_report
+from davae.pipelines.importing.matching import Conversion, ImportReport, Options, Source, leave_rest, match, new_report
 from davae.pipelines.importing.reading import Checkpoint, read_checkpoint
-from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.upgrade import load_pipeline, upgrade
+from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.upgrade import upgrade
 
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 """Not needed here, and the greater part of the pipeline."""

@@ -1,13 +1,16 @@
-"""Portable pipelines: folders that diffusers alone loads, because the autoencoder's code lies beside its weights."""
+"""Save a pipeline, whole or not at all; a portable one loads without davae, from code that lies beside its weights."""
 
 import json
 import re
 from importlib.resources import files
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
+from torch import nn
+
 from davae import __version__
-from davae.errors import SettingsError
-from davae.run.storage import write_json
+from davae.errors import SettingsError, StorageError
+from davae.run.storage import replaced_whole, write_json
 
 MODULE = "davae_autoencoder"
 ENTRY = [MODULE, "AutoencoderDA"]
@@ -40,6 +43,35 @@ class AutoencoderDA(AutoencoderDA):
 AutoencoderDA.__module__ = "{MODULE}"
 _SOURCE = Path(__file__).read_bytes()
 '''
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool = False) -> None:
+    """`pipeline.save_pretrained(folder)`, whole or not at all; a pipeline that is there already is replaced.
+
+    With `portable` the autoencoder's code goes along, and the folder loads without davae (`make_portable`).
+
+    Raises:
+        SettingsError: `folder` holds something else than a pipeline, `pipeline` has a LoRA that is not fused, or it
+            cannot be portable.
+        StorageError: it cannot be written.
+    """
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(".base_layer." in tensor for tensor in part.state_dict()):
+            raise SettingsError(
+                f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
+                "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
+            )
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise SettingsError(f"{folder} exists and holds no pipeline: choose another folder, or remove it yourself")
+    with replaced_whole(folder) as partial:
+        try:
+            pipeline.save_pretrained(partial)
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers raise no other class, on a full disk, too
+            raise StorageError(f"{folder} was not written: {error}. Free space, or choose another folder") from error
+        if portable:
+            make_portable(partial)
 
 
 def portable_source() -> str:
