@@ -11,7 +11,7 @@ def made(width: int = 4, seed: int = 0) -> PatchDiscriminator:
 
 
 def test_it_has_the_references_parameters_by_count_and_by_name():
-    """METHOD section 2.2: 2,765,633 parameters; keys `loss.discriminator.main.*` of its checkpoints."""
+    """2,765,633 parameters, as in the reference code; keys `loss.discriminator.main.*` of its checkpoints."""
     discriminator = made(width=64)
     assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
     convolutions, norms = [0, 2, 5, 8, 11], [3, 6, 9]

@@ -138,7 +138,7 @@ def test_eq_13_of_the_velocity_in_numpy(weight):
 @pytest.mark.parametrize("gamma", [None, 0.5, 5.0])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_latents_objective_in_numpy(weight, gamma):
-    """METHOD 5.6: x0^ = x_sigma - sigma v^, target z, each sample's error times min((1 - sigma) / sigma, gamma)."""
+    """docs/method.md 2.6: x0^ = x_sigma - sigma v^, target z, errors times min((1 - sigma) / sigma, gamma)."""
     clean, noise, velocity, sigma = numpy_pair()
     z, e, v, s = tensors(clean, noise, velocity, sigma)
     wide = sigma[:, None, None, None]
@@ -169,7 +169,7 @@ def test_the_true_velocity_gives_the_latents_back():
 
 
 def test_the_cosine_term_in_numpy():
-    """METHOD 5.5: the mean over positions of 1 - cos over the channel axis, all channels."""
+    """docs/method.md 2.7: the mean over positions of 1 - cos over the channel axis, all channels."""
     clean, noise, velocity, _ = numpy_pair()
     target = noise - clean
     lengths = np.sqrt((velocity**2).sum(1)) * np.sqrt((target**2).sum(1))

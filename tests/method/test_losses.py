@@ -127,7 +127,7 @@ def test_hinge_losses_of_half_precision_are_summed_in_float32():
 
 
 def test_adaptive_weight_is_the_clamped_ratio_of_norms():
-    """METHOD sections 3 and 4: clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached."""
+    """docs/method.md 2.3: clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached."""
     reference, own = normal(3, 4, 2, 2).requires_grad_(), 0.01 * normal(3, 4, 2, 2, seed=1)
     ratio = np.sqrt((reference.detach().numpy() ** 2).sum()) / (np.sqrt((own.numpy() ** 2).sum()) + 1e-4)
     found = adaptive_weight(reference, own, 1e4)

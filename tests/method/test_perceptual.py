@@ -193,7 +193,7 @@ def test_smallest_picture_and_one_pixel_less(alex):
 @pytest.mark.parametrize(
     ("side", "patch", "stride", "expected"),
     [
-        (1024, 256, 128, [0, 128, 256, 384, 512, 640, 768]),  # METHOD section 4: 7 x 7 of them
+        (1024, 256, 128, [0, 128, 256, 384, 512, 640, 768]),  # docs/method.md 4: 7 x 7 of them
         (1000, 256, 128, [0, 128, 256, 384, 512, 640, 744]),
         (257, 256, 128, [0, 1]),
         (256, 256, 128, [0]),

@@ -3,7 +3,7 @@
 The pretrained autoencoder already knows how to encode the full picture: its full-size latents, unshuffled onto the
 base grid, are s^2 C channels (s the resolution factor). The base latents predict part of them; the rest is projected on
 the D directions that cost the decoder most pixels. Encoder and decoder maps are the 1x1 shortcuts of `AutoencoderDA`
-(METHOD section 10).
+(docs/method.md 5).
 """
 
 from typing import Literal, NamedTuple
@@ -65,7 +65,7 @@ def fit_closed_form(
     With Zb the base latents and Zf the unshuffled latents of the full picture (both in units):
     Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
     U = the first k eigenvectors of W E[R R^T] W. The code is linear in U^T W Zf (and in Zb, see `Code`); the decoder
-    reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (U^T W Zf). All of it in float64 (METHOD section 10).
+    reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (U^T W Zf). All of it in float64 (docs/method.md 5).
 
     Args:
         autoencoder: from `AutoencoderDA.from_base(..., linear_blocks=True)`; changed in place.

@@ -107,7 +107,7 @@ def adaptive_weight(
 ) -> Float[Tensor, ""]:
     """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that gives a loss the gradient norm of another.
 
-    VQGAN's rule (arXiv 2012.09841, Eq. 7), in both of the places where the reference has it (METHOD sections 3 and 4):
+    VQGAN's rule (arXiv 2012.09841, Eq. 7), in both of the places where the reference has it (docs/method.md 2.3):
 
     - the adversarial loss: gradients at the weight of the decoder's last convolution, maximum 1e4;
     - the alignment loss: gradients at the weight of the 3x3 convolution in the detail encoder's last block, not at the

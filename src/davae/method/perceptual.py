@@ -131,7 +131,7 @@ class LPIPS(nn.Module):
 
 
 def patch_starts(side: int, patch: int, stride: int) -> list[int]:
-    """Where patches begin along a side, in px: every `stride`, and one flush with the end (METHOD section 4).
+    """Where patches begin along a side, in px: every `stride`, and one flush with the end (docs/method.md 4).
 
     A side of 1024 has 7 patches of 256 at a stride of 128; one of 1000 has 7, too, the last one from 744 on.
     """
@@ -144,7 +144,7 @@ def patchwise_lpips(
     """The mean of LPIPS over a grid of overlapping square patches, for pictures larger than LPIPS was made for.
 
     LPIPS's weights were trained on patches of 64 px, and its networks on pictures of 224 px; the SD3 set-up of the
-    paper has patches of 256 px at a stride of 128, which for 1024 px are 7 x 7 (METHOD section 4). Every patch weighs
+    paper has patches of 256 px at a stride of 128, which for 1024 px are 7 x 7 (docs/method.md 4). Every patch weighs
     the same, so positions under more patches weigh more.
 
     Args:

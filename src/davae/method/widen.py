@@ -199,7 +199,7 @@ def start_ports(
     start: PortsStart,
     generator: torch.Generator,
 ) -> None:
-    """Start the new half of both ports of a widened transformer otherwise than at zero; for comparisons (METHOD 5.1).
+    """Start the new half of a widened transformer's ports otherwise than at zero, to compare (docs/method.md 9).
 
     With r = D / C detail channels to each base channel, and consecutive channels in a group:
 

@@ -66,8 +66,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         base_config: the config of the base autoencoder; it may hold diffusers' `latents_mean` and `latents_std`, C
             numbers each, or None. An AutoencoderDA can be the base of another: its C + D latents, standardised, are
             then the base latents.
-        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own ("full" in METHOD
-            2.2): then there is no base encoder, no base half and no alignment.
+        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own ("full" in the
+            reference code): then there is no base encoder, no base half and no alignment.
         detail_channels: D, a multiple of the base's latent channels.
         latent_channels: C + D; img2img pipelines read it.
         block_out_channels: the base's, with one entry more for s = 2, two for s = 4; stock pipelines count it to find

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DetailDownsample(nn.Module):
-    """Space-to-channel block at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (METHOD 2.1).
+    """Space-to-channel block at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (docs/method.md 2.1).
 
     A 3x3 convolution and a pixel unshuffle by s = `factor`, beside a shortcut that unshuffles and averages groups of
     consecutive channels; where s^2 Ci is no multiple of Co the shortcut is a 1x1 convolution that starts at zero,
@@ -45,7 +45,7 @@ class DetailDownsample(nn.Module):
 
 
 class DetailUpsample(nn.Module):
-    """Channel-to-space block before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (METHOD 2.1).
+    """Channel-to-space block before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (docs/method.md 2.1).
 
     A 3x3 convolution and a pixel shuffle by s = `factor`, beside a shortcut that repeats each channel s^2 Co / Ci times
     and shuffles. With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
