@@ -27,7 +27,7 @@ from davae.evaluation import generation, reconstruction
 from davae.method.losses import gradient_l1, reconstruction_l1
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_base_vae, load_pipeline
-from davae.pipelines.sampling import shared_noise
+from davae.pipelines.sampling import draw_shared_noise
 from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json
@@ -150,7 +150,7 @@ def base_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], path: P
     rows = []
     for start in track(range(0, len(prompts), 16), "base latents"):
         batch = prompts[start : start + 16]
-        noise = shared_noise(pipeline, range(start, start + len(batch)), seed=0, height=side, width=side)
+        noise = draw_shared_noise(pipeline, range(start, start + len(batch)), seed=0, height=side, width=side)
         made = pipeline(
             batch, num_inference_steps=20, guidance_scale=2.5, latents=noise, max_sequence_length=demo.PROMPT_TOKENS,
             output_type="latent",

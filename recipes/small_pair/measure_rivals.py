@@ -26,7 +26,7 @@ from davae.cost.cases import Case, runs_of
 from davae.cost.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
-from davae.pipelines.adapter import target_layers
+from davae.pipelines.adapter import find_target_layers
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.pipelines.upgrade import with_autoencoder
 from davae.run.record import environment, read_metrics
@@ -48,7 +48,7 @@ def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> di
     once. The native run trains all of it, text encoders included.
     """
     upgraded.transformer.train().requires_grad_(False)
-    layers = target_layers(upgraded.transformer, demo.SMALL_PAIR_TARGETS)
+    layers = find_target_layers(upgraded.transformer, demo.SMALL_PAIR_TARGETS)
     for name in (*layers, sd3.PORTS.input, sd3.PORTS.output):
         upgraded.transformer.get_submodule(name).requires_grad_(True)
     parts = (native.transformer, native.text_encoder, native.text_encoder_2, native.text_encoder_3)

@@ -26,9 +26,9 @@ from davae.backbones.sana import instruction
 from davae.data.png import to_bytes
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import target_layers
+from davae.pipelines.adapter import find_target_layers
 from davae.pipelines.loading import load_pipeline
-from davae.pipelines.sampling import sample, shared_noise
+from davae.pipelines.sampling import draw_shared_noise, sample
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import sample_generators
@@ -190,7 +190,7 @@ def test_the_prediction_in_training_is_what_the_stock_pipeline_computes(upgraded
     backbone, transformer = backbone_of(upgraded.transformer), upgraded.transformer
     given = recorded(monkeypatch, upgraded.scheduler, "step")
     made(upgraded, size, seed=2)
-    start = shared_noise(upgraded, [0, 1], seed=2, height=8, width=8 if size == 64 else 12)
+    start = draw_shared_noise(upgraded, [0, 1], seed=2, height=8, width=8 if size == 64 else 12)
     if backbone.classes:
         draws = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
         start = torch.cat([torch.randn(1, 2 * C, 8, 8, generator=draw) for draw in draws])
@@ -368,7 +368,7 @@ def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     targets = backbone_of(upgraded.transformer).lora_targets
     if not targets:
         pytest.skip("has none")
-    assert len(target_layers(upgraded.transformer, targets)) >= len(targets)
+    assert len(find_target_layers(upgraded.transformer, targets)) >= len(targets)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from davae.evaluation.generation import (
 )
 from davae.method.metrics import kid
 from davae.pipelines.loading import load_autoencoder, load_pipeline
-from davae.pipelines.sampling import shared_noise
+from davae.pipelines.sampling import draw_shared_noise
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator
 from hashes import digests
@@ -48,19 +48,19 @@ def upgraded(base: DiffusionPipeline, autoencoder_folder: Path) -> DiffusionPipe
 
 
 def test_base_and_upgraded_pipelines_share_the_noise_of_the_base_channels(base, upgraded) -> None:
-    first, second = (shared_noise(pipeline, [5, 7], seed=3, height=8, width=8) for pipeline in (base, upgraded))
+    first, second = (draw_shared_noise(pipeline, [5, 7], seed=3, height=8, width=8) for pipeline in (base, upgraded))
     assert (first.shape, second.shape) == ((2, 4, 8, 8), (2, 12, 8, 8))
     assert torch.equal(second[:, :4], first)
     assert not torch.equal(second[:, 4:8], first)
 
 
 def test_noise_is_keyed_by_seed_and_index_not_by_the_place_in_the_batch(upgraded) -> None:
-    together = shared_noise(upgraded, range(4), seed=3, height=8, width=8)
+    together = draw_shared_noise(upgraded, range(4), seed=3, height=8, width=8)
     for index in range(4):
-        assert torch.equal(shared_noise(upgraded, [index], seed=3, height=8, width=8)[0], together[index])
+        assert torch.equal(draw_shared_noise(upgraded, [index], seed=3, height=8, width=8)[0], together[index])
     assert len({row.sum().item() for row in together}) == 4
-    assert not torch.equal(shared_noise(upgraded, range(4), seed=4, height=8, width=8), together)
-    large = shared_noise(upgraded, range(64), seed=3, height=8, width=8)
+    assert not torch.equal(draw_shared_noise(upgraded, range(4), seed=4, height=8, width=8), together)
+    large = draw_shared_noise(upgraded, range(64), seed=3, height=8, width=8)
     assert large.mean().item() == pytest.approx(0, abs=0.02)
     assert large.std().item() == pytest.approx(1, abs=0.02)
 
@@ -87,7 +87,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(upgraded) -> None:
 def test_a_warm_started_upgrade_follows_the_base_on_the_base_channels(base, upgraded) -> None:
     latents = []
     for pipeline, side in ((base, 32), (upgraded, 64)):
-        noise = shared_noise(pipeline, [0], seed=2, height=8, width=8)
+        noise = draw_shared_noise(pipeline, [0], seed=2, height=8, width=8)
         settings = {"num_inference_steps": 2, "max_sequence_length": 8, "output_type": "latent"}
         latents.append(pipeline("red ball", height=side, width=side, latents=noise, **settings).images)
     torch.testing.assert_close(latents[1][:, :4], latents[0], atol=1e-5, rtol=0)

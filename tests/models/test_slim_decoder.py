@@ -16,7 +16,7 @@ from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
 from davae.method.slim_start import fit_slim_decoder
 from davae.models.slim_decoder import slimmed
-from davae.pipelines.adapter import base_digest, save_adapter
+from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import with_autoencoder
@@ -237,7 +237,7 @@ def test_a_finished_transformer_gets_a_slim_decoder(finished, tmp_path: Path) ->
     assert made.shape == picture(full).shape
     assert not torch.equal(made, picture(full))
     save_pipeline(slim, tmp_path / "pipeline")
-    save_adapter(tmp_path / "adapter", slim, base="tiny", base_sha256=base_digest(base.transformer))
+    save_adapter(tmp_path / "adapter", slim, base="tiny", base_sha256=digest_base(base.transformer))
     base.save_pretrained(tmp_path / "base")
     assert torch.equal(picture(load_pipeline(tmp_path / "pipeline")), made)
     loaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 import tiny
 from davae import AutoencoderDA, ClassConditionalFlowPipeline, load_pipeline, upgrade
 from davae.errors import SettingsError
-from davae.pipelines.adapter import add_lora, base_digest, save_adapter
-from davae.pipelines.class_conditional import time_grid
+from davae.pipelines.adapter import add_lora, digest_base, save_adapter
+from davae.pipelines.class_conditional import make_time_grid
 from davae.pipelines.inspection import describe
 from davae.pipelines.saving import save_pipeline
 
@@ -64,10 +64,10 @@ def euler(transformer, latents, times, guidance, interval=(0.0, 1.0)):
 
 
 def test_the_grid_is_the_references():
-    assert np.allclose(time_grid(249, 0.3), reference_grid(250, 0.3), rtol=1e-12)
-    assert np.allclose(time_grid(10, 1.0), np.linspace(0, 1, 11), rtol=1e-12)
-    assert (time_grid(7, 0.3)[0], time_grid(7, 0.3)[-1]) == (0, 1)
-    assert time_grid(10, 0.3)[5] < 0.5  # a shift below 1 spends more steps near the noise
+    assert np.allclose(make_time_grid(249, 0.3), reference_grid(250, 0.3), rtol=1e-12)
+    assert np.allclose(make_time_grid(10, 1.0), np.linspace(0, 1, 11), rtol=1e-12)
+    assert (make_time_grid(7, 0.3)[0], make_time_grid(7, 0.3)[-1]) == (0, 1)
+    assert make_time_grid(10, 0.3)[5] < 0.5  # a shift below 1 spends more steps near the noise
 
 
 def test_by_default_the_stock_scheduler_steps_over_the_references_grid(pipeline):
@@ -204,7 +204,7 @@ def test_an_adapter_with_lora_is_loaded_and_fused(pipeline, tmp_path):
     """LoRA is no part of the reference's recipe here, but has to work where it is asked for."""
     save_pipeline(pipeline, tmp_path / "base")
     upgraded = upgrade(pipeline, AutoencoderDA.from_base(pipeline.vae, detail_channels=4).eval())
-    digest = base_digest(pipeline.transformer)
+    digest = digest_base(pipeline.transformer)
     trainable = add_lora(upgraded.transformer, 2, 2.0, ["attn.qkv", "attn.proj", "mlp.w3"])
     assert not upgraded.transformer.pos_embed.requires_grad
     with torch.no_grad():

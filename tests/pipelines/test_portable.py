@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.errors import CheckpointError, SettingsError
 from davae.models.slim_decoder import slimmed
-from davae.pipelines.saving import MODULE, portable_source, save_pipeline
+from davae.pipelines.saving import MODULE, make_portable_source, save_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline, tiny_taef2
 
 WITHOUT_DAVAE = """
@@ -58,7 +58,7 @@ def test_it_loads_without_davae_and_what_is_saved_from_there_does_again(tmp_path
         with Image.open(tmp_path / f"{name}.png") as made:
             assert same(made, picture(pipeline))
     codes = {(tmp_path / name / "vae" / f"{MODULE}.py").read_text() for name in ("first", "second", "third")}
-    assert codes == {portable_source()}
+    assert codes == {make_portable_source()}
 
 
 def test_an_upgrade_of_an_upgrade_loads_without_davae(tmp_path: Path, monkeypatch) -> None:
@@ -93,7 +93,7 @@ def test_davae_loads_it_with_its_own_code(tmp_path: Path) -> None:
 
 
 def test_the_file_imports_nothing_of_davae_and_knows_every_base() -> None:
-    tree = ast.parse(portable_source())
+    tree = ast.parse(make_portable_source())
     imported = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name for name in imported if name.split(".")[0] == "davae"}
     space = {"__name__": "somewhere", "__file__": __file__}

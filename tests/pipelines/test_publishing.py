@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from davae import assets
-from davae.pipelines.publishing import licence_of, model_card, write_card
+from davae.pipelines.publishing import make_model_card, read_licence, write_card
 from davae.training.stage_two import FinetuneRecipe, write_cards
 
 FACTS = {
@@ -26,7 +26,7 @@ def card_in(base: Path, licence: str | None) -> None:
 def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> None:
     card_in(tmp_path / "kite-base", "openrail++")
     recipe = FinetuneRecipe(base=str(tmp_path / "kite-base"), pictures=str(tmp_path / "kites"), lora_rank=7)
-    write_card(tmp_path, model_card(recipe, base=recipe.base, **FACTS))
+    write_card(tmp_path, make_model_card(recipe, base=recipe.base, **FACTS))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "openrail++"
     assert card.data.library_name == "diffusers"
@@ -45,7 +45,7 @@ def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> N
 
 
 def test_a_base_on_the_hub_is_named_and_its_licence_left_to_it() -> None:
-    card = ModelCard(model_card(FinetuneRecipe(base="someone/kites"), base="someone/kites", **FACTS))
+    card = ModelCard(make_model_card(FinetuneRecipe(base="someone/kites"), base="someone/kites", **FACTS))
     assert card.data.base_model == "someone/kites"
     assert card.data.license is None
     assert "Licence: that of the base model" in card.text
@@ -56,11 +56,11 @@ def test_a_base_on_the_hub_is_named_and_its_licence_left_to_it() -> None:
 def test_the_licence_is_that_of_the_bases_card(made: str | None, licence: str | None, tmp_path: Path) -> None:
     if made is not None:
         card_in(tmp_path / "base", licence)
-    assert licence_of(tmp_path / "base") == licence
+    assert read_licence(tmp_path / "base") == licence
 
 
 def test_the_shipped_base_says_its_licence() -> None:
-    assert licence_of(assets.base_pipeline()) == "apache-2.0"
+    assert read_licence(assets.base_pipeline()) == "apache-2.0"
 
 
 def test_each_result_gets_its_own_card(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import add_lora, base_digest, load_adapter, save_adapter, target_layers
+from davae.pipelines.adapter import add_lora, digest_base, find_target_layers, load_adapter, save_adapter
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
@@ -236,7 +236,7 @@ def trained(base, autoencoder, tmp_path):
     base.save_pretrained(tmp_path / "base")
     pipeline = upgrade(base, autoencoder)
     disturb(add_lora(pipeline.transformer, 4, 8.0, TARGETS))
-    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", base_sha256=base_digest(base.transformer))
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", base_sha256=digest_base(base.transformer))
     return tmp_path, generate(pipeline)
 
 
@@ -294,7 +294,7 @@ def test_an_adapter_of_the_ports_alone_is_exact(base, autoencoder, tmp_path):
     base.save_pretrained(tmp_path / "base")
     pipeline = upgrade(base, autoencoder)
     disturb([*pipeline.transformer.pos_embed.proj.parameters(), *pipeline.transformer.proj_out.parameters()])
-    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", base_sha256=base_digest(base.transformer))
+    save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", base_sha256=digest_base(base.transformer))
     reloaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")
     assert np.array_equal(generate(reloaded), generate(pipeline))
 
@@ -304,9 +304,9 @@ def trained_layers(base, autoencoder, tmp_path):
     """A saved base, an adapter of trained layers and ports for it, and the pipeline that these belong to."""
     base.save_pretrained(tmp_path / "base")
     pipeline = upgrade(base, autoencoder)
-    digest = base_digest(pipeline.transformer)
+    digest = digest_base(pipeline.transformer)
     transformer = pipeline.transformer
-    for layer in (*target_layers(transformer, ["to_q", "ff.net.2"]).values(), transformer.proj_out):
+    for layer in (*find_target_layers(transformer, ["to_q", "ff.net.2"]).values(), transformer.proj_out):
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
         disturb([layer.weight])
     save_adapter(tmp_path / "adapter", pipeline, base="tiny/base", layers=["to_q", "ff.net.2"], base_sha256=digest)

@@ -23,10 +23,10 @@ from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
 from davae.method.closed_form import fit_closed_form
 from davae.models.autoencoder_da import DetailDownsample, DetailUpsample
 from davae.models.base_autoencoders import base_facts, decode_base
-from davae.pipelines.adapter import add_lora, base_digest, save_adapter
+from davae.pipelines.adapter import add_lora, digest_base, save_adapter
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_autoencoder
-from davae.pipelines.sampling import sample, shared_noise
+from davae.pipelines.sampling import draw_shared_noise, sample
 from davae.pipelines.saving import save_pipeline
 from scenes import fill_with_scenes
 
@@ -322,7 +322,7 @@ def test_an_upgrade_of_an_upgrade_shares_all_of_its_noise() -> None:
     base = pipeline_of("sd3")
     twice = by_two_twice(base)
     noise = [
-        shared_noise(pipeline, [3], seed=0, height=4, width=4)
+        draw_shared_noise(pipeline, [3], seed=0, height=4, width=4)
         for pipeline in (base, upgrade(base, once(base.vae)), twice)
     ]
     for less, more in pairwise(noise):
@@ -388,7 +388,7 @@ def test_oblong_pictures_of_it_are_evaluated(widened, tmp_path: Path) -> None:
 def trained(base: DiffusionPipeline, autoencoder: AutoencoderDA, folder: Path, *, seed: int) -> DiffusionPipeline:
     """Stands for stage 2 with LoRA: the adapter in `folder`, and the pipeline with LoRA fused."""
     pipeline = tiny_pipelines.quiet(upgrade(base, autoencoder))
-    digest = base_digest(pipeline.transformer)
+    digest = digest_base(pipeline.transformer)
     random = torch.Generator().manual_seed(seed)
     for parameter in add_lora(pipeline.transformer, 2, 2.0, ["to_q", "to_v"], seed=seed):
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))

@@ -14,7 +14,7 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.method.flow import detail_weight, interpolate, sample_timesteps
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import base_digest, read_index
+from davae.pipelines.adapter import digest_base, read_index
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import alone, read_metrics
@@ -254,7 +254,7 @@ def test_with_lora_nothing_but_its_layers_and_the_ports_differs_from_the_base(lo
     assert {f"{layer}.lora_{half}.weight" for layer in changed for half in "AB"} == factors.keys()
     assert all(layer.endswith(backbone.lora_targets) for layer in changed)
     # The adapter's digest is of the live transformer after training, without LoRA and ports.
-    assert read_index(folder / "adapter").base_sha256 == base_digest(base)
+    assert read_index(folder / "adapter").base_sha256 == digest_base(base)
 
 
 def test_with_lora_a_checkpoint_holds_what_is_trained_and_no_more(lora: Run) -> None:
@@ -276,7 +276,7 @@ def test_only_the_layers_named_and_the_ports_are_trained(layers: Run) -> None:
     assert changed == ports | targets
     saved = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "transformer.safetensors")
     assert saved.keys() == changed | {"pos_embed.pos_embed"}
-    assert read_index(folder / "adapter").base_sha256 == base_digest(start)
+    assert read_index(folder / "adapter").base_sha256 == digest_base(start)
 
 
 @pytest.mark.parametrize("made", ["lora", "layers"])

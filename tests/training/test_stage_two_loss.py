@@ -13,7 +13,7 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.method.flow import detail_weight
-from davae.pipelines.adapter import base_digest, read_index
+from davae.pipelines.adapter import digest_base, read_index
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.recipe import load_recipe
@@ -114,7 +114,7 @@ def test_with_ports_alone_nothing_else_changes(ports) -> None:
     saved = load_file(folder / "checkpoints" / "step-00000004" / "ema.safetensors")
     assert saved.keys() == {f"transformer.{name}" for name in names}
     index = read_index(folder / "adapter")
-    assert (index.lora, index.layers, index.base_sha256) == (None, (), base_digest(start))
+    assert (index.lora, index.layers, index.base_sha256) == (None, (), digest_base(start))
     adapted = load_pipeline(recipe.base, adapter=folder / "adapter").transformer.state_dict()
     assert all(torch.equal(adapted[name], tensor) for name, tensor in end.items())
 

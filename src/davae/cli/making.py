@@ -70,18 +70,18 @@ def upgrade(
         given = {"pipeline": pipeline, "autoencoder": autoencoder, "out": out, "portable": portable}
         return show({**given, "push_to_hub": push_to_hub, "private": private})
     from davae.pipelines.loading import load_autoencoder, load_pipeline
-    from davae.pipelines.publishing import check_name, push_folder, upgrade_card, write_card
+    from davae.pipelines.publishing import check_repository_name, make_upgrade_card, push_folder, write_card
     from davae.pipelines.saving import save_pipeline
     from davae.pipelines.upgrade import upgrade
 
     if any(Path(read).resolve().is_relative_to(out.resolve()) for read in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
     if push_to_hub is not None:
-        check_name(push_to_hub)
+        check_repository_name(push_to_hub)
     base = load_pipeline(pipeline)
     upgraded = upgrade(base, load_autoencoder(autoencoder, base=base.vae))
     save_pipeline(upgraded, out, portable=portable)
-    write_card(out, upgrade_card(pipeline, portable=portable))
+    write_card(out, make_upgrade_card(pipeline, portable=portable))
     say(out)
     if push_to_hub is not None:
         say(push_folder(out, push_to_hub, private=private))

@@ -16,7 +16,7 @@ from davae.errors import SettingsError
 from davae.method.widen import patch_side
 from davae.models.base_autoencoders import downsample_factor
 from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
-from davae.pipelines.sampling import shared_noise
+from davae.pipelines.sampling import draw_shared_noise
 from davae.seeds import generator
 
 PARTS = ("text", "step", "decode", "to-cpu", "whole")
@@ -157,7 +157,7 @@ def _whole(case: Case) -> object:
         if isinstance(case.pipeline, ClassConditionalFlowPipeline):
             settings |= {"height": case.size, "width": case.size, "guidance_interval": (0.0, 1.0)}
         return case.pipeline([0] * case.batch, **settings)
-    noise = shared_noise(
+    noise = draw_shared_noise(
         case.pipeline, range(case.batch), seed=case.seed, height=case.latent_side, width=case.latent_side
     )
     noise = noise.to(case.pipeline.device, case.pipeline.transformer.dtype)

@@ -24,7 +24,7 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.report import Pictures, Report, Section, Table, write_page
 from davae.method.metrics import EfficientNetLite0Features, kid
-from davae.pipelines.adapter import tensors_digest
+from davae.pipelines.adapter import digest_tensors
 from davae.pipelines.sampling import sample
 from davae.run.ranks import Ranks
 from davae.run.record import environment
@@ -183,7 +183,7 @@ def evaluate(
 
 def _weights_digest(pipeline: DiffusionPipeline) -> str:
     models = [component for _, component in sorted(pipeline.components.items()) if isinstance(component, nn.Module)]
-    return _origin([*(tensors_digest(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
+    return _origin([*(digest_tensors(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
 
 
 def _origin(facts: list[Any]) -> str:

@@ -61,9 +61,9 @@ class AdapterIndex(BaseModel):
     base: str
     """Name or path of the base pipeline, for people."""
     base_sha256: str
-    """`base_digest` of the base transformer, for the check."""
+    """`digest_base` of the base transformer, for the check."""
     base_encoder_sha256: str | None = None
-    """`tensors_digest` of the base autoencoder's `frozen_half`, which `vae/` leaves out; None in version 1."""
+    """`digest_tensors` of the base autoencoder's `select_frozen_half`, which `vae/` leaves out; None in version 1."""
     transformer: str
     """Class name of the transformer."""
     base_channels: int
@@ -81,7 +81,7 @@ class AdapterIndex(BaseModel):
         return self.layers + (self.lora.targets if self.lora else ())
 
 
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values, these in bfloat16: the same for weights loaded in float32 and bfloat16.
 
     In float16, too, if float16 can hold them: others are rounded twice.
@@ -93,7 +93,7 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def frozen_half(vae: nn.Module) -> dict[str, Tensor]:
+def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
     """The tensors that an AutoencoderDA has from its base autoencoder `vae` and keeps frozen, under its own names."""
     return {
         f"{ours}.{name}": tensor
@@ -103,13 +103,13 @@ def frozen_half(vae: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def base_digest(transformer: ModelMixin) -> str:
-    """`tensors_digest` of everything but the two latent ports, which an adapter replaces.
+def digest_base(transformer: ModelMixin) -> str:
+    """`digest_tensors` of everything but the two latent ports, which an adapter replaces.
 
     So a base transformer and its widened form have the same.
     """
     ports = backbone_of(transformer).ports
-    return tensors_digest(
+    return digest_tensors(
         {
             name: tensor
             for name, tensor in transformer.state_dict().items()
@@ -118,7 +118,7 @@ def base_digest(transformer: ModelMixin) -> str:
     )
 
 
-def target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers whose dotted names end in one of `targets`, by name.
 
     Raises:
@@ -164,7 +164,7 @@ def add_lora(
             f'a {type(transformer).__name__} has no LoRA in diffusers: train the layers themselves, trained="layers", '
             '"full" or "ports"'
         )
-    target_layers(transformer, targets)
+    find_target_layers(transformer, targets)
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -189,8 +189,8 @@ def save_adapter(
         pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained `layers` and
             ports; or with trained ports only.
         base: name or path of the base pipeline, kept for people to read.
-        base_sha256: `base_digest` of its transformer, from before the training.
-        layers: ends of the names of layers whose weights were trained themselves, as `target_layers` takes them.
+        base_sha256: `digest_base` of its transformer, from before the training.
+        layers: ends of the names of layers whose weights were trained themselves, as `find_target_layers` takes them.
 
     Raises:
         SettingsError: if `folder` holds something else than an adapter.
@@ -202,7 +202,7 @@ def save_adapter(
     index = AdapterIndex(
         base=base,
         base_sha256=base_sha256,
-        base_encoder_sha256=tensors_digest(
+        base_encoder_sha256=digest_tensors(
             {name: tensor for name, tensor in pipeline.vae.state_dict().items() if _is_frozen(name)}
         ),
         transformer=type(transformer).__name__,
@@ -250,7 +250,7 @@ def read_index(folder: Path) -> AdapterIndex:
 
 
 def check_base(digest: str, folder: Path) -> None:
-    """Refuse the adapter in `folder` unless it was trained on the transformer with this `base_digest`.
+    """Refuse the adapter in `folder` unless it was trained on the transformer with this `digest_base`.
 
     Raises:
         CheckpointError: if there is no adapter, or another base's.
@@ -280,7 +280,7 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     transformer.load_state_dict(_read_tensors(folder / PORTS, like=here), strict=False)
     if index.layers:
         weights = _read_tensors(folder / LAYERS, like=_weights_of(transformer, index.layers))
-        for name, layer in target_layers(transformer, index.layers).items():
+        for name, layer in find_target_layers(transformer, index.layers).items():
             # Not copied into place: the base may share the old one.
             weight = weights[f"{name}.weight"].to(layer.weight)
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
@@ -311,7 +311,7 @@ def _of_layers(tensors: dict[str, Tensor], *layers: str) -> dict[str, Tensor]:
 
 
 def _weights_of(transformer: ModelMixin, layers: Sequence[str]) -> dict[str, Tensor]:
-    return {f"{name}.weight": layer.weight.detach() for name, layer in target_layers(transformer, layers).items()}
+    return {f"{name}.weight": layer.weight.detach() for name, layer in find_target_layers(transformer, layers).items()}
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from davae.models.lightningdit import LightningDiT2DModel
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
-def time_grid(steps: int, shift: float) -> list[float]:
+def make_time_grid(steps: int, shift: float) -> list[float]:
     """LightningDiT's times t' from 0, noise, to 1, data: `steps` + 1 of them, in float64.
 
     t' = s t / (1 + (s - 1) t) of evenly spaced t, s the shift: below 1 there are more steps near the noise. The
@@ -77,7 +77,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
             guidance_scale: g of null + g (class - null), on all channels; at 1 the null half is not computed.
             guidance_interval: first and last t' (0 = noise, 1 = data) with guidance; outside of them the class's
                 velocity is taken as it is, and the null half is not computed.
-            timestep_shift: s of t' = s t / (1 + (s - 1) t); see `time_grid`.
+            timestep_shift: s of t' = s t / (1 + (s - 1) t); see `make_time_grid`.
             height: in pixels; the transformer's positions are fixed, so only the default is allowed.
             width: as `height`.
             generator: of the noise.
@@ -90,7 +90,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         """
         self._check(height, width, output_type)
         condition = lightningdit.condition(self, class_labels)["class_labels"].to(self._execution_device)
-        times = time_grid(num_inference_steps, timestep_shift)
+        times = make_time_grid(num_inference_steps, timestep_shift)
         if latents is None:
             size = self.transformer.config.sample_size
             shape = (len(condition), self.transformer.config.in_channels, size, size)

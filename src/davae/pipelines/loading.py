@@ -18,16 +18,16 @@ from davae.models.base_autoencoders import base_class
 from davae.pipelines.adapter import (
     INDEX,
     VAE,
-    base_digest,
     check_base,
-    frozen_half,
+    digest_base,
+    digest_tensors,
     load_adapter,
     read_index,
-    tensors_digest,
+    select_frozen_half,
 )
 from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
 from davae.pipelines.saving import ENTRY
-from davae.pipelines.upgrade import upgrade, with_parts
+from davae.pipelines.upgrade import replace_parts, upgrade
 from davae.run.storage import read_json
 
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -95,7 +95,7 @@ def load_pipeline(
     if unknown := sorted(set(without) - pipeline.components.keys()):
         raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")
     if portable:
-        pipeline = with_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
+        pipeline = replace_parts(pipeline, vae=load_autoencoder(folder / VAE, dtype=dtype))
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             check_whole(module, f"{name} of {path_or_base}")
@@ -109,7 +109,7 @@ def load_pipeline(
 
 def _with_adapter(pipeline: DiffusionPipeline, folder: Path, *, fuse: bool) -> DiffusionPipeline:
     check_parts(pipeline)
-    check_base(base_digest(pipeline.transformer), folder)
+    check_base(digest_base(pipeline.transformer), folder)
     upgraded = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
     load_adapter(upgraded.transformer, folder, fuse=fuse)
     return upgraded
@@ -219,8 +219,8 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
 def _half_of(base: nn.Module | None, folder: Path, digest: str) -> dict[str, torch.Tensor]:
     if base is None:
         raise SettingsError(f"{folder} is an adapter, whose autoencoder is half the base pipeline's: give that, too")
-    half = frozen_half(base)
-    if (found := tensors_digest(half)) != digest:
+    half = select_frozen_half(base)
+    if (found := digest_tensors(half)) != digest:
         raise CheckpointError(
             f"the autoencoder of {folder} was made from another base than this one: from an encoder with SHA-256 "
             f"{digest}, and this one's is {found}. Give the base pipeline that the adapter names"

@@ -19,7 +19,7 @@ PATHS = ("base", "autoencoder", "adapter", "pictures")
 """The settings of a recipe that may be paths of this machine: only their last part is for others."""
 
 
-def model_card(
+def make_model_card(
     recipe: Recipe, *, usage: str, base: str, data: str, metrics: Mapping[str, Any], counts: Mapping[str, int]
 ) -> str:
     """A card: base model, licence, data, hyper-parameters, command and metrics.
@@ -72,7 +72,7 @@ PORTABLE = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True)  # no davae needed"""
 
 
-def upgrade_card(base: str, *, portable: bool) -> str:
+def make_upgrade_card(base: str, *, portable: bool) -> str:
     """A card of a pipeline that was upgraded and not trained since: base model, licence, and how it loads."""
     where = environment()
     return f"""{_head(base)}
@@ -89,7 +89,7 @@ Commit {where["commit"] or "unknown"}; {_versions(where)}.
 def _head(base: str) -> str:
     """What the Hub reads, and what the result was made of; `base` is a folder, whose card has a licence, or a name."""
     local = Path(base).is_dir()
-    licence = licence_of(Path(base)) if local else None
+    licence = read_licence(Path(base)) if local else None
     facts = ModelCardData(
         base_model=None if local else base,
         license=licence,
@@ -111,7 +111,7 @@ def _versions(where: Mapping[str, Any]) -> str:
     return ", ".join(f"{package} {version}" for package, version in where["versions"].items() if version)
 
 
-def licence_of(folder: Path) -> str | None:
+def read_licence(folder: Path) -> str | None:
     """The licence that the card in a folder names; None without a card, or without one in it."""
     if not (folder / CARD).is_file():
         return None
@@ -136,7 +136,7 @@ MARKS = ("model_index.json", INDEX, "config.json")
 """What a folder of a pipeline, an adapter or a model has."""
 
 
-def check_name(name: str) -> None:
+def check_repository_name(name: str) -> None:
     """Refuse a name that the Hub cannot have, before any work is done.
 
     Raises:
@@ -159,7 +159,7 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
         SettingsError: `folder` holds none of these, or `name` is no name.
         StorageError: the Hub cannot be reached, or refuses.
     """
-    check_name(name)
+    check_repository_name(name)
     if not any((folder / mark).is_file() for mark in MARKS):
         raise SettingsError(f"{folder} holds no pipeline, adapter or model: it has none of {', '.join(MARKS)}")
     api = HfApi()

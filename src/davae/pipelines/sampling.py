@@ -14,7 +14,9 @@ from davae.models.base_autoencoders import base_facts, downsample_factor
 from davae.seeds import generator
 
 
-def shared_noise(pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, height: int, width: int) -> Tensor:
+def draw_shared_noise(
+    pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, height: int, width: int
+) -> Tensor:
     """Starting noise [B, channels, height, width] of latents, keyed by (seed, index), whose base half is the base's.
 
     So base and upgraded pictures of one index begin alike, and can be compared side by side; those of an upgrade of an
@@ -67,7 +69,7 @@ def sample(
     width, height = width_and_height(pipeline, size, picture_side=backbone.picture_side)
     indices = range(first_index, first_index + len(prompts))
     factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
-    noise = shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
+    noise = draw_shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
     arguments = backbone.call(
         pipeline,
         prompts,

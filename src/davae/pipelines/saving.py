@@ -74,7 +74,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
             make_portable(partial)
 
 
-def portable_source() -> str:
+def make_portable_source() -> str:
     """The autoencoder's code as one file that imports torch, diffusers and the standard library only."""
     texts = [HEAD, "from pathlib import Path\n"]
     for name in SOURCES:
@@ -97,5 +97,5 @@ def make_portable(folder: Path) -> None:
             "only an upgraded pipeline whose other parts are all stock can be portable: this is a "
             f"{index['_class_name']} with {', '.join(davaes) or 'nothing'} of davae's. Save it plainly"
         )
-    (folder / "vae" / f"{MODULE}.py").write_text(portable_source(), encoding="utf-8")
+    (folder / "vae" / f"{MODULE}.py").write_text(make_portable_source(), encoding="utf-8")
     write_json(path, {**index, "vae": ENTRY})

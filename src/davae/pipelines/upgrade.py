@@ -16,7 +16,7 @@ from davae.errors import SettingsError
 from davae.method.widen import lost_directions
 from davae.models.autoencoder_da import DECODING, AutoencoderDA
 from davae.models.base_autoencoders import base_class, base_facts, downsample_factor
-from davae.pipelines.adapter import tensors_digest
+from davae.pipelines.adapter import digest_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         base_channels=autoencoder.config.base_channels,
         detail_channels=autoencoder.config.detail_channels,
     )
-    upgraded = with_parts(pipeline, vae=autoencoder, transformer=transformer)
+    upgraded = replace_parts(pipeline, vae=autoencoder, transformer=transformer)
     if lost := lost_directions(transformer, backbone.ports):
         logger.warning(
             "detail_channels=%d is too many for this %s: in %d directions of each token it can never tell the noise, "
@@ -78,17 +78,17 @@ def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) ->
     if not (isinstance(pipeline.vae, AutoencoderDA) and isinstance(autoencoder, AutoencoderDA)):
         kinds = " and ".join(type(vae).__name__ for vae in (pipeline.vae, autoencoder))
         raise SettingsError(f"both autoencoders must be AutoencoderDAs: the pipeline's and the new one are {kinds}")
-    ours, theirs = (encoding_half(vae) for vae in (autoencoder, pipeline.vae))
+    ours, theirs = (digest_encoding_half(vae) for vae in (autoencoder, pipeline.vae))
     if differing := sorted(name for name in ours if ours[name] != theirs[name]):
         raise SettingsError(
             f"the autoencoder differs from the pipeline's in {', '.join(differing)}: the transformer was not trained "
             "on its latents. Train the decoder alone, by decoder_only = true and the pipeline's autoencoder as a start"
         )
     nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)
-    return with_parts(pipeline, vae=autoencoder)
+    return replace_parts(pipeline, vae=autoencoder)
 
 
-def encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
+def digest_encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
     """What decides an autoencoder's latents: settings, and digests of weights and statistics."""
     settings = {
         name: json.dumps(value) for name, value in autoencoder.config.items() if not name.startswith(("_", "decoder_"))
@@ -97,12 +97,12 @@ def encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
     statistics = {name: kept.pop(name) for name in ("detail_mean", "detail_std")}
     return {
         **settings,
-        "weights of the encoders": tensors_digest(kept),
-        "latent statistics": tensors_digest(statistics),
+        "weights of the encoders": digest_tensors(kept),
+        "latent statistics": digest_tensors(statistics),
     }
 
 
-def with_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
+def replace_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
     """A new pipeline of the same class, settings and other components: stock ones count the VAE's stages when made."""
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
     arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
@@ -167,7 +167,7 @@ def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
     """
     for ours, name in ((autoencoder.base_encoder, "encoder"), (autoencoder.base_quant_conv, "quant_conv")):
         theirs = getattr(vae, name, None)
-        digests = [None if module is None else tensors_digest(module.state_dict()) for module in (ours, theirs)]
+        digests = [None if module is None else digest_tensors(module.state_dict()) for module in (ours, theirs)]
         if digests[0] != digests[1]:
             raise SettingsError(
                 f"the autoencoder's frozen base {name} is not this pipeline's "

@@ -16,7 +16,7 @@ ELSEWHERE = ("transformers_version", "torch_dtype", "dtype")
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over class, configuration and every bit of the weights and buffers.
 
-    Unlike `adapter.tensors_digest`, it is another after the least change, and in another precision.
+    Unlike `adapter.digest_tensors`, it is another after the least change, and in another precision.
     """
     config = getattr(model, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)

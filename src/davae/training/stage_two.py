@@ -20,17 +20,17 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import (
     INDEX,
     add_lora,
-    base_digest,
     check_base,
+    digest_base,
+    find_target_layers,
     load_adapter,
     read_index,
     save_adapter,
-    target_layers,
 )
 from davae.pipelines.loading import load_autoencoder, load_pipeline
-from davae.pipelines.publishing import model_card, write_card
+from davae.pipelines.publishing import make_model_card, write_card
 from davae.pipelines.saving import save_pipeline
-from davae.pipelines.upgrade import encoding_half, upgrade
+from davae.pipelines.upgrade import digest_encoding_half, upgrade
 from davae.run import faults
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.record import read_metrics
@@ -91,7 +91,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     start, drawn = recipe.ports_start, generator(recipe.seed, "ports")
     start_ports(pipeline.transformer, backbone.ports, base_channels=channels, start=start, generator=drawn)
     pictures = training_pictures(recipe, pipeline.transformer, folder, ranks)
-    base_sha256 = base_digest(pipeline.transformer)
+    base_sha256 = digest_base(pipeline.transformer)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     parameters = trained_parameters(pipeline.transformer, recipe, targets, base_sha256)
     if recipe.gradient_checkpointing:
@@ -156,7 +156,7 @@ def upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
 
 def warn_of_other_latents(autoencoder: AutoencoderDA, adapters: AutoencoderDA, recipe: FinetuneRecipe) -> None:
     """Say so if the recipe's adapter was trained on other latents than those of the run, statistics aside."""
-    ours, theirs = encoding_half(autoencoder), encoding_half(adapters)
+    ours, theirs = digest_encoding_half(autoencoder), digest_encoding_half(adapters)
     if differing := [name for name in ours if name != "latent statistics" and ours[name] != theirs.get(name)]:
         logger.warning(
             'adapter = "%s" was trained on the latents of another autoencoder than autoencoder = "%s", which differs '
@@ -229,7 +229,7 @@ def trained_parameters(
         transformer.requires_grad_(False)
         for name in (ports.input, ports.output):
             transformer.get_submodule(name).requires_grad_(True)
-        for layer in target_layers(transformer, targets).values():
+        for layer in find_target_layers(transformer, targets).values():
             layer.weight.requires_grad_(True)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
@@ -251,8 +251,8 @@ def go_on_from(
         )
     bases = {}
     if recipe.trained in ("layers", "ports"):
-        kept = target_layers(transformer, targets)
-        changed = target_layers(transformer, index.changed)
+        kept = find_target_layers(transformer, targets)
+        changed = find_target_layers(transformer, index.changed)
         bases = {name: layer.weight.data for name, layer in changed.items() if name not in kept}
     load_adapter(transformer, adapter, fuse=recipe.trained != "lora")
     for name, weight in bases.items():
@@ -290,7 +290,7 @@ def write_cards(
     for result, call in calls.items():
         if (folder / result).is_dir():
             usage = f"from davae import load_pipeline\n\npipe = {call}"
-            write_card(folder / result, model_card(recipe, usage=usage, base=base, **facts))
+            write_card(folder / result, make_model_card(recipe, usage=usage, base=base, **facts))
 
 
 def save_upgrade(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.adapter import add_lora, base_digest, save_adapter, target_layers
+from davae.pipelines.adapter import add_lora, digest_base, find_target_layers, save_adapter
 from davae.pipelines.importing.matching import Conversion, ImportReport, Options, Source, leave_rest, match, new_report
 from davae.pipelines.importing.reading import Checkpoint, read_checkpoint
 from davae.pipelines.loading import load_autoencoder, load_pipeline
@@ -50,7 +50,7 @@ def sd35_stage_two(checkpoint: Checkpoint, options: Options) -> Conversion:
         )
     report = new_report("sd35-stage-two", checkpoint)
     base = load_pipeline(options.base, without=TEXT)
-    digest = base_digest(base.transformer)
+    digest = digest_base(base.transformer)
     pipeline = upgrade(base, load_autoencoder(options.autoencoder))
     _fill_ports(pipeline, base, checkpoint, report)
     source = checkpoint if options.lora is None else read_checkpoint(options.lora)
@@ -145,7 +145,7 @@ def _fill_lora(pipeline: DiffusionPipeline, source: Checkpoint, report: ImportRe
     keys = {f"{found[1]}.{found[2]}.weight": key for key, found in named.items()}
     layers = sorted({found[1] for found in named.values()})
     default = backbone_of(transformer).lora_targets
-    targets = default if layers == sorted(target_layers(transformer, default)) else tuple(layers)
+    targets = default if layers == sorted(find_target_layers(transformer, default)) else tuple(layers)
     ranks = {source.shape(key)[0] for name, key in keys.items() if name.endswith("lora_A.weight")}
     if len(ranks) != 1:
         raise CheckpointError(f"{source.path}: LoRA of ranks {sorted(ranks)}: davae's adapters have one rank")
