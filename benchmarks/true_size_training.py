@@ -41,7 +41,7 @@ from davae.training.stage_one import discriminator_of
 from davae.training.stage_one_loss import compared_at, stage_one_loss
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_two import FinetuneRecipe, compile_blocks, trained_parameters
-from davae.training.stage_two_loss import objective_of
+from davae.training.stage_two_loss import choose_objective
 from davae.training.state import TrainingState
 from davae.training.tensors import laid_out
 
@@ -100,7 +100,7 @@ def stage_two(
     transformer, vae, backbone = pipeline.transformer, pipeline.vae, backbone_of(pipeline.transformer)
     flops = stage_two_flops(pipeline, recipe)
     side = size // vae.downsample_factor
-    objective = objective_of(pipeline, recipe, base_channels=vae.config.base_channels, positions=side * side)
+    objective = choose_objective(pipeline, base_channels=vae.config.base_channels, positions=side * side)
     parameters = trained_parameters(transformer, recipe, TARGETS, "")
     transformer.train()
     state = recipe.training_state(folder, {"transformer": transformer}, parameters, label="stage 2", ranks=Ranks())
@@ -117,7 +117,7 @@ def stage_two(
         noise, time = torch.randn_like(latents), objective.draw_times(random).to(device)
         with state.autocast():
             prediction = objective.predict(transformer, latents, noise, time, condition)
-        state.update(*objective.loss(prediction, latents, noise, time, weight=1.0))
+        state.update(*objective.loss(prediction, latents, noise, time, detail_weight=1.0))
 
     def cached() -> None:
         with torch.compiler.set_stance("force_eager"):

@@ -32,8 +32,7 @@ from davae.pipelines.sampling import draw_shared_noise, sample
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import sample_generators
-from davae.training.stage_two_loss import objective_of
-from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_loss import choose_objective
 
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -268,14 +267,14 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
     assert clean.shape == (2, 2 * C, 8, 8)
     torch.testing.assert_close(clean[:, C:].mean(dim=(0, 2, 3)), torch.zeros(C), atol=1e-4, rtol=0)
     torch.testing.assert_close(clean[:, C:].std(dim=(0, 2, 3), correction=0), torch.ones(C), atol=1e-3, rtol=0)
-    objective = objective_of(upgraded, FinetuneRecipe(), base_channels=C, positions=64)
+    objective = choose_objective(upgraded, base_channels=C, positions=64)
     noise, time = numbers(*clean.shape, seed=4), objective.draw_times(sample_generators(5, "test", range(2)))
     ports = [upgraded.transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
     optimiser = torch.optim.SGD([p for port in ports for p in port.parameters()], lr=1e-3)
 
     def loss() -> Tensor:
         prediction = objective.predict(upgraded.transformer, clean, noise, time, condition)
-        return objective.loss(prediction, clean, noise, time, weight=1.0)[0]
+        return objective.loss(prediction, clean, noise, time, detail_weight=1.0)[0]
 
     first = loss()
     first.backward()

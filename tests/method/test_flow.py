@@ -8,6 +8,7 @@ from davae.errors import SettingsError
 from davae.method.flow import (
     cosine_loss,
     detail_weight,
+    flow_loss,
     flow_matching_losses,
     interpolate,
     latents_prediction,
@@ -178,6 +179,37 @@ def test_the_cosine_term_in_numpy():
     assert cosine_loss(v, t).item() == pytest.approx(expected, rel=1e-12)
     assert cosine_loss(3 * t, t).item() == pytest.approx(0, abs=1e-12)  # lengths do not count
     assert cosine_loss(-t, t).item() == pytest.approx(2, abs=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("cosine_weight", [0.0, 0.7])
+@pytest.mark.parametrize(("data_objective", "min_snr"), [(False, None), (True, None), (True, 2.0)])
+def test_the_loss_of_a_batch_in_numpy(data_objective, min_snr, cosine_weight, weight):
+    """Eq. 13 of the objective, plus cosine_weight times the cosine term."""
+    random = np.random.default_rng(3)
+    latents, noise, velocity = random.standard_normal((3, 3, 12, 4, 4))
+    sigma = np.array([0.1, 0.5, 0.9])
+    settings = {"data_objective": data_objective, "min_snr": min_snr, "cosine_weight": cosine_weight}
+    tensors = [torch.from_numpy(array) for array in (velocity, latents, noise, sigma)]
+    loss, logs = flow_loss(*tensors, base_channels=4, detail_weight=weight, **settings)
+
+    errors = (velocity - (noise - latents)) ** 2
+    if data_objective:
+        factor = sigma**2 * (1 if min_snr is None else np.minimum((1 - sigma) / sigma, min_snr))
+        errors *= factor[:, None, None, None]
+    base, detail = errors[:, :4], errors[:, 4:]
+    expected = (base.sum() + weight * detail.sum()) / (base.size + weight * detail.size)
+
+    if cosine_weight:
+        target = noise - latents
+        cosines = (velocity * target).sum(1) / np.linalg.norm(velocity, axis=1) / np.linalg.norm(target, axis=1)
+        expected += cosine_weight * (1 - cosines).mean()
+        assert logs["cosine_loss"].item() == pytest.approx((1 - cosines).mean(), rel=1e-10)
+
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    assert logs["base_loss"].item() == pytest.approx(base.mean(), rel=1e-10)
+    assert logs["detail_loss"].item() == pytest.approx(detail.mean(), rel=1e-10)
+    assert ("cosine_loss" in logs) == (cosine_weight > 0)
 
 
 def test_new_losses_of_bfloat16_are_float32():

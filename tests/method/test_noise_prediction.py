@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from davae.method.noise_prediction import add_noise, noise_losses, variance_loss
+from davae.method.noise_prediction import add_noise, noise_loss, variance_loss
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.2, variance_type="fixed_small")
 ALPHAS = SCHEDULER.alphas_cumprod
@@ -23,10 +23,21 @@ def test_the_noises_loss_is_the_weighted_mean_over_channels():
     predicted, noise = numbers(0), numbers(1)
     errors = (predicted - noise).square()
     expected = (errors[:, :2].sum() + 0.25 * errors[:, 2:].sum()) / (3 * 16 * (2 + 0.25 * 4))
-    losses = noise_losses(predicted, noise, **CHANNELS)
-    torch.testing.assert_close(losses.total, expected)
-    torch.testing.assert_close(losses.base, errors[:, :2].mean())
-    torch.testing.assert_close(losses.detail, errors[:, 2:].mean())
+    loss, logs = noise_loss(predicted, None, noise, ALPHAS, torch.tensor([0, 7, 19]), **CHANNELS)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logs["base_loss"], errors[:, :2].mean())
+    torch.testing.assert_close(logs["detail_loss"], errors[:, 2:].mean())
+    assert logs["detail_weight"] == 0.25
+    assert "variance_loss" not in logs
+
+
+def test_a_predicted_variance_adds_its_bound_to_the_loss():
+    predicted, variance, noise, time = numbers(0), numbers(2).tanh(), numbers(1), torch.tensor([0, 7, 19])
+    bound = variance_loss(variance, predicted, noise, ALPHAS, time, **CHANNELS)
+    without, _ = noise_loss(predicted, None, noise, ALPHAS, time, **CHANNELS)
+    loss, logs = noise_loss(predicted, variance, noise, ALPHAS, time, **CHANNELS)
+    torch.testing.assert_close(loss, without + bound)
+    torch.testing.assert_close(logs["variance_loss"], bound)
 
 
 @pytest.mark.parametrize("step", [1, 6, 19])

@@ -16,7 +16,7 @@ from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample
 from davae.pipelines.saving import save_pipeline
 from davae.training.stage_two import FinetuneRecipe, finetune
-from davae.training.stage_two_loss import objective_of
+from davae.training.stage_two_loss import choose_objective
 from scenes import scene
 
 # Of diffusers' DPM solver: numpy is given a tensor.
@@ -102,21 +102,21 @@ def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recip
 
 @pytest.mark.parametrize("family", NOISE, indirect=True)
 @pytest.mark.parametrize(
-    "setting", [{"shift": 2.0}, {"cosine_weight": 1.0}, {"objective": "data"}, {"objective": "data", "min_snr": 5.0}]
+    "setting",
+    [{"shift": 2.0}, {"cosine_weight": 1.0}, {"data_objective": True}, {"data_objective": True, "min_snr": 5.0}],
 )
 def test_settings_of_flow_models_are_refused_for_those_that_predict_noise(family, setting):
-    recipe = FinetuneRecipe(**setting)
     with pytest.raises(SettingsError, match=r"predicts noise, and these are for flow models"):
-        objective_of(tiny_pipelines.FAMILIES[family](), recipe, base_channels=C, positions=64)
+        choose_objective(tiny_pipelines.FAMILIES[family](), base_channels=C, positions=64, **setting)
 
 
 def test_a_scheduler_of_the_other_kind_is_refused():
     flow, noise = tiny_pipelines.flux(), tiny_pipelines.dit()
     flow.scheduler, noise.scheduler = noise.scheduler, flow.scheduler
-    with pytest.raises(SettingsError, match=r"FlowMatchEuler.*allowed is one of a model that predicts"):
-        objective_of(noise, FinetuneRecipe(), base_channels=C, positions=64)
+    with pytest.raises(SettingsError, match=r"FlowMatchEuler.*a model that predicts noise needs one"):
+        choose_objective(noise, base_channels=C, positions=64)
     with pytest.raises(SettingsError, match="DDIMScheduler, has neither shift nor flow_shift"):
-        objective_of(flow, FinetuneRecipe(), base_channels=C, positions=64)
+        choose_objective(flow, base_channels=C, positions=64)
 
 
 @pytest.mark.parametrize("family", NOISE, indirect=True)

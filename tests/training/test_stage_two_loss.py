@@ -21,7 +21,6 @@ from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators
 from davae.training.latents import cached_latents, expect_noise
 from davae.training.stage_two import FinetuneRecipe, finetune, trained_parameters
-from davae.training.stage_two_loss import flow_loss
 
 CHANNELS = 4
 """Of the base."""
@@ -50,38 +49,6 @@ def recipe(base_folder: Path, autoencoder_folder: Path, picture_folder: Path) ->
 @pytest.fixture(scope="module")
 def train_pictures(picture_folder: Path) -> PictureSet:
     return open_pictures(picture_folder, size=64, split="train")
-
-
-# ---------------------------------------------------------------------------------------------------------- the loss
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("cosine_weight", [0.0, 0.7])
-@pytest.mark.parametrize(("objective", "min_snr"), [("velocity", None), ("data", None), ("data", 2.0)])
-def test_the_loss_of_a_batch_in_numpy(objective, min_snr, cosine_weight, weight) -> None:
-    """Eq. 13 of the objective (METHOD 5.6) + cosine_weight times the cosine term (METHOD 5.5)."""
-    random = np.random.default_rng(3)
-    clean, noise, velocity = random.standard_normal((3, 3, 12, 4, 4))
-    sigma = np.array([0.1, 0.5, 0.9])
-    settings = {"objective": objective, "min_snr": min_snr, "cosine_weight": cosine_weight}
-    tensors = [torch.from_numpy(array) for array in (velocity, clean, noise, sigma)]
-    loss, logs = flow_loss(*tensors, FinetuneRecipe(**settings), base_channels=CHANNELS, weight=weight)
-
-    errors = (velocity - (noise - clean)) ** 2
-    if objective == "data":
-        factor = sigma**2 * (1 if min_snr is None else np.minimum((1 - sigma) / sigma, min_snr))
-        errors *= factor[:, None, None, None]
-    base, detail = errors[:, :CHANNELS], errors[:, CHANNELS:]
-    expected = (base.sum() + weight * detail.sum()) / (base.size + weight * detail.size)
-    if cosine_weight:
-        target = noise - clean
-        cosines = (velocity * target).sum(1) / np.linalg.norm(velocity, axis=1) / np.linalg.norm(target, axis=1)
-        expected += cosine_weight * (1 - cosines).mean()
-        assert logs["cosine_loss"].item() == pytest.approx((1 - cosines).mean(), rel=1e-10)
-    assert loss.item() == pytest.approx(expected, rel=1e-10)
-    assert logs["base_loss"].item() == pytest.approx(base.mean(), rel=1e-10)
-    assert logs["detail_loss"].item() == pytest.approx(detail.mean(), rel=1e-10)
-    assert ("cosine_loss" in logs) == (cosine_weight > 0)
 
 
 def test_min_snr_without_the_latents_objective_is_refused(tmp_path: Path) -> None:

@@ -154,6 +154,62 @@ def cosine_loss(velocity: Float[Tensor, "b latent h w"], target: Float[Tensor, "
     return (1 - torch.cosine_similarity(velocity.to(dtype), target.to(dtype), dim=1)).mean()
 
 
+def flow_loss(
+    velocity: Float[Tensor, "b latent h w"],
+    latents: Float[Tensor, "b latent h w"],
+    noise: Float[Tensor, "b latent h w"],
+    sigma: Float[Tensor, " b"],
+    *,
+    base_channels: int,
+    detail_weight: float,
+    data_objective: bool = False,
+    min_snr: float | None = None,
+    cosine_weight: float = 0.0,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor | float]]:
+    """Stage 2's loss of one batch for a flow model: Eq. 13, plus the cosine term if it has a weight.
+
+        weight = detail_weight(step, 200)
+        loss, logs = flow_loss(velocity, latents, noise, sigma, base_channels=16, detail_weight=weight)
+
+    Args:
+        velocity: the transformer's prediction at `interpolate(latents, noise, sigma)`.
+        latents: the clean latents, base channels first.
+        noise: what they were mixed with.
+        sigma: the noise level of each sample, in (0, 1).
+        base_channels: C.
+        detail_weight: weight of the detail channels (Eq. 12); see the function of that name.
+        data_objective: measure the error of the clean latents that the velocity implies, instead of the velocity's.
+        min_snr: gamma of `min_snr_weight`, for the data objective; None weights all samples alike.
+        cosine_weight: weight of `cosine_loss`.
+
+    Returns:
+        The loss with its graph, and its parts for a log: `base_loss`, `detail_loss`, `detail_weight` and, if it has a
+        weight, `cosine_loss`. Eq. 13 holds between the first three and the loss without its cosine term.
+    """
+    target = velocity_target(latents, noise)
+
+    # The squared error of the velocity or, with the data objective, of the clean latents.
+    prediction, truth, sample_weight = velocity, target, None
+    if data_objective:
+        prediction, truth = latents_prediction(interpolate(latents, noise, sigma), velocity, sigma), latents
+        sample_weight = None if min_snr is None else min_snr_weight(sigma, min_snr)
+
+    # The base channels count fully, the detail channels with their scheduled weight (Eq. 13).
+    losses = flow_matching_losses(
+        prediction, truth, base_channels=base_channels, detail_weight=detail_weight, sample_weight=sample_weight
+    )
+    logs: dict[str, Tensor | float] = {
+        "base_loss": losses.base,
+        "detail_loss": losses.detail,
+        "detail_weight": detail_weight,
+    }
+    if not cosine_weight:
+        return losses.total, logs
+
+    cosine = cosine_loss(velocity, target)
+    return losses.total + cosine_weight * cosine, {**logs, "cosine_loss": cosine.detach()}
+
+
 def scheduled_flow_matching_loss(
     velocity: Float[Tensor, "b latent h w"],
     target: Float[Tensor, "b latent h w"],

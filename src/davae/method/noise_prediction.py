@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from davae.method.flow import FlowMatchingLosses, flow_matching_losses
+from davae.method.flow import flow_matching_losses
 
 
 def add_noise(
@@ -23,15 +23,44 @@ def add_noise(
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
-def noise_losses(
+def noise_loss(
     prediction: Float[Tensor, "b latent h w"],
+    variance: Float[Tensor, "b latent h w"] | None,
     noise: Float[Tensor, "b latent h w"],
+    alphas: Float[Tensor, " steps"],
+    timestep: Int[Tensor, " b"],
     *,
     base_channels: int,
     detail_weight: float,
-) -> FlowMatchingLosses:
-    """Eq. 13's weighted mean for noise in the place of velocity; see `davae.method.flow.flow_matching_losses`."""
-    return flow_matching_losses(prediction, noise, base_channels=base_channels, detail_weight=detail_weight)
+) -> tuple[Float[Tensor, ""], dict[str, Tensor | float]]:
+    """Stage 2's loss of one batch for a model that predicts noise: Eq. 13 of the noise, plus the variance's bound.
+
+    Args:
+        prediction: of the noise, at `add_noise(latents, noise, alphas, timestep)`.
+        variance: the transformer's second prediction, in about [-1, 1]; None if it has none.
+        noise: what was added to the latents.
+        alphas: cumulative products a_t.
+        timestep: t of each sample.
+        base_channels: C.
+        detail_weight: weight of the detail channels (Eq. 12).
+
+    Returns:
+        The loss with its graph, and its parts for a log: `base_loss`, `detail_loss`, `detail_weight` and, if the
+        variance is predicted, `variance_loss`.
+    """
+    losses = flow_matching_losses(prediction, noise, base_channels=base_channels, detail_weight=detail_weight)
+    logs: dict[str, Tensor | float] = {
+        "base_loss": losses.base,
+        "detail_loss": losses.detail,
+        "detail_weight": detail_weight,
+    }
+    if variance is None:
+        return losses.total, logs
+
+    bound = variance_loss(
+        variance, prediction, noise, alphas, timestep, base_channels=base_channels, detail_weight=detail_weight
+    )
+    return losses.total + bound, {**logs, "variance_loss": bound.detach()}
 
 
 def variance_loss(

@@ -41,7 +41,7 @@ from davae.training.inputs import training_inputs
 from davae.training.latents import expect_noise
 from davae.training.recipes import attention_on
 from davae.training.sharding import blocks_of
-from davae.training.stage_two_loss import FlowObjective, NoiseObjective, objective_of
+from davae.training.stage_two_loss import FlowObjective, NoiseObjective, choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe as FinetuneRecipe
 from davae.training.stage_two_validation import Validation
 from davae.training.state import TrainingState
@@ -125,7 +125,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
                 with state.autocast():
                     prediction = objective.predict(pipeline.transformer, clean, noise, time, condition)
                 prediction = faults.at("forward", prediction[0]), prediction[1]
-                loss, logs = objective.loss(prediction, clean, noise, time, weight=weight)
+                loss, logs = objective.loss(prediction, clean, noise, time, detail_weight=weight)
                 state.update(loss, logs, samples=[pictures.keys[index] for index in whole])
     if recipe.validation_every:
         validation.draw(state)
@@ -180,12 +180,20 @@ def bucket_objectives(
     """The objective for latents of each number of positions h x w: a timestep shift may depend on it.
 
     Raises:
-        SettingsError: as `objective_of`.
+        SettingsError: as `choose_objective`.
     """
     factor, channels = pipeline.vae.downsample_factor, pipeline.vae.config.base_channels
     grids = {(bucket.height // factor) * (bucket.width // factor) for bucket in pictures.buckets}
     return {
-        positions: objective_of(pipeline, recipe, base_channels=channels, positions=positions)
+        positions: choose_objective(
+            pipeline,
+            base_channels=channels,
+            positions=positions,
+            shift=recipe.shift,
+            data_objective=recipe.objective == "data",
+            min_snr=recipe.min_snr,
+            cosine_weight=recipe.cosine_weight,
+        )
         for positions in sorted(grids)
     }
 
