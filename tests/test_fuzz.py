@@ -51,7 +51,8 @@ def reseal(folder: Path) -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     tensors = {"model": {"weight": torch.ones(3, 2), "bias": torch.ones(2)}}
-    return save_checkpoint(tmp_path / "run", Checkpoint(1, tensors, {"skipped": 0}), recipe_digest="d", keep=1)
+    save_checkpoint(tmp_path / "run", Checkpoint(1, tensors, {"skipped": 0}), recipe_digest="d", keep=1)
+    return tmp_path / "run" / "step-00000001"
 
 
 def refused_or_read(read: Callable[[], object]) -> bool:

@@ -372,7 +372,7 @@ def test_saving_again_replaces_an_adapter_and_nothing_else(trained, base, autoen
     pipeline = upgrade(base, autoencoder)
     save_adapter(folder / "adapter", pipeline, base="tiny/base", base_sha256="0" * 64)
     assert not (folder / "adapter" / "transformer_lora.safetensors").exists()
-    with pytest.raises(SettingsError, match="is no adapter folder"):
+    with pytest.raises(SettingsError, match="not davae's to replace"):
         save_adapter(folder / "base", pipeline, base="tiny/base", base_sha256="0" * 64)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
@@ -469,7 +469,7 @@ def test_a_saved_pipeline_replaces_a_pipeline_and_nothing_else(base, autoencoder
     assert (tmp_path / "upgraded" / "model_index.json").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SettingsError, match="holds no pipeline"):
+    with pytest.raises(SettingsError, match="not davae's to replace"):
         save_pipeline(upgraded, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

@@ -108,6 +108,6 @@ def test_a_power_cut_takes_what_was_not_synced(tmp_path: Path) -> None:
 
 
 def test_it_is_read_from_the_environment_once() -> None:
-    code = "from davae import faults; faults.at('step')"
+    code = "from davae.run import faults; faults.at('step')"
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "DAVAE_FAULT": "step:kill:1"}, check=False)
     assert run.returncode == -signal.SIGKILL

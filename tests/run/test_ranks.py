@@ -19,7 +19,7 @@ from davae.errors import DataError, RankError, SettingsError
 from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
 from davae.pipelines.loading import load_autoencoder, load_pipeline
-from davae.run.ranks import Ranks, meeting
+from davae.run.ranks import Ranks, meet
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.stage_two import FinetuneRecipe, finetune
 from forks import exit_code, forked
@@ -69,7 +69,7 @@ def test_means_largest_and_work_over_chunks(tmp_path: Path) -> None:
     def program(ranks: Ranks) -> list:
         gradients = [torch.full((2, 3), float(ranks.rank)), torch.tensor([4.0 * ranks.rank])]
         ranks.average_(gradients)
-        over = ranks.over(torch.arange(7).split(2), lambda chunk: torch.stack([chunk, chunk * chunk]))
+        over = ranks.map_chunks(torch.arange(7).split(2), lambda chunk: torch.stack([chunk, chunk * chunk]))
         return [
             ranks.mean([float(ranks.rank), 10.0]),
             ranks.largest(15 * (ranks.rank == 1)),
@@ -106,9 +106,9 @@ def test_ranks_of_one_start_meet_whatever_an_earlier_one_has_left() -> None:
     store.set("davae start former 1", "dead")
     store.set("davae start former all", "dead too")
     with ThreadPoolExecutor() as pool:
-        late = [pool.submit(meeting, store, rank, 3, 30.0) for rank in (1, 2)]
+        late = [pool.submit(meet, store, rank, 3, 30.0) for rank in (1, 2)]
         time.sleep(0.1)
-        parts = [meeting(store, 0, 3, 30.0), *(part.result() for part in late)]
+        parts = [meet(store, 0, 3, 30.0), *(part.result() for part in late)]
     parts[0].set("said", "by 0")
     assert [part.check(["said"]) for part in parts] == [True] * 3
     assert not store.check(["said"])
@@ -117,7 +117,7 @@ def test_ranks_of_one_start_meet_whatever_an_earlier_one_has_left() -> None:
 @pytest.mark.parametrize(("rank", "absent"), [(0, "rank 1, 2"), (1, "rank 0")])
 def test_a_rank_that_does_not_come_is_named(rank: int, absent: str) -> None:
     with pytest.raises(RankError, match=rf"rank {rank} of 3: {absent} did not come in 0\.1 s"):
-        meeting(dist.HashStore(), rank, 3, 0.1)
+        meet(dist.HashStore(), rank, 3, 0.1)
 
 
 def test_what_ranks_cannot_share_is_refused(base_folder: Path, picture_folder: Path, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_folder_of_the_other_stage_is_refused(trained: tuple[Path, str]) -> No
 
 def test_somebodys_own_folder_is_not_replaced(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
     (tmp_path / "autoencoder").mkdir()
-    with pytest.raises(SettingsError, match="autoencoder exists, is not a run's"):
+    with pytest.raises(SettingsError, match=r"autoencoder exists and has no config\.json"):
         train_autoencoder(recipe, tmp_path)
 
 

@@ -192,7 +192,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tuned: Run) -> None:
 @pytest.mark.parametrize("name", ["pipeline", "adapter"])
 def test_somebodys_own_folder_is_refused_before_training(recipe: FinetuneRecipe, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(SettingsError, match=f"{name} exists, is not a run's"):
+    with pytest.raises(SettingsError, match=f"{name} exists and has no "):
         finetune(recipe, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

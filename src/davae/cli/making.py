@@ -138,9 +138,9 @@ def generate(
     from davae.evaluation.generation import generate
     from davae.pipelines.base_lora import load_base_lora
     from davae.pipelines.loading import load_pipeline
-    from davae.run.ranks import Ranks
+    from davae.run.ranks import join_ranks
 
-    Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
+    join_ranks(rank_timeout)
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
     if lora is not None:
         load_base_lora(loaded, lora)

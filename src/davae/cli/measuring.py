@@ -51,9 +51,9 @@ def reconstruct(
     from davae.evaluation.reconstruction import reconstruct
     from davae.evaluation.tokenizers import load_tokenizers
     from davae.pipelines.loading import load_autoencoder, load_base_vae
-    from davae.run.ranks import Ranks
+    from davae.run.ranks import join_ranks
 
-    Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
+    join_ranks(rank_timeout)
     where = device_of(device)
     vae = None if base is None else load_base_vae(base, device=where)
     loaded = load_autoencoder(autoencoder, base=vae, device=where)
@@ -112,9 +112,9 @@ def evaluate(
         return show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
     from davae.pipelines.loading import load_pipeline
-    from davae.run.ranks import Ranks
+    from davae.run.ranks import join_ranks
 
-    Ranks(rank_timeout)  # the first one made waits for the others, and its limit holds for all
+    join_ranks(rank_timeout)
     loaded = load_pipeline(pipeline, adapter=adapter, device=device_of(device))
     say(evaluate(loaded, pictures, out, **settings))
 

@@ -118,7 +118,7 @@ def generate(
     grid = Pictures([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
     report = Report("Generated pictures", lead, [Section("Pictures", "", grid)])
-    Ranks().first_does(lambda: write_page(out / "index.html", report))
+    Ranks().on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
 
@@ -170,14 +170,14 @@ def evaluate(
     value, error = kid_with_error(features_of(made, side=width), references, seed=seed)
     result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
     where = {"device": str(pipeline.device), "environment": environment()}
-    ranks.first_does(lambda: write_json(out / "result.json", {**result, "real": len(real), **settings, **where}))
+    ranks.on_first(lambda: write_json(out / "result.json", {**result, "real": len(real), **settings, **where}))
     table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
     grid = Pictures([f"{width}x{height} px"], prompts[:shown], [[picture] for picture in made[:shown]])
     lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones. "
     lead += real.refusals_summary()
     report = Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
-    ranks.first_does(lambda: write_page(out / "index.html", report))
+    ranks.on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
 

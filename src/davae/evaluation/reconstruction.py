@@ -50,7 +50,7 @@ def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> d
         made = [way(image).float().clamp(-1, 1) for way in ways.values()]
         return torch.stack([torch.stack([metric(m, image) for metric in (psnr, ssim, lpips)]) for m in made])
 
-    values = torch.cat(Ranks().over(torch.arange(len(pictures)).split(BATCH), of_chunk), dim=-1).mean(dim=-1)
+    values = torch.cat(Ranks().map_chunks(torch.arange(len(pictures)).split(BATCH), of_chunk), dim=-1).mean(dim=-1)
     return {name: dict(zip(METRICS, row, strict=True)) for name, row in zip(ways, values.tolist(), strict=True)}
 
 
@@ -182,8 +182,8 @@ def reconstruct(
     if features is not None:
         result |= {"kid": kids, "features": features.name}
     where, numbers = {"device": str(autoencoder.device)}, tokenizer_table(values, costs, kids, patch=patch)
-    ranks.first_does(lambda: write_json(out / "result.json", {**result, **where, "environment": environment()}))
-    ranks.first_does(lambda: _write_page(out / "index.html", heldout, tokenizers, numbers, autoencoder))
+    ranks.on_first(lambda: write_json(out / "result.json", {**result, **where, "environment": environment()}))
+    ranks.on_first(lambda: _write_page(out / "index.html", heldout, tokenizers, numbers, autoencoder))
     return out / "index.html"
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
-from davae.run.storage import replaced_whole
+from davae.run.storage import check_replaceable, replaced_whole
 
 FORMAT_VERSION: Literal[2] = 2
 INDEX = "adapter.json"
@@ -211,8 +211,7 @@ def save_adapter(
         lora=lora and LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules))),
         layers=tuple(layers),
     )
-    if folder.exists() and not (folder / INDEX).is_file():
-        raise SettingsError(f"{folder} exists and is no adapter folder: choose another name, or remove it yourself")
+    check_replaceable(folder, holds=INDEX)
     with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
         save_file(_contiguous(_of_layers(transformer.state_dict(), ports.input, ports.output)), partial / PORTS)

@@ -10,7 +10,7 @@ from torch import nn
 
 from davae import __version__
 from davae.errors import SettingsError, StorageError
-from davae.run.storage import replaced_whole, write_json
+from davae.run.storage import check_replaceable, replaced_whole, write_json
 
 MODULE = "davae_autoencoder"
 ENTRY = [MODULE, "AutoencoderDA"]
@@ -61,8 +61,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
                 f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
                 "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
             )
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise SettingsError(f"{folder} exists and holds no pipeline: choose another folder, or remove it yourself")
+    check_replaceable(folder, holds="model_index.json")
     with replaced_whole(folder) as partial:
         try:
             pipeline.save_pretrained(partial)

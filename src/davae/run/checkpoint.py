@@ -41,11 +41,8 @@ class Checkpoint:
     values: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str, keep: int) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str, keep: int) -> None:
     """Write `checkpoint` below `folder`, verify it, and only then delete all but the newest `keep` checkpoints.
-
-    Returns:
-        The folder of the new checkpoint.
 
     Raises:
         NumericsError: a tensor holds a number that is not finite, or above `LARGEST`; nothing is written.
@@ -79,7 +76,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
     verify_checkpoint(target)
     for old in _checkpoints(folder)[:-keep]:
         _remove(old)
-    return target
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

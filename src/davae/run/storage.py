@@ -77,15 +77,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_replaceable(folder: Path, *, holds: str) -> None:
-    """Refuse a folder that is there without the file `holds`: what is to be written there would replace somebody's own.
+    """Refuse to replace a folder that davae did not write: one without the file `holds`.
 
     Raises:
-        SettingsError: it is.
+        SettingsError: it is there, and is such a folder.
     """
     if folder.exists() and not (folder / holds).is_file():
         raise SettingsError(
-            f"{folder} exists, is not a run's (it has no {holds}), and would be replaced: give another folder for the "
-            "run, or remove it yourself"
+            f"{folder} exists and has no {holds}, so it is not davae's to replace: choose another folder, or remove "
+            "it yourself"
         )
 
 

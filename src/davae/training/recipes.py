@@ -98,7 +98,7 @@ class OptimisationRecipe(Recipe):
         """
         self.optimizer_settings.check(ranks)
         with ExitStack() as stack, ranks.together("a step"):
-            ranks.first_does(lambda: self._enter(folder, stack))
+            ranks.on_first(lambda: self._enter(folder, stack))
             yield
 
     def _enter(self, folder: Path, stack: ExitStack) -> None:
@@ -165,7 +165,7 @@ class OptimisationRecipe(Recipe):
             whole=whole,
         )
         facts = {"device": str(state.device), "precision": state.mixed_precision or "float32"}
-        ranks.first_does(lambda: state.record.start(self, **facts))
+        ranks.on_first(lambda: state.record.start(self, **facts))
         return state
 
     def finish(self, state: TrainingState, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:

@@ -67,7 +67,7 @@ def train_autoencoder(
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
     with recipe.alone_in(folder, ranks):
-        ranks.first_does(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
+        ranks.on_first(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
         return _train_autoencoder(recipe, folder, ranks, report_to)
 
 
@@ -88,7 +88,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     state = recipe.training_state(
         folder, models, trained, label="stage 1", ranks=ranks, companion=discriminator, whole=whole, report_to=report_to
     )
-    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
+    ranks.on_first(lambda: recipe.check_set(folder, pictures.keys))
     for network in (alex, lpips, base_vae):
         if network is not None:
             network.to(state.device)
@@ -98,7 +98,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         values = heldout_metrics(autoencoder, heldout, alex, ranks)
         state.log(values)
         shown, picture = folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout)
-        ranks.first_does(lambda: write_png(shown, picture))
+        ranks.on_first(lambda: write_png(shown, picture))
         return values
 
     def make_crops(batch: int) -> tuple[list[int], Tensor]:
@@ -127,10 +127,10 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
             calibrate(autoencoder, pictures, recipe)
         values = evaluate()
         made = state.whole("autoencoder")
-        ranks.first_does(lambda: save_whole(made, folder / "autoencoder"))
+        ranks.on_first(lambda: save_whole(made, folder / "autoencoder"))
     skipped = {} if discriminator is None else {"skipped_discriminator_steps": discriminator.skipped}
     found, counts = {**values, "autoencoder": folder / "autoencoder"}, {"pictures": len(pictures), **skipped}
-    ranks.first_does(lambda: recipe.finish(state, found, counts={**counts, "heldout_pictures": len(heldout)}))
+    ranks.on_first(lambda: recipe.finish(state, found, counts={**counts, "heldout_pictures": len(heldout)}))
     return folder / "autoencoder"
 
 

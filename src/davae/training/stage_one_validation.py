@@ -22,7 +22,7 @@ def heldout_metrics(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPI
         reconstruction = autoencoder(image).sample.clamp(-1, 1)
         return torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)])
 
-    rows = ranks.over(torch.arange(len(pictures)).split(8), measure)
+    rows = ranks.map_chunks(torch.arange(len(pictures)).split(8), measure)
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
     return {f"heldout_{name}": value for name, value in zip(("psnr", "ssim", "lpips"), means, strict=True)}
 

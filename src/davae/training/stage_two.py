@@ -80,7 +80,7 @@ def finetune(
         )
     with recipe.alone_in(folder, ranks):
         for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
-            ranks.first_does(partial(check_replaceable, folder / name, holds=index))
+            ranks.on_first(partial(check_replaceable, folder / name, holds=index))
         return _finetune(recipe, folder, ranks, report_to)
 
 
@@ -101,7 +101,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     objectives = bucket_objectives(pipeline, recipe, pictures)
     models = {"transformer": pipeline.transformer}
     state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
-    ranks.first_does(lambda: recipe.check_set(folder, pictures.keys))
+    ranks.on_first(lambda: recipe.check_set(folder, pictures.keys))
     validation = Validation(recipe, pipeline, pictures, folder)  # which may refuse: before hours of encoding
     latents, conditions = training_inputs(recipe, pipeline, pictures, folder, ranks)
     pipeline.transformer.train()
@@ -132,8 +132,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     with state.ema_weights():
         pipeline.register_modules(transformer=state.whole("transformer"))
         names = {"base": base, "base_sha256": base_sha256}
-        ranks.first_does(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, **names))
-    ranks.first_does(lambda: leave_record(state, folder, recipe, base=base, pictures=len(pictures)))
+        ranks.on_first(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, **names))
+    ranks.on_first(lambda: leave_record(state, folder, recipe, base=base, pictures=len(pictures)))
     return folder / "pipeline"
 
 

@@ -73,5 +73,5 @@ class Validation:
                 pipeline.components[name].to(place)
         grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
         path = self._folder / "pictures" / f"{state.step:08d}.png"
-        state.ranks.first_does(lambda: write_png(path, grid))
+        state.ranks.on_first(lambda: write_png(path, grid))
         show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)

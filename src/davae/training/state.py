@@ -183,7 +183,7 @@ class TrainingState:
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
         with lock, stop_requests() as request, self._progress() as progress:
-            self.ranks.first_does(self._begin)
+            self.ranks.on_first(self._begin)
             while self.step < self.total_steps:
                 began = time.monotonic()
                 position = (self.step, self.ranks.rank) if self.ranks.rank else (self.step,)
@@ -333,7 +333,7 @@ class TrainingState:
             values["companion"] = self._companion.values()
         checkpoint = Checkpoint(self.step, groups, values)
         digest, keep = self.recipe_digest, self.keep
-        self.ranks.first_does(lambda: save_checkpoint(self._folder, checkpoint, recipe_digest=digest, keep=keep))
+        self.ranks.on_first(lambda: save_checkpoint(self._folder, checkpoint, recipe_digest=digest, keep=keep))
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
         groups, values = checkpoint.groups, checkpoint.values

@@ -98,7 +98,7 @@ def test_what_an_import_wrote_is_replaced_and_nothing_else(file: Path) -> None:
     assert before.keys() == after.keys()
     assert all(after[name] > before[name] for name in before)
     (file.parent / "mine").mkdir()
-    for folder, message in ((file.parent / "mine", "of no import"), (file.parent, "would be replaced")):
+    for folder, message in ((file.parent / "mine", "not davae's to replace"), (file.parent, "would be replaced")):
         with pytest.raises(SettingsError, match=message):
             import_checkpoint(file, folder)
     with pytest.raises(SettingsError, match="allowed are va-vae, lightningdit"):

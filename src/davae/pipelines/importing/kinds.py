@@ -10,7 +10,7 @@ from davae.pipelines.importing.autoencoders import imagenet_da_vae, lightningdit
 from davae.pipelines.importing.matching import Conversion, ImportReport, Options
 from davae.pipelines.importing.reading import Checkpoint, read_checkpoint, read_statistics
 from davae.pipelines.importing.stage_two import sd35_stage_two
-from davae.run.storage import replaced_whole, write_json
+from davae.run.storage import check_replaceable, replaced_whole, write_json
 
 REPORT = "import.json"
 
@@ -71,8 +71,7 @@ def import_checkpoint(
     read = {"file": file, "stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}
     if any(path is not None and Path(path).resolve().is_relative_to(out.resolve()) for path in read.values()):
         raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
-    if out.exists() and not (out / REPORT).is_file():
-        raise SettingsError(f"{out} exists and is of no import: choose another folder, or remove it yourself")
+    check_replaceable(out, holds=REPORT)
     if kind is not None and kind not in KINDS:
         raise SettingsError(f"--kind {kind}: allowed are {', '.join(KINDS)}")
     checkpoint = read_checkpoint(file, ema=ema)
