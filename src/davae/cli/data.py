@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from davae.cli.options import DryRun, Pictures, by_first, print_table, say, show
+from davae.cli.options import DryRun, Pictures, by_first, say, show
 
 app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
 
@@ -57,8 +57,12 @@ def inspect(
 
 
 def _print(facts: dict[str, Any]) -> None:
-    refused, loader = facts["refused"], facts["loader"]
+    from davae.run.markdown import markdown_table
+
+    refused = facts["refused"]
     say(f"{facts['pictures']} pictures; {refused['pictures']} refused, {refused['unreadable']} of them unreadable")
+
+    # What was measured of each picture, in quantiles.
     measured = {
         "width, px": facts["stored"]["width"],
         "height, px": facts["stored"]["height"],
@@ -67,23 +71,26 @@ def _print(facts: dict[str, Any]) -> None:
         "caption, characters": facts["captions"]["characters"],
         "caption, words": facts["captions"]["words"],
     }
-    quantiles = [[name, *(f"{value:g}" for value in values.values())] for name, values in measured.items()]
-    print_table(["", *facts["stored"]["width"]], quantiles)
-    cuts = ["" if row["cut_off"] is None else f"{row['cut_off']:.1%}" for row in facts["buckets"]]
-    rows = zip(facts["buckets"], cuts, strict=True)
-    print_table(
-        ["bucket, px", "pictures", "cut off"],
-        [[f"{row['width']}x{row['height']}", row["pictures"], cut] for row, cut in rows],
-    )
+    rows = [[name, *(f"{value:g}" for value in quantiles.values())] for name, quantiles in measured.items()]
+    say(markdown_table(["", *facts["stored"]["width"]], rows))
+
+    rows = []
+    for bucket in facts["buckets"]:
+        cut_off = "" if bucket["cut_off"] is None else f"{bucket['cut_off']:.1%}"
+        rows.append([f"{bucket['width']}x{bucket['height']}", bucket["pictures"], cut_off])
+    say(markdown_table(["bucket, px", "pictures", "cut off"], rows))
+
     if refused["each"]:
-        print_table(["refused", "kind", "reason"], [item.values() for item in refused["each"][:20]])
-        if len(refused["each"]) > 20:
-            say(f"... and {len(refused['each']) - 20} more, in inspection.json")
-    said = facts["captions"]
-    say(f"captions: {said['empty']} empty, {said['repeated']} that several pictures have")
+        say(markdown_table(["refused", "kind", "reason"], [list(item.values()) for item in refused["each"][:20]]))
+    if len(refused["each"]) > 20:
+        say(f"... and {len(refused['each']) - 20} more, in inspection.json")
+
+    captions = facts["captions"]
+    say(f"captions: {captions['empty']} empty, {captions['repeated']} that several pictures have")
     if "classes" in facts:
-        found = facts["classes"]
-        say(f"classes: {found['classes']}, of {found['fewest']} to {found['most']} pictures")
+        classes = facts["classes"]
+        say(f"classes: {classes['classes']}, of {classes['fewest']} to {classes['most']} pictures")
     say(f"detail: {facts['soft']} pictures are soft, above {facts['soft_db']:g} dB")
-    alone, together = loader["pictures_per_second"]
-    say(f"loader: {alone} pictures/s with one thread, {together} with {loader['threads']}, files just read")
+
+    alone, together = facts["loader"]["pictures_per_second"]
+    say(f"loader: {alone} pictures/s with one thread, {together} with {facts['loader']['threads']}, files just read")

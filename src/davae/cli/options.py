@@ -4,15 +4,13 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from davae.errors import SettingsError
 
@@ -109,14 +107,6 @@ def say(text: object) -> None:
     """Print a line for the user, or for a script, to stdout; of several processes the first does."""
     if is_first():
         _stdout.print(str(text), markup=False)
-
-
-def print_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table for the user to stdout; what is in its cells is text and no markup."""
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    _stdout.print(table)
 
 
 def show(facts: dict[str, Any]) -> None:

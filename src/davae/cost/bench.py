@@ -26,6 +26,7 @@ from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
+from davae.run.markdown import markdown_table
 from davae.run.record import environment
 from davae.run.storage import finite, write_atomically
 from davae.training.stage_two import compile_blocks
@@ -262,22 +263,17 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
         *(f"{part}, % of ceiling" for part in RATED if part in parts),
         "step, MFU %",
     ]
-    text = _table(head, [_row(line, parts) for line in lines])
+    text = markdown_table(head, [_row(line, parts) for line in lines]) + "\n"
     if len(lines) > 1:
         rows = [_ratio_row(line, parts) for line in lines[1:]]
         text += f"\nTimes over those of {first['case']}; in brackets least and most, then as counted:\n\n"
-        text += _table(["case", *parts], rows)
+        text += markdown_table(["case", *parts], rows) + "\n"
     where, limit = first["environment"], first["ceilings"]
     return text + (
         f"\n{first['device']}, {first['dtype']}, batch {first['batch']}, {first['steps']} guided steps, torch "
         f"{where['versions']['torch']}, commit {where['commit']}. Ceilings, measured: products "
         f"{limit['products'] / 1e12:.3g} TFLOP/s, copy {limit['copy'] / 1e9:.3g} GB/s.\n"
     )
-
-
-def _table(head: list[str], rows: Sequence[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _row(line: Mapping[str, Any], parts: Sequence[str]) -> list[str]:

@@ -7,11 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
-
 from davae.errors import CheckpointError
+from davae.run.markdown import markdown_table
 from davae.run.record import is_locked, read_metrics
 from davae.run.storage import read_json
 
@@ -91,26 +88,16 @@ def to_text(runs: Sequence[RunSummary]) -> str:
         [run.folder, run.state, f"{run.step}/{run.steps}", *(_number(run.values.get(name)) for name in names)]
         for run in runs
     ]
-    text = _table(["run", "state", "steps", *names], rows)
+    text = markdown_table(["run", "state", "steps", *names], rows)
     if found := differences(runs):
         rows = [[key, *("" if value is None else json.dumps(value) for value in found[key])] for key in found]
-        text += "\n\n" + _table(["setting", *(run.folder for run in runs)], rows)
+        text += "\n\n" + markdown_table(["setting", *(run.folder for run in runs)], rows)
     return text
 
 
 def to_json(runs: Sequence[RunSummary]) -> str:
     """The same and all settings, for programs."""
     return json.dumps([asdict(run) for run in runs], indent=2)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    table = Table(*header, box=MARKDOWN)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=10_000, no_color=True)
-    with console.capture() as captured:
-        console.print(table, markup=False)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip())
 
 
 def _number(value: float | None) -> str:
