@@ -38,8 +38,7 @@ from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator
 from davae.training.stage_one import discriminator_of
-from davae.training.stage_one_loss import compared_at, stage_one_loss
-from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
 from davae.training.stage_two import FinetuneRecipe, compile_blocks, trained_parameters
 from davae.training.stage_two_loss import choose_objective
 from davae.training.state import TrainingState
@@ -158,12 +157,20 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
         opponent = discriminator_of(recipe)
         assert opponent is not None
         models, parameters = {"autoencoder": autoencoder.train()}, autoencoder.detail_parameters()
-        whole = compared_at(autoencoder).values()
+        whole = compared_weights(autoencoder).values()
         names = {"label": "stage 1", "ranks": Ranks(), "companion": opponent, "whole": whole}
         state = recipe.training_state(folder / name, models, parameters, **names)
 
         def step() -> None:
-            loss = stage_one_loss(autoencoder, image, lpips, recipe, state, opponent=opponent)
+            loss = stage_one_loss(
+                autoencoder,
+                image,
+                lpips,
+                loss_settings(recipe),
+                discriminator=opponent.model,
+                draws=StageOneDraws.keyed(recipe.seed, range(batch)),
+                autocast=state.autocast(),
+            )
             state.update(loss.total, loss.logs)
             opponent.update(loss.discriminator)
 

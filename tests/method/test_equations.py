@@ -22,11 +22,10 @@ from davae.method.losses import (
     reconstruction_l1,
 )
 from davae.method.metrics import kid, psnr, ssim
+from davae.method.stage_one_loss import add_latent_noise
 from davae.method.widen import pad_channels
 from davae.models.autoencoder_da import AutoencoderDA, DetailDownsample, DetailUpsample
-from davae.run.ranks import Ranks
 from davae.seeds import randn, sample_generators
-from davae.training.stage_one_loss import with_latent_noise
 
 RANDOM = np.random.default_rng(0)
 
@@ -278,7 +277,7 @@ def test_section_1_4_latent_statistics_and_units(fitted: tuple[AutoencoderDA, to
 def test_noise_on_latents_has_the_stated_deviation() -> None:
     base, detail = normal(2, 3, 4, 4), 5 * normal(2, 6, 4, 4)
     random = sample_generators(0, "latent noise", range(2))
-    found = with_latent_noise(torch.from_numpy(base), torch.from_numpy(detail), 0.3, random, Ranks())
+    found = add_latent_noise(torch.from_numpy(base), torch.from_numpy(detail), 0.3, random)
     random = sample_generators(0, "latent noise", range(2))
     level = 0.3 * np.abs(randn((2, 1, 1, 1), random).numpy())
     for half, noisy in zip((base, detail), found, strict=True):

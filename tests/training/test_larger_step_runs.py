@@ -7,6 +7,7 @@ import pytest
 from davae.cost.budget import autoencoder_budget
 from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
+from davae.method.stage_one_loss import last_convolution
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import read_index
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
@@ -16,7 +17,6 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 from davae.training.stage_one import untrained as untrained_of
-from davae.training.stage_one_loss import last_convolution
 from davae.training.stage_two import FinetuneRecipe, finetune
 from scenes import fill_with_scenes
 

@@ -18,6 +18,7 @@ from davae.method.closed_form import BASE_CODES, fit_closed_form
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
 from davae.method.slim_start import fit_slim_decoder
+from davae.method.stage_one_loss import StageOneDraws, adversarial_ramp, compared_weights, stage_one_loss
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import decode_base
 from davae.models.slim_decoder import slimmed
@@ -29,8 +30,7 @@ from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable, replaced_whole, write_atomically
 from davae.seeds import generator
 from davae.training.companion import Companion
-from davae.training.stage_one_loss import compared_at, stage_one_loss
-from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides
+from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides, loss_settings
 from davae.training.stage_one_recipe import LossWeights as LossWeights  # imported from here with the recipe
 from davae.training.stage_one_validation import heldout_metrics, heldout_picture
 from davae.training.tensors import fastest_layout, laid_out
@@ -84,7 +84,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     base_vae = load_base_vae(base_of(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = discriminator_of(recipe)
     trained = set_trained(autoencoder, recipe)
-    models, whole = {"autoencoder": autoencoder}, compared_at(autoencoder).values()
+    models, whole = {"autoencoder": autoencoder}, compared_weights(autoencoder).values()
     state = recipe.training_state(
         folder, models, trained, label="stage 1", ranks=ranks, companion=discriminator, whole=whole, report_to=report_to
     )
@@ -107,20 +107,44 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         samples = ranks.sample_numbers(batch, len(images))
         return indices, random_crops(images, recipe.crop, seed=recipe.seed, samples=samples)
 
+    settings, loss_weights = loss_settings(recipe), recipe.loss
     with Ahead(make_crops) as load:
         for step in state.steps():
             if step % recipe.evaluate_every == 0:
                 with state.ema_weights():
                     evaluate()
+
+            # The discriminator plays from its first step on, and its weight in the loss rises from there.
+            opponent = discriminator if step >= loss_weights.adversarial_start else None
+            start, ramp_steps = loss_weights.adversarial_start, loss_weights.adversarial_ramp_steps
+            ramp = adversarial_ramp(step, start=start, ramp_steps=ramp_steps)
+
             for batch in state.batches():
                 indices, crops = load(batch)
                 image = faults.at("data", crops.to(state.device))
                 target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)
-                opponent = discriminator if step >= recipe.loss.adversarial_start else None
-                loss = stage_one_loss(autoencoder, image, lpips, recipe, state, target=target, opponent=opponent)
-                state.update(loss.total, loss.logs, samples=[pictures.keys[index] for index in indices])
+
+                # The losses of Table S1, the detail alignment of Eq. 3-4, and the discriminator's own.
+                loss = stage_one_loss(
+                    autoencoder,
+                    faults.at("encode", image),
+                    lpips,
+                    settings,
+                    target=target,
+                    discriminator=None if opponent is None else opponent.model,
+                    ramp=ramp,
+                    draws=StageOneDraws.keyed(recipe.seed, ranks.sample_numbers(batch, len(image))),
+                    autocast=state.autocast(),
+                    gather=ranks.gather,
+                    average_=ranks.average_,
+                )
+                total = faults.at("forward", loss.total)
+
+                # Each of the two takes its own step; neither reaches the other's weights.
+                state.update(total, loss.logs, samples=[pictures.keys[index] for index in indices])
                 if opponent is not None:
                     opponent.update(loss.discriminator)
+
     with state.ema_weights():
         autoencoder.eval()
         if not (recipe.decoder_only and recipe.autoencoder):

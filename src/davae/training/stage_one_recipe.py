@@ -8,6 +8,7 @@ from davae.errors import SettingsError
 from davae.method.closed_form import Code
 from davae.method.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
 from davae.method.perceptual import MIN_SIDE
+from davae.method.stage_one_loss import StageOneSettings
 from davae.run.recipe import Recipe
 from davae.training.pictures_recipe import PicturesRecipe
 from davae.training.recipes import Decay, NotNegative, Positive, Weight
@@ -96,6 +97,26 @@ class AutoencoderRecipe(PicturesRecipe):
     heldout_pictures: Positive = 32
     """How many held-out pictures the periodic numbers stand on."""
     loss: LossWeights = LossWeights()
+
+
+TERMS = ("l1", "gradient", "lpips", "kl", "alignment", "adversarial")
+"""The terms of stage 1's loss that have a weight in a recipe."""
+
+
+def loss_settings(recipe: AutoencoderRecipe) -> StageOneSettings:
+    """The settings of `stage_one_loss` that a recipe decides."""
+    loss = recipe.loss
+    adaptive = {"alignment": loss.adaptive_alignment, "adversarial": loss.adaptive_adversarial}
+    return StageOneSettings(
+        weights={name: getattr(loss, name) for name in TERMS},
+        adaptive=frozenset(name for name, chosen in adaptive.items() if chosen),
+        kl_reduction=loss.kl_reduction,
+        lpips_patch=loss.lpips_patch,
+        lpips_stride=loss.lpips_stride,
+        latent_noise=recipe.latent_noise,
+        detail_dropout=recipe.detail_dropout,
+        inverted_dropout=recipe.inverted_dropout,
+    )
 
 
 def check_choices(recipe: AutoencoderRecipe) -> None:
