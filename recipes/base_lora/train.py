@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import typer
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from rich.progress import track
 from torch import Tensor
 
 from davae import assets
@@ -24,6 +23,7 @@ from davae.data.order import batch_indices
 from davae.data.sources import open_pictures
 from davae.method.flow import interpolate, sample_timesteps, velocity_target
 from davae.pipelines.loading import load_pipeline
+from davae.run.progress import track
 from davae.seeds import generator
 
 PROMPT_TOKENS = 12

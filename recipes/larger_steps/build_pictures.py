@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
+
+from davae.run.progress import track
 
 
 def picture_key(codes: str) -> str:

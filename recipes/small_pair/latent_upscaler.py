@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from davae.method.losses import gradient_l1, reconstruction_l1
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_base_vae, load_pipeline
 from davae.pipelines.sampling import draw_shared_noise
+from davae.run.progress import track
 from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json

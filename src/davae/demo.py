@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from davae import assets
@@ -25,6 +24,7 @@ from davae.evaluation.report import Curves, Pictures, Report, Section, Series, T
 from davae.method.metrics import EfficientNetLite0Features
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.run.progress import track
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
@@ -182,7 +182,7 @@ def measure_kid(made: dict[str, list[Tensor]], real: PictureSet, seed: int) -> d
     references = generation.features_of([real.image(index) for index in range(len(real))], side=SIZE)
     return {
         name: list(generation.kid_with_error(generation.features_of(pictures, side=SIZE), references, seed=seed))
-        for name, pictures in track(made.items(), "features for KID", console=Console(stderr=True))
+        for name, pictures in track(list(made.items()), "features for KID", unit="sets")
     }
 
 
@@ -195,7 +195,7 @@ def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: i
         NATIVE: Case(NATIVE, pipelines[BASE], SIZE, **settings),
     }
     seconds: dict[str, dict[str, float]] = {}
-    for part in track(("step", "whole"), "timing", console=Console(stderr=True)):
+    for part in track(("step", "whole"), "timing", unit="parts"):
         runs = {name: runs_of(case, [part])[part] for name, case in cases.items()}
         found = measure_interleaved(runs, torch.device("cpu"), repeats=plan.repeats, warm_up=1)
         seconds[part] = {name: spread(measured.seconds).median for name, measured in found.items()}

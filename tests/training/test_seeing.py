@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from davae.data.png import read_png
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
+from davae.run.progress import StepProgress
 from davae.run.record import read_metrics
-from davae.training.progress import StepProgress
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 from davae.training.stage_two import FinetuneRecipe, finetune
 from davae.training.stage_two_validation import Validation

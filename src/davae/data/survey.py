@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from davae.data.loading import WORKERS, in_threads
@@ -19,6 +17,7 @@ from davae.data.pictures import LEFT_OUT, PictureRefused
 from davae.data.sources import PictureSet, as_floats
 from davae.data.stored import Refusal
 from davae.method.metrics import half_size_psnr
+from davae.run.progress import track
 
 TIMED_PICTURES = 64
 SOFT_DB = 40.0
@@ -42,7 +41,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
     """
     softness: dict[int, float] = {}
     damaged: list[Refusal] = []
-    for index in track(range(len(pictures)), "decoding pictures", console=Console(stderr=True), transient=True):
+    for index in track(range(len(pictures)), "decoding images", unit="images"):
         try:
             image = as_floats(pictures.decode(index)[None])
         except PictureRefused as error:

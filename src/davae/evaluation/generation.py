@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
@@ -26,6 +24,7 @@ from davae.evaluation.report import Pictures, Report, Section, Table, write_page
 from davae.method.metrics import EfficientNetLite0Features, kid
 from davae.pipelines.adapter import digest_tensors
 from davae.pipelines.sampling import sample
+from davae.run.progress import track
 from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json
@@ -44,7 +43,7 @@ def sample_many(
     pipeline.set_progress_bar_config(disable=True)
     origin = [_weights_digest(pipeline), settings]
     starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
-    for start in track(starts, label, console=Console(stderr=True), disable=not ranks.first):
+    for start in track(starts, label, unit="batches", visible=ranks.first):
         batch = prompts[start : start + batch_size]
         paths = [folder / f"{index:05d}.png" for index in range(start, start + len(batch))]
         origins = [_origin([*origin, prompt, index]) for index, prompt in enumerate(batch, start)]

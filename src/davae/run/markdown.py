@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The lines of a table; columns of numbers are flush right, except the first, which names the row."""
-    columns = []
+    columns: list[list[str]] = []
     for name, *values in zip(header, *rows, strict=True):
         cells = [_escape(value) for value in values]
         numbers = bool(columns) and all(cell[:1] in "+-0123456789" for cell in cells)

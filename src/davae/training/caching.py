@@ -8,8 +8,8 @@ from rich.console import Console
 from davae.data.cache import Entry, TensorCache
 from davae.errors import CheckpointError
 from davae.run import faults
+from davae.run.progress import StepProgress
 from davae.run.ranks import Ranks
-from davae.training.progress import StepProgress
 
 SHARD_BYTES = 128 << 20
 """A shard is written when it is so large, or after `SHARD_SECONDS`: no more is lost when a process is killed."""

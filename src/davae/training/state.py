@@ -22,6 +22,7 @@ from davae.run.checkpoint import (
     remove_litter,
     save_checkpoint,
 )
+from davae.run.progress import StepProgress
 from davae.run.ranks import Ranks
 from davae.run.record import RunRecord, alone
 from davae.seeds import generator
@@ -30,7 +31,6 @@ from davae.training.companion import MAX_SKIPPED_IN_A_ROW, Companion
 from davae.training.interruption import Interrupted, stop_requests
 from davae.training.optimizers import ADAMW, OptimizerSettings
 from davae.training.precision import computes_bfloat16
-from davae.training.progress import StepProgress
 from davae.training.spikes import Spikes
 from davae.training.trackers import check_trackers, start_trackers
 from davae.training.weights import TrainedWeights

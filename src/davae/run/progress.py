@@ -1,6 +1,8 @@
 """The progress of long work: a live bar on a terminal, a line every ten seconds elsewhere."""
 
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -8,18 +10,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 
+Item = TypeVar("Item")
+
+
+def track(items: Sequence[Item], label: str, *, unit: str = "steps", visible: bool = True) -> Iterator[Item]:
+    """The items one by one, with their progress on stderr."""
+    console = Console(stderr=True, quiet=not visible)
+    with StepProgress(label, done=0, total=len(items), console=console, unit=unit) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.show(done)
+
 
 class StepProgress:
-    """A context manager that shows how many of `total` are done, speed and time left; of training more, see `show`.
+    """A context manager that shows how many of `total` are done, the speed, and the time left.
 
     Args:
-        label: what is done.
-        done: so many are done already; the speed counts only those from here on.
-        total: so many there are.
-        console: where it is shown.
+        label: the name of the work.
+        done: how many were done before; the speed does not count them.
+        total: how many there are.
+        console: where the progress is shown.
         unit: what is counted, in the plural.
-        samples: pictures in a step, for the samples a second; 0 shows none.
-        device: a GPU whose largest memory use is shown; of others nothing is.
+        samples: images in a step, to show samples a second; 0 does not show them.
+        device: its peak memory is shown if it is a GPU.
     """
 
     def __init__(
@@ -38,6 +51,7 @@ class StepProgress:
         self._unit, self._samples = unit, samples
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._began = self._last_line = time.monotonic()
+
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,7 +62,7 @@ class StepProgress:
         self._task = self._bar.add_task(label, total=total, completed=done, status="")
 
     def __enter__(self) -> "StepProgress":
-        """Show the bar if this is a terminal."""
+        """Show the bar on a terminal."""
         if self._console.is_terminal:
             self._bar.start()
         return self
@@ -58,22 +72,29 @@ class StepProgress:
         self._bar.stop()
 
     def show(self, done: int, loss: float | None = None) -> None:
-        """Say that `done` are done, in training what the loss of the last step was, how fast it goes, how long yet."""
+        """Show that `done` are done, and in training the loss of the last step."""
         self.done, now = done, time.monotonic()
+        status = self._status(done, now, loss)
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=done, status=status)
+            return
+
+        # A log file gets a line now and then, and one at the end.
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total:
+            self._last_line = now
+            line = f"{self._label}: {done}/{self._total} {self._unit}, {status}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _status(self, done: int, now: float, loss: float | None) -> str:
         speed = (done - self._start) / max(now - self._began, 1e-9)
-        left = round((self._total - done) / speed) if speed else 0
         parts = [f"{speed:.2f} {'it' if self._unit == 'steps' else self._unit}/s"]
         if self._samples:
             parts.append(f"{speed * self._samples:.1f} samples/s")
+
+        left = round((self._total - done) / speed) if speed else 0
         parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         if self._gpu is not None:
             parts.append(f"{torch.cuda.max_memory_allocated(self._gpu) / 2**30:.1f} GiB")
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
-        status = ", ".join(parts)
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=done, status=status)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total:
-            self._last_line = now
-            line = f"{self._label}: {done}/{self._total} {self._unit}, {status}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+        return ", ".join(parts)
