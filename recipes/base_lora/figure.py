@@ -12,7 +12,7 @@ import typer
 from PIL import Image
 
 from davae import assets
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.evaluation.report import Pictures, write_figure
 from davae.pipelines.base_lora import load_base_lora
 from davae.pipelines.loading import load_pipeline

@@ -25,7 +25,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.cost.cases import Case, runs_of
 from davae.cost.timing import measure_interleaved, spread
-from davae.data.png import write_png
+from davae.data.pictures import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from davae import assets, demo
 from davae.data.order import batch_indices, random_crops
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.method.losses import gradient_l1, reconstruction_l1

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from davae import assets, demo
-from davae.data.png import write_png
+from davae.data.pictures import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.method.perceptual import LPIPS

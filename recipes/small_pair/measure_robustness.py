@@ -14,7 +14,7 @@ import typer
 from torch import Tensor
 
 from davae import assets, demo
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.data.sources import open_pictures
 from davae.evaluation.generation import features_of
 from davae.method.metrics import kid

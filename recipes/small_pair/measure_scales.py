@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from davae import assets, demo
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.data.sources import open_pictures
 from davae.evaluation.generation import features_of, kid_with_error, scaled
 from davae.run.record import environment

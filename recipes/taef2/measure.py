@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.reconstruction import base_at_full_size, base_enlarged, measure, upgraded
 from davae.method.perceptual import LPIPS

@@ -16,7 +16,7 @@ from torch import Tensor
 from davae import assets
 from davae.cost.cases import Case, parameters_of, runs_of
 from davae.cost.timing import measure_interleaved, spread
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation import generation, reconstruction

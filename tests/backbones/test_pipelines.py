@@ -23,7 +23,7 @@ import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.backbones.packing import pack, unpack
 from davae.backbones.sana import instruction
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import find_target_layers

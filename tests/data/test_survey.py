@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.stored import captioned, fill, picture
 from davae.cli import main
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.data.sources import open_pictures
 from davae.data.survey import contact_sheet, source_name, survey
 from davae.method.metrics import half_size_psnr

@@ -16,7 +16,7 @@ import tiny
 import tiny_pipelines
 from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.backbones import backbone_of
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.errors import DataError, SettingsError
 from davae.evaluation.generation import evaluate
 from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock

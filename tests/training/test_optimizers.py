@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.errors import SettingsError
 from davae.run.record import read_metrics
 from davae.seeds import generator

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
 from davae.run.progress import StepProgress

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from davae.data.order import batch_indices, random_crops
-from davae.data.png import read_png
+from davae.data.pictures import read_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, DataError, NumericsError, SettingsError
 from davae.evaluation.reconstruction import measure, upgraded

@@ -39,7 +39,7 @@ def inspect(
     settings: dict[str, Any] = {"size": sizes[0], "captions": captions, "classes": classes, "limit": limit}
     if dry_run:
         return show({"source": source, **settings, "buckets": [f"{item.width}x{item.height}" for item in buckets]})
-    from davae.data.png import write_png
+    from davae.data.pictures import write_png
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
     from davae.run.storage import write_json

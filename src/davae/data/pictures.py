@@ -1,29 +1,33 @@
-"""One encoded picture, from anywhere, to the pixels that a person sees in it: or a refusal that says why not."""
+"""One encoded picture, from anywhere, to the pixels that a person sees in it, or a refusal that says why not."""
 
 import struct
 import warnings
 import zlib
 from io import BufferedReader, BytesIO
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageCms
+from jaxtyping import Float, UInt8
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from davae.errors import DataError
+from davae.run.storage import write_atomically
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats that are decoded, as Pillow names them; the bytes decide, not the name of the file."""
+"""The formats that are decoded, by Pillow's names; the bytes decide, not the name of the file."""
 
 MAX_PIXELS = 64_000_000
-MIN_SIDE = 16
+MIN_PICTURE_SIDE = 16
 MAX_SCANS = 20
-"""Of a JPEG that has the most pixels allowed, and so many more as it is smaller: each is a pass over all pixels,
-however few bytes it has. Encoders make about ten."""
+"""Most scans of a JPEG of `MAX_PIXELS`; smaller ones may have more. Each scan is a pass over all pixels, however few
+bytes it has. Encoders write about ten."""
 STRIP_PIXELS = 1 << 22
-"""Colours are converted in strips of so many pixels, so that a large picture needs no more than its own memory."""
+"""Colours are converted in strips of so many pixels, so that a large picture needs little more than its own memory."""
+ORIGIN = "davae-origin"
+"""Name of the text in a PNG file that says what the picture was made from."""
 
 Stream = BytesIO | BufferedReader
 
@@ -31,9 +35,9 @@ RefusalKind = Literal[
     "damaged", "format", "too large", "text", "missing", "too small", "no caption", "no class", "same name"
 ]
 LEFT_OUT: tuple[RefusalKind, ...] = ("too small", "no caption", "no class", "same name")
-"""Kinds of refusal that say nothing against the files: whoever gathers pictures expects some. The others are losses."""
+"""Refusals that any collection of pictures has; all others mean that a file is broken."""
 
-# What Pillow's decoders raise on damaged or hostile bytes; found by reading them and by the fuzz test.
+# What Pillow's decoders raise on damaged or hostile bytes; collected from their code and by the fuzz test.
 _DECODER_ERRORS = (
     OSError,
     ValueError,
@@ -48,15 +52,6 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -71,37 +66,39 @@ class PictureRefused(DataError):
 
 
 def read_picture(
-    data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE, enough: int | None = None
+    data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_PICTURE_SIDE, enough: int | None = None
 ) -> UInt8[Tensor, "3 height width"]:
-    """Decode one picture to sRGB as it is meant to be seen.
+    """Decode one picture to sRGB, as a person sees it.
 
-    - The header is checked before anything is decoded: the format, the number of pixels, the sides, a JPEG's scans.
-      These limits bound the time and the memory that a file can take (64 million pixels: under 1 GiB). There is no
-      clock, so that a busy machine reads the same pictures as an idle one.
+    - Format, number of pixels, sides and a JPEG's scans are checked by the header, before anything is decoded. These
+      limits bound time and memory (under 1 GiB for 64 million pixels). There is no clock: a busy machine reads the
+      same pictures as an idle one.
     - EXIF orientation is applied. Broken EXIF, or an orientation that does not exist, means upright.
-    - 16-bit grey (and mode I, whose values must fit 16 bits) is divided by 257; floating point must lie in [0, 1].
-    - An ICC profile is converted to sRGB, perceptual intent. A broken one, or one of another colour space than the
-      picture's, is passed over: the picture is then taken for sRGB, which is what viewers show. So is 16-bit grey.
-    - Transparency is composited on white. Of an animation or of several pages the first frame is read.
+    - 16-bit grey (and mode I, whose values must fit 16 bits) is divided by 257; floats must lie in [0, 1].
+    - An ICC profile is converted to sRGB, perceptual intent. A broken profile, one of another colour space, and one of
+      16-bit grey are ignored, as viewers do.
+    - Transparency is composited on white. Of an animation or of several pages the first is read.
 
     Args:
         data: the encoded file.
-        name: what messages call it.
-        max_pixels: most pixels that are decoded. Pillow's own limit, `Image.MAX_IMAGE_PIXELS`, holds besides.
+        name: how messages call it.
+        max_pixels: most pixels that are decoded. Pillow's own limit, `Image.MAX_IMAGE_PIXELS`, holds, too.
         min_side: shortest side that is accepted, in pixels.
-        enough: both sides of a JPEG may be halved, quartered or divided by 8 as long as they stay at least so long:
-            libjpeg then decodes a part of each block only, several times as fast. None is full size.
+        enough: libjpeg may divide both sides of a JPEG by 2, 4 or 8 as long as they stay at least so long, which is
+            several times as fast. None is full size.
 
     Raises:
-        PictureRefused: the picture is empty, damaged, truncated, too large, too small, of a format or of a colour mode
-            that is not read.
+        PictureRefused: the picture is empty, damaged, truncated, too large, too small, or has a format or a colour
+            mode that is not read.
     """
     with _open(BytesIO(data), name, max_pixels=max_pixels, min_side=min_side) as image:
+        jpeg = image.format in ("JPEG", "MPO")
         scans, allowed = data.count(b"\xff\xda"), MAX_SCANS * max_pixels // (image.width * image.height)
-        if image.format in ("JPEG", "MPO") and scans > allowed:
+        if jpeg and scans > allowed:
             raise PictureRefused(name, f"{scans} scans are more than the allowed {allowed}; save it again", "too large")
+
         try:
-            if enough is not None and image.format in ("JPEG", "MPO"):
+            if jpeg and enough is not None:
                 image.draft(None, (enough, enough))
             pixels = image.width * image.height
             with warnings.catch_warnings():
@@ -111,29 +108,60 @@ def read_picture(
             raise PictureRefused(name, f"damaged or truncated ({error}); save or download it again") from error
         if image.width * image.height != pixels:
             raise PictureRefused(name, "its header and its content disagree on its size; save it again")
-        upright = _UPRIGHT.get(_orientation(image))
+
+        # Pillow turns by EXIF data: it gets the orientation alone, for the rest of the file's may be broken.
+        orientation = _orientation(image)
         rgb = _to_srgb(image, name)
-    if upright is not None:
-        rgb = rgb.transpose(upright)
+        rgb.info.clear()
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(rgb, in_place=True)
+
     values = np.asarray(rgb)
-    del rgb  # of a large picture each copy counts
+    del rgb  # each copy of a large picture counts
     return torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C"))
 
 
 def check_picture(
-    stream: Stream, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+    stream: Stream, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_PICTURE_SIDE
 ) -> tuple[int, int]:
-    """The checks that `read_picture` makes before it decodes, without decoding.
+    """The checks of `read_picture` that need the header only.
 
     Returns:
-        Width and height of the picture held upright, as far as the header tells: PNG may say later that it lies.
+        Width and height of the upright picture, as far as the header tells: a PNG may have its orientation at the end.
 
     Raises:
-        PictureRefused: as `read_picture`, for what a header shows.
+        PictureRefused: as `read_picture`.
     """
     with _open(stream, name, max_pixels=max_pixels, min_side=min_side) as image:
         lies = ("exif" in image.info or image.format == "TIFF") and _orientation(image) in (5, 6, 7, 8)
         return image.size[::-1] if lies else image.size
+
+
+def to_bytes(image: Float[Tensor, "*batch 3 h w"]) -> UInt8[Tensor, "*batch 3 h w"]:
+    """The models' values, in [-1, 1], as bytes."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_floats(images: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
+    """Bytes as the models' values, float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> None:
+    """Write one picture, whole or not at all; `origin` goes into its metadata.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    text, stream = PngImagePlugin.PngInfo(), BytesIO()
+    text.add_text(ORIGIN, origin)
+    Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(stream, format="PNG", pnginfo=text)
+    write_atomically(path, stream.getvalue())
+
+
+def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:
+    """Read a picture that `write_png` wrote."""
+    return read_picture(path.read_bytes(), str(path), min_side=1)
 
 
 def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image.Image:
@@ -152,6 +180,7 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
         raise PictureRefused(name, reason, "format") from error
     except _DECODER_ERRORS as error:
         raise PictureRefused(name, f"its header is damaged ({error}); save or download it again") from error
+
     size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > max_pixels:
         raise PictureRefused(name, f"{size} is more than the allowed {max_pixels}; scale it down", "too large")
@@ -161,7 +190,7 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
 
 
 def _orientation(image: Image.Image) -> int:
-    # read after the pixels are: PNG may carry EXIF behind them, and Pillow turns a TIFF by itself when it loads it
+    # To be read after the pixels: a PNG may have EXIF behind them, and loading turns a TIFF.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,6 +204,7 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
     rows = max(1, STRIP_PIXELS // image.width)
     if rows >= image.height:
         return _strip_to_srgb(image, name)
+
     rgb = Image.new("RGB", image.size)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -184,7 +214,8 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
 
 def _strip_to_srgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES or image.mode == "F":
-        return Image.fromarray(_scaled_grey(image, name)).convert("RGB")
+        return Image.fromarray(_scale_grey(image, name)).convert("RGB")
+
     match image.mode:
         case "L" | "RGB" | "CMYK" if not image.has_transparency_data:
             return _apply_profile(image, image.info.get("icc_profile"))
@@ -192,17 +223,20 @@ def _strip_to_srgb(image: Image.Image, name: str) -> Image.Image:
             rgba = image.convert("RGBA")
         case mode:
             raise PictureRefused(name, f"its colour mode {mode} is not read; convert it to RGB", "format")
+
     colour = _apply_profile(rgba.convert("RGB"), image.info.get("icc_profile"))
     colour.putalpha(rgba.getchannel("A"))
     return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
 
 
-def _scaled_grey(image: Image.Image, name: str) -> np.ndarray:
+def _scale_grey(image: Image.Image, name: str) -> np.ndarray:
+    """16-bit, 32-bit or floating-point grey as 8 bits."""
     values = np.asarray(image)
     if image.mode == "F":
         if not ((values >= 0) & (values <= 1)).all():
             raise PictureRefused(name, "floating point values outside [0, 1], or no numbers; scale them and save again")
         return np.rint(values * 255).astype(np.uint8)
+
     if values.min() < 0 or values.max() > 65535:
         raise PictureRefused(name, "integer values outside 0..65535; save it with 8 or 16 bits a channel")
     grey = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)

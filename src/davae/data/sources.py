@@ -18,7 +18,7 @@ from davae.data.labels import folder_classes, number_classes
 from davae.data.listing import Source, list_source
 from davae.data.loading import in_threads
 from davae.data.order import bucket_batch
-from davae.data.pictures import LEFT_OUT, MIN_SIDE, PictureRefused, read_picture
+from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, read_picture, to_floats
 from davae.data.stored import PICTURE_SUFFIXES, Refusal, summarise
 from davae.errors import DataError, SettingsError
 from davae.run import faults
@@ -95,12 +95,12 @@ class PictureSet:
         """
         if len({self._entries[index].bucket[:2] for index in indices}) > 1:
             raise SettingsError("a batch of several buckets: take the pictures of one, see PictureSet.members")
-        return as_floats(torch.stack(self._images(indices)))
+        return to_floats(torch.stack(self._images(indices)))
 
     def squares(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 side side"]:
         """Several pictures of any buckets: central squares as large as the smallest side of all buckets allows."""
         side = min(min(bucket.height, bucket.width) for bucket in self.buckets)
-        return as_floats(torch.stack([fit(image, Bucket(side, side)) for image in self._images(indices)]))
+        return to_floats(torch.stack([fit(image, Bucket(side, side)) for image in self._images(indices)]))
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterable[list[int]]:
         """These pictures' numbers, in their order, in batches of one bucket each."""
@@ -227,8 +227,8 @@ def open_pictures(
         DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or some have a class
             number, and some only a sub-folder.
     """
-    if size < MIN_SIDE:
-        raise SettingsError(f"size={size}: allowed is a side from {MIN_SIDE} pixels")
+    if size < MIN_PICTURE_SIDE:
+        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
     if split not in (None, "train", "heldout"):
         raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
     if limit is not None and limit < 1:
@@ -259,8 +259,3 @@ def open_pictures(
 def heldout(key: str) -> bool:
     """Whether a picture is kept from training, by its key alone: SHA-256 of the key, as a number, divisible by ten."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
-
-
-def as_floats(images: UInt8[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
-    """Bytes as the models' values, float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1

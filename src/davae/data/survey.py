@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from davae.data.loading import WORKERS, in_threads
-from davae.data.pictures import LEFT_OUT, PictureRefused
-from davae.data.sources import PictureSet, as_floats
+from davae.data.pictures import LEFT_OUT, PictureRefused, to_floats
+from davae.data.sources import PictureSet
 from davae.data.stored import Refusal
 from davae.method.metrics import half_size_psnr
 from davae.run.progress import track
@@ -43,7 +43,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
     damaged: list[Refusal] = []
     for index in track(range(len(pictures)), "decoding images", unit="images"):
         try:
-            image = as_floats(pictures.decode(index)[None])
+            image = to_floats(pictures.decode(index)[None])
         except PictureRefused as error:
             damaged.append(Refusal(error.name, error.reason, error.kind))
         else:

@@ -17,7 +17,7 @@ from davae.backbones import backbone_of
 from davae.backbones.sizes import Size, width_and_height
 from davae.data.buckets import Bucket
 from davae.data.listing import Source
-from davae.data.png import ORIGIN, read_png, to_bytes, write_png
+from davae.data.pictures import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.report import Pictures, Report, Section, Table, write_page

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.data.listing import Source
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation.report import Pictures, Report, Section, Table, write_page

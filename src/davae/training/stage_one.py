@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from davae import assets
 from davae.data.loading import Ahead
 from davae.data.order import random_crops
-from davae.data.png import write_png
+from davae.data.pictures import write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import NumericsError, SettingsError
 from davae.method.closed_form import BASE_CODES, fit_closed_form

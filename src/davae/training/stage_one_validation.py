@@ -5,7 +5,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from torch import Tensor
 
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from einops import rearrange
 
 from davae.backbones import backbone_of
-from davae.data.png import write_png
+from davae.data.pictures import write_png
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.pipelines.sampling import sample

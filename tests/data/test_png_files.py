@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from davae.data.png import read_png, to_bytes, write_png
+from davae.data.pictures import read_png, to_bytes, write_png
 from davae.errors import StorageError
 from davae.seeds import generator
 
