@@ -22,7 +22,7 @@ import tiny
 import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.backbones.packing import pack, unpack
-from davae.backbones.sana import instruction
+from davae.backbones.sana import read_instruction
 from davae.data.pictures import to_bytes
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
@@ -209,7 +209,7 @@ def test_the_training_shift_is_the_one_that_sampling_has(upgraded):
     if backbone.noise is not None or backbone.classes:
         pytest.skip("predicts noise, or has times of its own")
     made(upgraded, 64, steps=50)  # FLUX.2's shift depends on how many they are
-    shift, sigmas = backbone.shift(scheduler, 16), scheduler.sigmas[:50]
+    shift, sigmas = backbone.shift(upgraded, 16), scheduler.sigmas[:50]
     plain = sigmas / (shift - (shift - 1) * sigmas)
     assert shift > 1.2
     assert plain[0] == pytest.approx(1, abs=2e-3)
@@ -326,7 +326,7 @@ def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(family):
     embeds, mask, none, no_mask = pipeline.encode_prompt(
         ["red apple"],
         max_sequence_length=400,
-        **({"complex_human_instruction": instruction()} if family == "sana" else {}),
+        **({"complex_human_instruction": read_instruction()} if family == "sana" else {}),
     )
     for row, expected in enumerate(((embeds, mask), (none, no_mask))):
         for made, theirs in zip(mixed.values(), expected, strict=True):

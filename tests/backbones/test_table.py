@@ -249,13 +249,13 @@ def test_every_row_has_a_case():
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(SettingsError, match=r"AutoencoderKL is of no family that davae knows.*SD3Transformer2DModel"):
+    with pytest.raises(SettingsError, match=r"AutoencoderKL is no backbone that davae knows.*SD3Transformer2DModel"):
         backbone_of(tiny.tiny_vae())
 
 
 def test_a_family_with_ports_only_says_that_it_cannot_be_trained():
     backbone = backbone_of(families.tiny_cogview4())
-    with pytest.raises(SettingsError, match="not trained here yet"):
+    with pytest.raises(SettingsError, match="has ports only"):
         backbone.condition(None, ["a"])
-    with pytest.raises(SettingsError, match="not trained here yet"):
+    with pytest.raises(SettingsError, match="has ports only"):
         backbone.velocity(None, torch.zeros(1, 4, 2, 2), torch.zeros(1), {})

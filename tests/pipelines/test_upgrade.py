@@ -423,7 +423,7 @@ def test_what_is_no_pair_is_refused(base, autoencoder):
     with pytest.raises(SettingsError, match="AutoencoderKL is no AutoencoderDA"):
         upgrade(base, base.vae)
     base.transformer = tiny.tiny_vae()
-    with pytest.raises(SettingsError, match="AutoencoderKL is of no family that davae knows"):
+    with pytest.raises(SettingsError, match="AutoencoderKL is no backbone that davae knows"):
         upgrade(base, autoencoder)
 
 

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
 from torch import Tensor
 
-from davae.backbones import BACKBONES, fixed_size
+from davae.backbones import BACKBONES, backbone_of
 from davae.data.order import batch_indices
 from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError, SettingsError
@@ -54,9 +54,6 @@ def family(monkeypatch: pytest.MonkeyPatch) -> None:
         velocity=velocity,
         noise=None,
         lora_targets=(),
-        classes=True,
-        null_class=lambda transformer: transformer.config.num_embeds_ada_norm,
-        picture_side=fixed_size.picture_side,
     )
     monkeypatch.setitem(BACKBONES, "DiTTransformer2DModel", row)
 
@@ -201,8 +198,8 @@ def test_another_size_than_the_positions_fit_is_refused(recipe, tmp_path) -> Non
     ):
         finetune(recipe.model_copy(update={"size": 32}), tmp_path)
     pipeline = load_pipeline(recipe.base)
-    assert fixed_size.picture_side(pipeline, None) == 32
-    assert fixed_size.picture_side(pipeline, 32) == 32
+    side = backbone_of(pipeline.transformer).picture_side
+    assert side(pipeline, None) == side(pipeline, 32) == 32
 
 
 def test_lora_without_named_targets_is_refused(recipe, tmp_path) -> None:

@@ -133,7 +133,7 @@ def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_fol
     objectives = bucket_objectives(pipeline, recipe, pictures)
     assert sorted(objectives) == [60, 64, 256]  # 48x80 and 80x48 alike; 64x64; 128x128; 8 px each
     for positions, objective in objectives.items():
-        assert objective.shift == backbone_of(pipeline.transformer).shift(pipeline.scheduler, positions // 4)
+        assert objective.shift == backbone_of(pipeline.transformer).shift(pipeline, positions // 4)
     assert len({objective.shift for objective in objectives.values()}) == 3
     finetune(recipe, tmp_path / "run")
     assert all(math.isfinite(loss) for loss in logged(tmp_path / "run"))

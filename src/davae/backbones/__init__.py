@@ -1,13 +1,13 @@
-"""What differs between transformers: one table, and one small file for each family that can be trained.
+"""What differs between transformers: one table, and one small file for each backbone that can be trained.
 
-To add a family, add its row; `tests/backbones/test_table.py` then checks that its warm start is exact.
+To add a backbone, add its row; `tests/backbones/test_table.py` then checks that its warm start is exact.
 """
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
 from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
-from davae.backbones.family import Backbone as Backbone
+from davae.backbones.backbone import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.method.widen import LatentPorts, Transformer, widen_ports
 
@@ -42,7 +42,7 @@ def backbone_of(transformer: ModelMixin) -> Backbone:
     name = next(kind.__name__ for kind in type(transformer).__mro__ if not issubclass(kind, FSDPModule))
     if name not in BACKBONES:
         raise SettingsError(
-            f"{name} is of no family that davae knows: {', '.join(BACKBONES)}. What is missing is its row there: the "
+            f"{name} is no backbone that davae knows: {', '.join(BACKBONES)}. To add it, add a row there with the "
             "names and layouts of its two latent ports (docs/backbones.md)"
         )
     return BACKBONES[name]
@@ -52,7 +52,7 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
     """Refuse a pipeline without a transformer or without an autoencoder.
 
     Raises:
-        SettingsError: one of them is missing, or the transformer's family is unknown.
+        SettingsError: one of them is missing, or the transformer is not in the table.
     """
     parts = {name for name, part in pipeline.components.items() if part is not None}
     if missing := {"vae", "transformer"} - parts:
@@ -65,13 +65,13 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
 
 
 def widen_transformer(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:
-    """Widen a transformer of a known family by `detail_channels` latent channels; see `davae.method.widen.widen_ports`.
+    """Widen a transformer by `detail_channels` latent channels; see `davae.method.widen.widen_ports`.
 
     The result is of the same stock class; on the base channels its output is the base's, on the others zero. All
     tensors but the two ports are shared with `transformer`.
 
     Raises:
-        SettingsError: if the family is unknown, or `base_channels` is not the transformer's.
+        SettingsError: if it is not in the table, or `base_channels` is not the number of its latent channels.
     """
     ports = backbone_of(transformer).ports
     return widen_ports(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)

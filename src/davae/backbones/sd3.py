@@ -2,51 +2,19 @@
 
 from collections.abc import Sequence
 
-from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
-from jaxtyping import Float
-from torch import Tensor
+from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones import calling
-from davae.backbones.family import Backbone
-from davae.backbones.sizes import side_of
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty, stock_arguments
 from davae.method.widen import LatentPorts
 
-PORTS = LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q c) d")
-
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
-"""What the reference trains with LoRA: the image stream's attention, MLP output and modulation; no text stream."""
+"""The layers that the reference trains with LoRA: attention, MLP output and modulation of the image stream."""
 
 
-def picture_side(pipeline: DiffusionPipeline, size: int | None) -> int:
-    """`size` in pixels, or the pipeline's default if it is None.
+def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
+    """`encoder_hidden_states` [B, 77 + T5 tokens, width] and `pooled_projections` [B, width].
 
-    Raises:
-        SettingsError: another pipeline than StableDiffusion3Pipeline, or a size that it cannot make.
-    """
-    config, factor = pipeline.transformer.config, getattr(pipeline, "vae_scale_factor", 1)
-    unit = factor * config.patch_size
-    return side_of(
-        pipeline,
-        size,
-        kinds=(StableDiffusion3Pipeline,),
-        default=config.sample_size * factor,
-        unit=unit,
-        largest=(config.get("pos_embed_max_size") or 0) * unit,
-    )
-
-
-def condition(
-    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 256
-) -> dict[str, Tensor]:
-    """Encode prompts with the pipeline's own text encoders; differentiable, so wrap it where they are frozen.
-
-    Args:
-        pipeline: any Stable Diffusion 3 pipeline, base or upgraded.
-        prompts: B of them; "" is the unconditional one.
-        max_sequence_length: T5 tokens, at most 512 for the published models.
-
-    Returns:
-        `encoder_hidden_states` [B, 77 + T5 tokens, width] and `pooled_projections` [B, width], what `velocity` wants.
+    Differentiable, so call it without gradients where the text encoders are frozen. "" is the unconditional prompt.
     """
     embeds, _, pooled, _ = pipeline.encode_prompt(
         prompt=list(prompts),
@@ -58,16 +26,29 @@ def condition(
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
 
-def velocity(
-    transformer: SD3Transformer2DModel,
-    latents: Float[Tensor, "b latent h w"],
-    sigma: Float[Tensor, " b"],
-    condition: dict[str, Tensor],
-) -> Float[Tensor, "b latent h w"]:
+def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
+    """The shapes of `condition`, one row; FLUX.1 has the same."""
+    config = transformer.config
+    return {
+        "encoder_hidden_states": empty(1, tokens, config.joint_attention_dim),
+        "pooled_projections": empty(1, config.pooled_projection_dim),
+    }
+
+
+def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     return transformer(hidden_states=latents, timestep=1000 * sigma, **condition, return_dict=False)[0]
 
 
 BACKBONE = Backbone(
-    PORTS, condition, velocity, lora_targets=LORA_TARGETS, picture_side=picture_side, call=calling.call, clip_tokens=77
+    LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q c) d"),
+    condition,
+    velocity,
+    lora_targets=LORA_TARGETS,
+    pipelines=("StableDiffusion3Pipeline",),
+    call_arguments=stock_arguments,
+    longest_grid=lambda config: config.get("pos_embed_max_size") or 0,
+    blank_condition=blank_condition,
+    clip_tokens=77,
+    padded_text=True,
 )

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from davae.backbones import Backbone, backbone_of, fixed_size
+from davae.backbones import Backbone, backbone_of
 from davae.cost.geometry import META
 from davae.cost.workload import condition_of, counting, decode_flops, in_half, meta
 from davae.errors import SettingsError
@@ -25,8 +24,6 @@ call, a batch of 2 for each picture, or of 1 where guidance is an input. decode:
 pictures on the device to Pillow's. whole: the stock pipeline, from prompts to Pillow's pictures."""
 PROMPT = "a red apple on a wooden table"
 GUIDANCE = 4.0
-COUNTED = (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
-"""Text encoders whose number of tokens is that of their padding."""
 DECODING = ("decoder", "post_quant_conv", "joint_", "detail_upsample")
 """How the names of an autoencoder's parts begin that decode."""
 
@@ -82,8 +79,7 @@ def sizes_against(candidate: Case, base: DiffusionPipeline) -> list[int]:
     """
     factor, base_factor = (downsample_factor(pipeline.vae.config) for pipeline in (candidate.pipeline, base))
     equal_tokens = candidate.size * base_factor // factor
-    fixed = candidate.backbone.picture_side is fixed_size.picture_side
-    return [equal_tokens] if fixed else list(dict.fromkeys([candidate.size, equal_tokens]))
+    return [equal_tokens] if candidate.backbone.one_size else list(dict.fromkeys([candidate.size, equal_tokens]))
 
 
 def parts_of(case: Case, wanted: Sequence[str]) -> list[str]:
@@ -99,7 +95,7 @@ def parts_of(case: Case, wanted: Sequence[str]) -> list[str]:
     lacking, why = set(), "has no text encoders to time"
     if not case.text_encoders:
         lacking = {"text"} if case.backbone.classes else {"text", "whole"}
-    elif not all(isinstance(encoder, COUNTED) for encoder in case.text_encoders.values()):
+    elif not case.backbone.padded_text:
         lacking, why = (
             {"text", "whole"},
             "has a text encoder whose tokens only its tokenizer knows, so none are counted",
@@ -168,7 +164,7 @@ def _whole(case: Case) -> object:
         "guidance_scale": GUIDANCE,
         "prompt_tokens": case.prompt_tokens,
     }
-    return case.pipeline(**case.backbone.call(case.pipeline, [PROMPT] * case.batch, **told), **settings)
+    return case.pipeline(**case.backbone.call_arguments(case.pipeline, [PROMPT] * case.batch, **told), **settings)
 
 
 def parameters_of(case: Case) -> dict[str, int]:
@@ -197,19 +193,15 @@ def flops_of(case: Case) -> dict[str, int]:
     pipeline, side = case.pipeline, case.latent_side
     with META:
         transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
-        encoders = [
-            in_half(type(encoder)(encoder.config))
-            for encoder in case.text_encoders.values()
-            if isinstance(encoder, COUNTED)
-        ]
+        encoders = [in_half(type(encoder)(encoder.config)) for encoder in case.text_encoders.values()]
     in_half(transformer)
     latents = meta(1, pipeline.vae.config.latent_channels, side, side)
     condition = _condition(case, transformer)
     with torch.no_grad(), counting() as text:
-        for encoder in encoders:
-            clip = not isinstance(encoder, T5EncoderModel)
-            padded = getattr(encoder.config, "max_position_embeddings", 0)
-            encoder(meta(1, int(padded) if clip else case.prompt_tokens, dtype=torch.long))
+        for encoder in encoders if case.backbone.padded_text else []:
+            # A CLIP pads to all of its positions, a T5 to the length that it is told.
+            tokens = getattr(encoder.config, "max_position_embeddings", case.prompt_tokens)
+            encoder(meta(1, tokens, dtype=torch.long))
     with torch.no_grad(), counting() as step:
         case.backbone.predict(transformer, latents, meta(1), condition)
     found = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from davae.backbones import Backbone
+from davae.backbones import BACKBONES, Backbone
 from davae.cost.geometry import META, Geometry
 from davae.errors import SettingsError
 from davae.method.losses import detail_alignment_loss, reconstruction_l1
@@ -191,28 +191,16 @@ def transformer_work(
 def condition_of(
     transformer: ModelMixin, backbone: Backbone, prompt_tokens: int, clip_tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """What the transformer wants of one caption or class, besides latents and time; `clip_tokens` as published if None.
+    """One caption or class as the transformer is told it, without values; `clip_tokens` as published if None.
 
     Raises:
-        SettingsError: captions of a family whose shapes are not known here.
+        SettingsError: davae does not know the shapes.
     """
-    if backbone.classes:
-        return {"class_labels": meta(1, dtype=torch.long)}
-    config = transformer.config
-    if (width := config.get("caption_channels")) is not None:  # SANA, PixArt
-        mask = meta(1, prompt_tokens, dtype=torch.long)
-        told = {"encoder_hidden_states": meta(1, prompt_tokens, width), "encoder_attention_mask": mask}
-        sized = getattr(transformer, "use_additional_conditions", False)  # PixArt-alpha is told the picture's size
-        return {**told, "downsample_factor": meta(1)} if sized else told
-    dims = [config.get(f"{name}_dim") for name in ("joint_attention", "pooled_projection")]
-    if None in dims:
+    if backbone.blank_condition is None:
+        known = [name for name, row in BACKBONES.items() if row.blank_condition is not None]
         raise SettingsError(
             f"the budget of a {type(transformer).__name__} cannot be counted: davae does not know the shapes of its "
-            "captions. Allowed are the families of Stable Diffusion 3, FLUX.1, SANA, PixArt, DiT and LightningDiT"
+            f"captions. Allowed are {', '.join(known)}"
         )
-    width, pooled = dims
     clip = backbone.clip_tokens if clip_tokens is None else clip_tokens
-    return {
-        "encoder_hidden_states": meta(1, clip + prompt_tokens, width),
-        "pooled_projections": meta(1, pooled),
-    }
+    return backbone.blank_condition(transformer, clip + prompt_tokens)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
-from davae.backbones.sizes import Size, width_and_height
+from davae.backbones.sizes import Size
 from davae.data.buckets import Bucket
 from davae.data.listing import Source
 from davae.data.pictures import ORIGIN, read_png, to_bytes, write_png
@@ -108,8 +108,7 @@ def generate(
     Returns:
         The path of the page.
     """
-    picture_side = backbone_of(pipeline.transformer).picture_side
-    width, height = width_and_height(pipeline, size, picture_side=picture_side)
+    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
     pictures = sample_many(
         pipeline, prompts, out / "pictures", label="generating",
         steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
@@ -147,8 +146,7 @@ def evaluate(
     if count < 4:
         raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
-    picture_side = backbone_of(pipeline.transformer).picture_side
-    width, height = width_and_height(pipeline, size, picture_side=picture_side)
+    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
     ranks = Ranks()
     shape = Bucket(height, width, width / height)
     real = open_pictures(pictures, size=min(width, height), buckets=[shape]).sound(

@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from davae.backbones import fixed_size, lightningdit
+from davae.backbones import lightningdit
 from davae.errors import SettingsError
 from davae.models.lightningdit import LightningDiT2DModel
 
@@ -138,7 +138,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
 
     def _check(self, height: int | None, width: int | None, output_type: str) -> None:
         for size in (height, width):
-            fixed_size.picture_side(self, size)
+            lightningdit.BACKBONE.picture_side(self, size)
         if output_type not in OUTPUTS:
             raise SettingsError(f"output_type={output_type!r}: allowed are {', '.join(OUTPUTS)}")
         allowed = FlowMatchEulerDiscreteScheduler().config

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from davae.backbones import backbone_of
-from davae.backbones.sizes import Size, width_and_height
+from davae.backbones.sizes import Size
 from davae.data.pictures import to_bytes
 from davae.models.base_autoencoders import base_facts, downsample_factor
 from davae.seeds import generator
@@ -66,11 +66,11 @@ def sample(
         SettingsError: a pipeline of another family, or a size that it cannot make.
     """
     backbone = backbone_of(pipeline.transformer)
-    width, height = width_and_height(pipeline, size, picture_side=backbone.picture_side)
+    width, height = backbone.width_and_height(pipeline, size)
     indices = range(first_index, first_index + len(prompts))
     factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
     noise = draw_shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
-    arguments = backbone.call(
+    arguments = backbone.call_arguments(
         pipeline,
         prompts,
         noise=noise.to(pipeline.device, pipeline.transformer.dtype),

@@ -4,10 +4,11 @@ import inspect
 import json
 import logging
 import math
+from copy import copy
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from davae.backbones import backbone_of, check_parts
@@ -107,8 +108,8 @@ def replace_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> Diffusion
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
     arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
     made = type(pipeline)(**{**arguments, **parts})
-    if isinstance(pipeline, DiTPipeline):
-        made.labels = dict(pipeline.labels)  # the names of its classes are in no config of it
+    for name in backbone_of(pipeline.transformer).carried:
+        setattr(made, name, copy(getattr(pipeline, name)))
     return made
 
 

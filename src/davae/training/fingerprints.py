@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from davae.backbones import backbone_of
+
 ELSEWHERE = ("transformers_version", "torch_dtype", "dtype")
 """Keys of configurations that do not say what is computed; and those that begin with an underscore, such as paths."""
 
@@ -44,7 +46,7 @@ def text_digest(pipeline: DiffusionPipeline) -> str:
         if name in ("transformer", "vae", "scheduler") or component is None:
             continue
         parts += [name, model_digest(component) if isinstance(component, nn.Module) else _tokenizer(component)]
-    parts.append(getattr(pipeline, "system_prompt", None))  # Lumina2's
+    parts += [getattr(pipeline, name) for name in backbone_of(pipeline.transformer).text_settings] or [None]
     return hashlib.sha256(_canonical(parts)).hexdigest()
 
 

@@ -118,7 +118,7 @@ def choose_objective(
     backbone, scheduler = backbone_of(pipeline.transformer), pipeline.scheduler
     if backbone.noise is None:
         tokens = positions // patch_side(pipeline.transformer, backbone.ports) ** 2
-        shift = shift or backbone.shift(scheduler, tokens)
+        shift = shift or backbone.shift(pipeline, tokens)
         return FlowObjective(backbone, base_channels, shift, data_objective, min_snr, cosine_weight)
 
     flow_settings = {

@@ -1,0 +1,219 @@
+"""What davae knows of a class of transformers: one row of the table `davae.backbones.BACKBONES`."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from davae.backbones.sizes import Size, checked_side
+from davae.errors import SettingsError
+from davae.method.widen import LatentPorts, patch_side
+from davae.models.base_autoencoders import downsample_factor
+
+Latents = Float[Tensor, "b latent h w"]
+"""Latents in the transformer's units, all C + D channels."""
+Sigma = Float[Tensor, " b"]
+"""Share of noise in [0, 1], of a flow model: noisy latents are (1 - sigma) latents + sigma noise."""
+Timestep = Int[Tensor, " b"]
+"""Step of a model that predicts noise, 0 to 999."""
+Condition = dict[str, Tensor]
+"""The keyword arguments of the transformer besides latents and time, each value [B, ...]."""
+
+
+def refuse_use(*arguments: Any, **keywords: Any) -> NoReturn:
+    """The default of the functions in a row: it says that the row has ports only."""
+    raise SettingsError(
+        "davae can widen and upgrade this transformer, but can neither train it nor sample from it: its row of "
+        "davae.backbones.BACKBONES has ports only. docs/backbones.md lists the rows that have more, and says how to "
+        "add one. The upgraded pipeline can be called as every pipeline of diffusers"
+    )
+
+
+def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
+    """The timestep shift s of sigma = s t / (1 + (s - 1) t) with which the stock pipeline samples that many tokens.
+
+    A static shift is in the scheduler's config (`shift`, or `flow_shift` of the DPM solvers). A dynamic one is exp(mu),
+    or mu where `time_shift_type` is "linear", and mu is a straight line through `base_shift` at `base_image_seq_len`
+    tokens and `max_shift` at `max_image_seq_len`. An upgrade keeps the tokens, so it keeps s.
+
+    Raises:
+        SettingsError: the scheduler is not one of flow models.
+    """
+    config = pipeline.scheduler.config
+    if not config.get("use_dynamic_shifting", False):
+        shift = config.get("shift", config.get("flow_shift"))
+        if shift is None:
+            raise SettingsError(
+                f"the scheduler, a {type(pipeline.scheduler).__name__}, has neither shift nor flow_shift: it is not "
+                "for flow models. Give the pipeline its own scheduler, or the recipe a shift"
+            )
+        return float(shift)
+
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - first) / (last - first)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One class of transformers. Those that can be trained have `velocity`, or `noise` if they predict noise."""
+
+    ports: LatentPorts
+    """Where latents enter and leave."""
+
+    # Training.
+    condition: Callable[..., Condition] = refuse_use
+    """(pipeline, prompts, max_sequence_length=...) -> condition; for classes, (pipeline, class numbers)."""
+    velocity: Callable[[Any, Tensor, Tensor, Condition], Tensor] = refuse_use
+    """(transformer, noisy latents, sigma, condition) -> velocity, noise - latents."""
+    noise: Callable[[Any, Tensor, Tensor, Condition], tuple[Tensor, Tensor | None]] | None = None
+    """(transformer, noisy latents, timestep, condition) -> noise, and the variance in [-1, 1] if it is learned."""
+    null_class: Callable[[Any], int] = refuse_use
+    """(transformer) -> the class number that means no class, one above the classes; not for captions."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get LoRA by default, as peft matches them."""
+    shift: Callable[[DiffusionPipeline, int], float] = compute_shift
+    """(pipeline, tokens) -> timestep shift of the stock pipeline; for flow models."""
+
+    # Sampling.
+    pipelines: tuple[str, ...] = ()
+    """Class names of the stock pipelines that davae trains and samples from."""
+    call_arguments: Callable[..., dict[str, Any]] = refuse_use
+    """(pipeline, prompts, noise=, height=, width=, guidance_scale=, prompt_tokens=) -> arguments of the stock call, for
+    noise [B, C + D, h, w] and sides in pixels; for captions."""
+    guided_rows: int = 2
+    """Rows of the transformer's batch in a guided step for one image; 1 where guidance is an input of the model."""
+
+    # Sizes; see `picture_side`.
+    one_size: bool = False
+    """Positions fit one token grid."""
+    pixel_multiple: int = 1
+    """The stock pipeline wants sides that are multiples of so many pixels, whatever its VAE is."""
+    longest_grid: Callable[[Mapping[str, Any]], int] | None = None
+    """(config of the transformer) -> tokens along the longest side that its positions reach to; None for any."""
+
+    # Texts, counted and cached.
+    blank_condition: Callable[[Any, int], Condition] | None = None
+    """(transformer, tokens) -> a condition of one caption or class, without values (`empty`); None if unknown, and then
+    the cost of a step is not counted."""
+    clip_tokens: int = 0
+    """Text tokens beside those of the longest text encoder."""
+    padded_text: bool = False
+    """Each text encoder sees a fixed number of tokens, so their cost can be counted."""
+    text_settings: tuple[str, ...] = ()
+    """Attributes of the pipeline that change what its text encoders are given, besides components and code."""
+
+    # Upgrading.
+    carried: tuple[str, ...] = ()
+    """Attributes of the pipeline that are in none of its configs; an upgrade hands them on."""
+    advice: str = ""
+    """How the stock pipeline must be called once it is upgraded; "" if as before."""
+    refusal: str = ""
+    """Why the stock pipeline cannot be upgraded, though its transformer can be widened; "" if it can."""
+
+    @property
+    def classes(self) -> bool:
+        """Conditions are class numbers, not captions."""
+        return self.null_class is not refuse_use
+
+    def predict(self, transformer: Any, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+        """Call the transformer once: `velocity`, or `noise` at the step nearest below 1000 sigma."""
+        if self.noise is None:
+            return self.velocity(transformer, latents, sigma, condition)
+        return self.noise(transformer, latents, (999 * sigma).long(), condition)[0]
+
+    def picture_side(self, pipeline: DiffusionPipeline, size: int | None) -> int:
+        """Side of an image in pixels: `size`, or the pipeline's default for None. Width and height are asked apart.
+
+        Raises:
+            SettingsError: a pipeline that davae neither trains nor samples from, or a size that it cannot make.
+        """
+        config = pipeline.transformer.config
+        if not self.one_size:
+            self._check_pipeline(pipeline)
+
+        # Transformers without a sample size are those of FLUX and its kin; their pipelines count with 128.
+        factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
+        default = config.get("sample_size", 128) * factor
+        if self.one_size:
+            if size not in (None, default):
+                raise SettingsError(
+                    f"size={size}: this {type(pipeline.transformer).__name__}'s positions fit one size, so allowed is "
+                    f"{default}"
+                )
+            return default
+
+        token = factor * patch_side(pipeline.transformer, self.ports)
+        largest = None if self.longest_grid is None else self.longest_grid(config) * token
+        unit = math.lcm(token, self.pixel_multiple)
+        return checked_side(default if size is None else size, unit=unit, largest=largest)
+
+    def width_and_height(self, pipeline: DiffusionPipeline, size: Size | None) -> tuple[int, int]:
+        """Width and height in pixels of a `size`; see `picture_side`."""
+        width, height = size if isinstance(size, tuple) else (size, size)
+        return self.picture_side(pipeline, width), self.picture_side(pipeline, height)
+
+    def _check_pipeline(self, pipeline: DiffusionPipeline) -> None:
+        if not self.pipelines:
+            refuse_use()
+        # By name, since an older diffusers lacks some of the classes.
+        if not any(kind.__name__ in self.pipelines for kind in type(pipeline).__mro__):
+            raise SettingsError(
+                f"a {type(pipeline).__name__} was given; allowed is {' or '.join(self.pipelines)}: davae upgrades "
+                "other pipelines with this transformer, too, but neither trains them nor samples from them yet"
+            )
+
+
+def stock_arguments(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    noise: Tensor,
+    height: int,
+    width: int,
+    guidance_scale: float,
+    prompt_tokens: int,
+) -> dict[str, Any]:
+    """Arguments of a stock pipeline's call as most pipelines name them; see `Backbone.call_arguments`."""
+    return {
+        "prompt": list(prompts),
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance_scale,
+        "latents": noise,
+        "max_sequence_length": prompt_tokens,
+    }
+
+
+def class_condition(transformer: ModelMixin, labels: Sequence[int], *, null: int) -> Condition:
+    """Class numbers as the condition of a transformer: `class_labels` [B], int64.
+
+    Raises:
+        SettingsError: a number that is neither a class nor `null`, which stands for no class.
+    """
+    foreign = [label for label in labels if label not in range(null + 1)]
+    if foreign:
+        raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")
+    return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=transformer.device)}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def blank_class(transformer: ModelMixin, tokens: int) -> Condition:
+    """The `blank_condition` of class numbers."""
+    return {"class_labels": empty(1, dtype=torch.long)}
+
+
+def split_variance(output: Float[Tensor, "b outputs h w"], channels: int) -> tuple[Latents, Latents | None]:
+    """Noise, the first `channels`, and the variance on as many channels again; None if it is not learned."""
+    noise, variance = output[:, :channels], output[:, channels:]
+    return noise, (variance if variance.shape[1] else None)
