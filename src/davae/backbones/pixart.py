@@ -1,7 +1,7 @@
 """PixArt-alpha and -Sigma: one T5, convolutional patches, noise and its variance are predicted, timestep 0 to 999.
 
-PixArt-alpha for 1024 px is told the size of the image in pixels. Its upgrade is told twice the size, so it starts as the
-base but for what that changes.
+PixArt-alpha for 1024 px is told the size of the image in pixels. Its upgrade is told twice the size, so it starts as
+the base but for what that changes.
 """
 
 from collections.abc import Sequence
