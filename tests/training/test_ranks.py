@@ -38,6 +38,7 @@ class Stage:
 
     program: Callable[[Path], object]
     whole: Path
+    bounds: dict[str, float]
 
 
 def every_loss(program: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -79,7 +80,7 @@ def stage(request, base_folder, autoencoder_folder, picture_folder, tmp_path_fac
     program = programs(base_folder, autoencoder_folder, picture_folder, STEPS)[request.param]
     folder = tmp_path_factory.mktemp("one")
     assert exit_code(forked(lambda: program(folder))) == 0
-    return Stage(program, folder)
+    return Stage(program, folder, ADAPTIVE if "adversarial" in request.param else EXACT)
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -93,16 +94,36 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def alike(folder: Path, whole: Path, steps: int, tolerance: float) -> None:
-    """Within 1e-6 in every step's loss, 1e-2 in its gradients' norm; in weights, moments and EMA within `tolerance`."""
-    for name, most in {"loss": 1e-6, "grad_norm": 1e-2}.items():
-        found, expected = logged(folder, name), logged(whole, name)
-        assert len(found) == len(expected) == steps
-        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < most, name
+EXACT = {"loss": 1e-6, "grad_norm": 1e-2}
+"""How far logged values of two runs may lie apart, one on one process and one on two."""
+ADAPTIVE = {
+    "l1": 1e-5,
+    "gradient": 1e-5,
+    "kl": 1e-5,
+    "alignment": 1e-5,
+    "adversarial": 1e-4,
+    "discriminator": 1e-4,
+    "alignment_factor": 1e-2,
+    "adversarial_factor": 1e-2,
+    "loss": 1e-3,
+    "grad_norm": 1e-2,
+}
+"""The same with adaptive weights. They are ratios of gradients' norms, and L1 and the discriminator's ReLUs let a
+gradient jump where an input differs by rounding: the sum of the losses then moves by far more than its parts."""
+
+
+def assert_alike(folder: Path, whole: Path, steps: int, *, bounds: dict[str, float], weight_bound: float) -> None:
+    """Within `bounds` in every step's logged values; in weights, moments and EMA within `weight_bound`."""
+    assert len(logged(folder, "loss")) == steps
+    for name, bound in bounds.items():
+        ours, theirs = logged(folder, name), logged(whole, name)
+        assert ours, name
+        assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=bound), name
+
     ours, theirs = weights(folder), weights(whole)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert (tensor - theirs[name]).abs().max() < tolerance, name
+        assert (tensor - theirs[name]).abs().max() < weight_bound, name
 
 
 NAMES = ["stage 1", "stage 1, adversarial", "stage 2", "stage 2, full, accumulated"]
@@ -116,7 +137,7 @@ BY_FSDP2 = [
 @pytest.mark.parametrize(("stage", "settings"), BY_DDP + BY_FSDP2, indirect=["stage"])
 def test_two_ranks_do_what_one_does(stage: Stage, settings: dict[str, str], tmp_path: Path) -> None:
     assert run_ranks(lambda: stage.program(tmp_path), 2, settings) == [0, 0]
-    alike(tmp_path, stage.whole, STEPS, 1e-3)
+    assert_alike(tmp_path, stage.whole, STEPS, bounds=stage.bounds, weight_bound=1e-3)
     kinds = [{key for line in read_metrics(f / "metrics.jsonl") for key in line} for f in (tmp_path, stage.whole)]
     assert kinds[0] == kinds[1]
     results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path, stage.whole)]
@@ -142,4 +163,4 @@ def test_fifty_steps_of_two_ranks_are_those_of_one(
     assert exit_code(forked(lambda: program(tmp_path / "one"))) == 0
     for way, settings in {"DDP": {}, "FSDP2": FSDP2}.items():
         assert run_ranks(lambda way=way: program(tmp_path / way), 2, settings) == [0, 0]
-        alike(tmp_path / way, tmp_path / "one", 50, 1e-3)
+        assert_alike(tmp_path / way, tmp_path / "one", 50, bounds=EXACT, weight_bound=1e-3)
