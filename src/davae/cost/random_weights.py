@@ -14,7 +14,6 @@ from transformers import CLIPTokenizer, T5Tokenizer
 import davae
 from davae import assets
 from davae.errors import SettingsError
-from davae.pipelines.loading import OWN_PIPELINES
 
 GEOMETRIES = {
     "sd35m": "stable-diffusion-3.5-medium",
@@ -46,9 +45,8 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
             f"geometry {name!r}: allowed are {', '.join(GEOMETRIES)}, or a folder of a pipeline's configs"
         )
     index = DiffusionPipeline.load_config(folder)
-    kind = OWN_PIPELINES.get(index["_class_name"]) or getattr(
-        importlib.import_module("diffusers"), index["_class_name"]
-    )
+    own = index["_class_name"] in davae.__all__
+    kind = getattr(davae if own else importlib.import_module("diffusers"), index["_class_name"])
     parts: dict[str, Any] = {}
     for part, (library, class_name) in ((key, entry) for key, entry in index.items() if isinstance(entry, list)):
         if class_name is None or (library == "transformers" and not text):

@@ -1,12 +1,12 @@
-"""Adapter folders: what fine-tuning adds to a base pipeline, without the base: ports, LoRA or layers, autoencoder.
+"""Adapter folders: what fine-tuning adds to a base pipeline, without the base.
 
 An adapter folder holds
 
 - `adapter.json`, an `AdapterIndex`;
 - `transformer_ports.safetensors`, both latent ports in full, base channels included;
 - `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
-- `transformer_layers.safetensors`, the weights of the layers that were trained themselves, if there are any;
-- `vae/`, the AutoencoderDA as it saves itself, but for its frozen half, which is the base autoencoder's encoder.
+- `transformer_layers.safetensors`, the weights of layers that were trained without LoRA, if there are any;
+- `vae/`, the AutoencoderDA without its frozen half, which is the base autoencoder's encoder.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ from davae.run.storage import check_replaceable, replaced_whole
 
 FORMAT_VERSION: Literal[2] = 2
 INDEX = "adapter.json"
-PORTS = "transformer_ports.safetensors"
-LORA = "transformer_lora.safetensors"
-LAYERS = "transformer_layers.safetensors"
-VAE = "vae"
+PORTS_FILE = "transformer_ports.safetensors"
+LORA_FILE = "transformer_lora.safetensors"
+LAYERS_FILE = "transformer_layers.safetensors"
+VAE_FOLDER = "vae"
 FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
-"""Parts of an AutoencoderDA that are its base autoencoder's, by their names there."""
+"""Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there."""
 
 
 class LoraFacts(BaseModel):
@@ -44,47 +44,42 @@ class LoraFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int
-    """Inner width of each pair of matrices."""
     alpha: float
-    """The product of a pair is scaled by alpha / rank."""
     targets: tuple[str, ...]
-    """The layers, named as peft matches them."""
+    """Ends of the layers' dotted names."""
 
 
 class AdapterIndex(BaseModel):
-    """What `adapter.json` says."""
+    """The contents of `adapter.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1, 2] = FORMAT_VERSION
-    """Of the folder's layout; in version 1 `vae/` held the frozen half, too."""
+    """Version of the folder's layout; in version 1 `vae/` also held the frozen half."""
     base: str
     """Name or path of the base pipeline, for people."""
     base_sha256: str
-    """`digest_base` of the base transformer, for the check."""
+    """`digest_base` of the base transformer."""
     base_encoder_sha256: str | None = None
-    """`digest_tensors` of the base autoencoder's `select_frozen_half`, which `vae/` leaves out; None in version 1."""
+    """`digest_tensors` of the frozen half that `vae/` leaves out; None in version 1."""
     transformer: str
-    """Class name of the transformer."""
+    """Class name."""
     base_channels: int
-    """C."""
     detail_channels: int
-    """D."""
     lora: LoraFacts | None
-    """None if there is no LoRA."""
     layers: tuple[str, ...] = ()
-    """The layers, other than the ports, whose weights were trained themselves; named as `lora.targets` are."""
+    """The layers, other than the ports, that were trained without LoRA; named as `lora.targets` are."""
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """The layers that are not the base's, ports apart."""
+        """The layers, other than the ports, that differ from the base's."""
         return self.layers + (self.lora.targets if self.lora else ())
 
 
 def digest_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, these in bfloat16: the same for weights loaded in float32 and bfloat16.
+    """SHA-256 over names, shapes and bfloat16 values: weights loaded in float32 and in bfloat16 have the same digest.
 
-    In float16, too, if float16 can hold them: others are rounded twice.
+    Weights loaded in float16 have it, too, where float16 can hold them: other values are rounded twice.
     """
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -93,70 +88,55 @@ def digest_tensors(tensors: dict[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
-    """The tensors that an AutoencoderDA has from its base autoencoder `vae` and keeps frozen, under its own names."""
-    return {
-        f"{ours}.{name}": tensor
-        for ours, theirs in FROZEN_HALF.items()
-        if isinstance(part := getattr(vae, theirs, None), nn.Module)
-        for name, tensor in part.state_dict().items()
-    }
-
-
 def digest_base(transformer: ModelMixin) -> str:
-    """`digest_tensors` of everything but the two latent ports, which an adapter replaces.
-
-    So a base transformer and its widened form have the same.
-    """
+    """`digest_tensors` of all but the two latent ports: a base transformer and its widened form have the same."""
     ports = backbone_of(transformer).ports
-    return digest_tensors(
-        {
-            name: tensor
-            for name, tensor in transformer.state_dict().items()
-            if not name.startswith((f"{ports.input}.", f"{ports.output}."))
-        }
-    )
+    prefixes = (f"{ports.input}.", f"{ports.output}.")
+    tensors = transformer.state_dict()
+    return digest_tensors({name: tensors[name] for name in tensors if not name.startswith(prefixes)})
+
+
+def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
+    """The tensors that an AutoencoderDA takes from its base autoencoder `vae`, under the AutoencoderDA's names."""
+    tensors: dict[str, Tensor] = {}
+    for ours, theirs in FROZEN_HALF.items():
+        part = getattr(vae, theirs, None)
+        if isinstance(part, nn.Module):
+            tensors |= part.state_dict(prefix=f"{ours}.")
+    return tensors
 
 
 def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose dotted names end in one of `targets`, by name.
-
-    Raises:
-        SettingsError: if a target is a port or no layer at all.
-    """
+    """The linear layers whose dotted names end in one of `targets`; refuses a target that is a port or no layer."""
     ports = backbone_of(transformer).ports
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    found: dict[str, nn.Linear] = {}
+    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+    layers: dict[str, nn.Linear] = {}
     for target in targets:
-        matched = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
-        if not matched:
-            ends = sorted({".".join(part for part in name.split(".")[-2:] if part) for name in layers})
-            raise SettingsError(f"target {target!r} is no linear layer of this model; it has, for example, {ends[:12]}")
-        if any(port == target or port.endswith(f".{target}") for port in (ports.input, ports.output)):
+        names = [name for name in linear if _ends_in(name, target)]
+        if not names:
+            endings = sorted({".".join(name.split(".")[-2:]) for name in linear})
+            raise SettingsError(
+                f"target {target!r} is no linear layer of this model; it has, for example, {endings[:12]}"
+            )
+        if _ends_in(ports.input, target) or _ends_in(ports.output, target):
             raise SettingsError(f"target {target!r} is a latent port, and those are trained in full: leave it out")
-        found |= matched
-    return found
+        layers.update((name, linear[name]) for name in names)
+    return layers
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def add_lora(
     transformer: ModelMixin, rank: int, alpha: float, targets: Sequence[str], *, seed: int = 0
 ) -> list[nn.Parameter]:
-    """Freeze a widened transformer but for new LoRA layers on `targets` and both ports in full.
+    """Freeze a widened transformer except for new LoRA layers on `targets` and for both ports in full.
 
-    Args:
-        transformer: of a known family; changed in place.
-        rank: inner width of each LoRA pair, 1 or more.
-        alpha: the pair's product is scaled by alpha / rank.
-        targets: ends of the dotted names of linear layers; `BACKBONES[...].lora_targets` has the reference's.
-        seed: of the first matrix of each pair; the second is zero, so that nothing changes at the start.
-
-    Returns:
-        The trainable parameters, all float32. If the transformer is in half precision, run it under autocast.
-
-    Raises:
-        SettingsError: if `rank` is below 1, a target is a port or no layer at all, or the class has no LoRA.
+    `seed` is for the first matrix of each LoRA pair; the second starts at zero, so nothing changes yet. The trainable
+    parameters are returned, all in float32: run a transformer in half precision under autocast.
     """
-    ports = backbone_of(transformer).ports
     if rank < 1:
         raise SettingsError(f"rank={rank} must be 1 or more")
     if not isinstance(transformer, PeftAdapterMixin):
@@ -164,15 +144,18 @@ def add_lora(
             f'a {type(transformer).__name__} has no LoRA in diffusers: train the layers themselves, trained="layers", '
             '"full" or "ports"'
         )
-    find_target_layers(transformer, targets)
+    find_target_layers(transformer, targets)  # refuses unknown ones
+
     transformer.requires_grad_(False)
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
-        )
+        transformer.add_adapter(settings)
+
+    ports = backbone_of(transformer).ports
     for name in (ports.input, ports.output):
         transformer.get_submodule(name).requires_grad_(True)
+
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()
@@ -182,78 +165,68 @@ def add_lora(
 def save_adapter(
     folder: Path, pipeline: DiffusionPipeline, *, base: str, base_sha256: str, layers: Sequence[str] = ()
 ) -> None:
-    """Write what training added to the base as an adapter folder: wholly, or not at all.
+    """Write what training added to the base as an adapter folder, whole or not at all.
 
-    Args:
-        folder: where; an adapter folder there is replaced.
-        pipeline: upgraded, its transformer with LoRA as `add_lora` makes it, not fused; or with trained `layers` and
-            ports; or with trained ports only.
-        base: name or path of the base pipeline, kept for people to read.
-        base_sha256: `digest_base` of its transformer, from before the training.
-        layers: ends of the names of layers whose weights were trained themselves, as `find_target_layers` takes them.
-
-    Raises:
-        SettingsError: if `folder` holds something else than an adapter.
-        StorageError: if it cannot be written.
+    `folder` may hold an older adapter, which is replaced; any other folder is refused. The transformer of the upgraded
+    `pipeline` has LoRA from `add_lora`, not fused, or trained `layers`, or neither. `base_sha256` is the `digest_base`
+    from before the training; `base` is a name for people.
     """
-    transformer, config = pipeline.transformer, pipeline.vae.config
-    ports = backbone_of(transformer).ports
+    transformer, vae = pipeline.transformer, pipeline.vae
     lora = getattr(transformer, "peft_config", {}).get("default")
+    frozen = {name: tensor for name, tensor in vae.state_dict().items() if _is_frozen(name)}
     index = AdapterIndex(
         base=base,
         base_sha256=base_sha256,
-        base_encoder_sha256=digest_tensors(
-            {name: tensor for name, tensor in pipeline.vae.state_dict().items() if _is_frozen(name)}
-        ),
+        base_encoder_sha256=digest_tensors(frozen),
         transformer=type(transformer).__name__,
-        base_channels=config.base_channels,
-        detail_channels=config.detail_channels,
+        base_channels=vae.config.base_channels,
+        detail_channels=vae.config.detail_channels,
         lora=lora and LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules))),
         layers=tuple(layers),
     )
+
     check_replaceable(folder, holds=INDEX)
     with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
-        save_file(_contiguous(_of_layers(transformer.state_dict(), ports.input, ports.output)), partial / PORTS)
+        _write_tensors(_select_ports(transformer), partial / PORTS_FILE)
         if lora:
-            save_file(_contiguous(get_peft_model_state_dict(transformer)), partial / LORA)
+            _write_tensors(get_peft_model_state_dict(transformer), partial / LORA_FILE)
         if layers:
-            save_file(_contiguous(_weights_of(transformer, layers)), partial / LAYERS)
-        pipeline.vae.save_pretrained(partial / VAE)
-        (weights,) = (partial / VAE).glob("*.safetensors")
-        kept = {name: tensor for name, tensor in load_file(weights).items() if not _is_frozen(name)}
-        save_file(kept, weights, metadata={"format": "pt"})
+            _write_tensors(_select_layers(transformer, layers), partial / LAYERS_FILE)
+
+        # The autoencoder as it saves itself, then without the base's half.
+        vae.save_pretrained(partial / VAE_FOLDER)
+        (weights,) = (partial / VAE_FOLDER).glob("*.safetensors")
+        own = {name: tensor for name, tensor in load_file(weights).items() if not _is_frozen(name)}
+        save_file(own, weights, metadata={"format": "pt"})
 
 
 def read_index(folder: Path) -> AdapterIndex:
-    """What the adapter in `folder` says about itself.
-
-    Raises:
-        CheckpointError: if there is no adapter, or one that is damaged or newer than this code.
-    """
+    """Read `adapter.json`; refuses an adapter that is missing, damaged or newer than this code."""
+    path = folder / INDEX
     try:
-        text = (folder / INDEX).read_bytes()
-        version = json.loads(text)["format_version"]
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{folder} is no adapter folder: {INDEX} cannot be read ({error.strerror})") from error
+
+    # The version first: a newer index may have fields that this code does not know.
+    try:
+        version = json.loads(text)["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: it has no format_version. Copy it anew") from error
+        raise CheckpointError(f"{path} is damaged: it has no format_version. Copy it anew") from error
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {version}, davae reads up to {FORMAT_VERSION}: update davae"
         )
+
     try:
         return AdapterIndex.model_validate_json(text)
     except ValidationError as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: {error}. Copy it anew") from error
+        raise CheckpointError(f"{path} is damaged: {error}. Copy it anew") from error
 
 
 def check_base(digest: str, folder: Path) -> None:
-    """Refuse the adapter in `folder` unless it was trained on the transformer with this `digest_base`.
-
-    Raises:
-        CheckpointError: if there is no adapter, or another base's.
-    """
+    """Refuse the adapter in `folder` unless it was trained on the transformer with this `digest_base`."""
     index = read_index(folder)
     if digest != index.base_sha256:
         raise CheckpointError(
@@ -263,71 +236,82 @@ def check_base(digest: str, folder: Path) -> None:
 
 
 def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
-    """Put all that an adapter has into a widened base transformer, in place; `check_base` says if it is the one.
+    """Put all weights of an adapter into a widened base transformer, in place; call `check_base` first.
 
-    Args:
-        transformer: widened by the adapter's `detail_channels`, otherwise its base; with LoRA layers of the adapter's
-            rank, alpha and targets on it (`add_lora`), these are filled.
-        folder: the adapter.
-        fuse: add the LoRA to the weights, so that a plain transformer results; otherwise LoRA layers stay.
-
-    Raises:
-        CheckpointError: if a file is missing, damaged or does not fit.
+    LoRA layers that are there already (`add_lora`) are filled, others are added. With `fuse` they are then added to the
+    weights, so that a plain transformer results.
     """
-    ports, index = backbone_of(transformer).ports, read_index(folder)
-    here = _of_layers(transformer.state_dict(), ports.input, ports.output)
-    transformer.load_state_dict(_read_tensors(folder / PORTS, like=here), strict=False)
+    index = read_index(folder)
+    ports = _read_tensors(folder / PORTS_FILE, like=_select_ports(transformer))
+    transformer.load_state_dict(ports, strict=False)
     if index.layers:
-        weights = _read_tensors(folder / LAYERS, like=_weights_of(transformer, index.layers))
-        for name, layer in find_target_layers(transformer, index.layers).items():
-            # Not copied into place: the base may share the old one.
-            weight = weights[f"{name}.weight"].to(layer.weight)
-            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        _load_layers(transformer, index.layers, folder)
     if index.lora is None:
         return
-    facts = index.lora
-    if not getattr(transformer, "peft_config", None):
+
+    _load_lora(transformer, index.lora, folder)
+    if fuse:
+        # "Safe" makes new tensors: a base pipeline may share the old ones.
+        transformer.fuse_lora(safe_fusing=True)
+        transformer.unload_lora()
+        transformer.requires_grad_(True)
+
+
+def _load_layers(transformer: ModelMixin, layers: Sequence[str], folder: Path) -> None:
+    weights = _read_tensors(folder / LAYERS_FILE, like=_select_layers(transformer, layers))
+    for name, layer in find_target_layers(transformer, layers).items():
+        # A new parameter, not a copy in place: a base pipeline may share the old one.
+        weight = weights[f"{name}.weight"].to(layer.weight)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+
+
+def _load_lora(transformer: ModelMixin, facts: LoraFacts, folder: Path) -> None:
+    layers = getattr(transformer, "peft_config", None)
+    if not layers:
         targets = list(facts.targets)
         transformer.add_adapter(
             LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=targets, init_lora_weights=False)
         )
-    elif (alpha := transformer.peft_config["default"].lora_alpha) != facts.alpha:
-        raise CheckpointError(f"{folder} has LoRA of alpha {facts.alpha}, and {alpha} was asked for: ask for its own")
-    tensors = _read_tensors(folder / LORA, like=get_peft_model_state_dict(transformer))
+    elif layers["default"].lora_alpha != facts.alpha:
+        raise CheckpointError(
+            f"{folder} has LoRA of alpha {facts.alpha}, and {layers['default'].lora_alpha} was asked for: ask for "
+            f"{facts.alpha}"
+        )
+    tensors = _read_tensors(folder / LORA_FILE, like=get_peft_model_state_dict(transformer))
     set_peft_model_state_dict(transformer, tensors)
-    if fuse:
-        transformer.fuse_lora(safe_fusing=True)  # "safe" also leaves the tensors alone that a base pipeline shares
-        transformer.unload_lora()
-        transformer.requires_grad_(True)
 
 
 def _is_frozen(name: str) -> bool:
     return name.partition(".")[0] in FROZEN_HALF
 
 
-def _of_layers(tensors: dict[str, Tensor], *layers: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in layers}
+def _select_ports(transformer: ModelMixin) -> dict[str, Tensor]:
+    ports, tensors = backbone_of(transformer).ports, transformer.state_dict()
+    return {name: tensors[name] for name in tensors if name.rpartition(".")[0] in (ports.input, ports.output)}
 
 
-def _weights_of(transformer: ModelMixin, layers: Sequence[str]) -> dict[str, Tensor]:
-    return {f"{name}.weight": layer.weight.detach() for name, layer in find_target_layers(transformer, layers).items()}
+def _select_layers(transformer: ModelMixin, layers: Sequence[str]) -> dict[str, Tensor]:
+    chosen = find_target_layers(transformer, layers)
+    return {f"{name}.weight": layer.weight.detach() for name, layer in chosen.items()}
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that must have the names and shapes of `like`."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
-    want = {name: tuple(tensor.shape) for name, tensor in like.items()}
-    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if want != have:
-        name, shape = sorted(want.items() ^ have.items())[0]
+
+    differences = {(name, tuple(tensor.shape)) for name, tensor in like.items()}
+    differences ^= {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if differences:
+        name, shape = min(differences)
         raise CheckpointError(
             f"{path} does not fit this transformer, first at {name} {list(shape)}: "
-            "it is of another rank, of other targets or of other detail channels"
+            "its rank, its targets or its number of detail channels differ"
         )
     return tensors

@@ -1,10 +1,10 @@
 """Upgrade: a base pipeline and an AutoencoderDA become a stock pipeline of s times the side length, at equal tokens."""
 
+import copy
 import inspect
 import json
 import logging
 import math
-from copy import copy
 
 import numpy as np
 import torch
@@ -23,43 +23,46 @@ logger = logging.getLogger(__name__)
 
 
 def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPipeline:
-    """The same pipeline class with an AutoencoderDA for its VAE, and a widened transformer that starts as the base's.
+    """Make a pipeline of the same class with an AutoencoderDA and a widened transformer that starts as the base's.
 
-    The default size grows by itself, since stock pipelines count the autoencoder's stages; the token count stays.
+    The default image size grows, because stock pipelines count the autoencoder's stages; the token count stays.
     `pipeline` may be an upgraded one, if `autoencoder` was made from its VAE: an upgrade of the upgrade.
-    All other components, and all weights of the transformer but its two ports, are shared with `pipeline`, which is
-    left as it is: if you go on needing the base, take a copy of it before you train, fuse a LoRA or change the dtype.
-    `autoencoder` is moved to the dtype and device of the VAE whose place it takes.
+
+    `pipeline` itself does not change, but the new one shares its other components and all weights of its transformer
+    except the two ports. To go on using the base, copy it before you train, fuse a LoRA or change the dtype.
+    `autoencoder` is moved to the dtype and device of the VAE that it replaces.
 
     Raises:
-        SettingsError: if the transformer's family is unknown, its stock pipeline cannot run upgraded, its weights are
-            offloaded, or `autoencoder` was not made from this pipeline's VAE.
+        SettingsError: the backbone is unknown, its stock pipeline cannot run upgraded, its weights are offloaded, or
+            `autoencoder` was not made from this pipeline's VAE.
     """
     check_parts(pipeline)
+    backbone = backbone_of(pipeline.transformer)
     for part in (pipeline.transformer, pipeline.vae):
         if any(parameter.is_meta for parameter in part.parameters()):
             raise SettingsError(
                 f"the {type(part).__name__}'s weights are offloaded, or on the device meta: upgrade first, and offload "
                 "the upgraded pipeline"
             )
-    backbone = backbone_of(pipeline.transformer)
     if backbone.refusal:
         raise SettingsError(
-            f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. What is missing is a pipeline that "
-            "asks its VAE; davae.widen_transformer widens the transformer for one of your own"
+            f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. davae.widen_transformer can widen its "
+            "transformer for a pipeline of your own that asks its VAE"
         )
     _check_autoencoder(pipeline, autoencoder)
-    nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' `to` warns for nothing
+
     transformer = widen_transformer(
         pipeline.transformer,
         base_channels=autoencoder.config.base_channels,
         detail_channels=autoencoder.config.detail_channels,
     )
     upgraded = replace_parts(pipeline, vae=autoencoder, transformer=transformer)
-    if lost := lost_directions(transformer, backbone.ports):
+
+    lost = lost_directions(transformer, backbone.ports)
+    if lost:
         logger.warning(
-            "detail_channels=%d is too many for this %s: in %d directions of each token it can never tell the noise, "
-            "which stays in every picture. Fewer detail channels have fewer of them (docs/method.md)",
+            "detail_channels=%d is too many for this %s: it cannot predict the noise in %d directions of each token: "
+            "it stays in every image. Use fewer detail channels (docs/method.md)",
             autoencoder.config.detail_channels, type(transformer).__name__, lost,
         )  # fmt: skip
     if backbone.advice:
@@ -68,52 +71,61 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
 
 
 def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) -> DiffusionPipeline:
-    """An upgraded pipeline with another autoencoder of the same latents in the place of its own, all else shared.
+    """Make an upgraded pipeline with another autoencoder of the same latents, such as one with a slim decoder.
 
-    So a finished transformer gets a slim decoder, or a refined one. `autoencoder` is moved to the dtype and device of
-    the one whose place it takes.
+    Everything else is shared. `autoencoder` is moved to the dtype and device of the one that it replaces.
 
     Raises:
-        SettingsError: `pipeline` is not upgraded, or the two autoencoders differ in more than their decoding half.
+        SettingsError: `pipeline` is not upgraded, or the two autoencoders differ outside their decoders.
     """
-    if not (isinstance(pipeline.vae, AutoencoderDA) and isinstance(autoencoder, AutoencoderDA)):
-        kinds = " and ".join(type(vae).__name__ for vae in (pipeline.vae, autoencoder))
-        raise SettingsError(f"both autoencoders must be AutoencoderDAs: the pipeline's and the new one are {kinds}")
-    ours, theirs = (digest_encoding_half(vae) for vae in (autoencoder, pipeline.vae))
-    if differing := sorted(name for name in ours if ours[name] != theirs[name]):
+    autoencoders = (pipeline.vae, autoencoder)
+    if not all(isinstance(vae, AutoencoderDA) for vae in autoencoders):
+        classes = " and ".join(type(vae).__name__ for vae in autoencoders)
+        raise SettingsError(f"both autoencoders must be AutoencoderDAs: the pipeline's and the new one are {classes}")
+
+    theirs, ours = map(digest_encoding_half, autoencoders)
+    differences = sorted(name for name in ours if ours[name] != theirs[name])
+    if differences:
         raise SettingsError(
-            f"the autoencoder differs from the pipeline's in {', '.join(differing)}: the transformer was not trained "
-            "on its latents. Train the decoder alone, by decoder_only = true and the pipeline's autoencoder as a start"
+            f"the autoencoder differs from the pipeline's in {', '.join(differences)}: the transformer was not trained "
+            "on its latents. Train only the decoder: decoder_only = true, starting from the pipeline's autoencoder"
         )
-    nn.Module.to(autoencoder, dtype=pipeline.vae.dtype, device=pipeline.vae.device)
     return replace_parts(pipeline, vae=autoencoder)
 
 
 def digest_encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
-    """What decides an autoencoder's latents: settings, and digests of weights and statistics."""
-    settings = {
-        name: json.dumps(value) for name, value in autoencoder.config.items() if not name.startswith(("_", "decoder_"))
-    }
-    kept = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING)}
-    statistics = {name: kept.pop(name) for name in ("detail_mean", "detail_std")}
-    return {
-        **settings,
-        "weights of the encoders": digest_tensors(kept),
-        "latent statistics": digest_tensors(statistics),
-    }
+    """The settings that decide an autoencoder's latents, and digests of the weights and statistics that do."""
+    digests = {}
+    for name, value in autoencoder.config.items():
+        if not name.startswith(("_", "decoder_")):
+            digests[name] = json.dumps(value)
+
+    weights = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING)}
+    statistics = {name: weights.pop(name) for name in ("detail_mean", "detail_std")}
+    digests["weights of the encoders"] = digest_tensors(weights)
+    digests["latent statistics"] = digest_tensors(statistics)
+    return digests
 
 
-def replace_parts(pipeline: DiffusionPipeline, **parts: ModelMixin) -> DiffusionPipeline:
-    """A new pipeline of the same class, settings and other components: stock ones count the VAE's stages when made."""
+def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: ModelMixin) -> DiffusionPipeline:
+    """A new pipeline of the same class and settings: stock pipelines count the VAE's stages when they are made.
+
+    `vae` is moved to the dtype and device of the one before it, if there was one.
+    """
+    if pipeline.vae is not None:
+        nn.Module.to(vae, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' own `to` would warn
+
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
-    arguments = {name: pipeline.config[name] for name in settings} | pipeline.components
-    made = type(pipeline)(**{**arguments, **parts})
-    for name in backbone_of(pipeline.transformer).carried:
-        setattr(made, name, copy(getattr(pipeline, name)))
-    return made
+    arguments = {name: pipeline.config[name] for name in settings} | pipeline.components | parts | {"vae": vae}
+    replaced = type(pipeline)(**arguments)
+    if replaced.transformer is not None:
+        for name in backbone_of(replaced.transformer).carried:
+            setattr(replaced, name, copy.copy(getattr(pipeline, name)))
+    return replaced
 
 
 def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> None:
+    """Refuse an autoencoder that was not made from this pipeline's VAE."""
     vae = pipeline.vae
     try:
         base_class(type(vae).__name__)
@@ -126,52 +138,60 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
     config = autoencoder.config
     if not config.base_channels:
         raise SettingsError(
-            "all latents of this autoencoder are new (base_channels=0): a transformer knows none of them, so there is "
-            "no warm start. Use one with a base half, or train a transformer on its latents from scratch"
+            "all latents of this autoencoder are new (base_channels=0), so a pretrained transformer cannot start from "
+            "them. Use an autoencoder with a base half, or train a transformer on its latents from scratch"
         )
-    facts, factor = base_facts(vae.config), downsample_factor(vae.config)
+
+    # Shape and scale of the base latents.
+    facts = base_facts(vae.config)
+    base_factor = autoencoder.downsample_factor // config.resolution_factor
     for name, ours, theirs in (
         ("base_channels", config.base_channels, facts.latent_channels),
         ("scaling_factor", config.scaling_factor, facts.scaling_factor),
         ("shift_factor", config.shift_factor, facts.shift_factor),
-        ("downsample factor / resolution factor", autoencoder.downsample_factor // config.resolution_factor, factor),
+        ("downsample factor / resolution factor", base_factor, downsample_factor(vae.config)),
     ):
         if not math.isclose(ours, theirs, rel_tol=1e-6):
-            raise SettingsError(
-                f"the autoencoder is not of this pipeline: its {name} is {ours}, the pipeline's VAE has {theirs}. "
-                "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
-            )
+            raise _other_vae(name, f"{ours}, the pipeline's VAE has {theirs}")
+
+    # Their statistics, of each channel and (FLUX.2) of 2x2 patches.
     for name in ("latents_mean", "latents_std"):
-        numbers, wanted = (found.get(name) for found in (config.base_config, vae.config))
-        if (numbers is None) != (wanted is None) or not np.allclose(numbers or 0, wanted or 0, rtol=1e-4, atol=1e-6):
-            raise SettingsError(
-                f"the autoencoder's {name} of the base latents is {numbers}, and the pipeline's VAE has {wanted}: the "
-                "transformer would see its latents at another scale. Make it with AutoencoderDA.from_base(pipeline.vae)"
-            )
+        ours, theirs = config.base_config.get(name), vae.config.get(name)
+        if (ours is None) != (theirs is None) or not np.allclose(ours or 0, theirs or 0, rtol=1e-4, atol=1e-6):
+            raise _other_vae(name, f"{ours}, the pipeline's VAE has {theirs}")
     patches = getattr(vae, "bn", None)
-    for name in ("running_mean", "running_var") if patches is not None else ():
-        ours = None if autoencoder.bn is None else getattr(autoencoder.bn, name)[: 4 * config.base_channels].cpu()
-        theirs = getattr(patches, name).cpu()
-        if ours is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
-            raise SettingsError(
-                f"the autoencoder's {name} of 2x2 patches of the base latents is not that of the pipeline's VAE: the "
-                "transformer would see its latents at another scale. Make it with AutoencoderDA.from_base(pipeline.vae)"
-            )
+    for name in ("running_mean", "running_var"):
+        if patches is not None and not _have_close_buffers(autoencoder.bn, patches, name):
+            raise _other_vae(f"{name} of 2x2 patches", "another")
+
     check_base_encoder(autoencoder, vae)
 
 
-def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
-    """Refuse an autoencoder that was made from another VAE.
+def _have_close_buffers(ours: nn.Module | None, theirs: nn.Module, name: str) -> bool:
+    """Whether the first entries of our buffer, those of the base latents, are theirs."""
+    if ours is None:
+        return False
+    expected = getattr(theirs, name).float().cpu()
+    return torch.allclose(getattr(ours, name)[: len(expected)].float().cpu(), expected, rtol=1e-2, atol=1e-2)
 
-    Raises:
-        SettingsError: its frozen encoder, or what follows that, is not `vae`'s.
-    """
-    for ours, name in ((autoencoder.base_encoder, "encoder"), (autoencoder.base_quant_conv, "quant_conv")):
-        theirs = getattr(vae, name, None)
-        digests = [None if module is None else digest_tensors(module.state_dict()) for module in (ours, theirs)]
-        if digests[0] != digests[1]:
+
+def _other_vae(name: str, difference: str) -> SettingsError:
+    return SettingsError(
+        f"the autoencoder was not made from this pipeline's VAE: its {name} is {difference}. "
+        "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
+    )
+
+
+def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
+    """Refuse an autoencoder whose frozen base encoder is not `vae`'s."""
+    for part, name in ((autoencoder.base_encoder, "encoder"), (autoencoder.base_quant_conv, "quant_conv")):
+        ours, theirs = _digest_module(part), _digest_module(getattr(vae, name, None))
+        if ours != theirs:
             raise SettingsError(
-                f"the autoencoder's frozen base {name} is not this pipeline's "
-                f"(SHA-256 {digests[0]} against {digests[1]}). "
+                f"the autoencoder's frozen base {name} is not this pipeline's (SHA-256 {ours} against {theirs}). "
                 "Use the pipeline that it was made from, or train one on this pipeline's VAE"
             )
+
+
+def _digest_module(module: nn.Module | None) -> str | None:
+    return None if module is None else digest_tensors(module.state_dict())
