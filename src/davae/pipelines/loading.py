@@ -153,20 +153,23 @@ def load_autoencoder(
     frozen: dict[str, Tensor] = {}
     if (folder / INDEX).is_file():
         expected = read_index(folder).base_encoder_sha256
-        if expected is not None and base is None:
-            raise SettingsError(
-                f"{folder} is an adapter, whose autoencoder is half the base pipeline's: give that, too"
-            )
         if expected is not None:
-            frozen = select_frozen_half(base)
-            digest = digest_tensors(frozen)
-            if digest != expected:
-                raise CheckpointError(
-                    f"the autoencoder of {folder} was made from another base than this one: from an encoder with "
-                    f"SHA-256 {expected}, and this one's is {digest}. Give the base pipeline that the adapter names"
-                )
+            frozen = _take_frozen_half(base, folder, expected)
         folder = folder / VAE_FOLDER
     return load_model(AutoencoderDA, folder, frozen=frozen, dtype=dtype, device=device)
+
+
+def _take_frozen_half(base: nn.Module | None, folder: Path, expected: str) -> dict[str, Tensor]:
+    if base is None:
+        raise SettingsError(f"{folder} is an adapter, whose autoencoder is half the base pipeline's: give that, too")
+    frozen = select_frozen_half(base)
+    digest = digest_tensors(frozen)
+    if digest != expected:
+        raise CheckpointError(
+            f"the autoencoder of {folder} was made from another base than this one: from an encoder with SHA-256 "
+            f"{expected}, and this one's is {digest}. Give the base pipeline that the adapter names"
+        )
+    return frozen
 
 
 def load_model(
