@@ -1,4 +1,4 @@
-"""Tiny real pipelines, one of each family: stock classes, random weights, f4 base autoencoders, 32 px, 16 tokens."""
+"""Tiny real pipelines, one for each backbone: stock classes, random weights, f4 base autoencoders, 32 px, 16 tokens."""
 
 import torch
 from diffusers import (
@@ -35,8 +35,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-import families
 import tiny
+import tiny_backbones
 from tiny import LETTERS
 
 CHANNELS = 16
@@ -236,7 +236,7 @@ def flux2() -> Flux2KleinPipeline:
         vae=vae,
         text_encoder=Qwen3ForCausalLM(_qwen3(27)).eval(),
         tokenizer=qwen_tokenizer(),
-        transformer=families.tiny_flux2(CHANNELS, text_width=48),
+        transformer=tiny_backbones.tiny_flux2(CHANNELS, text_width=48),
     )
 
 
@@ -247,7 +247,7 @@ def z_image() -> ZImagePipeline:
         vae=tiny.tiny_vae(CHANNELS),
         text_encoder=Qwen3Model(_qwen3(2)).eval(),
         tokenizer=qwen_tokenizer(),
-        transformer=families.tiny_zimage(CHANNELS),
+        transformer=tiny_backbones.tiny_zimage(CHANNELS),
     )
 
 
@@ -257,21 +257,21 @@ def auraflow() -> AuraFlowPipeline:
         tokenizer=texts["tokenizer"],
         text_encoder=texts["encoder"],
         vae=tiny.tiny_vae(CHANNELS, shift_factor=None),
-        transformer=families.tiny_auraflow(CHANNELS),
+        transformer=tiny_backbones.tiny_auraflow(CHANNELS),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     )
 
 
 def lumina2() -> Lumina2Pipeline:
     return Lumina2Pipeline(
-        transformer=families.tiny_lumina2(CHANNELS),
+        transformer=tiny_backbones.tiny_lumina2(CHANNELS),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=tiny.tiny_vae(CHANNELS),
         **gemma(16),
     )
 
 
-FAMILIES = {
+PIPELINES = {
     "sd3": sd3,
     "flux": flux,
     "flux2": flux2,

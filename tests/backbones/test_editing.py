@@ -33,9 +33,9 @@ def made_of(kind: str, parts: DiffusionPipeline) -> DiffusionPipeline:
     return tiny_pipelines.quiet(getattr(diffusers, kind)(**parts.components))
 
 
-def upgraded_of(family: str) -> DiffusionPipeline:
+def upgraded_of(name: str) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
-        base = getattr(tiny_pipelines, family)()
+        base = getattr(tiny_pipelines, name)()
         torch.manual_seed(5)
         autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=C).eval()
         torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
@@ -62,16 +62,16 @@ def grid(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", INPAINTING)
-def test_inpainting_keeps_the_latents_of_what_is_not_masked(family: str) -> None:
-    upgraded, (kind, guidance) = upgraded_of(family), INPAINTING[family]
+@pytest.mark.parametrize("name", INPAINTING)
+def test_inpainting_keeps_the_latents_of_what_is_not_masked(name: str) -> None:
+    upgraded, (kind, guidance) = upgraded_of(name), INPAINTING[name]
     pipeline = made_of(kind, upgraded)
     image, mask = smooth(1), torch.zeros(1, 1, SIDE, SIDE)
     mask[..., SIDE // 2 :] = 1
     arguments = {"image": image, "mask_image": mask, "strength": 1.0, **guidance}
     made = grid(pipeline("red apple", output_type="latent", **arguments, **settings()).images)
     encoded = upgraded.vae.standardise(upgraded.vae.encode(image * 2 - 1).latent_dist.mode())
-    if family == "flux2":  # its pipelines give them as the autoencoder takes them
+    if name == "flux2":  # its pipelines give them as the autoencoder takes them
         made = upgraded.vae.standardise(made)
     kept = (made - encoded)[..., :4].abs()
     assert kept[:, :C].max() < 1e-3
@@ -82,9 +82,9 @@ def test_inpainting_keeps_the_latents_of_what_is_not_masked(family: str) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", CONDITIONED)
-def test_a_picture_as_condition_has_its_say(family: str) -> None:
-    upgraded, (kind, told) = upgraded_of(family), CONDITIONED[family]
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_a_picture_as_condition_has_its_say(name: str) -> None:
+    upgraded, (kind, told) = upgraded_of(name), CONDITIONED[name]
     pipeline = made_of(kind, upgraded)
     one, again, other = (
         pipeline(image=pil(picture), prompt="red apple", output_type="pt", **told, **settings()).images

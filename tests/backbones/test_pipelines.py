@@ -1,4 +1,4 @@
-"""Every family end to end, on a tiny real pipeline: upgrade, sample, one step of fine-tuning, save, load, sample."""
+"""Every backbone end to end, on a tiny real pipeline: upgrade, sample, one step of fine-tuning, save, load, sample."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-import families
 import tiny
+import tiny_backbones
 import tiny_pipelines
 from davae.backbones import backbone_of
 from davae.backbones.packing import pack, unpack
@@ -52,10 +52,10 @@ IMG2IMG = {
 """Stock pipelines that start from a picture, and how to call them without guidance."""
 
 
-@pytest.fixture(scope="module", params=tiny_pipelines.FAMILIES)
+@pytest.fixture(scope="module", params=tiny_pipelines.PIPELINES)
 def base(request: pytest.FixtureRequest) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
-        return tiny_pipelines.quiet(tiny_pipelines.FAMILIES[request.param]())
+        return tiny_pipelines.quiet(tiny_pipelines.PIPELINES[request.param]())
 
 
 def upgrade_of(base: DiffusionPipeline) -> DiffusionPipeline:
@@ -139,10 +139,10 @@ def test_the_default_size_doubles_and_others_are_checked(base, upgraded):
 
 
 def test_a_pipeline_that_davae_does_not_sample_from_is_named(upgraded):
-    """Not the family counts then, but the pipeline: sizes and calls are those of the ones that are tested."""
+    """Sizes and calls are known for the pipelines that are tested, not for others with the same backbone."""
     backbone = backbone_of(upgraded.transformer)
     if backbone.classes or type(upgraded).__name__ not in IMG2IMG:
-        pytest.skip("there is no other pipeline of this family here")
+        pytest.skip("no other pipeline with this backbone is tried here")
     kind, _ = IMG2IMG[type(upgraded).__name__]
     with pytest.raises(SettingsError, match=rf"a {kind.__name__} was given; allowed is {type(upgraded).__name__}"):
         backbone.picture_side(kind(**upgraded.components), 64)
@@ -291,42 +291,42 @@ def test_one_step_lowers_the_loss_and_the_result_is_saved_and_loaded(base, tmp_p
     assert torch.equal(made(loaded, 64), after)
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2"])
+@pytest.mark.parametrize("name", ["flux", "flux2"])
 @torch.no_grad()
-def test_a_distilled_model_is_told_the_stock_pipelines_guidance(family, monkeypatch: pytest.MonkeyPatch):
+def test_a_distilled_model_is_told_the_stock_pipelines_guidance(name, monkeypatch: pytest.MonkeyPatch):
     """FLUX.1-dev and FLUX.2-dev: `velocity` is what their pipelines compute when they are called without a guidance."""
-    base = tiny_pipelines.FAMILIES[family]()
+    base = tiny_pipelines.PIPELINES[name]()
     embeds = numbers(1, 5, 16)
     told = {"prompt_embeds": embeds}
-    if family == "flux":
+    if name == "flux":
         base.transformer = tiny.tiny_flux(C, guidance_embeds=True)
         told["pooled_prompt_embeds"] = embeds[:, 0]
     else:
         models = {"scheduler": base.scheduler, "vae": base.vae}
-        transformer = families.tiny_flux2(C, guidance_embeds=True)
+        transformer = tiny_backbones.tiny_flux2(C, guidance_embeds=True)
         base = Flux2Pipeline(**models, transformer=transformer, text_encoder=None, tokenizer=None)
     pipeline = upgrade_of(tiny_pipelines.quiet(base))
     given, noise = recorded(monkeypatch, pipeline.scheduler, "step"), numbers(1, 2 * C, 8, 8, seed=1)
-    latents = pack(noise) if family == "flux" else torch.nn.functional.pixel_unshuffle(noise, 2)
+    latents = pack(noise) if name == "flux" else torch.nn.functional.pixel_unshuffle(noise, 2)
     pipeline(**told, latents=latents, height=64, width=64, num_inference_steps=1, output_type="latent")
     condition = {"encoder_hidden_states": embeds}
-    if family == "flux":
+    if name == "flux":
         condition["pooled_projections"] = embeds[:, 0]
     ours = backbone_of(pipeline.transformer).velocity(pipeline.transformer, noise, torch.ones(1), condition)
     torch.testing.assert_close(pack(ours), given[0][0][0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["sana", "lumina2"])
-def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(family):
+@pytest.mark.parametrize("name", ["sana", "lumina2"])
+def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(name):
     """It stands alone, where a prompt stands behind an instruction; in a batch and by itself."""
-    pipeline = tiny_pipelines.FAMILIES[family]()
+    pipeline = tiny_pipelines.PIPELINES[name]()
     condition = backbone_of(pipeline.transformer).condition
     mixed = condition(pipeline, ["red apple", ""], max_sequence_length=400)
     embeds, mask, none, no_mask = pipeline.encode_prompt(
         ["red apple"],
         max_sequence_length=400,
-        **({"complex_human_instruction": read_instruction()} if family == "sana" else {}),
+        **({"complex_human_instruction": read_instruction()} if name == "sana" else {}),
     )
     for row, expected in enumerate(((embeds, mask), (none, no_mask))):
         for made, theirs in zip(mixed.values(), expected, strict=True):
@@ -337,11 +337,11 @@ def test_the_empty_caption_is_what_the_stock_pipeline_guides_against(family):
 
 
 @torch.no_grad()
-def test_a_family_with_ports_only_makes_pictures_of_twice_the_side_as_well():
+def test_a_backbone_with_ports_only_makes_pictures_of_twice_the_side_as_well():
     """CogView4, of which davae knows no captions: its stock pipeline is called with what somebody has encoded."""
     base = CogView4Pipeline(
         vae=tiny.tiny_vae(C, shift_factor=None),
-        transformer=families.tiny_cogview4(C),
+        transformer=tiny_backbones.tiny_cogview4(C),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"),
         text_encoder=None,
         tokenizer=None,
@@ -374,7 +374,7 @@ def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     "name", ["sd3", "qwen-image", "sana", "z-image", "auraflow", "lumina2", "pixart-sigma", "pixart-alpha"]
 )
 def test_guidance_of_one_or_less_is_none(name):
-    pipeline = tiny_pipelines.FAMILIES[name]()
+    pipeline = tiny_pipelines.PIPELINES[name]()
     pipeline.set_progress_bar_config(disable=True)
     none, less, much = (
         sample(pipeline, PROMPTS, size=32, seed=0, steps=2, guidance_scale=scale, prompt_tokens=TEXT_TOKENS)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import families
 import tiny
+import tiny_backbones
 from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
 from davae.method.widen import start_ports, widen_ports
@@ -123,13 +123,13 @@ CASES = {
     "sd3-4": (lambda: tiny.tiny_sd3(patch_size=4), run_sd3),
     "flux": (tiny.tiny_flux, run_flux),
     "qwen": (tiny.tiny_qwen, run_qwen),
-    "flux2": (families.tiny_flux2, run_flux2),
-    "hunyuan-2": (families.tiny_hunyuan, run_hunyuan),
-    "hunyuan-without-variance": (lambda: families.tiny_hunyuan(learn_sigma=False), run_hunyuan),
-    "auraflow-2": (families.tiny_auraflow, run_auraflow),
-    "cogview4": (families.tiny_cogview4, run_cogview4),
-    "lumina2": (families.tiny_lumina2, run_lumina2),
-    "zimage": (families.tiny_zimage, run_zimage),
+    "flux2": (tiny_backbones.tiny_flux2, run_flux2),
+    "hunyuan-2": (tiny_backbones.tiny_hunyuan, run_hunyuan),
+    "hunyuan-without-variance": (lambda: tiny_backbones.tiny_hunyuan(learn_sigma=False), run_hunyuan),
+    "auraflow-2": (tiny_backbones.tiny_auraflow, run_auraflow),
+    "cogview4": (tiny_backbones.tiny_cogview4, run_cogview4),
+    "lumina2": (tiny_backbones.tiny_lumina2, run_lumina2),
+    "zimage": (tiny_backbones.tiny_zimage, run_zimage),
     "sana-1": (lambda: tiny.tiny_sana(patch_size=1), run_sana),
     "sana-2": (lambda: tiny.tiny_sana(patch_size=2), run_sana),
     "pixart-2": (lambda: tiny.tiny_pixart(patch_size=2), run_pixart),
@@ -194,7 +194,7 @@ TRIVIAL = ("sd3-1", "sana-1", "lightningdit-1")
 @pytest.mark.parametrize("case", [case for case in CASES if case not in TRIVIAL])
 @torch.no_grad()
 def test_a_wrong_layout_of_the_right_size_is_no_warm_start(case, port):
-    """So the test above fails for a family, and for no other, if one string of its row is wrong."""
+    """So the test above fails for one row, and for no other, if a string of it is wrong."""
     build, run = CASES[case]
     base = build()
     ports = backbone_of(base).ports
@@ -248,13 +248,13 @@ def test_every_row_has_a_case():
     assert {type(build()).__name__ for build, _ in CASES.values()} == set(BACKBONES)
 
 
-def test_an_unknown_family_is_refused():
+def test_an_unknown_backbone_is_refused():
     with pytest.raises(SettingsError, match=r"AutoencoderKL is no backbone that davae knows.*SD3Transformer2DModel"):
         backbone_of(tiny.tiny_vae())
 
 
-def test_a_family_with_ports_only_says_that_it_cannot_be_trained():
-    backbone = backbone_of(families.tiny_cogview4())
+def test_a_backbone_with_ports_only_says_that_it_cannot_be_trained():
+    backbone = backbone_of(tiny_backbones.tiny_cogview4())
     with pytest.raises(SettingsError, match="has ports only"):
         backbone.condition(None, ["a"])
     with pytest.raises(SettingsError, match="has ports only"):

@@ -23,8 +23,8 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.run.recipe import load_recipe
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, set_trained
 from davae.training.stage_two import FinetuneRecipe
-from families import tiny_lumina2
 from tiny import tiny_flux, tiny_sd3_pipeline, tiny_vae
+from tiny_backbones import tiny_lumina2
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SD35M = RECIPES / "sd35m_1024.toml"
@@ -294,7 +294,7 @@ def test_a_budget_of_flux_is_counted_too(tiny) -> None:
     assert figures["transformer, one picture, forward and backward"] > 2 * figures["transformer, one picture, forward"]
 
 
-def test_a_family_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
+def test_a_backbone_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
     autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
     channels = tiny.vae.config.latent_channels
     with pytest.raises(SettingsError, match="budget of a Lumina2Transformer2DModel cannot be counted"):

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following part of your input was truncated"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' DPM solver
 ]
-FAMILIES = ["sd3", "flux", "sana", "pixart_sigma", "pixart_alpha", "dit", "lightningdit"]
+PIPELINES = ["sd3", "flux", "sana", "pixart_sigma", "pixart_alpha", "dit", "lightningdit"]
 """Those whose conditions have shapes that are known without their text encoders."""
 
 
@@ -110,10 +110,10 @@ def test_inputs_are_random_and_never_zero() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_what_the_stock_pipeline_does_in_one(family: str) -> None:
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_step_is_what_the_stock_pipeline_does_in_one(name: str) -> None:
     """As many rows and tokens of text for each picture as the whole has in each of its steps."""
-    base = getattr(tiny_pipelines, family)()
+    base = getattr(tiny_pipelines, name)()
     seen: list[dict[str, tuple[int, ...]]] = []
 
     def see(module, args, kwargs, output) -> None:
@@ -126,7 +126,7 @@ def test_a_step_is_what_the_stock_pipeline_does_in_one(family: str) -> None:
     runs["step"](), runs["whole"]()
     step, *whole = seen
     assert whole == [step] * 2
-    assert step["hidden_states"][0] == (3 if family == "flux" else 6)
+    assert step["hidden_states"][0] == (3 if name == "flux" else 6)
     counted = flops_of(case(base, 32, steps=2, batch=3))
     assert counted["step"] > 0
     assert counted["whole"] == counted["text"] + 2 * counted["step"] + counted["decode"]

@@ -16,14 +16,14 @@ from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.base_lora import load_base_lora, pad_lora
 
 C = tiny_pipelines.CHANNELS
-FAMILIES = ["sd3", "flux", "flux2", "qwen_image", "sana", "z_image", "auraflow", "lumina2"]
+PIPELINES = ["sd3", "flux", "flux2", "qwen_image", "sana", "z_image", "auraflow", "lumina2"]
 ATTENTION = ["to_q", "to_v"]
 FILE = "pytorch_lora_weights.safetensors"
 
 
-def built(family: str) -> DiffusionPipeline:
+def built(name: str) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
-        return tiny_pipelines.quiet(getattr(tiny_pipelines, family)())
+        return tiny_pipelines.quiet(getattr(tiny_pipelines, name)())
 
 
 def upgraded_of(base: DiffusionPipeline) -> DiffusionPipeline:
@@ -66,9 +66,9 @@ def ports_of(pipeline: DiffusionPipeline) -> list[str]:
     return [ports.input, ports.output]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_of_attention_and_ports_does_what_it_did_on_the_base(family: str, tmp_path: Path) -> None:
-    base = built(family)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_lora_of_attention_and_ports_does_what_it_did_on_the_base(name: str, tmp_path: Path) -> None:
+    base = built(name)
     upgraded, plain = upgraded_of(base), velocity(base, latents(C))
     add_lora(base, ATTENTION + ports_of(base))
     expected = velocity(base, latents(C))

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FluxPipelin
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 
-import families
 import tiny
+import tiny_backbones
 import tiny_pipelines
 from davae import assets
 from davae.backbones import BACKBONES
@@ -167,7 +167,7 @@ def test_a_dit_pipeline_is_upgraded_as_well(tmp_path):
 
 
 def test_a_pipeline_that_cannot_run_upgraded_is_refused_and_says_why(base, autoencoder):
-    base.transformer = families.tiny_hunyuan(4)
+    base.transformer = tiny_backbones.tiny_hunyuan(4)
     with pytest.raises(SettingsError, match=r"positions for a downsample factor of 8.*davae.widen_transformer"):
         upgrade(base, autoencoder)
 

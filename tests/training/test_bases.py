@@ -1,4 +1,4 @@
-"""Stage 1 on the base autoencoders of the other families: from a base's folder to an autoencoder that is calibrated."""
+"""Stage 1 on the base autoencoders of other pipelines: from a base's folder to an autoencoder that is calibrated."""
 
 from pathlib import Path
 

@@ -346,10 +346,10 @@ def test_repeated_rows_at_the_end_are_not_kept() -> None:
     assert again["signed"].signbit().tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("family", ["sana", "lumina2", "pixart_sigma", "qwen_image", "z_image", "flux2"])
-def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(family: str) -> None:
+@pytest.mark.parametrize("name", ["sana", "lumina2", "pixart_sigma", "qwen_image", "z_image", "flux2"])
+def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(name: str) -> None:
     """Zero where it is masked, kept as one row; what the transformer makes of it is the same, bit for bit."""
-    pipeline = getattr(tiny_pipelines, family)()
+    pipeline = getattr(tiny_pipelines, name)()
     pipeline.system_prompt = "draw"  # Lumina2's own fills all 40 tokens
     backbone = backbone_of(pipeline.transformer)
     captions = ["red ball", "", "a fish and a tree"]
@@ -367,5 +367,5 @@ def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(fa
         condition = {name: values[index] for name, values in found.items()}
         kept = trimmed(condition)
         assert all(torch.equal(values, condition[name]) for name, values in padded(kept).items())
-        text = kept["caption" if family == "z_image" else "encoder_hidden_states"]
-        assert (len(text) < 40) == (family != "flux2"), "FLUX.2 attends to its padding"
+        text = kept["caption" if name == "z_image" else "encoder_hidden_states"]
+        assert (len(text) < 40) == (name != "flux2"), "FLUX.2 attends to its padding"

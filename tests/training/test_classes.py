@@ -46,7 +46,7 @@ def velocity(
 
 
 @pytest.fixture(autouse=True)
-def family(monkeypatch: pytest.MonkeyPatch) -> None:
+def flow_dit(monkeypatch: pytest.MonkeyPatch) -> None:
     """DiT's row, filled in as a class-conditional flow model has it."""
     row = replace(
         BACKBONES["DiTTransformer2DModel"],

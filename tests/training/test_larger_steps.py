@@ -275,10 +275,10 @@ def made(pipeline: DiffusionPipeline, size: int | None) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("widened", [by_four, by_two_twice])
-@pytest.mark.parametrize("family", ["sd3", "flux2", "qwen_image", "sana", "lumina2"])
-def test_the_stock_pipeline_makes_four_times_the_side_of_the_same_tokens(family: str, widened, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd3", "flux2", "qwen_image", "sana", "lumina2"])
+def test_the_stock_pipeline_makes_four_times_the_side_of_the_same_tokens(name: str, widened, tmp_path: Path) -> None:
     """Of every sort of contract between pipeline and autoencoder; the base half starts as the base's, bit for bit."""
-    base = pipeline_of(family)
+    base = pipeline_of(name)
     pipeline, backbone = widened(base), backbone_of(base.transformer)
     assert type(pipeline) is type(base)
     assert backbone.picture_side(pipeline, None) == 4 * backbone.picture_side(base, None)
@@ -358,9 +358,9 @@ def test_what_it_is_can_be_read() -> None:
             describe(by_two_twice(base), size)
 
 
-@pytest.mark.parametrize("family", ["lumina2", "z_image", "dit"])
-def test_families_whose_pipelines_do_not_count_the_stages_can_be_read(family: str) -> None:
-    base = pipeline_of(family)
+@pytest.mark.parametrize("name", ["lumina2", "z_image", "dit"])
+def test_backbones_whose_pipelines_do_not_count_the_stages_can_be_read(name: str) -> None:
+    base = pipeline_of(name)
     facts = [describe(pipeline) for pipeline in (base, by_four(base), by_two_twice(base))]
     assert [each["downsample_factor"] for each in facts] == [4, 16, 16]
     side = backbone_of(base.transformer).picture_side(base, None)

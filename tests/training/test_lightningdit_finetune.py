@@ -1,4 +1,4 @@
-"""Stage 2 of the class-conditional family that is one: LightningDiT, through its own pipeline."""
+"""Stage 2 of LightningDiT, class-conditional, through its own pipeline."""
 
 from pathlib import Path
 

@@ -120,7 +120,7 @@ def test_stage_two_trains_on_buckets_cached_or_encoded_anew(base_folder, autoenc
     assert len(logged(tmp_path / "cached")) >= 2
 
 
-def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_folder, uneven, tmp_path) -> None:
+def test_a_backbone_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_folder, uneven, tmp_path) -> None:
     with torch.random.fork_rng(devices=[]):
         base = tiny_pipelines.flux()
         autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=tiny_pipelines.CHANNELS).eval()
@@ -139,7 +139,7 @@ def test_a_family_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_fol
     assert all(math.isfinite(loss) for loss in logged(tmp_path / "run"))
 
 
-def test_a_family_of_one_size_refuses_buckets(class_base, uneven, tmp_path) -> None:
+def test_a_backbone_of_one_size_refuses_buckets(class_base, uneven, tmp_path) -> None:
     recipe = stage_two(class_base, tmp_path / "autoencoder", uneven)
     with pytest.raises(SettingsError, match=r"size=48.*positions fit one size, so allowed is 64"):
         finetune(recipe, tmp_path / "run")

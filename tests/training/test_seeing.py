@@ -111,7 +111,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_done(recipe, 
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_of_a_family_of_classes_are_refused(recipe, tmp_path) -> None:
+def test_pictures_of_a_backbone_of_classes_are_refused(recipe, tmp_path) -> None:
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
     pipeline = tiny_class_pipeline()
     Validation(recipe, pipeline, pictures, tmp_path)

@@ -202,7 +202,7 @@ def test_a_step_of_four_batches_sees_every_picture_once_with_noise_of_its_own(
     assert line["loss"] == pytest.approx((4 * line["base_loss"] + 8 * line["detail_loss"]) / 12, rel=1e-5)
 
 
-def test_a_family_without_default_targets_wants_some_named(recipe: FinetuneRecipe) -> None:
+def test_a_backbone_without_default_targets_wants_some_named(recipe: FinetuneRecipe) -> None:
     transformer = load_pipeline(recipe.base).transformer
     for trained in ("lora", "layers"):
         with pytest.raises(SettingsError, match="no default targets for a SD3Transformer2DModel"):

@@ -109,7 +109,7 @@ def cases_of(
         settings: the other fields of `Case`, the same for all.
 
     Raises:
-        SettingsError: a size that the candidate cannot make, or an unknown family.
+        SettingsError: a size that the candidate cannot make, or an unknown backbone.
     """
     (name, pipeline), *others = pair.items()
     side = Case(name, pipeline, 0).backbone.picture_side(pipeline, size)

@@ -77,7 +77,7 @@ def budget_of(recipe: OptimisationRecipe, geometry: Geometry, path: Path) -> lis
         path: the recipe's file. For stage 2 its section for stage 1 says which autoencoder is meant, if none is there.
 
     Raises:
-        SettingsError: the recipe does not fit its base, or the base's family cannot be trained.
+        SettingsError: the recipe does not fit its base, or the base's backbone cannot be trained.
     """
     if isinstance(recipe, AutoencoderRecipe):
         return autoencoder_budget(recipe, geometry)

@@ -47,7 +47,7 @@ class Case:
 
     @property
     def backbone(self) -> Backbone:
-        """The row of the transformer's family."""
+        """The transformer's row of `BACKBONES`."""
         return backbone_of(self.pipeline.transformer)
 
     @property
@@ -75,7 +75,7 @@ class Case:
 def sizes_against(candidate: Case, base: DiffusionPipeline) -> list[int]:
     """The sizes at which a base is worth comparing: the same pixels, and the same tokens.
 
-    Only the second for a family whose positions fit one token grid.
+    Only the second for a backbone whose positions fit one token grid.
     """
     factor, base_factor = (downsample_factor(pipeline.vae.config) for pipeline in (candidate.pipeline, base))
     equal_tokens = candidate.size * base_factor // factor

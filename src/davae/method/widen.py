@@ -1,6 +1,6 @@
 """Widening: both latent ports of a transformer grow by zeros, so that it takes and gives D more channels (Sec. 3.2).
 
-Nothing here knows a model family: `davae.backbones` says for each one where its ports are and how they are laid out.
+Nothing here knows a model: `davae.backbones` says where the ports of each backbone are and how they are laid out.
 """
 
 from collections.abc import Mapping

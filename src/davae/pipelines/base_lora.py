@@ -33,7 +33,7 @@ def load_base_lora(
 
     Args:
         pipeline: upgraded or not, of a class that can load LoRA.
-        lora: a folder, a file or a name on the Hub, in any layout that diffusers reads for this family.
+        lora: a folder, a file or a name on the Hub, in any layout that diffusers reads for this pipeline.
         weight_name: the file in it; it is found if there is one only.
         adapter_name: as in `load_lora_weights`; then `set_adapters` sets its strength, and that of others.
 

@@ -24,7 +24,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     (as many detail channels as base channels, twice the side length) would change.
 
     Raises:
-        SettingsError: if there is no transformer or no autoencoder, or the transformer's family is unknown; or a side
+        SettingsError: if there is no transformer or no autoencoder, or the transformer's backbone is unknown; or a side
             of `size` is no multiple of downsample factor x patch.
     """
     check_parts(pipeline)

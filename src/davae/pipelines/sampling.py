@@ -1,4 +1,4 @@
-"""Pictures from prompts, out of a pipeline of any family that has captions, with noise that base and upgraded share."""
+"""Images from prompts, by any pipeline that takes captions, with noise that base and upgraded pipelines share."""
 
 from collections.abc import Sequence
 
@@ -53,7 +53,7 @@ def sample(
     """One picture for each prompt.
 
     Args:
-        pipeline: base or upgraded, of a family that has captions and that davae samples from (docs/backbones.md).
+        pipeline: base or upgraded, with captions, of those that davae samples from (docs/backbones.md).
         prompts: B of them, in one batch.
         seed: of the noise, together with each picture's index.
         steps: of the sampler.
@@ -63,7 +63,7 @@ def sample(
         first_index: index of the first prompt, for the noise.
 
     Raises:
-        SettingsError: a pipeline of another family, or a size that it cannot make.
+        SettingsError: a pipeline that davae does not sample from, or a size that it cannot make.
     """
     backbone = backbone_of(pipeline.transformer)
     width, height = backbone.width_and_height(pipeline, size)

@@ -79,7 +79,7 @@ def cached_conditions(
 
     Args:
         pipeline: with the frozen text encoders.
-        backbone: the family.
+        backbone: its row of `BACKBONES`.
         pictures: N of them, with captions.
         folder: of caches, made if it is not there.
         tokens: length of the longest text encoder's output.

@@ -32,7 +32,7 @@ def training_inputs(
     Args:
         recipe: of the run.
         pipeline: upgraded; its frozen parts encode on the ranks' device, and stay there only if every step needs them.
-        pictures: with captions or classes, as the family wants.
+        pictures: with captions or classes, as the backbone wants.
         folder: of the run.
         ranks: of the run.
     """

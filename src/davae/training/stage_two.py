@@ -66,8 +66,8 @@ def finetune(
         `folder`/adapter beside it.
 
     Raises:
-        SettingsError: a family that cannot be trained, a size that the upgraded pipeline cannot make, a batch that the
-            ranks cannot share equally, or compiled blocks with FSDP2; or `folder`/pipeline is somebody's own.
+        SettingsError: a backbone that cannot be trained, a size that the upgraded pipeline cannot make, a batch that
+            the ranks cannot share equally, or compiled blocks with FSDP2; or `folder`/pipeline is somebody's own.
         CheckpointError: `folder` holds a run of another recipe, or on other pictures.
         DavaeError: whatever settings, data, checkpoints and storage raise.
     """
@@ -199,7 +199,7 @@ def bucket_objectives(
 
 
 def training_pictures(recipe: FinetuneRecipe, transformer: nn.Module, folder: Path, ranks: Ranks) -> PictureSet:
-    """The pictures to train on, with captions or classes as the transformer's family wants; refusals are on record.
+    """The pictures to train on, with captions or classes as the transformer's backbone wants; refusals are on record.
 
     Raises:
         SettingsError: a class that the transformer has not.

@@ -25,7 +25,7 @@ class FinetuneRecipe(PicturesRecipe):
     lora_rank: Positive = 32
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_targets: tuple[str, ...] = ()
-    """Ends of the names of the layers that get LoRA, or are trained themselves; () is the family's default."""
+    """Ends of the names of the layers that get LoRA, or are trained themselves; () is the backbone's default."""
     adapter: str = ""
     """An adapter folder of the same base to go on from; with LoRA, of the same rank, alpha, targets."""
     ports_start: PortsStart = "zero"

@@ -29,7 +29,7 @@ class Validation:
         folder: of the run.
 
     Raises:
-        SettingsError: pictures are wanted of a family that davae does not sample from by captions.
+        SettingsError: validation of a pipeline that davae does not sample from by captions.
     """
 
     def __init__(self, recipe: FinetuneRecipe, pipeline: DiffusionPipeline, pictures: PictureSet, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny real transformers of the families beside those in `tiny`, random wherever a new model of the class is zero."""
+"""Tiny real transformers, those that are not in `tiny`, random wherever a new model of the class is zero."""
 
 from diffusers import (
     AuraFlowTransformer2DModel,

@@ -1,4 +1,4 @@
-"""`finetune` itself on a tiny pipeline of each family: from folders to a stock pipeline and an adapter, and back."""
+"""`finetune` itself on a tiny pipeline of each backbone: from folders to a stock pipeline and an adapter, and back."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from scenes import scene
 # Of diffusers' DPM solver: numpy is given a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-FAMILIES = [name for name in tiny_pipelines.FAMILIES if name not in ("sd3", "pixart-alpha", "lightningdit")]
+PIPELINES = [name for name in tiny_pipelines.PIPELINES if name not in ("sd3", "pixart-alpha", "lightningdit")]
 NOISE = ("pixart-sigma", "dit")
 C = tiny_pipelines.CHANNELS
 
@@ -37,15 +37,15 @@ def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=PIPELINES)
+def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def recipe(family: str, tmp_path: Path, picture_folder: Path, class_folder: Path) -> FinetuneRecipe:
+def recipe(name: str, tmp_path: Path, picture_folder: Path, class_folder: Path) -> FinetuneRecipe:
     with torch.random.fork_rng(devices=[]):
-        base = tiny_pipelines.FAMILIES[family]()
+        base = tiny_pipelines.PIPELINES[name]()
         torch.manual_seed(5)
         autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=C).eval()
         torch.nn.init.normal_(autoencoder.detail_downsample.shortcut.weight, std=0.3)
@@ -60,7 +60,7 @@ def recipe(family: str, tmp_path: Path, picture_folder: Path, class_folder: Path
         autoencoder=str(tmp_path / "autoencoder"),
         pictures=str(folder),
         size=64,
-        trained="layers" if family in NOISE else "lora",
+        trained="layers" if name in NOISE else "lora",
         lora_rank=2,
         steps=3,
         batch_size=4,
@@ -82,7 +82,7 @@ def made(pipeline) -> torch.Tensor:
     return pipeline([1], num_inference_steps=2, guidance_scale=1.0, generator=random, output_type="pt").images * 255
 
 
-def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recipe, family, tmp_path):
+def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recipe, name, tmp_path):
     run = tmp_path / "run"
     saved = finetune(recipe, run)
     pipeline = load_pipeline(saved)
@@ -90,7 +90,7 @@ def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "base_loss" in line]
     assert [line["step"] for line in losses] == [0, 2]  # the first and the last are on record
-    assert all(("variance_loss" in line) == (family in NOISE) for line in losses)
+    assert all(("variance_loss" in line) == (name in NOISE) for line in losses)
     assert all(value == value for line in losses for value in line.values())
     picture = made(pipeline)
     applied = load_pipeline(tmp_path / "base", adapter=run / "adapter")
@@ -100,14 +100,14 @@ def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recip
     assert output.count_nonzero() > 1.5 * base.get_submodule(ports.output).weight.count_nonzero()  # detail is learnt
 
 
-@pytest.mark.parametrize("family", NOISE, indirect=True)
+@pytest.mark.parametrize("name", NOISE, indirect=True)
 @pytest.mark.parametrize(
     "setting",
     [{"shift": 2.0}, {"cosine_weight": 1.0}, {"data_objective": True}, {"data_objective": True, "min_snr": 5.0}],
 )
-def test_settings_of_flow_models_are_refused_for_those_that_predict_noise(family, setting):
+def test_settings_of_flow_models_are_refused_for_those_that_predict_noise(name, setting):
     with pytest.raises(SettingsError, match=r"predicts noise, and these are for flow models"):
-        choose_objective(tiny_pipelines.FAMILIES[family](), base_channels=C, positions=64, **setting)
+        choose_objective(tiny_pipelines.PIPELINES[name](), base_channels=C, positions=64, **setting)
 
 
 def test_a_scheduler_of_the_other_kind_is_refused():
@@ -119,7 +119,7 @@ def test_a_scheduler_of_the_other_kind_is_refused():
         choose_objective(flow, base_channels=C, positions=64)
 
 
-@pytest.mark.parametrize("family", NOISE, indirect=True)
-def test_lora_of_a_class_that_diffusers_gives_no_adapters_is_refused(recipe, family, tmp_path):
+@pytest.mark.parametrize("name", NOISE, indirect=True)
+def test_lora_of_a_class_that_diffusers_gives_no_adapters_is_refused(recipe, name, tmp_path):
     with pytest.raises(SettingsError, match=r'has no LoRA in diffusers.*trained="layers", "full" or "ports"'):
         finetune(recipe.model_copy(update={"trained": "lora"}), tmp_path / "run")
