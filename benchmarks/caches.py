@@ -20,7 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from davae.cost.timing import paired_ratios, spread
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "small_pair" / "stage2.toml"
 

@@ -15,7 +15,8 @@ import typer
 
 from davae.run import faults
 from davae.run.record import read_metrics
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 REPEATS, LOOPS, STEPS = 20, 100_000, 21
 VISITS = 12

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from davae.backbones import backbone_of
 from davae.training.optimizers import LIBRARIES, OptimizerSettings
-from davae.training.stage_two import FinetuneRecipe, trained_parameters, upgraded_base
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import load_upgraded_base
+from davae.training.stage_two_transformer import choose_parameters
 
 REPEATS = 20
 
@@ -48,8 +50,8 @@ def main() -> None:
     """Print a line for each kind of training and each optimiser."""
     for trained in ("full", "layers", "lora"):
         recipe = FinetuneRecipe(trained=trained)
-        transformer = upgraded_base(recipe).transformer
-        parameters = trained_parameters(transformer, recipe, backbone_of(transformer).lora_targets, "")
+        transformer = load_upgraded_base(recipe).transformer
+        parameters = choose_parameters(transformer, recipe, backbone_of(transformer).lora_targets, "")
         found = measured(parameters)
         count, first = sum(parameter.numel() for parameter in parameters), found["AdamW"]
         for name, (kept, step) in found.items():

@@ -39,8 +39,9 @@ from davae.run.storage import write_json
 from davae.seeds import generator
 from davae.training.stage_one import discriminator_of
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
-from davae.training.stage_two import FinetuneRecipe, compile_blocks, trained_parameters
 from davae.training.stage_two_loss import choose_objective
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_transformer import choose_parameters, compile_blocks
 from davae.training.state import TrainingState
 from davae.training.tensors import laid_out
 
@@ -84,7 +85,7 @@ def stage_two_flops(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> int:
         transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
         autoencoder = AutoencoderDA.from_config(pipeline.vae.config)
     backbone = backbone_of(transformer)
-    trained_parameters(transformer, recipe, TARGETS, "")
+    choose_parameters(transformer, recipe, TARGETS, "")
     return transformer_work(transformer, autoencoder, recipe, backbone, trained=True).flops
 
 
@@ -100,7 +101,7 @@ def stage_two(
     flops = stage_two_flops(pipeline, recipe)
     side = size // vae.downsample_factor
     objective = choose_objective(pipeline, base_channels=vae.config.base_channels, positions=side * side)
-    parameters = trained_parameters(transformer, recipe, TARGETS, "")
+    parameters = choose_parameters(transformer, recipe, TARGETS, "")
     transformer.train()
     state = recipe.training_state(folder, {"transformer": transformer}, parameters, label="stage 2", ranks=Ranks())
     config = transformer.config

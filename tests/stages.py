@@ -4,7 +4,7 @@ from pathlib import Path
 
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, LossWeights
-from davae.training.stage_two import FinetuneRecipe
+from davae.training.stage_two_recipe import FinetuneRecipe
 from hashes import digests
 
 ADVERSARIAL = LossWeights(

@@ -33,7 +33,7 @@ from davae.evaluation.report import Pictures, write_page
 from davae.run.recipe import load_recipe
 from davae.run.storage import write_json
 from davae.training.stage_one import AutoencoderRecipe
-from davae.training.stage_two import FinetuneRecipe
+from davae.training.stage_two_recipe import FinetuneRecipe
 from scenes import fill_with_scenes, scene
 
 PLAN = BUDGETS["tiny"]

@@ -15,7 +15,7 @@ from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint,
 from davae.run.recipe import load_recipe
 from davae.run.storage import read_json
 from davae.training.stage_one import AutoencoderRecipe
-from davae.training.stage_two import FinetuneRecipe
+from davae.training.stage_two_recipe import FinetuneRecipe
 from trials import Trials
 
 ROOT = Path(__file__).parents[1]

@@ -44,7 +44,8 @@ from davae.training.stage_one import (
     start_autoencoder,
     train_autoencoder,
 )
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 REFERENCE, BASE = "reference", "base + bicubic"
 Measured = dict[str, Any]

@@ -37,7 +37,8 @@ from davae.run.recipe import load_recipe
 from davae.run.record import environment, read_metrics
 from davae.run.storage import read_json, write_json
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 HERE = Path(__file__).parent
 ONE_GO, NARROW, TWICE = "s = 4", "s = 4, r = 2", "2 x 2"

@@ -28,7 +28,8 @@ from davae.run.progress import track
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 BASE, NATIVE, ENLARGED = "base, 128 px", "base, run at 256 px", "base + bicubic"
 THIS_RUN, SHIPPED = "this run", "shipped upgrade"

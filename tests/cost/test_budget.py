@@ -22,7 +22,7 @@ from davae.method.discriminator import PatchDiscriminator
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.run.recipe import load_recipe
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, set_trained
-from davae.training.stage_two import FinetuneRecipe
+from davae.training.stage_two_recipe import FinetuneRecipe
 from tiny import tiny_flux, tiny_sd3_pipeline, tiny_vae
 from tiny_backbones import tiny_lumina2
 

@@ -10,7 +10,7 @@ from davae.errors import CheckpointError
 from davae.run.comparison import differences, find_runs, summary, to_text
 from davae.run.record import RunRecord, alone
 from davae.training.stage_one import AutoencoderRecipe
-from davae.training.stage_two import FinetuneRecipe
+from davae.training.stage_two_recipe import FinetuneRecipe
 from forks import exit_code, forked
 
 

@@ -21,7 +21,8 @@ from davae.evaluation.reconstruction import reconstruct
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.ranks import Ranks, meet
 from davae.seeds import generator, rand, randn, sample_generators
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from forks import exit_code, forked
 from hashes import digests
 from rank_forks import FSDP2, run_ranks

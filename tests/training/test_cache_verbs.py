@@ -17,9 +17,10 @@ from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
-from davae.training.conditions import OnlineConditions, cached_conditions
-from davae.training.latents import OnlineLatents, cached_latents
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.conditions import cache_conditions, encode_captions_online
+from davae.training.latents import cache_latents, encode_online
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from hashes import digests
 from stages import finetune_recipe
 
@@ -123,10 +124,10 @@ def test_a_cache_that_is_written_to_is_not_pruned(caches) -> None:
 def test_what_was_pruned_under_a_run_is_an_error_with_a_way_out(recipe, caches) -> None:
     autoencoder = load_autoencoder(Path(recipe.autoencoder))
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
-    latents = cached_latents(autoencoder, pictures, caches)
+    latents = cache_latents(autoencoder, pictures, caches)
     shutil.rmtree(caches)
     with pytest.raises(CheckpointError, match=r"can no longer be read .*run again"):
-        latents.batch([0])
+        latents([0], 0)
 
 
 def test_online_encodes_what_the_cache_holds(recipe, caches) -> None:
@@ -134,24 +135,24 @@ def test_online_encodes_what_the_cache_holds(recipe, caches) -> None:
     autoencoder, backbone = load_autoencoder(Path(recipe.autoencoder)), backbone_of(pipeline.transformer)
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
     settings = {"detail_noise": 0.3, "seed": 5}
-    kept = cached_latents(autoencoder, pictures, caches, **settings)
-    fresh = OnlineLatents(autoencoder, pictures, flips=False, **settings)
-    torch.testing.assert_close(fresh.batch([3, 9], 1), kept.batch([3, 9], 1), atol=1e-5, rtol=1e-5)
-    texts = cached_conditions(pipeline, backbone, pictures, caches, tokens=8).batch([0, 5, 0])
-    for name, values in OnlineConditions(pipeline, backbone, pictures, 8).batch([0, 5, 0]).items():
+    kept = cache_latents(autoencoder, pictures, caches, **settings)
+    fresh = encode_online(autoencoder, pictures, flips=False, **settings)
+    torch.testing.assert_close(fresh([3, 9], 1), kept([3, 9], 1), atol=1e-5, rtol=1e-5)
+    texts = cache_conditions(pipeline, backbone, pictures, caches, tokens=8)([0, 5, 0])
+    for name, values in encode_captions_online(pipeline, backbone, pictures, 8)([0, 5, 0]).items():
         torch.testing.assert_close(values, texts[name], atol=1e-5, rtol=1e-5)
 
 
 def test_flips_mirror_half_of_the_pictures_anew_at_every_step(recipe) -> None:
     autoencoder = load_autoencoder(Path(recipe.autoencoder))
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
-    plain = OnlineLatents(autoencoder, pictures, flips=False, detail_noise=0.0, seed=5)
-    flipping = OnlineLatents(autoencoder, pictures, flips=True, detail_noise=0.0, seed=5)
-    straight, indices = plain.batch(range(12), 0), range(12)
+    plain = encode_online(autoencoder, pictures, flips=False, detail_noise=0.0, seed=5)
+    flipping = encode_online(autoencoder, pictures, flips=True, detail_noise=0.0, seed=5)
+    straight, indices = plain(range(12), 0), range(12)
     base = autoencoder.encode_base(pictures.batch(indices).flip(-1))
     seen = []
     for step in (0, 1, 0):
-        found = flipping.batch(indices, step)
+        found = flipping(indices, step)
         mirrored = [not torch.allclose(a, b, atol=1e-5) for a, b in zip(found, straight, strict=True)]
         for index in range(12):
             if mirrored[index]:

@@ -23,9 +23,9 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_autoencoder, load_pipeline
-from davae.training.conditions import CachedConditions, cached_conditions, encode_captions, padded, trimmed
-from davae.training.fingerprints import model_digest, text_digest
-from davae.training.latents import CachedLatents, cached_latents, encode
+from davae.training.conditions import cache_conditions, encode_captions, restore_repeats, trim_repeats
+from davae.training.fingerprints import digest_model, digest_text_encoding
+from davae.training.latents import ReadLatents, cache_latents, encode_latents
 from forks import exit_code, forked
 from hashes import digests
 from rank_forks import run_ranks
@@ -71,7 +71,7 @@ def expected(autoencoder_folder: Path, pictures: PictureSet) -> Tensor:
 def built(autoencoder_folder: Path, pictures: PictureSet, tmp_path_factory) -> Path:
     """A folder of caches with a shard for every block."""
     folder = tmp_path_factory.mktemp("built")
-    cached_latents(load_autoencoder(autoencoder_folder), pictures, folder, shard_bytes=1)
+    cache_latents(load_autoencoder(autoencoder_folder), pictures, folder, shard_bytes=1)
     return folder
 
 
@@ -83,11 +83,11 @@ def ours(built: Path, tmp_path: Path) -> Path:
 
 def by_batches(autoencoder: AutoencoderDA, pictures: PictureSet) -> Tensor:
     parts = torch.arange(len(pictures)).split(16)
-    return torch.cat([encode(autoencoder, pictures.batch(part.tolist())) for part in parts])
+    return torch.cat([encode_latents(autoencoder, pictures.batch(part.tolist())) for part in parts])
 
 
-def whole(found: CachedLatents) -> Tensor:
-    return found.batch(range(len(found)))
+def read_all(read: ReadLatents) -> Tensor:
+    return read(range(COUNT), 0)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -98,21 +98,20 @@ def shards(folder: Path) -> list[Path]:
 
 
 def test_what_is_read_is_what_was_encoded_to_the_last_bit(autoencoder, pictures, ours, expected) -> None:
-    found = cached_latents(autoencoder, pictures, ours)
-    assert len(found) == COUNT
-    assert torch.equal(whole(found), expected)
-    assert torch.equal(found.batch([39, 0, 39], step=7), expected[[39, 0, 39]])
+    read = cache_latents(autoencoder, pictures, ours)
+    assert torch.equal(read_all(read), expected)
+    assert torch.equal(read([39, 0, 39], 7), expected[[39, 0, 39]])
 
 
 def test_a_hit_encodes_nothing_and_writes_nothing(autoencoder, pictures, ours) -> None:
     before = {path: path.stat().st_mtime_ns for path in [ours, *ours.rglob("*")]}
     encoded: list[int] = []
     autoencoder.detail_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    cached_latents(autoencoder, pictures, ours)
+    cache_latents(autoencoder, pictures, ours)
     assert not encoded
     assert {path: path.stat().st_mtime_ns for path in [ours, *ours.rglob("*")]} == before
     shards(ours)[0].unlink()
-    cached_latents(autoencoder, pictures, ours)
+    cache_latents(autoencoder, pictures, ours)
     assert len(encoded) == 1, "one block"
 
 
@@ -122,8 +121,8 @@ def test_the_pictures_of_another_set_are_found_by_their_bytes(autoencoder, pictu
         (tmp_path / "other").mkdir(exist_ok=True)
         path.rename(tmp_path / "other" / f"q{99 - index}.png")
     others = open_pictures(tmp_path / "other", size=64, captions=False)
-    found = whole(cached_latents(autoencoder, others, ours, shard_bytes=1))
-    assert torch.equal(found[1:], expected.flip(0))
+    latents = cache_latents(autoencoder, others, ours, shard_bytes=1)(range(COUNT + 1), 0)
+    assert torch.equal(latents[1:], expected.flip(0))
     assert len(shards(ours)) == 4
 
 
@@ -146,17 +145,17 @@ def test_what_is_stale_is_a_miss(autoencoder, pictures, ours, expected, tmp_path
             folder = fill_with_scenes(tmp_path / "p", train=COUNT, first=50)
             other = open_pictures(folder, size=64, split="train")
             assert other.keys == pictures.keys
-    assert torch.equal(whole(cached_latents(changed, other, ours)), by_batches(changed, other))
+    assert torch.equal(read_all(cache_latents(changed, other, ours)), by_batches(changed, other))
     assert len(shards(ours)) > files
     files = len(shards(ours))
-    assert torch.equal(whole(cached_latents(autoencoder, pictures, ours)), expected)
+    assert torch.equal(read_all(cache_latents(autoencoder, pictures, ours)), expected)
     assert len(shards(ours)) == files, "what was there before is still found"
 
 
 def test_the_digest_of_a_model_is_of_what_it_computes(autoencoder, autoencoder_folder, tmp_path) -> None:
     again = Path(shutil.copytree(autoencoder_folder, tmp_path / "elsewhere"))
-    assert model_digest(load_autoencoder(again)) == model_digest(autoencoder)
-    assert model_digest(autoencoder.to(torch.bfloat16)) != model_digest(load_autoencoder(again))
+    assert digest_model(load_autoencoder(again)) == digest_model(autoencoder)
+    assert digest_model(autoencoder.to(torch.bfloat16)) != digest_model(load_autoencoder(again))
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -174,7 +173,7 @@ def test_damage_is_named_set_aside_and_made_again(autoencoder, pictures, ours, e
     victim, before = shards(ours)[1], digests(ours)
     victim.write_bytes(DAMAGES[how](victim.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(whole(cached_latents(autoencoder, pictures, ours)), expected)
+        assert torch.equal(read_all(cache_latents(autoencoder, pictures, ours)), expected)
     assert f"{victim} is damaged (its SHA-256 is not its name); set aside" in caplog.text
     aside = victim.with_name(f"damaged-{victim.name}")
     assert aside.exists()
@@ -186,7 +185,7 @@ def test_several_processes_check_every_shard_whoever_is_first(autoencoder, pictu
     """The first has renamed what it found before the next one looks."""
     for path in shards(ours):
         path.write_bytes(b"")
-    cache = TensorCache(ours, "latents", {"autoencoder": model_digest(autoencoder)})
+    cache = TensorCache(ours, "latents", {"autoencoder": digest_model(autoencoder)})
     for process in range(3):
         cache.set_damaged_aside(process=process, processes=3)
     assert len(shards(ours)) == 3
@@ -196,7 +195,7 @@ def test_several_processes_check_every_shard_whoever_is_first(autoencoder, pictu
 def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expected, caplog) -> None:
     changed = copy.deepcopy(autoencoder)
     changed.detail_std.mul_(2)
-    cached_latents(changed, pictures, ours, shard_bytes=1)
+    cache_latents(changed, pictures, ours, shard_bytes=1)
     mine, theirs = (path for path in ours.iterdir() if path.is_dir())
     for path in shard_paths(theirs):
         shutil.copy(path, mine)
@@ -204,14 +203,14 @@ def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expe
     for path in shard_paths(mine):
         if not (theirs / path.name).exists():
             shutil.copy(path, theirs)
-    assert torch.equal(whole(cached_latents(autoencoder, pictures, ours)), expected)
+    assert torch.equal(read_all(cache_latents(autoencoder, pictures, ours)), expected)
     assert caplog.text.count("is of another cache; set aside") == 3
 
 
 def test_a_cache_that_cannot_be_written_is_a_storage_error(autoencoder, pictures, tmp_path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError):
-        cached_latents(autoencoder, pictures, tmp_path / "file")
+        cache_latents(autoencoder, pictures, tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------- processes, and their ends
@@ -219,13 +218,13 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(autoencoder, pictures
 
 def test_three_processes_at_once_make_the_entries_of_one(autoencoder, pipeline, pictures, expected, tmp_path) -> None:
     def build() -> None:
-        cached_latents(autoencoder, pictures, tmp_path / "cache")
-        cached_conditions(pipeline, backbone, pictures, tmp_path / "cache", tokens=8)
+        cache_latents(autoencoder, pictures, tmp_path / "cache")
+        cache_conditions(pipeline, backbone, pictures, tmp_path / "cache", tokens=8)
 
     backbone = backbone_of(pipeline.transformer)
     assert run_ranks(build, 3) == [0, 0, 0]
     assert len(shards(tmp_path / "cache")) == 4, "a block of latents by each, and one of captions"
-    assert torch.equal(whole(cached_latents(autoencoder, pictures, tmp_path / "cache")), expected)
+    assert torch.equal(read_all(cache_latents(autoencoder, pictures, tmp_path / "cache")), expected)
     assert len(shards(tmp_path / "cache")) == 4
 
 
@@ -245,8 +244,8 @@ def test_killed_while_building(trials: Trials, autoencoder, pipeline, pictures, 
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        cached_latents(autoencoder, pictures, folder, shard_bytes=1)
-        cached_conditions(pipeline, backbone, pictures, folder, tokens=8)
+        cache_latents(autoencoder, pictures, folder, shard_bytes=1)
+        cache_conditions(pipeline, backbone, pictures, folder, tokens=8)
 
     began = time.monotonic()
     assert exit_code(forked(lambda: build(tmp_path / "undisturbed"))) == 0
@@ -272,14 +271,10 @@ def test_killed_while_building(trials: Trials, autoencoder, pipeline, pictures, 
         if trials.only is None:
             assert trials.number + 1 < 3 * trials.count, "the builds were over before they could be killed"
     assert partly > 0 or trials.only is not None
-    assert torch.equal(whole(cached_latents(autoencoder, pictures, tmp_path / "undisturbed")), expected)
+    assert torch.equal(read_all(cache_latents(autoencoder, pictures, tmp_path / "undisturbed")), expected)
 
 
 # --------------------------------------------------------------------------------------------------------------- text
-
-
-def all_rows(found: CachedConditions, count: int) -> dict[str, Tensor]:
-    return found.batch(range(count))
 
 
 def test_texts_are_read_as_they_were_encoded(pipeline, pictures, tmp_path) -> None:
@@ -287,17 +282,17 @@ def test_texts_are_read_as_they_were_encoded(pipeline, pictures, tmp_path) -> No
     backbone = backbone_of(pipeline.transformer)
     captions = ["", *pictures.captions]
     expected = encode_captions(pipeline, backbone, captions, 8)
-    found = cached_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
+    read = cache_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
     first = [captions.index(caption) for caption in captions]
     assert len(set(first)) == 17
-    for name, values in all_rows(found, len(captions)).items():
+    for name, values in read(range(len(captions))).items():
         assert torch.equal(values, expected[name][first])
         torch.testing.assert_close(values, expected[name], atol=1e-6, rtol=1e-6)
     calls: list[int] = []
     handle = pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    cached_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
+    cache_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
     assert not calls
-    cached_conditions(pipeline, backbone, pictures, tmp_path, tokens=9)
+    cache_conditions(pipeline, backbone, pictures, tmp_path, tokens=9)
     assert calls, "another length is a miss"
     handle.remove()
     assert len(list(tmp_path.iterdir())) == 2
@@ -305,21 +300,21 @@ def test_texts_are_read_as_they_were_encoded(pipeline, pictures, tmp_path) -> No
 
 def test_the_digest_of_the_text_is_of_encoders_and_tokenizers(base_folder: Path) -> None:
     pipeline = load_pipeline(base_folder)
-    before = text_digest(pipeline)
+    before = digest_text_encoding(pipeline)
     with torch.no_grad():
         pipeline.transformer.proj_out.weight.zero_()
         pipeline.encode_prompt("red ball", None, None)  # leaves its padding in the tokenizers
-    assert text_digest(pipeline) == before
+    assert digest_text_encoding(pipeline) == before
     pipeline.register_modules(image_encoder=None, feature_extractor=CLIPImageProcessor())
-    assert len(text_digest(pipeline)) == 64
+    assert len(digest_text_encoding(pipeline)) == 64
     pipeline.register_modules(feature_extractor=None)
     pipeline.tokenizer_2.model_max_length = 76
-    assert text_digest(pipeline) != before
+    assert digest_text_encoding(pipeline) != before
     pipeline.tokenizer_2.model_max_length = 77
     with torch.no_grad():
         bias = pipeline.text_encoder_3.shared.weight
         bias[0, 0] = torch.nextafter(bias[0, 0], torch.tensor(9.0))
-    assert text_digest(pipeline) != before
+    assert digest_text_encoding(pipeline) != before
 
 
 def test_repeated_rows_at_the_end_are_not_kept() -> None:
@@ -331,14 +326,14 @@ def test_repeated_rows_at_the_end_are_not_kept() -> None:
         "constant": torch.ones(5, 2),
         "length": torch.tensor(3),
     }
-    kept = trimmed(condition)
+    kept = trim_repeats(condition)
     assert {name: len(kept[name]) for name in ("text", "mask", "full", "constant")} == {
         "text": 4,
         "mask": 4,
         "full": 100,
         "constant": 1,
     }
-    again = padded(kept)
+    again = restore_repeats(kept)
     assert again.keys() == condition.keys()
     for name, values in condition.items():
         assert torch.equal(again[name], values)
@@ -365,7 +360,7 @@ def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(na
         assert one is None or torch.equal(one, other)
     for index in range(3):
         condition = {name: values[index] for name, values in found.items()}
-        kept = trimmed(condition)
-        assert all(torch.equal(values, condition[name]) for name, values in padded(kept).items())
+        kept = trim_repeats(condition)
+        assert all(torch.equal(values, condition[name]) for name, values in restore_repeats(kept).items())
         text = kept["caption" if name == "z_image" else "encoder_hidden_states"]
         assert (len(text) < 40) == (name != "flux2"), "FLUX.2 attends to its padding"

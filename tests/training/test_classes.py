@@ -22,8 +22,9 @@ from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.seeds import rand, randn, sample_generators
-from davae.training.latents import cached_latents
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.latents import cache_latents
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from scenes import scene
 from tiny import tiny_vae
 
@@ -127,8 +128,8 @@ def test_the_first_loss_is_the_bases_own_on_the_classes_or_the_null_class(recipe
     assert all(
         NAMES[number] == key.partition("/")[0] for key, number in zip(pictures.keys, pictures.classes, strict=True)
     )
-    cached = cached_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, tmp_path / "cache")
-    latents = cached.batch(range(len(cached)))
+    read_latents = cache_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, tmp_path / "cache")
+    latents = read_latents(range(len(pictures)), 0)
     random = sample_generators(3, "flow", range(8))
     randn((8, 16, 8, 8), random)
     for own in random:
@@ -154,8 +155,8 @@ def test_a_class_conditional_run_leaves_a_stock_pipeline(recipe, tmp_path, train
     assert pipeline.transformer.config.in_channels == 16
     start = upgrade(load_pipeline(recipe.base), load_autoencoder(Path(recipe.autoencoder)))
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train", classes=True)
-    cached = cached_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, folder / "cache")
-    latents = cached.batch(range(len(cached)))
+    read_latents = cache_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, folder / "cache")
+    latents = read_latents(range(len(pictures)), 0)
     before, after = (errors(model, latents, [0] * 8)[:, CHANNELS:].mean() for model in (start, pipeline))
     assert after < 0.95 * before
     start, tensors = start.transformer.state_dict(), pipeline.transformer.state_dict()

@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from davae.errors import SettingsError
 from davae.pipelines.loading import load_pipeline
 from davae.run.record import read_metrics
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from hashes import digests
 from rank_forks import FSDP2, run_ranks
 from stages import finetune_recipe, outcome

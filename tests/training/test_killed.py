@@ -18,7 +18,8 @@ from davae.run import faults
 from davae.run.recipe import Recipe
 from davae.training.interruption import SIGNALS
 from davae.training.stage_one import train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from forks import exit_code, forked
 from stages import ADVERSARIAL, autoencoder_recipe, finetune_recipe, newest_step, outcome, steps_done
 from trials import Trials

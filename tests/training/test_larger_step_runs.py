@@ -17,7 +17,8 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 from davae.training.stage_one import untrained as untrained_of
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from scenes import fill_with_scenes
 
 Step = tuple[str, int, int]

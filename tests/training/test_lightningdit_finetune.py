@@ -17,8 +17,9 @@ from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator
-from davae.training.latents import cached_latents
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.latents import cache_latents
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from scenes import scene
 
 pytestmark = pytest.mark.skipif("LightningDiT2DModel" not in BACKBONES, reason="LightningDiT is not here yet")
@@ -64,7 +65,7 @@ def test_a_lightningdit_learns_the_detail_latents(tmp_path: Path) -> None:
     )
     finetune(recipe, tmp_path / "run")
     start, pipeline = upgrade(load_pipeline(base_folder), autoencoder), load_pipeline(tmp_path / "run" / "pipeline")
-    latents = cached_latents(autoencoder, pictures, tmp_path / "run" / "cache").batch(range(len(pictures)))
+    latents = cache_latents(autoencoder, pictures, tmp_path / "run" / "cache")(range(len(pictures)), 0)
     before, after = (detail_error(model, latents, pictures.classes) for model in (start, pipeline))
     assert after < 0.95 * before
     pipeline.set_progress_bar_config(disable=True)

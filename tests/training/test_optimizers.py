@@ -19,7 +19,8 @@ from davae.seeds import generator
 from davae.training.interruption import Interrupted
 from davae.training.optimizers import ADAMW, LIBRARIES, OptimizerName, OptimizerSettings, averages
 from davae.training.stage_one import train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from davae.training.state import TrainingState
 from davae.training.tensors import laid_out
 from forks import exit_code, forked

@@ -17,9 +17,11 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
-from davae.training.latents import cached_latents, encode
+from davae.training.latents import cache_latents, encode_latents
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, bucket_objectives, finetune, upgraded_base
+from davae.training.stage_two import choose_objectives
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune, load_upgraded_base
 from scenes import caption, fill_with_scenes, keys, scene
 
 SIDES = [(64, 64), (96, 64), (64, 96), (128, 128)]
@@ -109,12 +111,12 @@ def logged(folder: Path) -> list[float]:
 def test_stage_two_trains_on_buckets_cached_or_encoded_anew(base_folder, autoencoder_folder, uneven, tmp_path) -> None:
     recipe = stage_two(base_folder, autoencoder_folder, uneven, cache=str(tmp_path / "cache"))
     finetune(recipe, tmp_path / "cached")
-    pipeline, pictures = upgraded_base(recipe), recipe.training_pictures(tmp_path)
-    latents = cached_latents(pipeline.vae, pictures, tmp_path / "cache")
+    pipeline, pictures = load_upgraded_base(recipe), recipe.training_pictures(tmp_path)
+    read_latents = cache_latents(pipeline.vae, pictures, tmp_path / "cache")
     for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
-        found = latents.batch(members)
-        assert found.shape == (len(members), 12, bucket.height // 8, bucket.width // 8)
-        assert torch.allclose(found, encode(pipeline.vae, pictures.batch(members)), atol=1e-5)
+        latents = read_latents(members, 0)
+        assert latents.shape == (len(members), 12, bucket.height // 8, bucket.width // 8)
+        assert torch.allclose(latents, encode_latents(pipeline.vae, pictures.batch(members)), atol=1e-5)
     finetune(recipe.model_copy(update={"online": True}), tmp_path / "online")
     assert logged(tmp_path / "cached") == pytest.approx(logged(tmp_path / "online"), rel=1e-4)
     assert len(logged(tmp_path / "cached")) >= 2
@@ -129,8 +131,8 @@ def test_a_backbone_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_f
     save_pipeline(base, tmp_path / "base")
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     recipe = stage_two(tmp_path / "base", tmp_path / "autoencoder", uneven, sizes=(128,), steps=4, trained="ports")
-    pipeline, pictures = upgraded_base(recipe), recipe.training_pictures(tmp_path)
-    objectives = bucket_objectives(pipeline, recipe, pictures)
+    pipeline, pictures = load_upgraded_base(recipe), recipe.training_pictures(tmp_path)
+    objectives = choose_objectives(pipeline, recipe, pictures.buckets)
     assert sorted(objectives) == [60, 64, 256]  # 48x80 and 80x48 alike; 64x64; 128x128; 8 px each
     for positions, objective in objectives.items():
         assert objective.shift == backbone_of(pipeline.transformer).shift(pipeline, positions // 4)

@@ -13,7 +13,8 @@ from davae.data.pictures import read_png
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from davae.training.state import TrainingState
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks

@@ -17,8 +17,9 @@ from davae.errors import SettingsError
 from davae.run.progress import StepProgress
 from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
-from davae.training.stage_two_validation import Validation
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
+from davae.training.stage_two_validation import choose_prompts
 from hashes import digests
 from stages import finetune_recipe
 from tiny import tiny_class_pipeline
@@ -111,12 +112,12 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_done(recipe, 
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_of_a_backbone_of_classes_are_refused(recipe, tmp_path) -> None:
+def test_pictures_of_a_backbone_of_classes_are_refused(recipe) -> None:
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
     pipeline = tiny_class_pipeline()
-    Validation(recipe, pipeline, pictures, tmp_path)
+    assert choose_prompts(recipe, pipeline.transformer, pictures) == pictures.captions[:4]
     with pytest.raises(SettingsError, match="validation_every=2: pictures are drawn from captions"):
-        Validation(recipe.model_copy(update={"validation_every": 2}), pipeline, pictures, tmp_path)
+        choose_prompts(recipe.model_copy(update={"validation_every": 2}), pipeline.transformer, pictures)
 
 
 @pytest.mark.parametrize(

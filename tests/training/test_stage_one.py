@@ -29,7 +29,8 @@ from davae.training.stage_one import (
     start_autoencoder,
     train_autoencoder,
 )
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 from hashes import digests
 from scenes import fill_with_scenes
 from tiny import tiny_taesd, tiny_vae

@@ -20,8 +20,9 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.record import alone, read_metrics
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.conditions import encode_captions
-from davae.training.latents import cached_latents
-from davae.training.stage_two import FinetuneRecipe, finetune, upgraded_base
+from davae.training.latents import cache_latents
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune, load_upgraded_base
 from forks import exit_code, forked
 from hashes import digests
 
@@ -88,8 +89,8 @@ def train_pictures(picture_folder: Path) -> PictureSet:
 
 @pytest.fixture(scope="module")
 def latents(autoencoder_folder: Path, train_pictures: PictureSet, tmp_path_factory) -> Tensor:
-    cached = cached_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path_factory.mktemp("cache"))
-    return cached.batch(range(len(cached)))
+    read_latents = cache_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path_factory.mktemp("cache"))
+    return read_latents(range(len(train_pictures)), 0)
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -411,13 +412,13 @@ def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_p
 def test_an_adapter_of_other_latents_goes_on_with_a_warning(lora: Run, tmp_path, caplog) -> None:
     folder, recipe = lora
     recipe = recipe.model_copy(update={"adapter": str(folder / "adapter")})
-    upgraded_base(recipe)
+    load_upgraded_base(recipe)
     assert not caplog.text
     other = load_autoencoder(Path(recipe.autoencoder))
     with torch.no_grad():
         other.detail_downsample.conv.weight.add_(0.1)
     other.save_pretrained(tmp_path / "other")
-    upgraded_base(recipe.model_copy(update={"autoencoder": str(tmp_path / "other")}))
+    load_upgraded_base(recipe.model_copy(update={"autoencoder": str(tmp_path / "other")}))
     assert "which differs in weights of the encoders" in caplog.text
 
 

@@ -19,8 +19,10 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators
-from davae.training.latents import cached_latents, expect_noise
-from davae.training.stage_two import FinetuneRecipe, finetune, trained_parameters
+from davae.training.latents import cache_latents, expect_noise
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
+from davae.training.stage_two_transformer import choose_parameters
 
 CHANNELS = 4
 """Of the base."""
@@ -110,9 +112,9 @@ def test_noise_is_on_the_detail_latents_alone_and_their_variance_is_one(
 ) -> None:
     plain, noisy = load_autoencoder(autoencoder_folder), load_autoencoder(autoencoder_folder)
     folder = tmp_path / "cache"
-    without = cached_latents(plain, train_pictures, folder).batch(range(12))
+    without = cache_latents(plain, train_pictures, folder)(range(12), 0)
     expect_noise(noisy, 0.5)
-    latents = cached_latents(noisy, train_pictures, folder, detail_noise=0.5, seed=3).batch(range(12))
+    latents = cache_latents(noisy, train_pictures, folder, detail_noise=0.5, seed=3)(range(12), 0)
     std = plain.detail_std.double().numpy()
     np.testing.assert_allclose(noisy.detail_std.numpy(), np.sqrt(std**2 + 0.25), rtol=1e-6)
     assert torch.equal(latents[:, :CHANNELS], without[:, :CHANNELS])
@@ -128,10 +130,10 @@ def test_noise_is_on_the_detail_latents_alone_and_their_variance_is_one(
     assert latents[:, CHANNELS:].var((0, 2, 3)).numpy() == pytest.approx(1, abs=0.15)
     assert latents[:, CHANNELS:].var().item() == pytest.approx(1, abs=0.05)
 
-    again = cached_latents(noisy, train_pictures, folder, detail_noise=0.5, seed=3)
-    assert torch.equal(again.batch([7, 2], step=5), latents[[7, 2]]), "a picture's own, at every step"
+    again = cache_latents(noisy, train_pictures, folder, detail_noise=0.5, seed=3)
+    assert torch.equal(again([7, 2], 5), latents[[7, 2]]), "a picture's own, at every step"
     for other in ({"detail_noise": 0.5, "seed": 4}, {"detail_noise": 0.25, "seed": 3}, {}):
-        assert not torch.allclose(cached_latents(noisy, train_pictures, folder, **other).batch(range(12)), latents)
+        assert not torch.allclose(cache_latents(noisy, train_pictures, folder, **other)(range(12), 0), latents)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_a_step_of_four_batches_sees_every_picture_once_with_noise_of_its_own(
     indices = [batch_indices(12, 3, seed=0, step=batch) for batch in range(4)]
     assert sorted(index for batch in indices for index in batch) == list(range(12))
 
-    clean = cached_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path / "cache").batch(range(12))
+    clean = cache_latents(load_autoencoder(autoencoder_folder), train_pictures, tmp_path / "cache")(range(12), 0)
     detail_errors = []
     for batch, chosen_ones in enumerate(indices):
         noise = randn((3, 12, 8, 8), sample_generators(0, "flow", range(3 * batch, 3 * batch + 3)))
@@ -206,4 +208,4 @@ def test_a_backbone_without_default_targets_wants_some_named(recipe: FinetuneRec
     transformer = load_pipeline(recipe.base).transformer
     for trained in ("lora", "layers"):
         with pytest.raises(SettingsError, match="no default targets for a SD3Transformer2DModel"):
-            trained_parameters(transformer, recipe.model_copy(update={"trained": trained}), (), "")
+            choose_parameters(transformer, recipe.model_copy(update={"trained": trained}), (), "")

@@ -13,7 +13,8 @@ from davae.method.losses import detail_alignment_loss
 from davae.method.widen import PortsStart
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, start_autoencoder, train_autoencoder
-from davae.training.stage_two import FinetuneRecipe, finetune
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 
 def recipe_for(base: Path, pictures: Path, **changes: object) -> AutoencoderRecipe:

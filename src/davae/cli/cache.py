@@ -24,15 +24,14 @@ def build(
     """Encode what a run of the recipe would encode first; killed, it goes on where it was. Also as many processes."""
     quiet()
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
-    from davae.training.cache_building import build_caches
-    from davae.training.inputs import cache_folder
     from davae.training.stage_two_recipe import FinetuneRecipe
+    from davae.training.stage_two_run import build_caches, find_cache_folder
 
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     folder = run_folder(FinetuneRecipe, recipe, out)
     if dry_run:
         say(resolved.to_toml())
-        return say(f"# caches go to {cache_folder(resolved, folder)}")
+        return say(f"# caches go to {find_cache_folder(resolved, folder)}")
     say(build_caches(resolved, folder, rank_timeout=rank_timeout))
 
 

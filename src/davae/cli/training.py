@@ -36,7 +36,8 @@ def finetune(
     quiet()
     from davae.cost.budget import plan_of
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
-    from davae.training.stage_two import FinetuneRecipe, finetune
+    from davae.training.stage_two_recipe import FinetuneRecipe
+    from davae.training.stage_two_run import finetune
 
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:

@@ -29,7 +29,7 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.markdown import markdown_table
 from davae.run.record import environment
 from davae.run.storage import finite, write_atomically
-from davae.training.stage_two import compile_blocks
+from davae.training.stage_two_transformer import compile_blocks
 from davae.training.tensors import laid_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

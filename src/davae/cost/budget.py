@@ -37,7 +37,8 @@ from davae.training.optimizers import STATE_BYTES
 from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one import AutoencoderRecipe, set_trained
 from davae.training.stage_one_recipe import check_choices, check_sides
-from davae.training.stage_two import FinetuneRecipe, trained_parameters
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_transformer import choose_parameters
 
 PEAK_TFLOPS = 989
 """An H100's dense bfloat16 products a second, in 10^12, as its data sheet says."""
@@ -165,7 +166,7 @@ def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: Aut
     forward = transformer_work(transformer, autoencoder, recipe, backbone, trained=False)
     targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
     with META:
-        trained_parameters(transformer, recipe.model_copy(update={"adapter": ""}), targets, "")
+        choose_parameters(transformer, recipe.model_copy(update={"adapter": ""}), targets, "")
     work = transformer_work(transformer, autoencoder, recipe, backbone, trained=True)
     trained = parameters(transformer, trained=True)
     figures += [*_trained(transformer, backbone), *_parts(autoencoder, None)]

@@ -1,9 +1,10 @@
-"""What a run of stage 2 shows while it trains: pictures of the same prompts and noise, by raw and by EMA weights."""
+"""Pictures of a stage-2 run while it trains: the same prompts and noise, by raw and by EMA weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from einops import rearrange
 
 from davae.backbones import backbone_of
@@ -17,61 +18,53 @@ from davae.training.state import TrainingState
 from davae.training.trackers import show_picture
 
 
-class Validation:
-    """Draws `folder`/pictures/STEP.png: a column for each prompt, raw weights above, EMA weights below.
+def choose_prompts(recipe: FinetuneRecipe, transformer: ModelMixin, pictures: PictureSet) -> list[str]:
+    """The recipe's validation prompts, or else the captions of the first four pictures; refuses class conditions."""
+    if recipe.validation_every and backbone_of(transformer).classes:
+        raise SettingsError(
+            f"validation_every={recipe.validation_every}: pictures are drawn from captions, and a "
+            f"{type(transformer).__name__} has classes. Leave it out"
+        )
+    return list(recipe.validation_prompts or pictures.captions[:4])
 
-    The prompts are the recipe's, or else the captions of the first four pictures.
 
-    Args:
-        recipe: says how often, from what and how.
-        pipeline: the one in training.
-        pictures: of the training.
-        folder: of the run.
+@torch.no_grad()
+def draw_pictures(
+    state: TrainingState, pipeline: DiffusionPipeline, recipe: FinetuneRecipe, prompts: Sequence[str], folder: Path
+) -> None:
+    """Write `folder`/pictures/STEP.png and show it to the trackers: raw weights above, EMA weights below.
 
-    Raises:
-        SettingsError: validation of a pipeline that davae does not sample from by captions.
+    Training goes on as if no picture had been drawn: modes, devices and random state are restored.
     """
+    transformer = pipeline.transformer
+    was_training = transformer.training
+    places = {name: module.device for name, module in pipeline.components.items() if hasattr(module, "device")}
+    pipeline.set_progress_bar_config(disable=True)
+    move_frozen(pipeline, state.device)
+    transformer.eval()
 
-    def __init__(self, recipe: FinetuneRecipe, pipeline: DiffusionPipeline, pictures: PictureSet, folder: Path) -> None:
-        self._recipe, self._pipeline, self._folder = recipe, pipeline, folder
-        self._prompts = list(recipe.validation_prompts or pictures.captions[:4])
-        if recipe.validation_every and backbone_of(pipeline.transformer).classes:
-            raise SettingsError(
-                f"validation_every={recipe.validation_every}: pictures are drawn from captions, and a "
-                f"{type(pipeline.transformer).__name__} has classes. Leave it out"
-            )
+    rows = []
+    with torch.random.fork_rng():
+        for weights in (state.weights.evaluated, state.ema_weights):
+            # Autocast keeps the weights that it has cast, so each set of weights needs a context of its own.
+            with weights(), state.autocast():
+                images = sample(
+                    pipeline,
+                    prompts,
+                    seed=recipe.seed,
+                    steps=recipe.validation_steps,
+                    guidance_scale=recipe.validation_guidance_scale,
+                    size=recipe.size,
+                    prompt_tokens=recipe.prompt_tokens,
+                )
+            rows.append(images.cpu())
 
-    def is_due(self, step: int) -> bool:
-        """Whether this step begins with pictures; step 0 does, if any."""
-        return self._recipe.validation_every > 0 and step % self._recipe.validation_every == 0
+    transformer.train(was_training)
+    for name, device in places.items():
+        if name != "transformer":
+            pipeline.components[name].to(device)
 
-    @torch.no_grad()
-    def draw(self, state: TrainingState) -> None:
-        """Write the pictures and show them to the trackers; training goes on as if there had been none."""
-        pipeline, recipe, training = self._pipeline, self._recipe, self._pipeline.transformer.training
-        pipeline.set_progress_bar_config(disable=True)
-        places = {name: module.device for name, module in pipeline.components.items() if hasattr(module, "device")}
-        move_frozen(pipeline, state.device)
-        pipeline.transformer.eval()
-        rows = []
-        with torch.random.fork_rng():
-            for weights in (state.weights.evaluated, state.ema_weights):
-                with weights(), state.autocast():  # one for each: it keeps the weights that it has cast
-                    made = sample(
-                        pipeline,
-                        self._prompts,
-                        seed=recipe.seed,
-                        steps=recipe.validation_steps,
-                        guidance_scale=recipe.validation_guidance_scale,
-                        size=recipe.size,
-                        prompt_tokens=recipe.prompt_tokens,
-                    )
-                rows.append(made.cpu())
-        pipeline.transformer.train(training)
-        for name, place in places.items():
-            if name != "transformer":
-                pipeline.components[name].to(place)
-        grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
-        path = self._folder / "pictures" / f"{state.step:08d}.png"
-        state.ranks.on_first(lambda: write_png(path, grid))
-        show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
+    grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
+    path = folder / "pictures" / f"{state.step:08d}.png"
+    state.ranks.on_first(lambda: write_png(path, grid))
+    show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
