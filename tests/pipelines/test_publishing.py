@@ -1,5 +1,6 @@
 """Model cards: read back as the Hub reads them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,10 @@ def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> N
     assert card.data.license == "openrail++"
     assert card.data.library_name == "diffusers"
     assert card.data.base_model is None, "a folder of this machine is no model of the Hub"
-    for part in (
-        "Base model: kite-base.",
-        "openrail++",
-        "12 pictures of kites",
-        "lora_rank = 7",
-        "| base loss | 0.1235 |",
-    ):
-        assert part in card.text
-    assert "| detail loss | - |" in card.text
-    assert "Command: `" in card.text
+    text = re.sub(" +", " ", card.text)  # tables are aligned
+    parts = ("Base model: kite-base.", "openrail++", "12 pictures of kites", "lora_rank = 7", "Command: `")
+    for part in (*parts, "| base loss | 0.1235 |", "| detail loss | - |"):
+        assert part in text
     assert str(tmp_path) not in card.content
 
 
@@ -49,7 +44,7 @@ def test_a_base_on_the_hub_is_named_and_its_licence_left_to_it() -> None:
     card = ModelCard(make_model_card(FinetuneRecipe(base="someone/kites"), base="someone/kites", **FACTS))
     assert card.data.base_model == "someone/kites"
     assert card.data.license is None
-    assert "Licence: that of the base model" in card.text
+    assert "Licence: see the base model" in card.text
     assert 'base = "someone/kites"' in card.text
 
 

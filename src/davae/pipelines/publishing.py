@@ -10,138 +10,117 @@ from huggingface_hub.utils import validate_repo_id
 
 from davae.errors import SettingsError, StorageError
 from davae.pipelines.adapter import INDEX
+from davae.run.markdown import markdown_table
 from davae.run.recipe import Recipe
 from davae.run.record import environment
 from davae.run.storage import write_atomically
 
 CARD = "README.md"
-PATHS = ("base", "autoencoder", "adapter", "pictures")
-"""The settings of a recipe that may be paths of this machine: only their last part is for others."""
+PATH_SETTINGS = ("base", "autoencoder", "adapter", "pictures")
+"""Settings of a recipe that may be paths on this machine: the card has only the last part of such a path."""
+RESULTS = ("model_index.json", INDEX, "config.json")
+"""Files of which one lies in every folder of a pipeline, an adapter or a model."""
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}, upgraded with davae
+
+Base model: {{ name }}. Licence: {{ license or "see the base model, whose licence holds for derived models" }}.
+
+{{ data }}
+
+```python
+{{ usage }}
+```
+
+{{ details }}
+"""
+LOAD = """from davae import load_pipeline
+
+pipe = load_pipeline("this folder")"""
+LOAD_PORTABLE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True)  # no davae needed"""
 
 
 def make_model_card(
     recipe: Recipe, *, usage: str, base: str, data: str, metrics: Mapping[str, Any], counts: Mapping[str, int]
 ) -> str:
-    """A card: base model, licence, data, hyper-parameters, command and metrics.
+    """A card of a training run's result.
 
-    Args:
-        recipe: of the run.
-        usage: lines of Python that load the result.
-        base: folder or Hub name of the base pipeline. Its licence is read from the card in that folder; the Hub is not
-            asked, and then the card says that the base's licence holds.
-        data: what it was trained on, for people.
-        metrics: measured at the end of the run, by name.
-        counts: how many samples they stand on, by name.
+    `usage` is Python that loads the result, `base` the base pipeline's folder or Hub name, `data` the training data in
+    words; `metrics` are of the last step, and `counts` tells how many samples they stand on.
     """
-    head = _head(base)
-    where = environment()
-    given = recipe.model_dump()
-    settings = recipe.model_copy(
-        update={key: Path(given[key]).name for key in PATHS if Path(given.get(key, "")).is_absolute()}
-    )
-    numbers = [f"| {key.replace('_', ' ')} | {_number(value)} |" for key, value in metrics.items()]
-    amounts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in counts.items())
-    return f"""{head}
-Data: {data}.
+    values = recipe.model_dump()
+    shortened = {}
+    for name in PATH_SETTINGS:
+        if Path(values.get(name, "")).is_absolute():
+            shortened[name] = Path(values[name]).name
+    settings = recipe.model_copy(update=shortened).to_toml().strip()
 
-```python
-{usage.strip()}
-```
-
-| metric, of the last step | |
-|---|---:|
-{chr(10).join(numbers)}
-
-Counts: {amounts}.
-
-## How it was made
-
-Command: `{" ".join(where["command"])}`, commit {where["commit"] or "unknown"}; {_versions(where)}.
-
-```toml
-{settings.to_toml().strip()}
-```
-"""
-
-
-PLAIN = """from davae import load_pipeline
-
-pipe = load_pipeline("this folder")"""
-PORTABLE = """from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True)  # no davae needed"""
+    made_in = environment()
+    rows = [[name.replace("_", " "), _format(value)] for name, value in metrics.items()]
+    amounts = [f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()]
+    details = [
+        markdown_table(["metric, of the last step", ""], rows),
+        f"Counts: {', '.join(amounts)}.",
+        "## How it was made",
+        f"Command: `{' '.join(made_in['command'])}`, {_describe_versions(made_in)}",
+        f"```toml\n{settings}\n```",
+    ]
+    return _make_card(base, data=f"Data: {data}.", usage=usage, details="\n\n".join(details))
 
 
 def make_upgrade_card(base: str, *, portable: bool) -> str:
-    """A card of a pipeline that was upgraded and not trained since: base model, licence, and how it loads."""
-    where = environment()
-    return f"""{_head(base)}
-Not trained since the upgrade: its base latents are the base model's, its detail latents come with fine-tuning.
-
-```python
-{PORTABLE if portable else PLAIN}
-```
-
-Commit {where["commit"] or "unknown"}; {_versions(where)}.
-"""
+    """A card of a pipeline that was upgraded and not trained since."""
+    data = "Not trained since the upgrade: its base latents are the base model's, its detail latents need fine-tuning."
+    usage = LOAD_PORTABLE if portable else LOAD
+    return _make_card(base, data=data, usage=usage, details=f"Made at {_describe_versions(environment())}")
 
 
-def _head(base: str) -> str:
-    """What the Hub reads, and what the result was made of; `base` is a folder, whose card has a licence, or a name."""
-    local = Path(base).is_dir()
-    licence = read_licence(Path(base)) if local else None
+def _make_card(base: str, *, data: str, usage: str, details: str) -> str:
+    """`base` is a folder, whose own card may name a licence, or a name on the Hub, which is not asked."""
+    is_folder = Path(base).is_dir()
     facts = ModelCardData(
-        base_model=None if local else base,
-        license=licence,
+        base_model=None if is_folder else base,
+        license=read_licence(Path(base)) if is_folder else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["davae", "da-vae"],
     )
-    name = Path(base).name if local else base
-    return f"""---
-{facts.to_yaml()}
----
-
-# {name}, upgraded with davae
-
-Base model: {name}. Licence: {licence or "that of the base model, which holds for what is derived from it"}."""
+    texts = {"name": Path(base).name if is_folder else base, "data": data, "usage": usage, "details": details}
+    return f"{ModelCard.from_template(facts, template_str=TEMPLATE, **texts)}\n"
 
 
-def _versions(where: Mapping[str, Any]) -> str:
-    return ", ".join(f"{package} {version}" for package, version in where["versions"].items() if version)
+def _describe_versions(made_in: Mapping[str, Any]) -> str:
+    versions = [f"{package} {version}" for package, version in made_in["versions"].items() if version]
+    return f"commit {made_in['commit'] or 'unknown'}; {', '.join(versions)}."
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def read_licence(folder: Path) -> str | None:
-    """The licence that the card in a folder names; None without a card, or without one in it."""
+    """The licence in the card of a folder; None without a card, or without a licence in it."""
     if not (folder / CARD).is_file():
         return None
-    licence = ModelCard((folder / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    text = (folder / CARD).read_text(encoding="utf-8")
+    licence = ModelCard(text, ignore_metadata_errors=True).data.get("license")
     return None if licence is None else str(licence)
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write a card into the folder of a result.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write a card into the folder of a result."""
     write_atomically(folder / CARD, text.encode())
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-MARKS = ("model_index.json", INDEX, "config.json")
-"""What a folder of a pipeline, an adapter or a model has."""
-
-
 def check_repository_name(name: str) -> None:
-    """Refuse a name that the Hub cannot have, before any work is done.
-
-    Raises:
-        SettingsError: it is none.
-    """
+    """Refuse a name that the Hub cannot have, before any work is done."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -149,19 +128,20 @@ def check_repository_name(name: str) -> None:
 
 
 def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload a pipeline, portable or not, an adapter or a model to `name` on the Hub, and return its address.
+    """Upload the folder of a pipeline, an adapter or a model to `name` on the Hub, and return its address.
 
     The repository is made if there is none. huggingface_hub knows the token (`hf auth login`, or HF_TOKEN) and the
-    address (HF_ENDPOINT). A pipeline's own `push_to_hub` does as much for a plain one, and cannot know of a portable
-    folder's code or an adapter's files.
+    address (HF_ENDPOINT). A pipeline's own `push_to_hub` would leave out a portable folder's code and an adapter's
+    files.
 
     Raises:
-        SettingsError: `folder` holds none of these, or `name` is no name.
+        SettingsError: `folder` holds none of these, or the Hub cannot have a `name` like this.
         StorageError: the Hub cannot be reached, or refuses.
     """
     check_repository_name(name)
-    if not any((folder / mark).is_file() for mark in MARKS):
-        raise SettingsError(f"{folder} holds no pipeline, adapter or model: it has none of {', '.join(MARKS)}")
+    if not any((folder / file).is_file() for file in RESULTS):
+        raise SettingsError(f"{folder} holds no pipeline, adapter or model: it has none of {', '.join(RESULTS)}")
+
     api = HfApi()
     try:
         repository = api.create_repo(name, private=private, exist_ok=True).repo_id
