@@ -163,10 +163,9 @@ def test_pictures_made_and_measured_on_two_ranks_are_those_of_one(
 def test_accelerate_reads_what_is_shipped(name: str) -> None:
     config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))  # an unknown key is an error there
     assert (config.num_processes, config.mixed_precision) == (8, "no")
-    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "deepspeed_zero2": "DEEPSPEED"}.get(name, "FSDP")
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU"}.get(name, "FSDP")
     known = {argument.dest for argument in launch_command_parser()._actions}
     assert {*config.fsdp_config} <= known
-    assert {*config.deepspeed_config} <= known
 
 
 @pytest.mark.parametrize(("name", "reshards"), [("fsdp2", True), ("zero2", False)])
