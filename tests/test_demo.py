@@ -29,7 +29,7 @@ from davae.demo import (
     stage_two_recipe,
 )
 from davae.errors import SettingsError
-from davae.evaluation.report import Pictures, write_page
+from davae.evaluation.report import ImageGrid, write_page
 from davae.run.recipe import load_recipe
 from davae.run.storage import write_json
 from davae.training.stage_one import AutoencoderRecipe
@@ -151,8 +151,8 @@ def facts(*, kid: bool = True) -> dict[str, dict]:
     }
 
 
-def grid(label: str) -> Pictures:
-    return Pictures(
+def grid(label: str) -> ImageGrid:
+    return ImageGrid(
         columns=["a", "b"], rows=[label], cells=[[torch.from_numpy(scene(1, 16)).permute(2, 0, 1), shade(9)]]
     )
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from davae import assets
 from davae.data.pictures import to_bytes
-from davae.evaluation.report import Pictures, write_figure
+from davae.evaluation.report import ImageGrid, write_figure
 from davae.pipelines.base_lora import load_base_lora
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample
@@ -37,7 +37,7 @@ def main(lora: Path, out: Path, seed: Annotated[int, typer.Option()] = 0) -> Non
             sides.append(made[title].shape[-1])
     cells = [[_enlarged(pictures[row]) for pictures in made.values()] for row in range(len(PROMPTS))]
     notes = [f"{side} px, bicubic" if side < max(sides) else f"{side} px" for side in sides]
-    write_figure(out, Pictures(columns=list(made), rows=PROMPTS, cells=cells, notes=notes))
+    write_figure(out, ImageGrid(columns=list(made), rows=PROMPTS, cells=cells, notes=notes))
     figure = Image.open(io.BytesIO(out.read_bytes())).convert("RGB")
     figure.resize((figure.width // 2, figure.height // 2), Image.Resampling.LANCZOS).save(out, quality=85)
 

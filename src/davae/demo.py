@@ -20,7 +20,7 @@ from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation import generation, reconstruction
-from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
+from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, Table, write_figure, write_page
 from davae.method.metrics import EfficientNetLite0Features
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
@@ -55,7 +55,7 @@ class Budget:
     shown: int
     """Prompts in the figure."""
     generated: int
-    """Pictures made for KID, of each pipeline."""
+    """Images made for KID, of each pipeline."""
     sampling_steps: int
     repeats: int
     """Of each timing."""
@@ -211,11 +211,11 @@ def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: i
     }
 
 
-def main_figure(made: dict[str, list[Tensor]], real: PictureSet, shown: int) -> Pictures:
+def main_figure(made: dict[str, list[Tensor]], real: PictureSet, shown: int) -> ImageGrid:
     """The prompts' pictures side by side."""
     indices = [len(real) * position // shown for position in range(shown)]
     columns = {name: made[name] for name in (ENLARGED, THIS_RUN, SHIPPED)}
-    return Pictures(
+    return ImageGrid(
         columns=[*columns, "real picture"],
         rows=[real.captions[index] for index in indices],
         cells=[[*(pictures[index] for pictures in columns.values()), real.image(index)] for index in indices],
@@ -225,7 +225,7 @@ def main_figure(made: dict[str, list[Tensor]], real: PictureSet, shown: int) -> 
 
 
 def demo_page(
-    facts: dict[str, Any], figure: Pictures, gallery: Pictures, folder: Path, plan: Budget, seed: int
+    facts: dict[str, Any], figure: ImageGrid, gallery: ImageGrid, folder: Path, plan: Budget, seed: int
 ) -> Report:
     """The page: figure, reconstruction, numbers, curves."""
     quality, speed = facts["reconstruction"], facts["speed"]
@@ -238,7 +238,7 @@ def demo_page(
         f"{plan.stage_one_steps} steps of stage 1 and {plan.stage_two_steps} of stage 2 on this machine: held-out "
         f"reconstruction {gain:+.2f} dB over base + bicubic, and {native:.1f} times the speed of the base at 256 px.",
         [
-            Section("Pictures from prompts", "", figure),
+            Section("Images from prompts", "", figure),
             Section(
                 "Reconstruction of held-out pictures",
                 "What is lost between a picture and its latents, on pictures that no training saw. The closed-form "

@@ -13,7 +13,7 @@ from davae import AutoencoderDA, detail_alignment_loss
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
-from davae.evaluation.latents import chosen_positions, describe, draw_latents, encode_halves
+from davae.evaluation.latents import choose_positions, describe, draw_latents, encode_halves
 from davae.evaluation.structure import at_positions, neighbourhood_agreement
 from davae.method.closed_form import fit_closed_form
 from davae.pipelines.loading import load_autoencoder, load_base_vae
@@ -65,14 +65,14 @@ def test_positions_are_drawn_from_what_is_not_flat(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text("white")
     pictures = open_pictures(tmp_path, size=64)
     expected = {n * 64 + row * 8 + column for n in range(2) for row in range(4) for column in range(4, 8)}
-    assert set(chosen_positions(pictures, 8, 1000, seed=0).tolist()) == expected
-    few = chosen_positions(pictures, 8, 20, seed=0)
+    assert set(choose_positions(pictures, 8, 1000, seed=0).tolist()) == expected
+    few = choose_positions(pictures, 8, 20, seed=0)
     assert len(few) == 20
     assert set(few.tolist()) < expected
-    assert torch.equal(few, chosen_positions(pictures, 8, 20, seed=0))
-    assert not torch.equal(few, chosen_positions(pictures, 8, 20, seed=1))
+    assert torch.equal(few, choose_positions(pictures, 8, 20, seed=0))
+    assert not torch.equal(few, choose_positions(pictures, 8, 20, seed=1))
     with pytest.raises(DataError, match="8 latent positions are not flat, 16 are needed"):
-        chosen_positions(pictures, 16, 1000, seed=0)
+        choose_positions(pictures, 16, 1000, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_numbers_are_those_of_their_functions(drawn: Path, autoencoder, othe
     assert list(result["autoencoders"]) == ["ours", "plain", "full"]
     ours, full = result["autoencoders"]["ours"], result["autoencoders"]["full"]
     halves = encode_halves(autoencoder, heldout)
-    rows = chosen_positions(heldout, 8, 60, seed=0)
+    rows = choose_positions(heldout, 8, 60, seed=0)
     base, detail = (at_positions(half)[rows] for half in (halves.base, halves.detail))
     assert ours["agreement_positions"] == pytest.approx(neighbourhood_agreement(base, detail, 3).item())
     assert ours["by_chance_positions"] == pytest.approx(3 / 59)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from davae.errors import StorageError
-from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
+from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, Table, write_figure, write_page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
 
@@ -23,7 +23,7 @@ def picture(seed: int, side: int = 24) -> torch.Tensor:
 
 
 def hostile_report() -> Report:
-    grid = Pictures([HOSTILE, "b"], [HOSTILE], [[picture(0), picture(1)]], notes=[HOSTILE, ""], caption=HOSTILE)
+    grid = ImageGrid([HOSTILE, "b"], [HOSTILE], [[picture(0), picture(1)]], notes=[HOSTILE, ""], caption=HOSTILE)
     curve = Curves([Series(HOSTILE, [0, 1, 2], [3.0, 2.0, 1.0])])
     contents = [grid, Table([HOSTILE, "n"], [[HOSTILE, HOSTILE]], HOSTILE), curve, None]
     return Report(HOSTILE, HOSTILE, [Section(HOSTILE, HOSTILE, content) for content in contents], footer=HOSTILE)
@@ -68,7 +68,7 @@ def test_page_needs_nothing_beside_it(tmp_path: Path) -> None:
 
 def test_pictures_are_shown_bit_for_bit(tmp_path: Path) -> None:
     shown = [picture(1, 32), picture(2, 16)]
-    write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", Pictures(["a", "b"], ["r"], [shown]))]))
+    write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", ImageGrid(["a", "b"], ["r"], [shown]))]))
     found = re.findall(r'src="data:image/webp;base64,([^"]+)"', (tmp_path / "page.html").read_text())
     assert len(found) == 2
     for data, original in zip(found, shown, strict=True):
@@ -78,7 +78,7 @@ def test_pictures_are_shown_bit_for_bit(tmp_path: Path) -> None:
 
 def test_figure_contains_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:
     big, small = picture(3, 32), picture(4, 16)
-    write_figure(tmp_path / "figure.png", Pictures(["a", "b"], ["r"], [[big, small]]), title="title")
+    write_figure(tmp_path / "figure.png", ImageGrid(["a", "b"], ["r"], [[big, small]]), title="title")
     figure = torch.from_numpy(np.array(Image.open(tmp_path / "figure.png"))).permute(2, 0, 1)
     doubled = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
     for wanted in (big, doubled):
@@ -100,7 +100,7 @@ def test_curves_survive_few_points(tmp_path: Path) -> None:
 
 def test_grid_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        Pictures(["a", "b"], ["r"], [[picture(0)]])
+        ImageGrid(["a", "b"], ["r"], [[picture(0)]])
 
 
 def test_nothing_half_written_stays(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Drawings of a report: a grid of pictures as one image, clouds of points, matrices, and curves."""
+"""Drawings of a report: a grid of images as one image, clouds of points, matrices, and curves."""
 
 import io
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import cycle, pairwise
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -17,96 +19,130 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
-_TEXT = "#010203"  # stands for the page's own text colour, see `curves_svg`
+_TEXT = "#010203"  # stands for the page's own text colour, see `draw_curves`
 _INK, _SOFT, _LINE = "#1b1b1a", "#6a6a64", "#d8d8d2"
 _TILE = 420  # side of a cloud of points or a matrix, in pixels
 
 
-def picture_grid(
-    columns: Sequence[str],
-    notes: Sequence[str],
-    rows: Sequence[str],
-    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"]]],
-    *,
-    title: str = "",
-) -> Image.Image:
-    """Pictures side by side on white, column titles above, row labels on the left.
+@dataclass(frozen=True)
+class ImageGrid:
+    """Images in rows and columns: one row per subject, one column per way of making it."""
 
-    The cell is as large as the largest picture. Smaller ones are enlarged by the largest whole factor that fits, with
-    nearest neighbours, and centred; no pixel is ever interpolated here.
+    template: ClassVar[str] = "images.html"
+
+    columns: Sequence[str]
+    """One title per column."""
+    rows: Sequence[str]
+    """One label per row, such as the prompt."""
+    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"]]]
+    """`cells[row][column]`, RGB in 0..255."""
+    notes: Sequence[str] = ()
+    """Nothing, or one short line under each column title (size, tokens, filter)."""
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.cells}
+        if len(self.cells) != len(self.rows) or widths - {len(self.columns)}:
+            raise ValueError(
+                f"{len(self.rows)} labels and {len(self.columns)} titles do not fit {len(self.cells)} rows of {widths}"
+            )
+        if self.notes and len(self.notes) != len(self.columns):
+            raise ValueError(f"{len(self.notes)} notes for {len(self.columns)} columns: give one each, or none")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: its name, and values over steps."""
+
+    name: str
+    steps: Sequence[float | int]
+    values: Sequence[float | int]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Losses over the steps, or whatever `labels` names on the two axes."""
+
+    template: ClassVar[str] = "curves.html"
+
+    series: Sequence[Series]
+    smoothing: int = 1
+    """Above 1, the mean over this many neighbouring points is drawn strong and the points themselves faint."""
+    logarithmic: bool = False
+    labels: tuple[str, str] = ("step", "loss")
+
+
+def draw_grid(grid: ImageGrid, *, title: str = "") -> Image.Image:
+    """The images side by side on white, column titles above, row labels on the left.
+
+    The cell is as large as the largest image. Smaller ones are enlarged by the largest whole factor that fits, with
+    nearest neighbours, and centred: no pixel is interpolated.
     """
-    shown = [cell for row in cells for cell in row]
-    side_y = max((cell.shape[1] for cell in shown), default=16)
-    side_x = max((cell.shape[2] for cell in shown), default=16)
-    size = max(13, round(max(side_x, 160) / 15))
-    label_font, title_font, head_font = _font(size), _font(size, bold=True), _font(round(size * 1.35), bold=True)
-    gap, margin, label_width = max(4, size // 2), round(size * 1.5), size * 11 if any(rows) else 0
+    images = [cell for row in grid.cells for cell in row]
+    side_y = max((cell.shape[1] for cell in images), default=16)
+    side_x = max((cell.shape[2] for cell in images), default=16)
 
-    heads = [_wrap(text, title_font, side_x) for text in columns]
-    subs = [_wrap(text, label_font, side_x) for text in notes] or [[] for _ in columns]
-    line = round(size * 1.3)
-    head_height = line * max((len(a) + len(b) for a, b in zip(heads, subs, strict=True)), default=0) + gap
+    # Fonts and distances follow the width of a cell.
+    size = max(13, round(max(side_x, 160) / 15))
+    font, bold = _font(size), _font(size, bold=True)
+    line, gap, margin = round(size * 1.3), max(4, size // 2), round(size * 1.5)
+    label_width = size * 11 if any(grid.rows) else 0
     title_height = round(size * 2.4) if title else 0
-    width = 2 * margin + label_width + len(columns) * (side_x + gap) - gap
-    height = 2 * margin + title_height + head_height + len(rows) * (side_y + gap) - gap
+
+    heads = []
+    for index, column in enumerate(grid.columns):
+        note = grid.notes[index] if grid.notes else ""
+        lines = [(text, _INK, bold) for text in _wrap(column, bold, side_x)]
+        heads.append(lines + [(text, _SOFT, font) for text in _wrap(note, font, side_x)])
+    head_height = line * max(map(len, heads), default=0) + gap
+
+    width = 2 * margin + label_width + len(grid.columns) * (side_x + gap) - gap
+    height = 2 * margin + title_height + head_height + len(grid.rows) * (side_y + gap) - gap
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((margin, margin), title, fill=_INK, font=head_font)
+    draw.text((margin, margin), title, fill=_INK, font=_font(round(size * 1.35), bold=True))
 
-    top = margin + title_height
-    for column, (head, sub) in enumerate(zip(heads, subs, strict=True)):
-        centre = margin + label_width + column * (side_x + gap) + side_x // 2
-        base = top + head_height - gap - line * (len(head) + len(sub))
-        for index, text in enumerate(head + sub):
-            bold = index < len(head)
-            draw.text(
-                (centre, base + index * line), text, fill=_INK if bold else _SOFT,
-                font=title_font if bold else label_font, anchor="ma",
-            )  # fmt: skip
-    for row, label in enumerate(rows):
-        y = top + head_height + row * (side_y + gap)
-        text = "\n".join(_wrap(label, label_font, label_width - size))
-        draw.multiline_text(
-            (margin, y + side_y // 2), text, fill=_SOFT, font=label_font, anchor="lm", spacing=line - size
-        )
-        for column, cell in enumerate(cells[row]):
-            x = margin + label_width + column * (side_x + gap)
-            picture = _enlarged(cell, side_y, side_x)
-            left, upper = x + (side_x - picture.width) // 2, y + (side_y - picture.height) // 2
-            image.paste(picture, (left, upper))
-            draw.rectangle((left - 1, upper - 1, left + picture.width, upper + picture.height), outline=_LINE)
+    # The titles stand on one line above their columns.
+    left, top = margin + label_width, margin + title_height + head_height
+    for index, head in enumerate(heads):
+        centre, upper = left + index * (side_x + gap) + side_x // 2, top - gap - line * len(head)
+        for text, colour, face in head:
+            draw.text((centre, upper), text, fill=colour, font=face, anchor="ma")
+            upper += line
+
+    for row, label in enumerate(grid.rows):
+        y = top + row * (side_y + gap)
+        text, middle = "\n".join(_wrap(label, font, label_width - size)), (margin, y + side_y // 2)
+        draw.multiline_text(middle, text, fill=_SOFT, font=font, anchor="lm", spacing=line - size)
+        for column, cell in enumerate(grid.cells[row]):
+            picture = _enlarge(cell, side_y, side_x)
+            x0 = left + column * (side_x + gap) + (side_x - picture.width) // 2
+            y0 = y + (side_y - picture.height) // 2
+            image.paste(picture, (x0, y0))
+            draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=_LINE)
     return image
 
 
-def curves_svg(
-    series: Sequence[tuple[str, Sequence[float | int], Sequence[float | int]]],
-    *,
-    smoothing: int = 1,
-    logarithmic: bool = False,
-    labels: tuple[str, str] = ("step", "loss"),
-) -> str:
-    """An `<svg>` element with one curve per (name, steps, values), each named at its end; text in the page's colour.
-
-    `labels` name the two axes.
-    With `smoothing` > 1 the mean over that many neighbouring points is drawn strong and the points themselves faint.
-    """
+def draw_curves(curves: Curves) -> str:
+    """The curves as an `<svg>` element, each named at its end; text has the colour of the page's text."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": "davae", "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        for (name, steps, values), colour in zip(series, _COLOURS * (1 + len(series) // len(_COLOURS)), strict=False):
-            _draw_curve(axes, name, np.asarray(steps, float), np.asarray(values, float), colour, smoothing)
-        if logarithmic:
+        for series, colour in zip(curves.series, cycle(_COLOURS), strict=False):
+            _draw_curve(axes, series, colour, curves.smoothing)
+        if curves.logarithmic:
             axes.set_yscale("log")
         _spread_labels(axes, figure)
-        axes.set_xlabel(labels[0], color=_TEXT)
-        axes.set_ylabel(labels[1], color=_TEXT)
+
+        axes.set_xlabel(curves.labels[0], color=_TEXT)
+        axes.set_ylabel(curves.labels[1], color=_TEXT)
         axes.tick_params(colors=_TEXT, width=0.6, length=3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.6)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color("#808080")
+
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -115,23 +151,21 @@ def curves_svg(
 
 def scatter_tile(points: np.ndarray, colours: np.ndarray) -> UInt8[Tensor, f"3 {_TILE} {_TILE}"]:
     """Points [n, 2] as dots of their colours [n, 3] in 0..1 on white; both axes have one scale, and no numbers."""
-    figure = Figure(figsize=(_TILE / 100, _TILE / 100), dpi=100)
-    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    figure, axes = _tile()
     axes.scatter(points[:, 0], points[:, 1], c=colours, s=9, linewidths=0)
     axes.set_aspect("equal", adjustable="datalim")
-    return _tile(figure, axes)
+    return _pixels(figure)
 
 
 def matrix_tile(matrix: np.ndarray) -> UInt8[Tensor, f"3 {_TILE} {_TILE}"]:
     """A matrix of values in -1..1, from blue over white to red; each value is a square cell."""
-    figure = Figure(figsize=(_TILE / 100, _TILE / 100), dpi=100)
-    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    figure, axes = _tile()
     axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    return _tile(figure, axes)
+    return _pixels(figure)
 
 
 def place_colours(points: np.ndarray) -> np.ndarray:
-    """A colour [n, 3] for each point [n, 2] by where it lies: hue by the angle around the middle, paler towards it."""
+    """A colour [n, 3] for each point [n, 2] by its place: hue by the angle around the middle, paler towards it."""
     centred = points - np.median(points, axis=0)
     hue = (np.arctan2(centred[:, 1], centred[:, 0]) / (2 * np.pi)) % 1
     distance = np.hypot(*centred.T)
@@ -139,40 +173,45 @@ def place_colours(points: np.ndarray) -> np.ndarray:
     return hsv_to_rgb(np.stack([hue, 0.35 + 0.65 * rank, 0.85 - 0.15 * rank], axis=1))
 
 
-def _tile(figure: Figure, axes) -> UInt8[Tensor, "3 _ _"]:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)  # the grid frames its cells
+def _tile() -> tuple[Figure, Any]:
+    """A square figure without ticks or frame, for the grid frames its cells."""
+    figure = Figure(figsize=(_TILE / 100, _TILE / 100), dpi=100)
+    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96), xticks=[], yticks=[], frame_on=False)
+    return figure, axes
+
+
+def _pixels(figure: Figure) -> UInt8[Tensor, "3 _ _"]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
-def _draw_curve(axes, name: str, steps: np.ndarray, values: np.ndarray, colour: str, smoothing: int) -> None:
+def _draw_curve(axes, series: Series, colour: str, smoothing: int) -> None:
+    steps, values = np.asarray(series.steps, float), np.asarray(series.values, float)
     if smoothing > 1 and len(values) >= 2 * smoothing:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         kernel = np.ones(smoothing) / smoothing
         values = np.convolve(values, kernel, mode="valid")
         steps = np.convolve(steps, kernel, mode="valid")
+
     axes.plot(steps, values, color=colour, linewidth=1.6, solid_capstyle="round")
     if len(values):
-        axes.annotate(
-            name, (steps[-1], values[-1]), xytext=(6, 0), textcoords="offset points", color=colour, va="center"
-        )
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(series.name, (steps[-1], values[-1]), color=colour, **place)
 
 
 def _spread_labels(axes, figure: Figure) -> None:
-    """Moves the names at the curves' ends apart where they would overlap."""
+    """Move the names at the curves' ends apart where they would overlap."""
     figure.draw_without_rendering()
     to_points = 72 / figure.dpi
     labels = sorted(axes.texts, key=lambda label: axes.transData.transform(label.xy)[1])
     heights = [axes.transData.transform(label.xy)[1] * to_points for label in labels]
-    placed = heights[:]
-    for lower, upper in pairwise(range(len(placed))):
-        placed[upper] = max(placed[upper], placed[lower] + 12)
-    for label, height, place in zip(labels, heights, placed, strict=True):
+
+    places = heights[:]
+    for lower, upper in pairwise(range(len(places))):
+        places[upper] = max(places[upper], places[lower] + 12)
+    for label, height, place in zip(labels, heights, places, strict=True):
         label.xyann = (6, place - height)
 
 
@@ -182,7 +221,7 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels, broken between words; a longer word keeps a line of its own."""
+    """Lines no wider than `width` pixels, broken between words; a longer word has a line of its own."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -192,7 +231,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _enlarged(picture: UInt8[Tensor, "3 _ _"], height: int, width: int) -> Image.Image:
+def _enlarge(picture: UInt8[Tensor, "3 _ _"], height: int, width: int) -> Image.Image:
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
     factor = max(1, min(height // image.height, width // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

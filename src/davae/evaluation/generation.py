@@ -1,4 +1,4 @@
-"""Pictures out of a pipeline, with noise that base and upgraded pipelines share; and KID of many of them."""
+"""Images out of a pipeline, with noise that base and upgraded pipelines share; and KID of many of them."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from davae.data.listing import Source
 from davae.data.pictures import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.evaluation.report import Pictures, Report, Section, Table, write_page
+from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
 from davae.method.metrics import EfficientNetLite0Features, kid
 from davae.pipelines.adapter import digest_tensors
 from davae.pipelines.sampling import sample
@@ -103,7 +103,7 @@ def generate(
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Pictures for prompts: PNG files in `out`, and a page of them.
+    """Images for prompts: PNG files in `out`, and a page of them.
 
     Returns:
         The path of the page.
@@ -113,9 +113,9 @@ def generate(
         pipeline, prompts, out / "pictures", label="generating",
         steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
     )  # fmt: skip
-    grid = Pictures([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
+    grid = ImageGrid([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
     lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
-    report = Report("Generated pictures", lead, [Section("Pictures", "", grid)])
+    report = Report("Generated pictures", lead, [Section("Images", "", grid)])
     Ranks().on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
@@ -170,10 +170,10 @@ def evaluate(
     ranks.on_first(lambda: write_json(out / "result.json", {**result, "real": len(real), **settings, **where}))
     table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
-    grid = Pictures([f"{width}x{height} px"], prompts[:shown], [[picture] for picture in made[:shown]])
+    grid = ImageGrid([f"{width}x{height} px"], prompts[:shown], [[picture] for picture in made[:shown]])
     lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones. "
     lead += real.refusals_summary()
-    report = Report("Generation", lead, [Section("Numbers", "", table), Section("Pictures", "", grid)])
+    report = Report("Generation", lead, [Section("Numbers", "", table), Section("Images", "", grid)])
     ranks.on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 

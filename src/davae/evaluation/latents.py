@@ -1,6 +1,6 @@
-"""What base and detail latents look like beside each other: does the detail half keep the base half's structure?
+"""Base and detail latents beside each other: do the detail latents keep the structure of the base latents?
 
-The paper shows it as a t-SNE plot of both halves, with and without alignment. Here that is drawn, and told in numbers:
+The paper answers with a t-SNE plot of both halves, with and without alignment. Here the plot has numbers beside it:
 neighbourhood agreement, correlation of channels, spectra.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from davae.data.listing import Source
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.evaluation.embedding import MOST_POINTS, principal_components, tsne
+from davae.evaluation.embedding import check_tsne_is_installed, principal_components, tsne
 from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
-from davae.evaluation.report import Curves, Pictures, Report, Section, Series, Table, write_figure, write_page
+from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, Table, write_figure, write_page
 from davae.evaluation.structure import (
     at_positions,
     by_chance,
@@ -35,62 +35,71 @@ from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator
 
-BATCH = 8
-PERPLEXITY = 30.0
+BATCH_SIZE = 8
+MOST_POINTS = 2000
+"""More dots hide each other, and the comparison of neighbours grows with the square of their number."""
 FLAT = 4 / 127.5
-"""Range of a position's pixels, in [-1, 1], up to which it is background: its latents are like all others of such."""
+"""Pixels of a latent position that differ by less are background, whose latents are all alike. In [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Latents of one set of pictures, float32 on the CPU."""
+    """Latents of one set of images, float32 on the CPU."""
 
     base: Float[Tensor, "n base h w"]
     """In the transformer's units."""
     detail: Float[Tensor, "n detail h w"]
     """In the transformer's units: standardised, once the autoencoder is calibrated."""
     unscaled: Float[Tensor, "n detail h w"]
-    """The same before standardisation: what the alignment loss sees."""
+    """The detail latents before standardisation, as the alignment loss sees them."""
     own_base: bool
-    """Whether the base latents are the autoencoder's own; where all of its latents are new they are another's."""
+    """Whether the base latents are the autoencoder's own. If all of its latents are new, they are another's."""
 
 
 @torch.no_grad()
 def encode_halves(autoencoder: AutoencoderDA, pictures: PictureSet, *, base: Tensor | None = None) -> Halves:
-    """Modes of both posteriors of whole pictures; `base` stands for the base latents that an autoencoder has not."""
-    rows: dict[str, list[Tensor]] = {"base": [], "detail": [], "unscaled": []}
-    mean, deviation = (b.view(1, -1, 1, 1) for b in (autoencoder.detail_mean, autoencoder.detail_std))
-    for indices in torch.arange(len(pictures)).split(BATCH):
+    """The modes of both posteriors of whole images; `base` is for an autoencoder without base latents."""
+    mean = autoencoder.detail_mean.view(1, -1, 1, 1)
+    deviation = autoencoder.detail_std.view(1, -1, 1, 1)
+
+    own_base, unscaled = [], []
+    for indices in torch.arange(len(pictures)).split(BATCH_SIZE):
         image = pictures.batch(indices.tolist()).to(autoencoder.device, autoencoder.dtype)
-        unscaled = autoencoder.encode_detail(image)[0]
-        parts = (autoencoder.encode_base(image), (unscaled - mean) / deviation, unscaled)
-        for name, part in zip(rows, parts, strict=True):
-            rows[name].append(part.float().cpu())
-    own, detail, unscaled = (torch.cat(parts) for parts in rows.values())
-    return Halves(own if base is None else base, detail, unscaled, own_base=base is None)
+        own_base.append(autoencoder.encode_base(image))
+        unscaled.append(autoencoder.encode_detail(image)[0])
+
+    detail = torch.cat(unscaled)
+    return Halves(
+        base=torch.cat(own_base).float().cpu() if base is None else base,
+        detail=((detail - mean) / deviation).float().cpu(),
+        unscaled=detail.float().cpu(),
+        own_base=base is None,
+    )
 
 
-def chosen_positions(pictures: PictureSet, factor: int, count: int, *, seed: int) -> Int64[Tensor, "p"]:
+def choose_positions(pictures: PictureSet, factor: int, count: int, *, seed: int) -> Int64[Tensor, "p"]:
     """At most `count` of the rows of `at_positions`, drawn from those that are not flat background, in order.
 
     Raises:
-        DataError: fewer than 16 are there.
+        DataError: there are fewer than 16.
     """
-    spread = []
-    for indices in torch.arange(len(pictures)).split(BATCH):
-        image, patch = pictures.batch(indices.tolist()), {"p": factor, "q": factor}
-        largest, smallest = (reduce(image, "n c (h p) (w q) -> n c h w", how, **patch) for how in ("max", "min"))
-        spread.append((largest - smallest).amax(dim=1).flatten())
-    varied = (torch.cat(spread) > FLAT).nonzero().flatten()
+    ranges = []
+    for indices in torch.arange(len(pictures)).split(BATCH_SIZE):
+        image = pictures.batch(indices.tolist())
+        largest = reduce(image, "n c (h p) (w q) -> n c h w", "max", p=factor, q=factor)
+        smallest = reduce(image, "n c (h p) (w q) -> n c h w", "min", p=factor, q=factor)
+        ranges.append((largest - smallest).amax(dim=1).flatten())
+
+    varied = (torch.cat(ranges) > FLAT).nonzero().flatten()
     if len(varied) < 16:
-        raise DataError(f"{len(varied)} latent positions are not flat, 16 are needed: give more or larger pictures")
-    drawn = torch.randperm(len(varied), generator=generator(seed, "latent positions"))[:count]
-    return varied[drawn.sort().values]
+        raise DataError(f"{len(varied)} latent positions are not flat, 16 are needed: give more or larger images")
+    chosen = torch.randperm(len(varied), generator=generator(seed, "latent positions"))[:count]
+    return varied[chosen.sort().values]
 
 
 def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> dict[str, Any]:
-    """The numbers of one autoencoder, as JSON values; `rows` are those of `chosen_positions`."""
-    base, detail = (at_positions(half)[rows] for half in (halves.base, halves.detail))
+    """The numbers of one autoencoder as JSON values, at the `rows` of `choose_positions`."""
+    base, detail = at_positions(halves.base)[rows], at_positions(halves.detail)[rows]
     facts: dict[str, Any] = {
         "base_channels": halves.base.shape[1],
         "detail_channels": halves.detail.shape[1],
@@ -100,18 +109,23 @@ def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> di
         "by_chance_positions": by_chance(len(rows), neighbours),
         "agreement_pictures": None,
         "by_chance_pictures": None,
+        "alignment_loss": None,
+        "group_mean_correlation": None,
     }
+
+    # Whole images, if there are enough of them.
     count = len(halves.base)
     if count > neighbours + 1:
-        whole = neighbourhood_agreement(halves.base.flatten(1), halves.detail.flatten(1), neighbours)
-        facts |= {"agreement_pictures": whole.item(), "by_chance_pictures": by_chance(count, neighbours)}
+        agreement = neighbourhood_agreement(halves.base.flatten(1), halves.detail.flatten(1), neighbours)
+        facts |= {"agreement_pictures": agreement.item(), "by_chance_pictures": by_chance(count, neighbours)}
+
+    # Groups of detail channels, if the base channels divide them.
+    if halves.detail.shape[1] % halves.base.shape[1] == 0:
+        facts["alignment_loss"] = detail_alignment_loss(halves.unscaled.double(), halves.base.double()).item()
+        facts["group_mean_correlation"] = group_mean_correlation(halves.base, halves.unscaled)
+
     correlation = channel_correlation(halves.base, halves.detail)
-    grouped = halves.detail.shape[1] % halves.base.shape[1] == 0
     return facts | {
-        "alignment_loss": detail_alignment_loss(halves.unscaled.double(), halves.base.double()).item()
-        if grouped
-        else None,
-        "group_mean_correlation": group_mean_correlation(halves.base, halves.unscaled) if grouped else None,
         "largest_correlation": correlation.abs().amax(dim=1).mean().item(),
         "channel_correlation": correlation.tolist(),
         "base_spectrum": radial_spectrum(halves.base).tolist(),
@@ -130,15 +144,15 @@ def draw_latents(
     neighbours: int = 10,
     seed: int = 0,
 ) -> Path:
-    """Base and detail latents of held-out pictures, drawn and in numbers; result.json, latents.png and a page in `out`.
+    """Draw and measure base and detail latents of held-out images; write result.json, latents.png and a page to `out`.
 
     Args:
         autoencoders: by name; one row each, such as one trained with alignment and one without.
-        pictures: a folder of captioned pictures or shards.
-        out: where the results go.
-        size: side of the pictures in pixels.
-        limit: at most so many pictures.
-        points: at most so many latent positions are drawn, and have their neighbours compared.
+        pictures: a folder of images or shards.
+        out: folder of the results.
+        size: side of the images in pixels.
+        limit: at most this many images.
+        points: at most this many latent positions are drawn and have their neighbours compared.
         neighbours: k of the neighbourhood agreement.
         seed: of the choice of positions.
 
@@ -146,53 +160,51 @@ def draw_latents(
         The path of the page.
 
     Raises:
-        SettingsError: a factor does not divide `size`, a number is out of range, the detail latents do not vary, or
-            no autoencoder has base latents to compare new ones with.
-        DataError: no usable pictures, or too few positions.
+        SettingsError: a factor does not divide `size`, a number is out of range, the detail latents do not vary,
+            no autoencoder has base latents to compare new ones with, or `davae[latents]` is not installed.
+        DataError: there are no usable images, or too few positions.
     """
+    check_tsne_is_installed()
     if not 16 <= points <= MOST_POINTS:
         raise SettingsError(f"points={points}: allowed are 16 to {MOST_POINTS}")
     for name, autoencoder in autoencoders.items():
-        if size % autoencoder.downsample_factor:
-            raise SettingsError(
-                f"size={size} must be a multiple of {autoencoder.downsample_factor}, the downsample factor of {name}"
-            )
-    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False).sound(
-        out / "refused.json"
-    )
-    found = _encoded(autoencoders, heldout)
-    rows = {
-        name: chosen_positions(heldout, autoencoder.downsample_factor, points, seed=seed)
-        for name, autoencoder in autoencoders.items()
-    }
-    facts = {name: describe(halves, rows[name], neighbours=neighbours) for name, halves in found.items()}
-    drawn, divergences = _drawing(found, rows, facts)
-    for name, values in divergences.items():
-        facts[name]["tsne_divergence"] = values
+        factor = autoencoder.downsample_factor
+        if size % factor:
+            raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
+
+    heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False)
+    heldout = heldout.sound(out / "refused.json")
+    halves = _encode(autoencoders, heldout)
+    rows, facts = {}, {}
+    for name, autoencoder in autoencoders.items():
+        rows[name] = choose_positions(heldout, autoencoder.downsample_factor, points, seed=seed)
+        facts[name] = describe(halves[name], rows[name], neighbours=neighbours)
+
+    grid = _draw(halves, rows, facts)
     result = {"autoencoders": facts, "count": len(heldout), "size": size, "neighbours": neighbours, "seed": seed}
     write_json(out / "result.json", {**result, "environment": environment()})
-    write_figure(out / "latents.png", drawn, title="Base and detail latents")
+    write_figure(out / "latents.png", grid, title="Base and detail latents")
     sections = [
-        Section("Structure", _STRUCTURE, drawn),
+        Section("Structure", _STRUCTURE, grid),
         Section("Numbers", _NUMBERS.format(k=neighbours), _table(facts)),
         Section("Spectra", _SPECTRA, _spectra(facts)),
     ]
-    lead = f"{len(heldout)} held-out pictures at {size} px. {heldout.refusals_summary()}"
+    lead = f"{len(heldout)} held-out images at {size} px. {heldout.refusals_summary()}"
     write_page(out / "index.html", Report("Base and detail latents", lead, sections))
     return out / "index.html"
 
 
 _STRUCTURE = (
-    "One dot is one latent position. Its colour says where it lies in the t-SNE of its base latents, and is the same "
-    "in all of a row's plots: where colours stay together in the plots of detail latents, these keep the "
-    "base's neighbourhoods. The axes of t-SNE and of principal components have no meaning of their own.\n\n"
+    "One dot is one latent position. Its colour shows where it lies in the t-SNE of its base latents, and is the same "
+    "in all plots of a row. Where colours stay together in the plots of detail latents, these keep the neighbourhoods "
+    "of the base latents. The axes of t-SNE and of principal components have no meaning of their own.\n\n"
     "Correlation of channels: a row is a base channel, a column a detail channel; red is 1, white 0, blue -1."
 )
 _NUMBERS = (
-    "Neighbours kept: of the {k} nearest neighbours in base latents, the share that is among the {k} nearest in detail "
-    "latents, beside the share expected by chance; of single latent positions (flat background left out), and of "
-    "whole pictures. Alignment loss: Eq. 3-4 of the paper. Correlation of group means: of each base channel with the "
-    "mean of its group of detail channels, which that loss draws together."
+    "Neighbours kept: the share of the {k} nearest neighbours in base latents that are among the {k} nearest in detail "
+    "latents, beside the share expected by chance. It is measured over single latent positions (without flat "
+    "background) and over whole images. Alignment loss: Eq. 3-4 of the paper. Correlation of group means: each base "
+    "channel with the mean of its group of detail channels, which that loss draws together."
 )
 _SPECTRA = (
     "Mean power of the latents, in the units that the transformer sees, by spatial frequency. White noise of unit "
@@ -200,52 +212,53 @@ _SPECTRA = (
 )
 
 
-def _encoded(autoencoders: Mapping[str, AutoencoderDA], pictures: PictureSet) -> dict[str, Halves]:
-    """Halves by name; an autoencoder without a base half is given the base latents of the first that has one."""
-    found: dict[str, Halves] = {}
-    first = sorted(autoencoders, key=lambda name: not autoencoders[name].config.base_channels)
-    for name in first:
-        autoencoder, base = autoencoders[name], None
-        if not autoencoder.config.base_channels:
-            base = next((halves.base for halves in found.values() if halves.own_base), None)
-            if base is None or base.shape[-1] != pictures.size // autoencoder.downsample_factor:
-                raise SettingsError(
-                    f"{name} has no base latents (all of its latents are new): give beside it an autoencoder that has, "
-                    f"of the downsample factor {autoencoder.downsample_factor}"
-                )
-        found[name] = encode_halves(autoencoder, pictures, base=base)
-        deviations = at_positions(found[name].detail).double().std(dim=0)
+def _encode(autoencoders: Mapping[str, AutoencoderDA], pictures: PictureSet) -> dict[str, Halves]:
+    """Halves by name; an autoencoder without base latents gets those of the first that has some."""
+    halves: dict[str, Halves] = {}
+    shared: Tensor | None = None
+    for name in sorted(autoencoders, key=lambda name: not autoencoders[name].config.base_channels):
+        autoencoder = autoencoders[name]
+        if autoencoder.config.base_channels:
+            halves[name] = encode_halves(autoencoder, pictures)
+            shared = halves[name].base if shared is None else shared
+        elif shared is not None and shared.shape[-1] == pictures.size // autoencoder.downsample_factor:
+            halves[name] = encode_halves(autoencoder, pictures, base=shared)
+        else:
+            raise SettingsError(
+                f"{name} has no base latents (all of its latents are new): add an autoencoder that has some, with the "
+                f"downsample factor {autoencoder.downsample_factor}"
+            )
+
+        deviations = at_positions(halves[name].detail).double().std(dim=0)
         if not (deviations > 1e-6).all():
             raise SettingsError(f"detail latents of {name} do not vary, or are not finite: train it first")
-    return {name: found[name] for name in autoencoders}
+    return {name: halves[name] for name in autoencoders}
 
 
-def _drawing(
-    found: Mapping[str, Halves], rows: Mapping[str, Tensor], facts: Mapping[str, Mapping[str, Any]]
-) -> tuple[Pictures, dict[str, list[float]]]:
-    """A row of plots for each autoencoder, and what t-SNE brought the divergences of base and detail down to."""
-    columns = ["t-SNE, base", "t-SNE, detail", "principal components, base", "principal components, detail"]
-    cells, labels, divergences = [], [], {}
-    known: tuple[Tensor, Any] | None = None
-    for name, halves in found.items():
-        base, detail = (at_positions(half)[rows[name]] for half in (halves.base, halves.detail))
-        perplexity = min(PERPLEXITY, (len(base) - 1) / 3)
-        if known is None or not torch.equal(known[0], base):  # autoencoders of one base share its latents
-            known = base, tsne(base, perplexity=perplexity)
-        pairs = [known[1], tsne(detail, perplexity=perplexity)]
-        divergences[name] = [value for _, value in pairs]
-        plots = [points for points, _ in pairs] + [_two_components(half) for half in (base, detail)]
-        colours = place_colours(plots[0].numpy())
+def _draw(halves: Mapping[str, Halves], rows: Mapping[str, Tensor], facts: Mapping[str, dict[str, Any]]) -> ImageGrid:
+    """A row of plots for each autoencoder; `facts` get the divergences of t-SNE."""
+    labels, cells = [], []
+    last_base: Tensor | None = None
+    for name, half in halves.items():
+        base, detail = at_positions(half.base)[rows[name]], at_positions(half.detail)[rows[name]]
+
+        # Autoencoders of one base share its latents: their t-SNE is drawn once.
+        if last_base is None or not torch.equal(last_base, base):
+            base_points, base_divergence = tsne(base)
+            last_base = base
+        detail_points, detail_divergence = tsne(detail)
+        facts[name]["tsne_divergence"] = [base_divergence, detail_divergence]
+
+        colours = place_colours(base_points.numpy())
+        plots = (base_points, detail_points, principal_components(base), principal_components(detail))
         tiles = [scatter_tile(points.numpy(), colours) for points in plots]
         cells.append([*tiles, matrix_tile(np.asarray(facts[name]["channel_correlation"]))])
-        kept, chance = (facts[name][key] for key in ("agreement_positions", "by_chance_positions"))
-        labels.append(f"{name}: neighbours kept {kept:.3f}, by chance {chance:.3f}")
-    return Pictures([*columns, "correlation of channels"], labels, cells), divergences
+        agreement, chance = facts[name]["agreement_positions"], facts[name]["by_chance_positions"]
+        labels.append(f"{name}: neighbours kept {agreement:.3f}, by chance {chance:.3f}")
 
-
-def _two_components(vectors: Tensor) -> Tensor:
-    components = principal_components(vectors, min(2, vectors.shape[1]))
-    return components if components.shape[1] == 2 else torch.cat([components, torch.zeros_like(components)], dim=1)
+    methods = ("t-SNE", "principal components")
+    columns = [f"{method}, {half}" for method in methods for half in ("base", "detail")]
+    return ImageGrid([*columns, "correlation of channels"], labels, cells)
 
 
 def _table(facts: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -255,21 +268,27 @@ def _table(facts: Mapping[str, Mapping[str, Any]]) -> Table:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
-    header = ["", "channels", "positions kept", "by chance", "pictures kept", "by chance"]
+    columns = {
+        "positions kept": ("agreement_positions", share),
+        "by chance, positions": ("by_chance_positions", share),
+        "images kept": ("agreement_pictures", share),
+        "by chance, images": ("by_chance_pictures", share),
+        "alignment loss": ("alignment_loss", number),
+        "correlation of group means": ("group_mean_correlation", number),
+    }
     rows = []
     for name, fact in facts.items():
-        keys = [f"{what}_{where}" for where in ("positions", "pictures") for what in ("agreement", "by_chance")]
-        loss, correlation = (number(fact[key]) for key in ("alignment_loss", "group_mean_correlation"))
         channels = f"{fact['base_channels']} + {fact['detail_channels']}"
-        rows.append([name, channels, *(share(fact[key]) for key in keys), loss, correlation])
-    return Table([*header, "alignment loss", "correlation of group means"], rows)
+        rows.append([name, channels, *(write(fact[key]) for key, write in columns.values())])
+    return Table(["", "channels", *columns], rows)
 
 
 def _spectra(facts: Mapping[str, Mapping[str, Any]]) -> Curves:
-    lines: list[Series] = []
+    """One curve for each half; a base that several autoencoders share is drawn once."""
+    curves: list[Series] = []
     for name, fact in facts.items():
         for half in ("base", "detail"):
             values = fact[f"{half}_spectrum"]
-            if all(values != line.values for line in lines):
-                lines.append(Series(f"{half}, {name}", range(1, len(values) + 1), values))
-    return Curves(lines, logarithmic=True, labels=("cycles across the picture", "power"))
+            if all(values != curve.values for curve in curves):
+                curves.append(Series(f"{half}, {name}", range(1, len(values) + 1), values))
+    return Curves(curves, logarithmic=True, labels=("cycles across the image", "power"))

@@ -12,7 +12,7 @@ from davae.data.listing import Source
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
-from davae.evaluation.report import Pictures, Report, Section, Table, write_page
+from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
 from davae.evaluation.tokenizers import (
     Tokenizer,
     base_at_full_size,
@@ -32,7 +32,7 @@ from davae.run.record import environment
 from davae.run.storage import write_json
 
 Way = Callable[[Tensor], Tensor]
-"""Pictures [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""
+"""Images [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""
 METRICS = ("psnr", "ssim", "lpips")
 BATCH = 8
 OURS, ZEROED, RANDOMISED = "davae", "davae, detail zeroed", "davae, detail randomised"
@@ -81,14 +81,14 @@ def gallery(
     *,
     differences: Iterable[str] = (),
     device: torch.device | str = "cpu",
-) -> Pictures:
+) -> ImageGrid:
     """Originals, their reconstructions by every way, and for the ways in `differences` 4 times the error on grey."""
     indices = list(indices)
     image = pictures.batch(indices).to(device)
     columns = {"original": image} | {name: way(image).float().clamp(-1, 1) for name, way in ways.items()}
     for name in differences:
         columns[f"4 x error, {name}"] = (2 * (columns[name] - image)).clamp(-1, 1)
-    return Pictures(
+    return ImageGrid(
         columns=list(columns),
         rows=[pictures.captions[index] for index in indices],
         cells=[[to_bytes(column[row]).cpu() for column in columns.values()] for row in range(len(indices))],
@@ -214,5 +214,5 @@ def _write_page(
     shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
     drawn = gallery(heldout, shown, ways, differences=[OURS], device=autoencoder.device)
     lead = f"{len(heldout)} held-out pictures at {heldout.size} px through f{autoencoder.downsample_factor} latents."
-    sections = [Section("Numbers", heldout.refusals_summary(), numbers), Section("Pictures", "", drawn)]
+    sections = [Section("Numbers", heldout.refusals_summary(), numbers), Section("Images", "", drawn)]
     write_page(path, Report("Reconstruction", lead, sections))
