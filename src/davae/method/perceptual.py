@@ -34,14 +34,26 @@ class LPIPS(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, stages: Sequence[nn.Sequential], weights: Path) -> None:
+    def __init__(self, stages: Sequence[nn.Sequential], weights: Path | None) -> None:
         """Loads `weights` (see recipes/small_pair/build_lpips.py) into five stages, each [B,C,h,w] -> [B,C',h',w'].
+
+        Without weights, the network only shows what a comparison costs.
 
         Raises:
             CheckpointError: the file is missing, damaged, or belongs to another network.
         """
         super().__init__()
         self.stages = nn.ModuleList(stages)
+        for index, stage in enumerate(stages):
+            width = [layer.out_channels for layer in stage if isinstance(layer, nn.Conv2d)][-1]
+            self.register_buffer(f"head_{index}", torch.zeros(width, 1, 1))
+        self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor(INPUT_SCALE).view(3, 1, 1))
+        if weights is not None:
+            self._load(weights)
+        self.requires_grad_(False)
+
+    def _load(self, weights: Path) -> None:
         try:
             tensors = load_file(weights)
         except (OSError, SafetensorError) as error:
@@ -49,33 +61,24 @@ class LPIPS(nn.Module):
                 f"no LPIPS weights can be read from {weights} ({error}): "
                 "write them with recipes/small_pair/build_lpips.py"
             ) from error
+
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         try:
             for index, convolution in enumerate(convolutions):
                 convolution.load_state_dict({name: tensors[f"conv_{index}.{name}"] for name in ("weight", "bias")})
-            heads = [tensors[f"head_{index}"].float() for index in range(len(stages))]
+            for index in range(len(self.stages)):
+                head = self.get_buffer(f"head_{index}")
+                head.copy_(tensors[f"head_{index}"].view_as(head))
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"{weights} does not hold the weights of this LPIPS network ({error}): "
                 "convert the right one with recipes/small_pair/build_lpips.py"
             ) from error
-        for index, head in enumerate(heads):
-            self.register_buffer(f"head_{index}", head.view(-1, 1, 1))
-        self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor(INPUT_SCALE).view(3, 1, 1))
-        self.requires_grad_(False)
 
     @classmethod
     def alex(cls) -> "LPIPS":
         """The AlexNet variant, whose weights ship with davae (all convolutions but the first at half precision)."""
-        stages = [
-            nn.Sequential(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()),
-            nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
-            nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
-            nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
-            nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
-        ]
-        return cls(stages, assets.lpips() / "alexnet.safetensors")
+        return cls(alex_stages(), assets.lpips() / "alexnet.safetensors")
 
     @classmethod
     def vgg(cls, path: Path | str) -> "LPIPS":
@@ -84,15 +87,7 @@ class LPIPS(nn.Module):
         Raises:
             CheckpointError: the file is missing, damaged, or belongs to another network.
         """
-        stages: list[nn.Sequential] = []
-        width = 3
-        for depth, next_width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
-            layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if stages else []
-            for _ in range(depth):
-                layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU()]
-                width = next_width
-            stages.append(nn.Sequential(*layers))
-        return cls(stages, Path(path))
+        return cls(vgg_stages(), Path(path))
 
     def forward(self, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
         """The distance of each pair, 0 for equal pictures, about 1 for unrelated ones.
@@ -128,6 +123,30 @@ class LPIPS(nn.Module):
             # a short vector. Both agree to float32 precision: measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
+
+
+def alex_stages() -> list[nn.Sequential]:
+    """AlexNet's convolutions, without weights."""
+    return [
+        nn.Sequential(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()),
+        nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
+        nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+    ]
+
+
+def vgg_stages() -> list[nn.Sequential]:
+    """VGG16's convolutions, without weights."""
+    stages: list[nn.Sequential] = []
+    width = 3
+    for depth, next_width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+        layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if stages else []
+        for _ in range(depth):
+            layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU()]
+            width = next_width
+        stages.append(nn.Sequential(*layers))
+    return stages
 
 
 def patch_starts(side: int, patch: int, stride: int) -> list[int]:
