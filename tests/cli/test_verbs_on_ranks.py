@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from davae import cli
-from davae.data.cache import contents
+from davae.data.cache import read_caches
 from davae.errors import RankError
 from davae.run.ranks import Ranks
 from forks import exit_code, forked, print_to
@@ -52,7 +52,7 @@ def test_two_ranks_leave_and_print_what_one_does(arguments: list[str], tmp_path:
     assert run_ranks(printing(arguments, tmp_path / "two"), 2) == [0, 0]
     one, two = tmp_path / "one", tmp_path / "two"
     if arguments[0] == "cache":  # which entries are together in a file is another matter
-        found = [[(cache.folder.name, cache.entries) for cache in contents(run / "cache")] for run in (one, two)]
+        found = [[(cache.folder.name, cache.entries) for cache in read_caches(run / "cache")] for run in (one, two)]
         assert found[0] == found[1]
     else:
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}

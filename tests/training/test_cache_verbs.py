@@ -11,7 +11,7 @@ import torch
 
 from davae.backbones import backbone_of
 from davae.cli import main
-from davae.data.cache import prune
+from davae.data.cache import prune_caches
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.loading import load_autoencoder, load_pipeline
@@ -102,13 +102,13 @@ def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys
     old = time.time() - 10 * 86400
     for path in text.glob("*.safetensors"):
         os.utime(path, (old, old))
-    prune(caches, days=11.0)
+    prune_caches(caches, days=11.0)
     assert digests(text) == sound
-    prune(caches, days=9.0)
+    prune_caches(caches, days=9.0)
     assert not text.exists()
     assert not latents.exists(), "nothing was left in it"
     with pytest.raises(CheckpointError, match="holds no cache"):
-        prune(caches)
+        prune_caches(caches)
 
 
 def test_a_cache_that_is_written_to_is_not_pruned(caches) -> None:
@@ -116,7 +116,7 @@ def test_a_cache_that_is_written_to_is_not_pruned(caches) -> None:
     with (next(caches.glob("text-*")) / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(SettingsError, match=r"a process is writing to .*text-"):
-            prune(caches, days=0.0)
+            prune_caches(caches, days=0.0)
     assert any(path.exists() for path in before if "text-" in str(path))
     assert all(path.read_bytes() == content for path, content in before.items() if "text-" in str(path))
 

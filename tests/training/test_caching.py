@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor
 
 import tiny_pipelines
 from davae.backbones import backbone_of
-from davae.data.cache import TensorCache, damage, shard_paths
+from davae.data.cache import TensorCache, find_damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.models.autoencoder_da import AutoencoderDA
@@ -261,7 +261,7 @@ def test_killed_while_building(trials: Trials, autoencoder, pipeline, pictures, 
             os.kill(pid, signal.SIGKILL)
         trials.done -= exit_code(pid) != -signal.SIGKILL
         left = shards(folder)
-        assert all(damage(path) == "" for path in left)
+        assert all(find_damage(path) == "" for path in left)
         partly += 0 < len(left) < 4
         assert digests(folder).items() <= reference.items()
         assert exit_code(forked(lambda folder=folder: build(folder))) == 0

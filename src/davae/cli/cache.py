@@ -39,9 +39,9 @@ def build(
 @by_first
 def verify(folder: Folder) -> None:
     """Read all caches below FOLDER, print what they hold, and fail with 4 if a file is not what was written."""
-    from davae.data.cache import contents
+    from davae.data.cache import read_caches
 
-    found = contents(folder)
+    found = read_caches(folder)
     for cache in found:
         say(cache.to_text())
     if damaged := sum(len(cache.damaged) for cache in found):
@@ -58,7 +58,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing.")] = False,
 ) -> None:
     """Remove damaged files and what killed processes left; with --days also old caches."""
-    from davae.data.cache import prune
+    from davae.data.cache import prune_caches
 
-    freed = prune(folder, days=days, dry_run=dry_run)
+    freed = prune_caches(folder, days=days, dry_run=dry_run)
     say(f"{freed / 2**20:,.1f} MiB {'would be ' if dry_run else ''}freed")

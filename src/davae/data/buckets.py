@@ -22,7 +22,7 @@ class Bucket(NamedTuple):
     height: int
     width: int
     aspect_ratio: float = 1.0
-    """Width over height as it was asked for: the sides are rounded."""
+    """Width over height before the sides are rounded."""
 
 
 class Crop(NamedTuple):
@@ -39,34 +39,34 @@ def bucket_table(sizes: Sequence[int], aspect_ratios: Sequence[str] = (), *, mul
 
     Args:
         sizes: sides of the square bucket, in pixels; several for several resolutions.
-        aspect_ratios: as width:height, such as "3:2"; none is squares only.
+        aspect_ratios: as width:height, such as "3:2"; without any there are squares only.
         multiple: downsample factor times patch side of the model.
 
     Raises:
-        SettingsError: an aspect ratio is none, or a size is no multiple.
+        SettingsError: an aspect ratio cannot be read, or a size is no multiple.
     """
-    ratios = [_ratio(text) for text in aspect_ratios or ("1:1",)]
-    buckets = []
+    ratios = [_read_ratio(text) for text in aspect_ratios or ("1:1",)]
+    buckets = set()
     for size in sizes:
         if size % multiple or size < multiple:
             raise SettingsError(f"size={size}: allowed are multiples of {multiple}, the step of the buckets")
         for ratio in ratios:
-            height, width = size / math.sqrt(ratio), size * math.sqrt(ratio)
-            sides = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            buckets.append(Bucket(sides[0], sides[1], ratio))
-    return tuple(dict.fromkeys(sorted(buckets)))
+            height = max(multiple, round(size / math.sqrt(ratio) / multiple) * multiple)
+            width = max(multiple, round(size * math.sqrt(ratio) / multiple) * multiple)
+            buckets.add(Bucket(height, width, ratio))
+    return tuple(sorted(buckets))
 
 
 def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket | None:
     """The bucket of a picture, or None if it fills none without being scaled up.
 
-    Of those that it fills it is the nearest in aspect ratio, by its logarithm, and of these the largest.
+    Among the buckets that it fills this is the nearest by the logarithm of the aspect ratio, then the largest.
     """
     fitting = [bucket for bucket in buckets if bucket.width <= width and bucket.height <= height]
-    shape = math.log(width / height)
+    ratio = math.log(width / height)
     return min(
         fitting,
-        key=lambda bucket: (abs(math.log(bucket.aspect_ratio) - shape), -bucket.height * bucket.width),
+        key=lambda bucket: (abs(math.log(bucket.aspect_ratio) - ratio), -bucket.height * bucket.width),
         default=None,
     )
 
@@ -74,10 +74,10 @@ def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket 
 def central_crop(width: int, height: int, bucket: Bucket) -> Crop:
     """The largest part of the bucket's shape, in the middle of a picture."""
     if width * bucket.height >= height * bucket.width:
-        part = (height, max(bucket.width, height * bucket.width // bucket.height))
+        crop_height, crop_width = height, max(bucket.width, height * bucket.width // bucket.height)
     else:
-        part = (max(bucket.height, width * bucket.height // bucket.width), width)
-    return Crop((height - part[0]) // 2, (width - part[1]) // 2, *part)
+        crop_height, crop_width = max(bucket.height, width * bucket.height // bucket.width), width
+    return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
 def fit(picture: UInt8[Tensor, "3 height width"], bucket: Bucket) -> UInt8[Tensor, "3 h w"]:
@@ -88,8 +88,9 @@ def fit(picture: UInt8[Tensor, "3 height width"], bucket: Bucket) -> UInt8[Tenso
     """
     height, width = picture.shape[1:]
     if height < bucket.height or width < bucket.width:
-        wanted = f"{bucket.width}x{bucket.height}"
-        raise SettingsError(f"a picture of {width}x{height} pixels is not scaled up to {wanted}; take a smaller size")
+        size = f"{bucket.width}x{bucket.height}"
+        raise SettingsError(f"a picture of {width}x{height} pixels is not scaled up to {size}; take a smaller size")
+
     crop = central_crop(width, height, bucket)
     part = picture[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if part.shape[1:] == bucket[:2]:
@@ -99,7 +100,7 @@ def fit(picture: UInt8[Tensor, "3 height width"], bucket: Bucket) -> UInt8[Tenso
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
 
 
-def _ratio(text: str) -> float:
+def _read_ratio(text: str) -> float:
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height or not 1 / MAX_ASPECT_RATIO <= width / height <= MAX_ASPECT_RATIO:

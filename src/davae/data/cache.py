@@ -23,26 +23,26 @@ from davae.run.storage import read_json, remove_temporaries, storage_error, writ
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-"""Part of what an entry is found by: raise it, too, when davae itself computes entries otherwise."""
+"""Part of every cache's name: raise it, too, when davae itself computes entries otherwise."""
 OPEN_SHARDS = 64
-"""So many stay open for reading; what is read of them is mapped, not copied into memory."""
+"""So many stay open for reading, mapped and not copied into memory."""
 ASIDE = "damaged-"
-"""Before the name of a shard that is set aside."""
+"""Prefix of a shard's name that is set aside."""
 
 Entry = Mapping[str, Tensor]
 
 
 class TensorCache:
-    """The entries of one kind that were made by the same model and settings, in a folder of their own below `folder`.
+    """The entries of one kind that the same model and settings made, in a folder of their own below `folder`.
 
-    The folder's name has a digest of those facts, so what another model made is never found. A shard is written whole
-    or not at all, and its name is the SHA-256 of its content: any number of processes may write at once, and damage
-    shows. Nothing is written where all entries are found, so a folder that is read-only will do.
+    The folder's name has a digest of the model and the settings, so that no other model's entries are found. A shard is
+    written whole or not at all, and its name is the SHA-256 of its content: any number of processes may write at once,
+    and damage shows. Where all entries are found nothing is written, so that a read-only folder will do.
 
     Args:
-        folder: of all caches; shared by as many runs as one likes.
-        kind: what the entries are, a word: "latents".
-        facts: what all of them depend on, by name: the model's digest, its settings, versions.
+        folder: of all caches; any number of runs may share it.
+        kind: of the entries, in a word: "latents".
+        facts: everything that all entries depend on, by name: the model's digest, its settings, versions.
     """
 
     def __init__(self, folder: Path, kind: str, facts: Mapping[str, str | int]) -> None:
@@ -50,7 +50,7 @@ class TensorCache:
         self._digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self.folder = Path(folder) / f"{kind}-{self._digest[:16]}"
         self._shards: dict[str, Path] = {}
-        self._opened = functools.lru_cache(maxsize=OPEN_SHARDS)(_open)
+        self._opened = functools.lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
 
     def __contains__(self, key: str) -> bool:
         return key in self._shards
@@ -68,7 +68,7 @@ class TensorCache:
         """Read every shard and rename those that are not what was written, with a warning that names file and reason.
 
         Args:
-            process: which of `processes` this is, each of which checks its share of the names.
+            process: which of `processes` this is; each checks its share of the names.
             processes: how many there are.
 
         Raises:
@@ -77,29 +77,31 @@ class TensorCache:
         for path in shard_paths(self.folder):
             if zlib.crc32(path.name.encode()) % processes != process:
                 continue
-            reason = damage(path) or self._foreign(path)
-            if reason:
-                aside = path.with_name(ASIDE + path.name)
-                try:
-                    path.rename(aside)
-                except FileNotFoundError:  # another run has found it, too
-                    continue
-                except OSError as error:
-                    raise storage_error(aside, 0, error) from error
-                logger.warning("%s %s; set aside as %s, its entries are made again", path, reason, aside.name)
+            reason = find_damage(path) or self._find_foreign(path)
+            if not reason:
+                continue
+
+            aside = path.with_name(ASIDE + path.name)
+            try:
+                path.rename(aside)
+            except FileNotFoundError:  # another run has set it aside
+                continue
+            except OSError as error:
+                raise storage_error(aside, 0, error) from error
+            logger.warning("%s %s; set aside as %s, its entries are made again", path, reason, aside.name)
 
     def find(self) -> None:
-        """Look what entries there are now; of shards that `set_damaged_aside` has checked."""
+        """Look which entries there are now, in the shards that `set_damaged_aside` has checked."""
         self._opened.cache_clear()
         self._shards = {}
         for path in shard_paths(self.folder):
-            names, _ = _open(path)
+            names, _ = _open_shard(path)
             for key in names:
-                self._shards.setdefault(key, path)  # the first by name, whoever looks
+                self._shards.setdefault(key, path)  # the first shard by name, in every process
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """To be in while writing; what writers left that were killed is removed if there is no other writer.
+        """Hold the cache open for `write`; if there is no other writer, remove the litter of writers that were killed.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -117,6 +119,7 @@ class TensorCache:
                 fcntl.flock(lock, fcntl.LOCK_SH)
             except OSError as error:
                 raise storage_error(self.folder, 0, error) from error
+
             write_json(self.folder / "cache.json", self.facts)
             yield
 
@@ -124,15 +127,16 @@ class TensorCache:
         """Write entries as one shard, within `writing`.
 
         Raises:
-            StorageError: they cannot be written; nothing of them is.
+            StorageError: the shard cannot be written; nothing of it is left.
         """
-        tensors = {
-            f"{key}/{name}": tensor.contiguous() for key, entry in entries.items() for name, tensor in entry.items()
-        }
+        tensors = {}
+        for key, entry in entries.items():
+            for name, tensor in entry.items():
+                tensors[f"{key}/{name}"] = tensor.contiguous()
         content = save(tensors, metadata={"facts": self._digest})
         write_atomically(self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
 
-    def _foreign(self, path: Path) -> str:
+    def _find_foreign(self, path: Path) -> str:
         try:
             with safe_open(path, framework="pt") as shard:
                 return "" if (shard.metadata() or {}).get("facts") == self._digest else "is of another cache"
@@ -141,30 +145,33 @@ class TensorCache:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of one cache, in the order of their names, sound or not."""
+    """The shards of one cache in the order of their names, sound or not."""
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(ASIDE))
 
 
-def damage(path: Path) -> str:
-    """Why the content of a shard is not what was written, or "" if it is: it is read in full."""
+def find_damage(path: Path) -> str:
+    """Read a shard in full; returns why its content is not what was written, or ""."""
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return "" if found == path.stem else "is damaged (its SHA-256 is not its name)"
+    return "" if digest == path.stem else "is damaged (its SHA-256 is not its name)"
+
+
+# ----------------------------------------------------------------------------------------------------- davae cache ...
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What one cache holds: found by `contents`, each shard read in full."""
+class CacheContents:
+    """The content of one cache, each shard of it read in full."""
 
     folder: Path
     facts: dict[str, Any]
     entries: int
     bytes: int
     damaged: dict[str, str]
-    """Reasons by file name; those that were set aside are not among them."""
+    """Reasons by file name; shards that were set aside are not among them."""
 
     def to_text(self) -> str:
         """One line for people, and one for each damaged shard."""
@@ -173,33 +180,33 @@ class Contents:
         return "\n".join(lines + [f"  {name} {reason}" for name, reason in self.damaged.items()])
 
 
-def contents(folder: Path) -> list[Contents]:
-    """What the caches below `folder` hold, after reading all of it.
+def read_caches(folder: Path) -> list[CacheContents]:
+    """Read the caches below `folder` in full, and count what they hold.
 
     Raises:
         CheckpointError: there is no cache.
     """
-    found = []
-    for path in _caches(folder):
+    caches = []
+    for path in _cache_folders(folder):
         keys: set[str] = set()
-        damaged = {}
+        damaged, size = {}, 0
         for shard in shard_paths(path):
-            if reason := damage(shard):
+            size += shard.stat().st_size
+            if reason := find_damage(shard):
                 damaged[shard.name] = reason
             else:
-                keys |= _open(shard)[0].keys()
-        size = sum(shard.stat().st_size for shard in shard_paths(path))
-        found.append(Contents(path, read_json(path / "cache.json"), len(keys), size, damaged))
-    return found
+                keys |= _open_shard(shard)[0].keys()
+        caches.append(CacheContents(path, read_json(path / "cache.json"), len(keys), size, damaged))
+    return caches
 
 
-def prune(folder: Path, *, days: float | None = None, dry_run: bool = False) -> int:
-    """Remove what no run will read: damaged shards, and what killed writers left. Returns the bytes that were freed.
+def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = False) -> int:
+    """Remove what no run will read: damaged shards, and the litter of killed writers. Returns the bytes that are freed.
 
     Args:
         folder: of caches.
         days: remove whole caches, too, in which so long nothing was written.
-        dry_run: only say what would be freed.
+        dry_run: only count the bytes.
 
     Raises:
         CheckpointError: there is no cache.
@@ -207,20 +214,24 @@ def prune(folder: Path, *, days: float | None = None, dry_run: bool = False) -> 
         StorageError: something cannot be removed.
     """
     freed = 0
-    for path in _caches(folder):
+    for path in _cache_folders(folder):
         try:
             with (path / ".lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shards = shard_paths(path)
                 newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
                 old = days is not None and time.time() - newest > days * 86400
-                useless = [*path.glob(ASIDE + "*"), *path.glob(".*.tmp-*"), *filter(damage, shards)]
-                useless = list(path.iterdir()) if old else useless
+                if old:
+                    useless = list(path.iterdir())
+                else:
+                    useless = [*path.glob(ASIDE + "*"), *path.glob(".*.tmp-*"), *filter(find_damage, shards)]
                 freed += sum(file.stat().st_size for file in useless)
-                for file in useless if not dry_run else []:
-                    file.unlink()
-                if old and not dry_run:
-                    path.rmdir()
+
+                if not dry_run:
+                    for file in useless:
+                        file.unlink()
+                    if old:
+                        path.rmdir()
         except BlockingIOError as error:
             raise SettingsError(f"a process is writing to {path}: wait for it, and prune again") from error
         except OSError as error:
@@ -228,20 +239,21 @@ def prune(folder: Path, *, days: float | None = None, dry_run: bool = False) -> 
     return freed
 
 
-def _caches(folder: Path) -> list[Path]:
-    found = sorted(path.parent for path in Path(folder).glob("*/cache.json"))
-    if not found:
+def _cache_folders(folder: Path) -> list[Path]:
+    folders = sorted(path.parent for path in Path(folder).glob("*/cache.json"))
+    if not folders:
         raise CheckpointError(f"{folder} holds no cache: give the folder that a recipe has as `cache`, or RUN/cache")
-    return found
+    return folders
 
 
-def _open(path: Path) -> tuple[dict[str, list[str]], safe_open]:
+def _open_shard(path: Path) -> tuple[dict[str, list[str]], safe_open]:
     """The names of every entry's tensors by its key, and the open shard."""
     try:
         shard = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} can no longer be read ({error}): run again, to make its entries anew") from error
     names: dict[str, list[str]] = {}
-    for key, _, name in (tensor.partition("/") for tensor in shard.keys()):
+    for tensor in shard.keys():
+        key, _, name = tensor.partition("/")
         names.setdefault(key, []).append(name)
     return names, shard

@@ -1,18 +1,25 @@
-"""What a source holds, listed without decoding: a folder, shards, a table of rows; here or elsewhere."""
+"""What a source holds, listed without decoding: a folder, shards, a table of rows; on this machine or elsewhere."""
 
+import json
+import os
+import stat
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from davae.data.folders import list_folder
 from davae.data.rows import SCHEME, is_rows, list_rows, load_parquet, load_rows, load_saved
 from davae.data.shards import list_shards, remote_shards
-from davae.data.stored import PICTURE_SUFFIXES, Refusal, Samples
-from davae.errors import DataError
+from davae.data.stored import PICTURE_SUFFIXES, FileBytes, LocalFile, Refusal, Sample, Samples
+from davae.errors import DataError, SettingsError
 
-Source = Path | str | Any
+PictureSource = Path | str | Any
 """A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`."""
+
+METADATA = ("metadata.jsonl", "metadata.parquet")
+"""Tables about the pictures of a folder, joined by their column "file_name", as Hugging Face `datasets` has them."""
+MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,12 @@ class Listing:
     """Whether the keys are paths in a folder of pictures, whose sub-folders may be classes."""
 
 
-def list_source(source: Source) -> Listing:
-    """Find out what a source is, by what is there, and list it.
+def list_source(source: PictureSource) -> Listing:
+    """Find out by its content what a source is, and list it.
 
     Raises:
         DataError: it is missing, damaged, not to be trusted, or two things at once.
-        SettingsError: what it needs is not installed.
+        SettingsError: a package that it needs is not installed.
     """
     if is_rows(source):
         return Listing(list_rows(source, "the dataset"))
@@ -38,29 +45,140 @@ def list_source(source: Source) -> Listing:
         return Listing(list_rows(load_rows(source), source))
     if isinstance(source, str) and "://" in source:
         return Listing(list_shards(remote_shards(source)))
+
     path = Path(source)
-    if path.is_file():
-        rows = path.suffix == ".parquet"
-        return Listing(list_rows(load_parquet([path]), str(path)) if rows else list_shards([path]))
-    if not path.is_dir():
+    if path.is_dir():
+        return _list_folder(path)
+    if not path.is_file():
         raise DataError(
             f"{path} is no folder, no tar shard and no parquet file; give the path of one, a URL of shards, "
             f"or {SCHEME}NAME"
         )
-    return _list_folder(path)
+    if path.suffix == ".parquet":
+        return Listing(list_rows(load_parquet([path]), str(path)))
+    return Listing(list_shards([LocalFile(path)]))
 
 
 def _list_folder(folder: Path) -> Listing:
     """A folder of shards, of parquet files, of a saved dataset, or of pictures."""
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return Listing(list_rows(load_saved(folder), str(folder)))
+
     shards = sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")])
     tables = sorted(path for path in folder.glob("*.parquet") if path.name != "metadata.parquet")
     if not shards and not tables:
-        return Listing(*list_folder(folder), folders=True)
-    found = [(shards, "shards"), (tables, "parquet files")]
+        return list_pictures(folder)
+
     loose = Counter(path.suffix.lower() for path in folder.iterdir())
-    kinds = [kind for some, kind in [*found, (loose.keys() & PICTURE_SUFFIXES, "pictures")] if some]
+    contents = {"shards": shards, "parquet files": tables, "pictures": loose.keys() & PICTURE_SUFFIXES}
+    kinds = [kind for kind, files in contents.items() if files]
     if len(kinds) > 1:
         raise DataError(f"{folder} holds both {' and '.join(kinds)}; move either to a folder of its own")
-    return Listing(list_shards(shards) if shards else list_rows(load_parquet(tables), str(folder)))
+    if shards:
+        return Listing(list_shards([LocalFile(path) for path in shards]))
+    return Listing(list_rows(load_parquet(tables), str(folder)))
+
+
+# ------------------------------------------------------------------------------------------------- folders of pictures
+
+
+def list_pictures(folder: Path) -> Listing:
+    """Everything below `folder` that is not hidden; the key is the path without its suffix, as in "cats/tabby".
+
+    Links to files are followed, links to folders are not. What is not a regular file is refused.
+
+    Raises:
+        DataError: a `metadata.parquet` is damaged.
+        SettingsError: there is one, and pyarrow is not installed.
+    """
+    listing = Listing({}, folders=True)
+    tables: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        name = os.path.relpath(error.filename, folder)
+        listing.refused.append(Refusal(name, f"a folder that cannot be listed ({error.strerror}); mend its rights"))
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in METADATA:
+            if name in names:
+                tables.append(Path(parent, name))
+        for name in sorted(names):
+            if not name.startswith(".") and name not in METADATA:
+                _add_file(listing, Path(parent, name), folder)
+
+    for table in tables:
+        listing.refused.extend(_join(listing.samples, table, PurePosixPath(table.parent.relative_to(folder))))
+    return listing
+
+
+def _add_file(listing: Listing, path: Path, folder: Path) -> None:
+    relative, suffix = path.relative_to(folder), path.suffix.lower()
+    name = relative.as_posix()
+    try:
+        name.encode()
+        status = path.stat()
+    except UnicodeEncodeError:
+        listing.refused.append(Refusal(ascii(name), "its name is not UTF-8; rename it"))
+        return
+    except OSError as error:
+        listing.refused.append(Refusal(name, f"cannot be opened ({error.strerror}); mend or remove it"))
+        return
+
+    if stat.S_ISREG(status.st_mode):
+        sample = listing.samples.setdefault(relative.with_suffix("").as_posix(), Sample())
+        sample.add(suffix, FileBytes(name, LocalFile(path), 0, status.st_size))
+    elif suffix in PICTURE_SUFFIXES:
+        listing.refused.append(Refusal(name, "not a regular file; remove it"))
+
+
+def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refusal]:
+    """Give each row of a table to its picture; yields the rows that have none."""
+    for place, row in _read_rows(table):
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            yield Refusal(f"{folder / table.name}, {place}", 'no object with a "file_name"; mend it', "text")
+            continue
+
+        path = folder / name
+        sample = samples.get(path.with_suffix("").as_posix() if path.name else "")
+        if sample is None or path.as_posix() not in [picture.name for picture in sample.pictures]:
+            shown = ascii(path.as_posix())[1:-1][:200]
+            yield Refusal(shown, f"{table.name} names it, and it is not there; bring it or take its row out", "missing")
+        else:
+            sample.row = row
+
+
+def _read_rows(table: Path) -> Iterator[tuple[str, Any]]:
+    """Rows with their places; None for what is no row."""
+    if table.suffix == ".jsonl":
+        with table.open("rb") as stream:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if line.strip():
+                    yield f"line {number}", _parse_line(line)
+        return
+
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise SettingsError(f"{table} needs pyarrow: pip install 'davae[datasets]'") from error
+    try:
+        with parquet.ParquetFile(table) as file:
+            for number, batch in enumerate(file.iter_batches(batch_size=1000)):
+                for index, row in enumerate(batch.to_pylist()):
+                    yield f"row {1000 * number + index + 1}", row
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{table}: no sound parquet file ({error}); make or download it again") from error
+
+
+def _parse_line(line: bytes) -> Any:
+    if len(line) > MAX_LINE_BYTES:
+        return None
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters, which are no text
+    except (ValueError, RecursionError):
+        return None
+    return row

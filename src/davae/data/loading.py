@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from davae.errors import SettingsError
@@ -12,12 +11,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WORKERS = min(8, len(os.sched_getaffinity(0)))
-"""Threads that read and decode: one for each core that this process may use, up to 8. Pillow lets go of the
-interpreter's lock meanwhile."""
+"""Threads that read and decode: one for each core that this process may use, up to 8. Pillow releases the GIL."""
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:
-    """`function` of every item, in order, by `WORKERS` threads that end with the call; `alone` is without them."""
+    """`function` of every item, in order, by `WORKERS` threads that end with the call, or without them if `alone`."""
     if alone or WORKERS < 2 or len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(min(WORKERS, len(items))) as pool:
@@ -25,14 +23,14 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = 
 
 
 class Ahead(Generic[T]):
-    """`make` of one number after another, the next `count` of them made in a thread meanwhile.
+    """`make` of one number after another, while a thread makes the next `count` of them.
 
         with Ahead(make) as load:
             for step in range(start, end):
                 batch = load(step)
 
-    `make` must be a pure function of the number: then this is `make` itself, only earlier. Numbers may be skipped and
-    asked for again. An error of `make` is raised where its number is asked for.
+    `make` must be a pure function of the number, so that it does not matter when it is called. Numbers may be skipped
+    and asked for again. An error of `make` is raised where its number is asked for.
     """
 
     def __init__(self, make: Callable[[int], T], *, count: int = 2) -> None:
@@ -45,17 +43,15 @@ class Ahead(Generic[T]):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, number: int) -> T:
         """`make(number)`."""
-        wanted = range(number, number + self._count + 1)
-        for other in self._pending.keys() - wanted:
+        needed = range(number, number + self._count + 1)
+        for other in self._pending.keys() - needed:
             self._pending.pop(other).cancel()
-        for each in wanted:
+        for each in needed:
             if each not in self._pending:
                 self._pending[each] = self._pool.submit(self._make, each)
         return self._pending.pop(number).result()

@@ -1,6 +1,6 @@
 """Which pictures, and which parts of them, a training step sees: pure functions of the seed and the step.
 
-No state is kept, so whoever resumes at a step sees what an undisturbed run would have seen.
+Nothing is stored, so that a run that resumes at a step sees the same as an undisturbed run.
 """
 
 import heapq
@@ -18,15 +18,17 @@ from davae.seeds import generator, sample_generators
 def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: int = 0) -> list[int]:
     """The pictures of one step, out of `count`.
 
-    The epochs' permutations, each keyed by (seed, epoch, bucket), are strung together and cut into batches: every epoch
-    has every picture exactly once, and a batch may reach from one epoch into the next.
+    The permutations of the epochs, each keyed by (seed, epoch, bucket), are strung together and cut into batches:
+    every epoch has every picture exactly once, and a batch may reach from one epoch into the next.
 
     Raises:
         SettingsError: a number is outside its range.
     """
     if count < 1 or batch_size < 1 or step < 0:
-        given = f"count={count}, batch_size={batch_size}, step={step}"
-        raise SettingsError(f"{given}: allowed are at least one picture, a batch of at least 1, and steps from 0")
+        raise SettingsError(
+            f"count={count}, batch_size={batch_size}, step={step}: allowed are at least one picture, a batch of at "
+            "least 1, and steps from 0"
+        )
     indices: list[int] = []
     epoch, start = divmod(step * batch_size, count)
     position = (bucket,) if bucket else ()
@@ -40,49 +42,43 @@ def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: 
 def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int) -> tuple[int, list[int]]:
     """The bucket of one step, and its pictures among the `counts[bucket]` that it has.
 
-    Each bucket has batches of its own, those of `batch_indices`, so that every picture is there once in each epoch of
-    its bucket. Batch k of a bucket of n pictures stands at (k + 1/2) batch_size / n epochs, and the steps go through
-    all batches as these stand: at any step every bucket has had its share to within one batch, a bucket of one picture
-    as well. With one bucket that is `batch_indices`.
+    Each bucket has its own stream of batches (`batch_indices`), and so its own epochs. Batch k of a bucket of n
+    pictures stands at (k + 1/2) batch_size / n epochs, and the steps take all batches in the order of these places: at
+    any step every bucket, however small, has had its share to within one batch. One bucket gives `batch_indices`.
 
     Raises:
         SettingsError: a number is outside its range.
     """
     if not counts or min(counts) < 1 or batch_size < 1 or step < 0:
-        given = f"counts={list(counts)}, batch_size={batch_size}, step={step}"
         raise SettingsError(
-            f"{given}: allowed are buckets of at least one picture, batches of at least 1, steps from 0"
+            f"counts={list(counts)}, batch_size={batch_size}, step={step}: allowed are buckets of at least one "
+            "picture, batches of at least 1, steps from 0"
         )
-    # At (step - buckets) batches into the stream, rounding has left out or added half a batch of each bucket at most.
+    # Jump near the step: rounding leaves out or adds at most half a batch of each bucket, so this is never too far.
     epochs = Fraction(max(0, step - len(counts)) * batch_size, sum(counts))
     done = [int(epochs * count / batch_size + Fraction(1, 2)) for count in counts]
-    stands = [
-        (Fraction(2 * number + 1, count), bucket)
-        for bucket, (number, count) in enumerate(zip(done, counts, strict=True))
-    ]
-    heapq.heapify(stands)
+
+    # From there, one batch after the other.
+    places = [(Fraction(2 * done[bucket] + 1, count), bucket) for bucket, count in enumerate(counts)]
+    heapq.heapify(places)
     for _ in range(step - sum(done)):
-        _, bucket = stands[0]
+        _, bucket = places[0]
         done[bucket] += 1
-        heapq.heapreplace(stands, (Fraction(2 * done[bucket] + 1, counts[bucket]), bucket))
-    _, bucket = stands[0]
+        heapq.heapreplace(places, (Fraction(2 * done[bucket] + 1, counts[bucket]), bucket))
+    _, bucket = places[0]
     return bucket, batch_indices(counts[bucket], batch_size, seed=seed, step=done[bucket], bucket=bucket)
 
 
 def random_crops(
-    images: Shaped[Tensor, "batch channels height width"],
-    size: int,
-    *,
-    seed: int,
-    samples: Sequence[int],
+    images: Shaped[Tensor, "batch channels height width"], size: int, *, seed: int, samples: Sequence[int]
 ) -> Shaped[Tensor, "batch channels size size"]:
-    """A square of side `size` out of each image, at a place of its own, every place equally likely.
+    """A square of side `size` out of each image; each place is equally likely.
 
     Args:
-        images: of a batch, or of a part of it.
+        images: a batch, or a part of one.
         size: side of the squares.
         seed: of the run.
-        samples: the number of each image in the run, which its place is keyed by.
+        samples: the number of each image in the run, by which its place is drawn.
 
     Raises:
         SettingsError: `size` is under 1 or above a side of the images.
@@ -92,6 +88,7 @@ def random_crops(
         raise SettingsError(f"size={size}: allowed are crops of side 1 to {min(height, width)} out of these images")
     crops = []
     for image, random in zip(images, sample_generators(seed, "crop", samples), strict=True):
-        top, left = (int(torch.randint(side - size + 1, (), generator=random)) for side in (height, width))
+        top = int(torch.randint(height - size + 1, (), generator=random))
+        left = int(torch.randint(width - size + 1, (), generator=random))
         crops.append(image[:, top : top + size, left : left + size])
     return torch.stack(crops)

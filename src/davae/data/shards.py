@@ -1,27 +1,28 @@
-"""WebDataset shards, here or at a URL, listed without unpacking: nothing goes to disk."""
+"""WebDataset shards, on this machine or at a URL, listed without unpacking: nothing goes to disk."""
 
 import gzip
 import io
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from davae.data.pictures import Stream
-from davae.data.stored import FileBytes, RemoteBytes, RemoteFile, Sample, Samples, StoredBytes
+from davae.data.stored import FileBytes, LocalFile, RemoteFile, Sample, Samples
 from davae.errors import DataError, DavaeError
 
 MAX_UNPACKED_BYTES = 1 << 30
-"""Of one compressed shard, which stays in memory while its set is in use."""
+"""Largest compressed shard once unpacked: it stays in memory while its set is in use."""
 MAX_MEMBERS = 1_000_000
-"""Of one shard."""
+"""Most members of one shard."""
 MAX_NAME_BYTES = 1024
 MAX_HEADER_BYTES = 1 << 20
-"""Of one member's extended header, which is read into memory."""
+"""Longest extended header of a member, which is read into memory."""
 
 
-def list_shards(shards: list[Path] | list[RemoteFile]) -> Samples:
+def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
     """The members of several shards, in their order.
 
     Raises:
@@ -29,59 +30,38 @@ def list_shards(shards: list[Path] | list[RemoteFile]) -> Samples:
     """
     samples: Samples = {}
     for shard in shards:
-        listed = list_shard(shard)
-        for key in listed.keys() & samples.keys():
-            raise DataError(f"{_name(shard)}: its key {key!r} is in an earlier shard too; every key must be there once")
-        samples |= listed
+        members = list_shard(shard)
+        for key in members.keys() & samples.keys():
+            raise DataError(f"{shard.name}: its key {key!r} is in an earlier shard too; every key must be there once")
+        samples |= members
     return samples
 
 
-def list_shard(shard: Path | RemoteFile) -> Samples:
+def list_shard(shard: LocalFile | RemoteFile) -> Samples:
     """The members of one shard, in its order, by WebDataset's key: the path up to the name's first dot.
 
-    Of a plain tar nothing is unpacked, and of each member only its place in the file is kept; at a URL only the
-    members' headers are fetched. A `.tar.gz` is unpacked into memory, never to disk.
+    A plain tar is not unpacked: each member is a place in the file. At a URL only the members' headers are fetched. A
+    `.tar.gz` is unpacked into memory, never to disk.
 
     Raises:
-        DataError: the tar is damaged or cut off, or it is compressed and not named `.tar.gz`, or unpacked it has more
-            than `MAX_UNPACKED_BYTES`; or it holds a link, a device or another thing that is no plain file, a name that
-            is absolute, leads upward or is too long, a name twice, or too many members. A tar that does is not to be
-            trusted.
+        DataError: the tar is damaged, cut off or not to be trusted (see `_check_member`), it is compressed and not
+            named `.tar.gz`, or it has more than `MAX_UNPACKED_BYTES` when unpacked.
     """
-    name = _name(shard)
-    short = name.rpartition("/")[2]
-    memory = _unpack(shard) if short.endswith(".gz") else None
+    short = shard.name.rpartition("/")[2]
+    file = _unpack(shard) if short.endswith(".gz") else shard
     samples: Samples = {}
-    seen: set[str] = set()
     try:
-        with io.BytesIO(memory) if memory is not None else _open(shard) as stream:
-            size = stream.seek(0, io.SEEK_END)
-            stream.seek(0)
-            headers: Any = _Headers(stream)
-            with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
-                for member in tar:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    if member.isdir():
-                        continue
-                    _check_member(name, member, seen, size)
-                    path = PurePosixPath(member.name)
-                    stem, dot, suffix = path.name.partition(".")
-                    place: StoredBytes
-                    if memory is None and isinstance(shard, RemoteFile):
-                        place = RemoteBytes(f"{short}/{path}", shard, member.offset_data, member.size)
-                    else:
-                        local = shard if isinstance(shard, Path) else Path(short)
-                        place = FileBytes(f"{short}/{path}", local, member.offset_data, member.size, memory)
-                    samples.setdefault((path.parent / stem).as_posix(), Sample()).add((dot + suffix).lower(), place)
-                end = tar.offset
-            # tarfile stops without a word where a header is damaged or missing
-            stream.seek(end)
-            if stream.read(512) != bytes(512):
-                raise DataError(f"{name}: damaged or cut off at byte {end}; make or download it again")
+        with file.open() as stream:
+            for member in _members(stream, shard.name):
+                path = PurePosixPath(member.name)
+                stem, dot, suffix = path.name.partition(".")
+                sample = samples.setdefault((path.parent / stem).as_posix(), Sample())
+                content = FileBytes(f"{short}/{path}", file, member.offset_data, member.size)
+                sample.add((dot + suffix).lower(), content)
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         if isinstance(error, DavaeError):
             raise
-        raise DataError(f"{name}: no sound, uncompressed tar ({error}); make or download it again") from error
+        raise DataError(f"{shard.name}: no sound, uncompressed tar ({error}); make or download it again") from error
     return samples
 
 
@@ -94,22 +74,25 @@ def remote_shards(url: str) -> list[RemoteFile]:
     span = re.search(r"\{(\d+)\.\.(\d+)\}", url)
     if span is not None:
         first, last = span.groups()
-        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        return [shard for number in numbers for shard in remote_shards(url.replace(span.group(), number, 1))]
+        numbered: list[RemoteFile] = []
+        for number in range(int(first), int(last) + 1):
+            numbered += remote_shards(url.replace(span.group(), str(number).zfill(len(first)), 1))
+        return numbered
+
     if "*" in url:
-        found = RemoteFile(url).matches()
+        shards = RemoteFile(url).matches()
     elif url.endswith((".tar", ".tar.gz")):
-        found = [RemoteFile(url)]
+        shards = [RemoteFile(url)]
     else:
         folder = url.rstrip("/")
-        found = [*RemoteFile(f"{folder}/*.tar").matches(), *RemoteFile(f"{folder}/*.tar.gz").matches()]
-    if not found:
+        shards = [*RemoteFile(f"{folder}/*.tar").matches(), *RemoteFile(f"{folder}/*.tar.gz").matches()]
+    if not shards:
         raise DataError(f"{url} holds no shards; give the URL of a .tar, of a folder of them, or a pattern")
-    return found
+    return shards
 
 
 class _Headers:
-    """What tarfile reads headers from: it reads nothing else, and would read one of any size."""
+    """The stream from which tarfile reads headers, without those that would fill the memory."""
 
     def __init__(self, stream: Stream) -> None:
         self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
@@ -120,30 +103,47 @@ class _Headers:
         return self._stream.read(size)
 
 
-def _name(shard: Path | RemoteFile) -> str:
-    return shard.url if isinstance(shard, RemoteFile) else str(shard)
+def _members(stream: Stream, shard: str) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, each checked; the end of the tar is checked, too."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    headers: Any = _Headers(stream)
+    seen: set[str] = set()
+    with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
+        for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            if not member.isdir():
+                _check_member(shard, member, seen, size)
+                yield member
+        end = tar.offset
+
+    # tarfile stops without an error where a header is damaged or missing.
+    stream.seek(end)
+    if stream.read(512) != bytes(512):
+        raise DataError(f"{shard}: damaged or cut off at byte {end}; make or download it again")
 
 
-def _open(shard: Path | RemoteFile) -> Stream:
-    return shard.open() if isinstance(shard, RemoteFile) else shard.open("rb")
-
-
-def _unpack(shard: Path | RemoteFile) -> bytes:
-    name = _name(shard)
+def _unpack(shard: LocalFile | RemoteFile) -> LocalFile:
     try:
-        with _open(shard) as packed, gzip.open(packed) as stream:
+        with shard.open() as packed, gzip.open(packed) as stream:
             data = stream.read(MAX_UNPACKED_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: no sound gzip file ({error}); make or download it again") from error
+        raise DataError(f"{shard.name}: no sound gzip file ({error}); make or download it again") from error
     if len(data) > MAX_UNPACKED_BYTES:
         raise DataError(
-            f"{name}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, the most of one compressed shard; "
+            f"{shard.name}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, the most of one compressed shard; "
             "gunzip it: a plain tar of any size is read in place"
         )
-    return data
+    return LocalFile(Path(shard.name), data)
 
 
 def _check_member(shard: str, member: tarfile.TarInfo, seen: set[str], size: int) -> None:
+    """Refuse a member that no honest shard has.
+
+    Raises:
+        DataError: it is no plain file; its name is absolute, leads upward, is too long or is there twice; it is longer
+            than the shard; or there are too many members.
+    """
     place = f"{shard}: member {member.name[:100]!r}"
     name = PurePosixPath(member.name)
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
@@ -156,6 +156,7 @@ def _check_member(shard: str, member: tarfile.TarInfo, seen: set[str], size: int
         raise DataError(f"{place} is there twice; every name must be there once, so make the shard again")
     if member.offset_data + member.size > size:
         raise DataError(f"{place} is longer than the file; make or download the shard again")
+
     seen.add(name.as_posix())
     if len(seen) > MAX_MEMBERS:
         raise DataError(f"{shard}: more than the allowed {MAX_MEMBERS} members; split it into several shards")

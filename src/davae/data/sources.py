@@ -13,9 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from davae.data.buckets import Bucket, Crop, central_crop, fit
-from davae.data.entries import Entry, least, make_entries
-from davae.data.labels import folder_classes, number_classes
-from davae.data.listing import Source, list_source
+from davae.data.entries import PictureEntry, folder_classes, make_entries, number_classes, smallest_size
+from davae.data.listing import PictureSource, list_source
 from davae.data.loading import in_threads
 from davae.data.order import bucket_batch
 from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, read_picture, to_floats
@@ -33,14 +32,13 @@ MEMORY_BYTES = 1 << 30
 class PictureSet:
     """Captioned pictures in the order of their keys, decoded when they are first used; made by `open_pictures`.
 
-    `keys` and `captions` run in step with the pictures, and so do `classes`, if the set was opened with classes;
-    `class_names` are in the order of class numbers, if these are numbered sub-folders. `buckets` are the sizes that the
-    pictures have, and `members` the pictures of each. `refused` lists what the source holds and the set does not, with
-    reasons.
+    `keys`, `captions` and `classes` run in step with the pictures; `classes` is empty if the set was opened without.
+    `class_names` are in the order of class numbers, if the classes are sub-folders. `buckets` are the sizes that the
+    pictures have, and `members` the pictures of each. `refused` lists with reasons what the source holds besides.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], *, size: int, refused: Sequence[Refusal], class_names: Sequence[str] = ()
+        self, entries: Sequence[PictureEntry], *, size: int, refused: Sequence[Refusal], class_names: Sequence[str] = ()
     ) -> None:
         self._entries = list(entries)
         self.size = size
@@ -49,18 +47,21 @@ class PictureSet:
         self.captions = [entry.caption for entry in entries]
         self.classes = [entry.label for entry in entries if isinstance(entry.label, int)]
         self.class_names = list(class_names)
+
         self.buckets = sorted({entry.bucket for entry in entries})
         self.members: list[list[int]] = [[] for _ in self.buckets]
+        decoded_bytes = 0
         for index, entry in enumerate(entries):
             self.members[self.buckets.index(entry.bucket)].append(index)
-        self._kept = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
+            decoded_bytes += 3 * entry.bucket.height * entry.bucket.width
+        self._in_memory = decoded_bytes <= MEMORY_BYTES
         self._memory: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """One picture, centre-cropped to the shape of its bucket and scaled down as `fit` does.
+        """One picture, centre-cropped to the shape of its bucket and scaled down by `fit`.
 
         A JPEG of at least four times the bucket's longer side is decoded at a smaller scale, never under twice it.
 
@@ -71,23 +72,24 @@ class PictureSet:
             return self._memory[index].clone()
         faults.at("decode")
         picture = self.decode(index)
-        if self._kept:
+        if self._in_memory:
             self._memory[index] = picture.clone()
         return picture
 
     def decode(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """As `image`, from the encoded bytes in any case."""
-        entry = self._entries[index]
-        enough = 2 * max(entry.bucket.height, entry.bucket.width)
-        decoded = read_picture(entry.picture.read(), entry.picture.name, min_side=1, enough=enough)
-        if decoded.shape[1] < entry.bucket.height or decoded.shape[2] < entry.bucket.width:
-            # a PNG that lies on its side, and says so behind its pixels only
-            reason = f"{decoded.shape[2]}x{decoded.shape[1]} pixels when upright, too small; save it upright"
-            raise PictureRefused(entry.picture.name, reason, "too small")
-        return fit(decoded, entry.bucket)
+        """As `image`, but always from the encoded bytes."""
+        stored, bucket = self._entries[index].picture, self._entries[index].bucket
+        enough = 2 * max(bucket.height, bucket.width)
+        picture = read_picture(stored.read(), stored.name, min_side=1, enough=enough)
+        height, width = picture.shape[1:]
+        if height < bucket.height or width < bucket.width:
+            # A PNG that lies on its side, and says so behind its pixels only.
+            reason = f"{width}x{height} pixels when upright, too small; save it upright"
+            raise PictureRefused(stored.name, reason, "too small")
+        return fit(picture, bucket)
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
-        """Several pictures of one bucket, float32 in [-1, 1]; what is not in memory is decoded in `WORKERS` threads.
+        """Several pictures of one bucket, float32 in [-1, 1]; they are decoded in `WORKERS` threads.
 
         Raises:
             SettingsError: they are of several buckets.
@@ -106,7 +108,8 @@ class PictureSet:
         """These pictures' numbers, in their order, in batches of one bucket each."""
         for bucket in self.buckets:
             chosen = [index for index in indices if self._entries[index].bucket == bucket]
-            yield from (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+            for start in range(0, len(chosen), batch_size):
+                yield chosen[start : start + batch_size]
 
     def step_indices(self, batch_size: int, *, seed: int, step: int) -> list[int]:
         """The pictures of one step of training, all of one bucket: see `davae.data.order.bucket_batch`."""
@@ -129,8 +132,17 @@ class PictureSet:
         size = f"{entry.bucket.width}x{entry.bucket.height} pixels"
         return hashlib.sha256(f"{content}, centre, {size}".encode()).hexdigest()
 
-    def _images(self, indices: Sequence[int]) -> list[Tensor]:
-        return in_threads(self.image, indices, alone=all(index in self._memory for index in indices))
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, as hexadecimal, over keys, captions, classes and the encoded bytes; reads every file once."""
+        total = hashlib.sha256()
+        for entry in self._entries:
+            parts = [entry.key.encode(), entry.caption.encode()]
+            if entry.label is not None:
+                parts.append(str(entry.label).encode())
+            for part in (*parts, entry.picture.read()):
+                total.update(hashlib.sha256(part).digest())
+        return total.hexdigest()
 
     def sound(self, report: Path | None = None, *, max_unreadable: float = 1.0) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
@@ -138,29 +150,21 @@ class PictureSet:
         Args:
             report: a JSON file for the reasons of all refusals, by name; without any there is none.
             max_unreadable: the largest share of the source's pictures, rounded up to whole pictures, that may be
-                refused because they cannot be read. Pictures that are too small or lack a caption or class do not
-                count: whoever gathers pictures expects some, while many damaged files mean a broken download.
+                refused because they cannot be read. The kinds in `LEFT_OUT` do not count: any collection has some,
+                while many damaged files mean a broken download.
 
         Raises:
             DataError: none is left, or too many cannot be read.
             StorageError: `report` cannot be written.
         """
-
-        def refusal(index: int) -> Refusal | None:
-            try:
-                self.image(index)
-            except PictureRefused as error:
-                return Refusal(error.name, error.reason, error.kind)
-            return None
-
-        found = in_threads(refusal, range(len(self)))
-        usable = [index for index, refusal in enumerate(found) if refusal is None]
-        damaged = [refusal for refusal in found if refusal is not None]
-        refused = self.refused + damaged
-        if refused and report is not None:
+        outcomes = in_threads(self._try_to_decode, range(len(self)))
+        usable = [index for index, refusal in enumerate(outcomes) if refusal is None]
+        refused = self.refused + [refusal for refusal in outcomes if refusal is not None]
+        if report is not None and refused:
             write_json(report, {refusal.name: refusal.reason for refusal in refused})
         elif report is not None:
             report.unlink(missing_ok=True)  # of an earlier run
+
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
         where = f"; all are in {report}" if report and refused else ""
@@ -173,30 +177,31 @@ class PictureSet:
             )
         if refused:
             logger.warning("%d pictures are used, %s%s", len(usable), summarise(refused), where)
-        if not damaged:
+        if len(usable) == len(self):
             return self
+
         entries = [self._entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
         rest._memory = {new: self._memory[old] for new, old in enumerate(usable) if old in self._memory}
         return rest
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256, as hexadecimal, over keys, captions, classes and the encoded bytes; reads every file once."""
-        total = hashlib.sha256()
-        for entry in self._entries:
-            label = [] if entry.label is None else [str(entry.label).encode()]
-            for part in (entry.key.encode(), entry.caption.encode(), *label, entry.picture.read()):
-                total.update(hashlib.sha256(part).digest())
-        return total.hexdigest()
-
     def refusals_summary(self) -> str:
         """How many pictures were refused, and the reasons of the first ones, for people."""
         return summarise(self.refused)
 
+    def _images(self, indices: Sequence[int]) -> list[Tensor]:
+        return in_threads(self.image, indices, alone=self._memory.keys() >= set(indices))
+
+    def _try_to_decode(self, index: int) -> Refusal | None:
+        try:
+            self.image(index)
+        except PictureRefused as error:
+            return Refusal(error.name, error.reason, error.kind)
+        return None
+
 
 def open_pictures(
-    source: Source,
+    source: PictureSource,
     *,
     size: int,
     split: str | None = None,
@@ -215,7 +220,7 @@ def open_pictures(
             dataset of Hugging Face `datasets`. See docs/data.md.
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
-        limit: most pictures; so many are taken at equal distances in the list of keys, so that they are not all alike.
+        limit: most pictures; they are taken at equal distances in the list of keys, so that they are not all alike.
         captions: each picture needs one; otherwise the caption of one without is "".
         classes: each picture needs a class instead of a caption: a whole number in its `.cls` or the "class" or "label"
             of its `.json` or row; in a folder of pictures, if none has those, the sub-folder at the top that it lies
@@ -233,20 +238,26 @@ def open_pictures(
         raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
     if limit is not None and limit < 1:
         raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
-    buckets = tuple(buckets) or (Bucket(size, size),)
+
+    # In the order of keys; a split is decided by the key alone.
     listing = list_source(source)
-    samples = {key: sample for key, sample in sorted(listing.samples.items()) if sample.pictures}
-    if split is not None:
-        samples = {key: sample for key, sample in samples.items() if heldout(key) == (split == "heldout")}
+    samples = {}
+    for key, sample in sorted(listing.samples.items()):
+        if sample.pictures and (split is None or heldout(key) == (split == "heldout")):
+            samples[key] = sample
+
+    buckets = tuple(buckets) or (Bucket(size, size),)
     folders = folder_classes(listing.samples) if classes and listing.folders else {}
     entries, unusable = make_entries(samples, buckets, folders if classes else None, captions)
     refused = [*listing.refused, *unusable]
     if not entries:
-        rule = " (about one key in ten is held out, by a hash of its name: give more pictures)"
-        what = f"no usable picture{'' if split is None else f' of the split {split!r}{rule}'} in {source}"
-        suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         labels = " with classes" if classes else " with captions beside them" if captions else ""
-        raise DataError(f"{what}; looked for {suffixes} of at least {least(buckets)}{labels}; {summarise(refused)}")
+        rule = "(about one key in ten is held out, by a hash of its name: give more pictures)"
+        raise DataError(
+            f"no usable picture{'' if split is None else f' of the split {split!r} {rule}'} in {source}; looked for "
+            f"{' '.join(sorted(PICTURE_SUFFIXES))} of at least {smallest_size(buckets)}{labels}; {summarise(refused)}"
+        )
+
     names: list[str] = []
     if classes:
         numbers, names = number_classes([entry.label for entry in entries if entry.label is not None], folders)

@@ -13,15 +13,15 @@ from davae.errors import DataError, SettingsError
 
 PICTURE_SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp "
-    # pictures that are not read: listed, so that they are refused by name rather than passed over in silence
+    # Pictures that are not read: listed, so that they are refused by name rather than passed over in silence.
     ".avif .cr2 .dng .eps .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga".split()
 )
 TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
 
 HEADER_BYTES = 1 << 15
-"""What is fetched at once to see the header of a remote picture."""
+"""Bytes that are fetched at once to see the header of a remote picture."""
 ATTEMPTS = 3
-"""Of reading from afar, a second and then two apart, before it is an error."""
+"""How often a remote file is tried, with pauses of a second and then two, before it is an error."""
 
 
 @dataclass(frozen=True)
@@ -41,74 +41,30 @@ def summarise(refused: Sequence[Refusal]) -> str:
     return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
 
 
-@dataclass(frozen=True)
-class StoredBytes:
-    """Some bytes that can be read again and again: a file, a member of a shard, a cell of a table."""
-
-    name: str
-    """What messages call them: the path inside the source."""
-
-    @property
-    def length(self) -> int:
-        """How many."""
-        return len(self.read())
-
-    def read(self) -> bytes:
-        """All of them.
-
-        Raises:
-            PictureRefused: they are gone, unreadable, or fewer than when they were listed.
-            DataError: the network or the remote store fails.
-        """
-        raise NotImplementedError
-
-    def open(self) -> Stream:
-        """A seekable stream of them, which need not fetch them all."""
-        return io.BytesIO(self.read())
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
-class FileBytes(StoredBytes):
-    """A run of bytes on disk: a file, or the content of a shard's member."""
+class LocalFile:
+    """A file on this machine, or the content of a compressed one in memory."""
 
     path: Path
-    offset: int
-    size: int
-    memory: bytes | None = field(default=None, repr=False, compare=False)
-    """What `offset` counts in, if it is not the file itself: the shard in `path`, unpacked."""
+    unpacked: bytes | None = field(default=None, repr=False, compare=False)
 
     @property
-    def length(self) -> int:
-        """How many."""
-        return self.size
-
-    def read(self) -> bytes:
-        """All of them, as `StoredBytes.read`."""
-        try:
-            with self.path.open("rb") if self.memory is None else io.BytesIO(self.memory) as stream:
-                stream.seek(self.offset)
-                data = stream.read(self.size)
-        except OSError as error:
-            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
-        if len(data) != self.size:
-            raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
-        return data
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
 
     def open(self) -> Stream:
-        """A stream of them, as `StoredBytes.open`."""
-        # a shard's member is read whole: Pillow needs a stream that begins with the picture
-        return super().open() if self.offset or self.memory is not None else self.path.open("rb")
+        """A stream of all bytes."""
+        return self.path.open("rb") if self.unpacked is None else io.BytesIO(self.unpacked)
 
-
-@dataclass(frozen=True)
-class CellBytes(StoredBytes):
-    """A picture in a table, or in memory."""
-
-    get: Callable[[], bytes] = field(repr=False, compare=False)
-
-    def read(self) -> bytes:
-        """All of them, as `StoredBytes.read`."""
-        return self.get()
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`, or fewer where the file ends."""
+        with self.open() as stream:
+            stream.seek(start)
+            return stream.read(end - start)
 
 
 @dataclass(frozen=True)
@@ -116,6 +72,11 @@ class RemoteFile:
     """A file at any URL that fsspec knows: s3://, gs://, hf://, https://, file://, memory://, ..."""
 
     url: str
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.url
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -126,7 +87,7 @@ class RemoteFile:
     @cached_property
     def size(self) -> int:
         """In bytes."""
-        return self._tried(lambda files, path: int(files.size(path)))
+        return self._try(lambda files, path: int(files.size(path)))
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to before `end`.
@@ -134,7 +95,7 @@ class RemoteFile:
         Raises:
             DataError: they cannot be read, or there are fewer.
         """
-        data = self._tried(lambda files, path: files.cat_file(path, start=start, end=end))
+        data = self._try(lambda files, path: files.cat_file(path, start=start, end=end))
         if len(data) != end - start:
             raise DataError(f"{self.url}: {len(data)} bytes instead of {end - start} at {start}; is it complete?")
         return data
@@ -145,17 +106,15 @@ class RemoteFile:
 
     def matches(self) -> list["RemoteFile"]:
         """The files that this URL, a pattern with *, stands for, in sorted order."""
-        return [
-            RemoteFile(files.unstrip_protocol(path))
-            for files, paths in [self._tried(lambda files, path: (files, sorted(files.glob(path))))]
-            for path in paths
-        ]
+        urls = self._try(lambda files, path: [files.unstrip_protocol(match) for match in sorted(files.glob(path))])
+        return [RemoteFile(url) for url in urls]
 
-    def _tried(self, action: Callable[[Any, str], Any]) -> Any:
+    def _try(self, action: Callable[[Any, str], Any]) -> Any:
         try:
             files, path = self._place
         except (ImportError, ValueError) as error:
             raise SettingsError(f"{self.url}: {error}; install what reads such URLs, or give a path") from error
+
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action(files, path)
@@ -163,9 +122,9 @@ class RemoteFile:
                 raise DataError(f"{self.url} is not there; mend the URL") from error
             except Exception as error:  # every store raises its own
                 if attempt == ATTEMPTS:
-                    what = f"{type(error).__name__}: {error}"
-                    raise DataError(f"{self.url} cannot be read, {attempt} times tried ({what})") from error
-                time.sleep(attempt)
+                    reason = f"{type(error).__name__}: {error}"
+                    raise DataError(f"{self.url} cannot be read, {attempt} times tried ({reason})") from error
+            time.sleep(attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
@@ -200,31 +159,80 @@ class _Range(io.RawIOBase):
         return last - first
 
 
-@dataclass(frozen=True)
-class RemoteBytes(StoredBytes):
-    """The content of a member of a remote shard."""
+# --------------------------------------------------------------------------------------------------- pictures and texts
 
-    file: RemoteFile
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes that can be read again and again."""
+
+    name: str
+    """The path inside the source, for messages."""
+
+    @property
+    def length(self) -> int:
+        """How many bytes there are."""
+        return len(self.read())
+
+    def read(self) -> bytes:
+        """All of the bytes.
+
+        Raises:
+            PictureRefused: they are gone, unreadable, or fewer than when they were listed.
+            DataError: the network or the remote store fails.
+        """
+        raise NotImplementedError
+
+    def open(self) -> Stream:
+        """A seekable stream of the bytes, which need not fetch them all."""
+        return io.BytesIO(self.read())
+
+
+@dataclass(frozen=True)
+class FileBytes(StoredBytes):
+    """A part of a file: all of it, or the content of a shard's member."""
+
+    file: LocalFile | RemoteFile
     offset: int
     size: int
 
     @property
     def length(self) -> int:
-        """How many."""
+        """As listed."""
         return self.size
 
     def read(self) -> bytes:
-        """All of them, as `StoredBytes.read`."""
-        return self.file.read(self.offset, self.offset + self.size)
+        """As `StoredBytes.read`."""
+        try:
+            data = self.file.read(self.offset, self.offset + self.size)
+        except OSError as error:
+            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
+        if len(data) != self.size:
+            raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
+        return data
 
     def open(self) -> Stream:
-        """A stream of them, as `StoredBytes.open`."""
-        return self.file.open(self.offset, self.offset + self.size)
+        """As `StoredBytes.open`."""
+        if isinstance(self.file, RemoteFile):
+            return self.file.open(self.offset, self.offset + self.size)
+        # Pillow needs a stream that begins with the picture.
+        return super().open() if self.offset else self.file.open()
+
+
+@dataclass(frozen=True)
+class CellBytes(StoredBytes):
+    """A picture in a table, or in memory."""
+
+    get: Callable[[], bytes] = field(repr=False, compare=False)
+
+    def read(self) -> bytes:
+        """As `StoredBytes.read`."""
+        return self.get()
 
 
 @dataclass
 class Sample:
-    """What a source holds under one key: encoded pictures, texts by suffix, and the row of a table."""
+    """The content of a source under one key: encoded pictures, texts by suffix, and the row of a table."""
 
     pictures: list[StoredBytes] = field(default_factory=list)
     texts: dict[str, StoredBytes] = field(default_factory=dict)

@@ -1,5 +1,6 @@
-"""What a set of pictures is made of, before anybody trains on it: counts, sizes, detail, captions, speed, a picture."""
+"""Look at a set of pictures before training on it: counts, sizes, detail, captions, speed, a contact sheet."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from davae.data.loading import WORKERS, in_threads
@@ -17,78 +20,59 @@ from davae.data.pictures import LEFT_OUT, PictureRefused, to_floats
 from davae.data.sources import PictureSet
 from davae.data.stored import Refusal
 from davae.method.metrics import half_size_psnr
-from davae.run.progress import track
 
 TIMED_PICTURES = 64
 SOFT_DB = 40.0
-"""Above so many dB of `half_size_psnr` a picture says little about detail."""
+"""A picture of more dB of `half_size_psnr` says little about detail."""
+QUANTILES = {"least": 0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "greatest": 1}
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, LINE = 8, 6, 128, 14
 
 
 def survey(pictures: PictureSet) -> dict[str, Any]:
     """The facts about a set, as JSON holds them; decodes every picture once.
 
-    - `refused`: how many by kind, and each one's name, kind and reason; `unreadable` are those whose kind is not in
-      `LEFT_OUT`.
-    - `stored`: quantiles of the upright pictures' widths, heights and megapixels.
-    - `buckets`: size, pictures, and the mean share of a picture that the crop cuts off.
-    - `half_size_psnr_db`: quantiles of `davae.method.metrics.half_size_psnr` at the bucket's size; `soft`: how many
-      are above `soft_db`.
-    - `captions`: quantiles of their lengths in characters and words; how many are empty or not the only of their kind.
-    - `classes`: how many there are, and the fewest and most pictures of one.
-    - `loader`: pictures and megapixels of the stored size a second, decoded and fitted, by one thread and by `threads`,
-      from files that were just read. Not a benchmark: see benchmarks/loading.py.
+    `refused`: counts by kind, and each picture's reason; `unreadable` are those whose kind is not in `LEFT_OUT`.
+    `stored`: widths, heights and megapixels of the upright pictures. `buckets`: size, pictures, and the mean share that
+    the crop cuts off. `half_size_psnr_db` at the bucket's size; `soft` counts the pictures above `soft_db`. `loader`:
+    pictures and megapixels a second, decoded and fitted, by one thread and by `threads`, from files that were just
+    read; not a benchmark (see benchmarks/loading.py).
     """
-    softness: dict[int, float] = {}
-    damaged: list[Refusal] = []
-    for index in track(range(len(pictures)), "decoding images", unit="images"):
-        try:
-            image = to_floats(pictures.decode(index)[None])
-        except PictureRefused as error:
-            damaged.append(Refusal(error.name, error.reason, error.kind))
-        else:
-            softness[index] = half_size_psnr(image).item()
-    refused = [*pictures.refused, *damaged]
+    softness, damaged = _decode_all(pictures)
     sound = list(softness)
     sizes = np.array([pictures.original_size(index) for index in sound]).reshape(-1, 2)
     facts: dict[str, Any] = {
         "pictures": len(sound),
-        "refused": {
-            "pictures": len(refused),
-            "unreadable": sum(refusal.kind not in LEFT_OUT for refusal in refused),
-            "kinds": dict(Counter(refusal.kind for refusal in refused).most_common()),
-            "each": [{"name": item.name, "kind": item.kind, "reason": item.reason} for item in refused],
-        },
+        "refused": _count_refused([*pictures.refused, *damaged]),
         "stored": {
             "width": quantiles(sizes[:, 0]),
             "height": quantiles(sizes[:, 1]),
             "megapixels": quantiles(sizes.prod(1) / 1e6),
         },
-        "buckets": _buckets(pictures, sound),
+        "buckets": _describe_buckets(pictures, sound),
         "half_size_psnr_db": quantiles(list(softness.values())),
         "soft": sum(value > SOFT_DB for value in softness.values()),
         "soft_db": SOFT_DB,
-        "captions": _captions([pictures.captions[index] for index in sound]),
+        "captions": _describe_captions([pictures.captions[index] for index in sound]),
     }
+
     if pictures.classes:
         counts = Counter(pictures.classes[index] for index in sound)
         facts["classes"] = {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
-    return {**facts, "loader": _speed(pictures, sound)}
+    return {**facts, "loader": _time_loader(pictures, sound)}
 
 
 def quantiles(values: Sequence[float] | Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Least, 5 %, median, 95 % and greatest; empty of no values."""
+    """Least, 5 %, median, 95 % and greatest; empty if there are no values."""
     if not len(values):
         return {}
-    found = np.quantile(np.asarray(values, np.float64), (0, 0.05, 0.5, 0.95, 1))
-    names = ("least", "5 %", "median", "95 %", "greatest")
-    return {name: round(float(value), 3) for name, value in zip(names, found, strict=True)}
+    numbers = np.quantile(np.asarray(values, np.float64), list(QUANTILES.values()))
+    return {name: round(float(number), 3) for name, number in zip(QUANTILES, numbers, strict=True)}
 
 
 def contact_sheet(pictures: PictureSet) -> UInt8[Tensor, "3 height width"]:
-    """Up to 48 pictures, evenly spread over the set, as training sees them, the beginning of the caption under each.
+    """Up to 48 pictures, evenly spread over the set, as training sees them, with the beginning of their captions.
 
-    What cannot be decoded is a grey field.
+    A picture that cannot be decoded is a grey field.
     """
     count = min(len(pictures), SHEET_COLUMNS * SHEET_ROWS)
     rows = -(-count // SHEET_COLUMNS)
@@ -97,12 +81,14 @@ def contact_sheet(pictures: PictureSet) -> UInt8[Tensor, "3 height width"]:
     for place in range(count):
         index = place * len(pictures) // count
         left, top = place % SHEET_COLUMNS * THUMBNAIL, place // SHEET_COLUMNS * (THUMBNAIL + LINE)
+
         try:
             image = Image.fromarray(pictures.decode(index).permute(1, 2, 0).contiguous().numpy())
         except PictureRefused:
             image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "grey")
         image.thumbnail((THUMBNAIL - 4, THUMBNAIL - 4))
         sheet.paste(image, (left + (THUMBNAIL - image.width) // 2, top + (THUMBNAIL - image.height) // 2))
+
         caption = " ".join((pictures.captions[index] or pictures.keys[index]).split())
         while draw.textlength(caption, font=font) > THUMBNAIL - 4:
             caption = caption[:22] if len(caption) > 22 else caption[:-1]
@@ -115,20 +101,43 @@ def source_name(source: Path | str) -> str:
     return Path(str(source).partition("?")[0].rstrip("/")).name.partition(".")[0] or "data"
 
 
-def _buckets(pictures: PictureSet, sound: Sequence[int]) -> list[dict[str, Any]]:
+def _decode_all(pictures: PictureSet) -> tuple[dict[int, float], list[Refusal]]:
+    """The softness of each picture in dB, and the pictures that are damaged behind their headers."""
+    softness: dict[int, float] = {}
+    damaged: list[Refusal] = []
+    for index in track(range(len(pictures)), "decoding pictures", console=Console(stderr=True), transient=True):
+        try:
+            image = to_floats(pictures.decode(index)[None])
+        except PictureRefused as error:
+            damaged.append(Refusal(error.name, error.reason, error.kind))
+        else:
+            softness[index] = half_size_psnr(image).item()
+    return softness, damaged
+
+
+def _count_refused(refused: Sequence[Refusal]) -> dict[str, Any]:
+    return {
+        "pictures": len(refused),
+        "unreadable": sum(refusal.kind not in LEFT_OUT for refusal in refused),
+        "kinds": dict(Counter(refusal.kind for refusal in refused).most_common()),
+        "each": [{"name": refusal.name, "kind": refusal.kind, "reason": refusal.reason} for refusal in refused],
+    }
+
+
+def _describe_buckets(pictures: PictureSet, sound: Sequence[int]) -> list[dict[str, Any]]:
     usable = set(sound)
     rows = []
     for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
-        kept = []
+        shares = []
         for index in usable.intersection(members):
             crop, (width, height) = pictures.crop(index), pictures.original_size(index)
-            kept.append(crop.width * crop.height / (width * height))
-        cut = round(1 - sum(kept) / len(kept), 4) if kept else None
-        rows.append({"width": bucket.width, "height": bucket.height, "pictures": len(kept), "cut_off": cut})
+            shares.append(crop.width * crop.height / (width * height))
+        cut_off = round(1 - sum(shares) / len(shares), 4) if shares else None
+        rows.append({"width": bucket.width, "height": bucket.height, "pictures": len(shares), "cut_off": cut_off})
     return rows
 
 
-def _captions(captions: Sequence[str]) -> dict[str, Any]:
+def _describe_captions(captions: Sequence[str]) -> dict[str, Any]:
     counts = Counter(captions)
     return {
         "characters": quantiles([len(caption) for caption in captions]),
@@ -138,17 +147,18 @@ def _captions(captions: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _speed(pictures: PictureSet, sound: Sequence[int]) -> dict[str, Any]:
+def _time_loader(pictures: PictureSet, sound: Sequence[int]) -> dict[str, Any]:
+    """Rates of one thread and of several."""
     chosen = sound[:: -(-len(sound) // TIMED_PICTURES)] if sound else []
-    pixels = sum(width * height for width, height in map(pictures.original_size, chosen)) / 1e6
-    seconds = []
+    megapixels = sum(math.prod(pictures.original_size(index)) for index in chosen) / 1e6
+    rates = []
     for alone in (True, False):
         began = time.perf_counter()
         in_threads(pictures.decode, chosen, alone=alone)
-        seconds.append(time.perf_counter() - began)
+        rates.append(1 / max(time.perf_counter() - began, 1e-9))
     return {
         "pictures": len(chosen),
         "threads": WORKERS,
-        "pictures_per_second": [round(len(chosen) / max(value, 1e-9), 1) for value in seconds],
-        "megapixels_per_second": [round(pixels / max(value, 1e-9), 1) for value in seconds],
+        "pictures_per_second": [round(len(chosen) * rate, 1) for rate in rates],
+        "megapixels_per_second": [round(megapixels * rate, 1) for rate in rates],
     }

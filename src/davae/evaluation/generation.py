@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from davae.backbones import backbone_of
 from davae.backbones.sizes import Size
 from davae.data.buckets import Bucket
-from davae.data.listing import Source
+from davae.data.listing import PictureSource
 from davae.data.pictures import ORIGIN, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
@@ -122,7 +122,7 @@ def generate(
 
 def evaluate(
     pipeline: DiffusionPipeline,
-    pictures: Source,
+    pictures: PictureSource,
     out: Path,
     *,
     count: int = 1000,

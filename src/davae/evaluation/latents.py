@@ -15,7 +15,7 @@ from einops import reduce
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from davae.data.listing import Source
+from davae.data.listing import PictureSource
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.embedding import check_tsne_is_installed, principal_components, tsne
@@ -135,7 +135,7 @@ def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> di
 
 def draw_latents(
     autoencoders: Mapping[str, AutoencoderDA],
-    pictures: Source,
+    pictures: PictureSource,
     out: Path,
     *,
     size: int = 256,

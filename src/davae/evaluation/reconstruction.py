@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from davae.data.listing import Source
+from davae.data.listing import PictureSource
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
@@ -129,7 +129,7 @@ def tokenizer_table(
 
 def reconstruct(
     autoencoder: AutoencoderDA,
-    pictures: Source,
+    pictures: PictureSource,
     out: Path,
     *,
     base: ModelMixin | None = None,

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from davae import assets
 from davae.data.buckets import Bucket, bucket_table
-from davae.data.listing import Source
+from davae.data.listing import PictureSource
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError
 from davae.run.storage import read_json, write_json
@@ -38,7 +38,7 @@ class PicturesRecipe(OptimisationRecipe):
     more the run stops before it begins. Those too small or without a caption or class are left out and do not count."""
 
     @property
-    def source(self) -> Source:
+    def source(self) -> PictureSource:
         """Of the pictures."""
         return self.pictures or assets.pictures()
 
