@@ -1,15 +1,25 @@
 """Tiny real transformers, those that are not in `tiny`, random wherever a new model of the class is zero."""
 
+import diffusers
+import pytest
 from diffusers import (
     AuraFlowTransformer2DModel,
     CogView4Transformer2DModel,
     Flux2Transformer2DModel,
     HunyuanDiT2DModel,
     Lumina2Transformer2DModel,
+    ModelMixin,
     ZImageTransformer2DModel,
 )
 
 from tiny import ports_alive
+
+
+def stock_class(name: str) -> type:
+    """A class of diffusers; the test that asks for one that the installed version lacks is skipped."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)
 
 
 def tiny_flux2(channels: int = 16, *, text_width: int = 16, guidance_embeds: bool = False) -> Flux2Transformer2DModel:
@@ -117,5 +127,70 @@ def tiny_zimage(channels: int = 16) -> ZImageTransformer2DModel:
             cap_feat_dim=16,
             axes_dims=[4, 2, 2],
             axes_lens=[128, 16, 16],
+        )
+    )
+
+
+def flux_like(name: str, channels: int, **settings: int) -> ModelMixin:
+    """A transformer with FLUX.1's ports, of one block of each kind."""
+    return ports_alive(
+        stock_class(name)(
+            in_channels=4 * channels,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            **settings,
+        )
+    )
+
+
+def tiny_chroma(channels: int = 16) -> ModelMixin:
+    sizes = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    return flux_like("ChromaTransformer2DModel", channels, **sizes)
+
+
+def tiny_ovis_image(channels: int = 16) -> ModelMixin:
+    return flux_like("OvisImageTransformer2DModel", channels, out_channels=4 * channels)
+
+
+def tiny_longcat_image(channels: int = 16) -> ModelMixin:
+    return flux_like("LongCatImageTransformer2DModel", channels, pooled_projection_dim=16)
+
+
+def tiny_krea2(channels: int = 16) -> ModelMixin:
+    return ports_alive(
+        stock_class("Krea2Transformer2DModel")(
+            in_channels=4 * channels,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            timestep_embed_dim=16,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(2, 2, 4),
+        )
+    )
+
+
+def tiny_qwen_image21(channels: int = 16) -> ModelMixin:
+    return ports_alive(
+        stock_class("QwenImage21Transformer2DModel")(
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            context_in_dim=16,
+            axes_dims_rope=(2, 2, 4),
         )
     )

@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -30,6 +31,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -38,6 +41,7 @@ from transformers import (
 import tiny
 import tiny_backbones
 from tiny import LETTERS
+from tiny_backbones import stock_class
 
 CHANNELS = 16
 """Of the base latents; with fewer, kernels may sum the base and the widened model in different orders."""
@@ -149,9 +153,9 @@ QWEN_TEMPLATE = (
 )
 QWEN_WORDS = (
     "Describe the", " image", " by", " detailing", " the", " color,", " shape,", " size,", " texture,", " quantity,",
-    " text,", " spatial", " relationships", " of", " objects", " and", " background:",
+    " text,", " spatial", " relationships", " of", " objects", " and", " background:", "assistant",
 )  # fmt: skip
-"""Of Qwen-Image's template: a token each, so that its beginning has the 34 tokens that the pipeline cuts off."""
+"""Words of Qwen-Image's template, a token each, so that the pipeline cuts its 34 tokens off; Krea 2's ends with 5."""
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
@@ -165,10 +169,10 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def qwen_image() -> QwenImagePipeline:
+def qwen_vae() -> AutoencoderKLQwenImage:
     torch.manual_seed(7)
     means, deviations = torch.randn(CHANNELS).tolist(), torch.rand(CHANNELS).add(0.5).tolist()
-    vae = AutoencoderKLQwenImage(
+    return AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=CHANNELS,
         dim_mult=[1, 1, 2],
@@ -177,29 +181,30 @@ def qwen_image() -> QwenImagePipeline:
         latents_mean=means,
         latents_std=deviations,
     ).eval()
-    text = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "fullatt_block_indexes": [0],
-    }
+
+
+QWEN_VL_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+}
+QWEN_VL_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+
+
+def qwen2_vl() -> Qwen2_5_VLForConditionalGeneration:
+    text = {**QWEN_VL_TEXT, "num_hidden_layers": 1}
+    vision = {**QWEN_VL_VISION, "fullatt_block_indexes": [0]}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def qwen_image() -> QwenImagePipeline:
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9),
-        vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        ).eval(),
+        vae=qwen_vae(),
+        text_encoder=qwen2_vl(),
         tokenizer=qwen_tokenizer(),
         transformer=tiny.tiny_qwen(CHANNELS),
     )
@@ -262,6 +267,56 @@ def auraflow() -> AuraFlowPipeline:
     )
 
 
+def chroma() -> DiffusionPipeline:
+    texts = t5(16)
+    return stock_class("ChromaPipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny.tiny_vae(CHANNELS),
+        text_encoder=texts["encoder"],
+        tokenizer=texts["tokenizer"],
+        transformer=tiny_backbones.tiny_chroma(CHANNELS),
+    )
+
+
+def ovis_image() -> DiffusionPipeline:
+    torch.manual_seed(9)
+    return stock_class("OvisImagePipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny.tiny_vae(CHANNELS),
+        text_encoder=Qwen3Model(_qwen3(1)).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=tiny_backbones.tiny_ovis_image(CHANNELS),
+    )
+
+
+def longcat_image() -> DiffusionPipeline:
+    """Without the processor that rewrites prompts."""
+    torch.manual_seed(9)
+    return stock_class("LongCatImagePipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny.tiny_vae(CHANNELS),
+        text_encoder=qwen2_vl(),
+        tokenizer=qwen_tokenizer(),
+        text_processor=None,
+        transformer=tiny_backbones.tiny_longcat_image(CHANNELS),
+    )
+
+
+def krea2() -> DiffusionPipeline:
+    """Its text encoder has two layers, and both are read."""
+    torch.manual_seed(10)
+    text = {**QWEN_VL_TEXT, "num_hidden_layers": 2, "head_dim": 8}
+    vision = {**QWEN_VL_VISION, "deepstack_visual_indexes": []}
+    return stock_class("Krea2Pipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=qwen_vae(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=tiny_backbones.tiny_krea2(CHANNELS),
+        text_encoder_select_layers=(1, 2),
+    )
+
+
 def lumina2() -> Lumina2Pipeline:
     return Lumina2Pipeline(
         transformer=tiny_backbones.tiny_lumina2(CHANNELS),
@@ -275,6 +330,10 @@ PIPELINES = {
     "sd3": sd3,
     "flux": flux,
     "flux2": flux2,
+    "chroma": chroma,
+    "ovis-image": ovis_image,
+    "longcat-image": longcat_image,
+    "krea2": krea2,
     "qwen-image": qwen_image,
     "sana": sana,
     "z-image": z_image,

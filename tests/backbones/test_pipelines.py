@@ -363,6 +363,19 @@ def test_classes_are_dropped_by_the_recipe_and_not_by_the_model():
     assert torch.equal(once, again)
 
 
+def test_a_blank_condition_has_the_shapes_of_one_row(upgraded):
+    backbone = backbone_of(upgraded.transformer)
+    if backbone.blank_condition is None:
+        pytest.skip("davae does not know its shapes")
+    condition = condition_of(upgraded)
+    blank = backbone.blank_condition(upgraded.transformer, backbone.clip_tokens + TEXT_TOKENS)
+    assert blank.keys() == condition.keys()
+    for name, tensor in blank.items():
+        assert tensor.is_meta
+        assert tensor.is_floating_point() == condition[name].is_floating_point()
+        assert tensor.shape == condition[name][:1].shape
+
+
 def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     targets = backbone_of(upgraded.transformer).lora_targets
     if not targets:
@@ -370,9 +383,11 @@ def test_the_default_lora_targets_are_layers_and_no_ports(upgraded):
     assert len(find_target_layers(upgraded.transformer, targets)) >= len(targets)
 
 
-@pytest.mark.parametrize(
-    "name", ["sd3", "qwen-image", "sana", "z-image", "auraflow", "lumina2", "pixart-sigma", "pixart-alpha"]
-)
+GUIDED = ["sd3", "chroma", "ovis-image", "longcat-image", "krea2", "qwen-image", "sana", "z-image", "auraflow"]
+GUIDED += ["lumina2", "pixart-sigma", "pixart-alpha"]
+
+
+@pytest.mark.parametrize("name", GUIDED)
 def test_guidance_of_one_or_less_is_none(name):
     pipeline = tiny_pipelines.PIPELINES[name]()
     pipeline.set_progress_bar_config(disable=True)

@@ -67,6 +67,53 @@ def run_sd3(model, latents):
     return model(latents, caption, caption[:, 0], TIMESTEP, return_dict=False)[0]
 
 
+def run_flux_like(model, latents, *, text_place=1, start=0, **told):
+    """Models with FLUX.1's layout; text token i is at (i, i) times `text_place`."""
+    ids, text_ids = torch.zeros(16, 3), torch.zeros(5, 3)
+    ids[:, 0] = float(start > 0)
+    ids[:, 1], ids[:, 2] = torch.arange(16) // 4 + start, torch.arange(16) % 4 + start
+    text_ids[:, 1:] = text_place * torch.arange(5.0)[:, None]
+    told |= {"timestep": TIMESTEP / 1000, "img_ids": ids, "txt_ids": text_ids, "return_dict": False}
+    return unpack(model(hidden_states=pack(latents), encoder_hidden_states=WIDE_CAPTION, **told)[0])
+
+
+def run_chroma(model, latents):
+    return run_flux_like(model, latents, text_place=0, attention_mask=torch.ones(2, 5 + 16))
+
+
+def run_longcat(model, latents):
+    return run_flux_like(model, latents, start=512)
+
+
+def run_krea2(model, latents):
+    places = torch.zeros(5 + 16, 3)
+    places[5:, 1], places[5:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    return unpack(
+        model(
+            hidden_states=pack(latents),
+            encoder_hidden_states=torch.stack([WIDE_CAPTION, -WIDE_CAPTION], dim=2),
+            timestep=TIMESTEP / 1000,
+            position_ids=places,
+            encoder_attention_mask=torch.ones(2, 5, dtype=torch.bool),
+            return_dict=False,
+        )[0]
+    )
+
+
+def run_qwen21(model, latents):
+    """Each 2x2 of latents has a slot behind the text."""
+    slots = torch.cat([torch.zeros(2, 5, dtype=torch.bool), torch.ones(2, 16, dtype=torch.bool)], dim=1)
+    output = model(
+        hidden_states=latents.flatten(2).transpose(1, 2),
+        encoder_hidden_states=WIDE_CAPTION,
+        timestep=TIMESTEP / 1000,
+        img_shapes=[[(1, 8, 8)]] * 2,
+        img_mask=slots,
+        return_dict=False,
+    )[0]
+    return output[:, -64:].transpose(1, 2).unflatten(2, (8, 8))
+
+
 def run_flux2(model, latents):
     rows, columns = torch.arange(16) // 4, torch.arange(16) % 4
     ids = torch.stack([torch.zeros(16), rows, columns, torch.zeros(16)], dim=1)
@@ -124,6 +171,11 @@ CASES = {
     "flux": (tiny.tiny_flux, run_flux),
     "qwen": (tiny.tiny_qwen, run_qwen),
     "flux2": (tiny_backbones.tiny_flux2, run_flux2),
+    "chroma": (tiny_backbones.tiny_chroma, run_chroma),
+    "ovis": (tiny_backbones.tiny_ovis_image, run_flux_like),
+    "longcat": (tiny_backbones.tiny_longcat_image, run_longcat),
+    "krea2": (tiny_backbones.tiny_krea2, run_krea2),
+    "qwen21": (tiny_backbones.tiny_qwen_image21, run_qwen21),
     "hunyuan-2": (tiny_backbones.tiny_hunyuan, run_hunyuan),
     "hunyuan-without-variance": (lambda: tiny_backbones.tiny_hunyuan(learn_sigma=False), run_hunyuan),
     "auraflow-2": (tiny_backbones.tiny_auraflow, run_auraflow),
@@ -186,7 +238,7 @@ WRONG = {
     "d (p q c)": "d (c p q)",
 }
 """Layouts of the same size, in which the channels lie elsewhere."""
-TRIVIAL = ("sd3-1", "sana-1", "lightningdit-1")
+TRIVIAL = ("sd3-1", "sana-1", "lightningdit-1", "qwen21")
 """Patches of 1 and one prediction: there is nothing beside the channels."""
 
 

@@ -16,7 +16,7 @@ from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.base_lora import load_base_lora, pad_lora
 
 C = tiny_pipelines.CHANNELS
-PIPELINES = ["sd3", "flux", "flux2", "qwen_image", "sana", "z_image", "auraflow", "lumina2"]
+PIPELINES = ["sd3", "flux", "flux2", "chroma", "krea2", "qwen_image", "sana", "z_image", "auraflow", "lumina2"]
 ATTENTION = ["to_q", "to_v"]
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -6,7 +6,23 @@ To add a backbone, add its row; `tests/backbones/test_table.py` then checks that
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
-from davae.backbones import auraflow, dit, flux, flux2, lightningdit, lumina2, pixart, qwen_image, sana, sd3, z_image
+from davae.backbones import (
+    auraflow,
+    chroma,
+    dit,
+    flux,
+    flux2,
+    krea2,
+    lightningdit,
+    longcat_image,
+    lumina2,
+    ovis_image,
+    pixart,
+    qwen_image,
+    sana,
+    sd3,
+    z_image,
+)
 from davae.backbones.backbone import Backbone as Backbone
 from davae.errors import SettingsError
 from davae.method.widen import LatentPorts, Transformer, widen_ports
@@ -15,7 +31,15 @@ BACKBONES: dict[str, Backbone] = {
     "SD3Transformer2DModel": sd3.BACKBONE,
     "FluxTransformer2DModel": flux.BACKBONE,
     "Flux2Transformer2DModel": flux2.BACKBONE,
+    "ChromaTransformer2DModel": chroma.BACKBONE,
+    "OvisImageTransformer2DModel": ovis_image.BACKBONE,
+    "LongCatImageTransformer2DModel": longcat_image.BACKBONE,
+    "Krea2Transformer2DModel": krea2.BACKBONE,
     "QwenImageTransformer2DModel": qwen_image.BACKBONE,
+    "QwenImage21Transformer2DModel": Backbone(
+        LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d"),
+        refusal="QwenImage21Pipeline has a downsample factor of 16 in its code, whatever its VAE's is",
+    ),
     "SanaTransformer2DModel": sana.BACKBONE,
     "PixArtTransformer2DModel": pixart.BACKBONE,
     "DiTTransformer2DModel": dit.BACKBONE,

@@ -1,0 +1,59 @@
+"""Chroma: FLUX.1 without CLIP and guidance input; one T5 with a mask, latents packed 2x2, timestep = sigma."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModelMixin
+
+from davae.backbones import flux
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty
+from davae.backbones.packing import call_packed, packed_arguments, token_grid
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_mlp")
+"""As for FLUX.1, but for the modulation, which one layer makes for all blocks."""
+
+
+def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+    """`encoder_hidden_states` [B, max_sequence_length, width] and `attention_mask` [B, max_sequence_length].
+
+    The pipeline adds the mask, 0 or 1, to the attention's logits, so padding is not hidden: sample with the length that
+    was trained.
+    """
+    embeds, _, mask, *_ = pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+    )
+    return {"encoder_hidden_states": embeds, "attention_mask": mask}
+
+
+def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
+    """The shapes of `condition`, one row."""
+    width = transformer.config.joint_attention_dim
+    return {"encoder_hidden_states": empty(1, tokens, width), "attention_mask": empty(1, tokens)}
+
+
+def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    embeds, mask = condition["encoder_hidden_states"], condition["attention_mask"]
+    grid = token_grid(latents)
+    return call_packed(
+        transformer,
+        latents,
+        timestep=sigma,
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
+        img_ids=F.pad(grid, (1, 0)),
+        encoder_hidden_states=embeds,
+        attention_mask=F.pad(mask.to(latents.dtype), (0, len(grid)), value=1.0),
+    )
+
+
+BACKBONE = Backbone(
+    flux.PORTS,
+    condition,
+    velocity,
+    lora_targets=LORA_TARGETS,
+    pipelines=("ChromaPipeline",),
+    call_arguments=packed_arguments,
+    blank_condition=blank_condition,
+    padded_text=True,
+)

@@ -1,0 +1,72 @@
+"""Krea 2: layers of a language model, stacked; latents packed 2x2 by the pipeline, timestep = sigma."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModelMixin
+
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, compute_shift, empty
+from davae.backbones.packing import call_packed, packed_arguments, token_grid
+from davae.method.widen import LatentPorts
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.down")
+
+DISTILLED_MU = 1.15
+"""The stock pipeline's logarithm of the shift for distilled models, for any number of tokens."""
+
+
+def shift(pipeline: DiffusionPipeline, tokens: int) -> float:
+    """As of the scheduler, but for distilled models."""
+    return math.exp(DISTILLED_MU) if pipeline.config.is_distilled else compute_shift(pipeline, tokens)
+
+
+def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+    """`encoder_hidden_states` [B, tokens, layers x width] and `encoder_attention_mask` [B, tokens]."""
+    embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length)
+    return {"encoder_hidden_states": embeds.flatten(2), "encoder_attention_mask": mask}
+
+
+def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
+    """The shapes of `condition`, one row."""
+    width = transformer.config.num_text_layers * transformer.config.text_hidden_dim
+    mask = empty(1, tokens, dtype=torch.bool)
+    return {"encoder_hidden_states": empty(1, tokens, width), "encoder_attention_mask": mask}
+
+
+def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    embeds = condition["encoder_hidden_states"].unflatten(2, (transformer.config.num_text_layers, -1))
+    text_places = torch.zeros(embeds.shape[1], 2, device=latents.device)
+    places = torch.cat([text_places, token_grid(latents)])
+    return call_packed(
+        transformer,
+        latents,
+        timestep=sigma,
+        encoder_hidden_states=embeds,
+        encoder_attention_mask=condition["encoder_attention_mask"].bool(),
+        position_ids=F.pad(places, (1, 0)),
+    )
+
+
+def call_arguments(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, guidance_scale: float, **settings: Any
+) -> dict[str, Any]:
+    """The pipeline's guidance counts from 0; here 1 or less means none, as elsewhere."""
+    return packed_arguments(pipeline, prompts, guidance_scale=max(guidance_scale - 1, 0.0), **settings)
+
+
+BACKBONE = Backbone(
+    LatentPorts("img_in", "d (c p q)", "final_layer.linear", "(c p q) d", packed=2),
+    condition,
+    velocity,
+    lora_targets=LORA_TARGETS,
+    shift=shift,
+    pipelines=("Krea2Pipeline",),
+    call_arguments=call_arguments,
+    blank_condition=blank_condition,
+    text_settings=("text_encoder_select_layers",),
+    advice="call it with height and width: its default is 1024 px, whatever its VAE",
+)

@@ -1,0 +1,51 @@
+"""LongCat-Image: FLUX.1's layout, one language model, image tokens placed behind 512 text tokens; timestep = sigma."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModelMixin
+
+from davae.backbones import flux, ovis_image
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
+from davae.backbones.packing import call_packed, packed_arguments, token_grid
+
+TEXT_TOKENS = 512
+"""The stock pipeline pads each prompt to so many tokens, and places the image's first token there."""
+
+
+def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+    """`encoder_hidden_states` [B, 512, width], whatever `max_sequence_length` is; prompts are not rewritten."""
+    embeds, _ = pipeline.encode_prompt(list(prompts))
+    return {"encoder_hidden_states": embeds}
+
+
+def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
+    """The shape of `condition`, one row."""
+    return ovis_image.blank_condition(transformer, TEXT_TOKENS)
+
+
+def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    text_ids = ovis_image.text_ids(condition)
+    image_ids = F.pad(token_grid(latents) + TEXT_TOKENS, (1, 0), value=1.0)
+    return call_packed(transformer, latents, timestep=sigma, txt_ids=text_ids, img_ids=image_ids, **condition)
+
+
+def call_arguments(pipeline: DiffusionPipeline, prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Prompts as they are, of the one length that the pipeline has."""
+    arguments = packed_arguments(pipeline, prompts, **settings)
+    del arguments["max_sequence_length"]
+    return {**arguments, "enable_prompt_rewrite": False}
+
+
+BACKBONE = Backbone(
+    flux.PORTS,
+    condition,
+    velocity,
+    lora_targets=flux.LORA_TARGETS,
+    pipelines=("LongCatImagePipeline",),
+    call_arguments=call_arguments,
+    blank_condition=blank_condition,
+    advice="give it latents, davae.backbones.packing.pack(noise): it draws noise of 16 channels, whatever its VAE",
+)

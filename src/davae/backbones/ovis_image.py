@@ -1,0 +1,57 @@
+"""Ovis-Image: FLUX.1's layout with one language model and places for the text; timestep = sigma."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModelMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from davae.backbones import flux
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty
+from davae.backbones.packing import call_packed, packed_arguments, token_grid
+
+LORA_TARGETS = flux.LORA_TARGETS
+
+
+def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
+    """`encoder_hidden_states` [B, max_sequence_length, width], zero behind the prompt; at most 256 tokens.
+
+    The transformer sees what is behind a prompt, too: sample with the length that was trained.
+    """
+    embeds, *_ = pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+    )
+    return {"encoder_hidden_states": embeds}
+
+
+def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
+    """The shape of `condition`, one row."""
+    return {"encoder_hidden_states": empty(1, tokens, transformer.config.joint_attention_dim)}
+
+
+def text_ids(condition: Condition) -> Float[Tensor, "tokens 3"]:
+    """Text token i is at row i and column i."""
+    embeds = condition["encoder_hidden_states"]
+    places = torch.arange(embeds.shape[1], device=embeds.device, dtype=torch.float32)
+    return F.pad(torch.stack([places, places], dim=1), (1, 0))
+
+
+def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    image_ids = F.pad(token_grid(latents), (1, 0))
+    return call_packed(
+        transformer, latents, timestep=sigma, txt_ids=text_ids(condition), img_ids=image_ids, **condition
+    )
+
+
+BACKBONE = Backbone(
+    flux.PORTS,
+    condition,
+    velocity,
+    lora_targets=LORA_TARGETS,
+    pipelines=("OvisImagePipeline",),
+    call_arguments=packed_arguments,
+    blank_condition=blank_condition,
+)
