@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from davae.training.recipes import attention_on
+from davae.training.devices import attention_on
 
 BATCH, HEADS, WIDTH, REPEATS = 32, 4, 56, 20
 

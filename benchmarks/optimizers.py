@@ -15,7 +15,7 @@ import typer
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
-from davae.training.optimizers import LIBRARIES, OptimizerSettings
+from davae.training.optimizers import LIBRARIES, make_optimizer
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import load_upgraded_base
 from davae.training.stage_two_transformer import choose_parameters
@@ -35,7 +35,8 @@ def measured(parameters: list[nn.Parameter]) -> dict[str, tuple[int, float]]:
     optimizers, times = {}, {name: [] for name in names}
     for name in names:
         own = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
-        optimizers[name] = OptimizerSettings(name).make(own, learning_rate=1e-4), own
+        settings = {"learning_rate": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0}
+        optimizers[name] = make_optimizer(name, own, **settings), own
     for _ in range(REPEATS + 1):
         for name, (optimizer, own) in optimizers.items():
             for parameter in own:

@@ -37,13 +37,13 @@ from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator
+from davae.training.devices import lay_out
 from davae.training.stage_one import discriminator_of
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
 from davae.training.stage_two_loss import choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_transformer import choose_parameters, compile_blocks
 from davae.training.state import TrainingState
-from davae.training.tensors import laid_out
 
 Step = Callable[[], None]
 ENDLESS: dict[str, Any] = {"steps": 10**6, "checkpoint_every": 10**6, "log_every": 10**6, "warmup_steps": 0}
@@ -103,7 +103,7 @@ def stage_two(
     objective = choose_objective(pipeline, base_channels=vae.config.base_channels, positions=side * side)
     parameters = choose_parameters(transformer, recipe, TARGETS, "")
     transformer.train()
-    state = recipe.training_state(folder, {"transformer": transformer}, parameters, label="stage 2", ranks=Ranks())
+    state = TrainingState(recipe, folder, {"transformer": transformer}, parameters, label="stage 2")
     config = transformer.config
     images = 2 * torch.rand(batch, 3, size, size, device=device) - 1
     latents = torch.randn(batch, vae.config.latent_channels, side, side, device=device)
@@ -159,8 +159,9 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
         assert opponent is not None
         models, parameters = {"autoencoder": autoencoder.train()}, autoencoder.detail_parameters()
         whole = compared_weights(autoencoder).values()
-        names = {"label": "stage 1", "ranks": Ranks(), "companion": opponent, "whole": whole}
-        state = recipe.training_state(folder / name, models, parameters, **names)
+        state = TrainingState(
+            recipe, folder / name, models, parameters, label="stage 1", companion=opponent, whole=whole
+        )
 
         def step() -> None:
             loss = stage_one_loss(
@@ -179,7 +180,7 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
 
     made = AutoencoderDA.from_base(base, detail_channels=16)
     return {
-        "channels last": kind("channels last", laid_out(copy.deepcopy(made), torch.channels_last)),
+        "channels last": kind("channels last", lay_out(copy.deepcopy(made), torch.channels_last)),
         "contiguous": kind("contiguous", made),
     }, flops
 

@@ -11,8 +11,8 @@ from torch import nn
 from davae.errors import RankError
 from davae.run.ranks import Ranks
 from davae.seeds import generator
-from davae.training.optimizers import ADAMW, OptimizerSettings
-from davae.training.recipes import warmup_cosine
+from davae.training.optimizers import OptimizerName
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 
 STEPS, BATCH = 40, 8
@@ -23,22 +23,22 @@ def train(
     *,
     timeout: float = 60.0,
     before: Callable[[int, int], object] = lambda step, rank: None,
-    optimizer: OptimizerSettings = ADAMW,
+    optimizer: OptimizerName = "AdamW",
 ) -> TrainingState:
     """Train, and call `before` with step and rank in the middle of every step."""
     ranks = Ranks(timeout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.ModuleList([nn.Linear(16, 16)])[0], nn.Linear(16, 1))
-    settings = {"optimizer": optimizer, "ema_decay": 0.9}
-    settings |= {"learning_rate": warmup_cosine(1e-3, floor=1e-4, warmup_steps=5, total_steps=STEPS)}
-    settings |= {"total_steps": STEPS, "seed": 7, "recipe_digest": "a" * 64, "checkpoint_every": 3, "log_every": 1}
+    settings = {"optimizer": optimizer, "betas": (0.9, 0.999), "ema_decay": 0.9, "precision": "float32"}
+    settings |= {"learning_rate": 1e-3, "warmup_steps": 5}
+    settings |= {"final_learning_rate": 1e-4} if optimizer == "AdamW" else {}
+    recipe = OptimisationRecipe(**settings, steps=STEPS, seed=7, checkpoint_every=3, log_every=1)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with ranks.together("a step"):
-            state = TrainingState(
-                folder, {"mlp": model}, model.parameters(), console=Console(quiet=True), ranks=ranks, **settings
-            )
+            models, console = {"mlp": model}, Console(quiet=True)
+            state = TrainingState(recipe, folder, models, model.parameters(), ranks=ranks, console=console)
             for step in state.steps():
                 batch = ranks.share(torch.randn(BATCH, 4, generator=generator(7, "batch", step)))
                 loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()

@@ -28,11 +28,11 @@ from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_base_vae, load_pipeline
 from davae.pipelines.sampling import draw_shared_noise
 from davae.run.progress import track
-from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator
 from davae.training.recipes import OptimisationRecipe
+from davae.training.state import TrainingState
 
 
 class UpscalerRecipe(OptimisationRecipe):
@@ -116,7 +116,7 @@ def train(recipe: UpscalerRecipe, vae: AutoencoderKL, run: Path) -> tuple[Latent
     start_linear(upscaler, vae, pictures.batch(range(0, len(pictures), len(pictures) // 128)))
     lpips = LPIPS.alex()
     models, parameters = {"upscaler": upscaler}, upscaler.parameters()
-    state = recipe.training_state(run, models, parameters, label="latent upscaler", ranks=Ranks())
+    state = TrainingState(recipe, run, models, parameters, label="latent upscaler")
     for step in state.steps():
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step)

@@ -9,7 +9,7 @@ phase only. RUN holds checkpoints and metrics; the same command goes on where it
 
 import copy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,21 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.method.losses import gradient_l1, kl_loss_mean, reconstruction_l1
 from davae.method.metrics import psnr
 from davae.method.perceptual import LPIPS
-from davae.run.recipe import Recipe
 from davae.seeds import generator
-from davae.training.recipes import warmup_cosine
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 
 
-class BaseAutoencoderRecipe(Recipe):
+class BaseAutoencoderRecipe(OptimisationRecipe):
     """Everything that decides the run."""
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     steps: int = 5500
     learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    precision: Literal["auto", "float32", "bf16"] = "bf16"
     decoder_steps: int = 2000
     decoder_learning_rate: float = 6e-4
     batch_size: int = 8
@@ -50,7 +52,6 @@ class BaseAutoencoderRecipe(Recipe):
     """In the decoder's steps only."""
     latent_noise: float = 0.3
     """In the decoder's steps only: each picture's latents get noise of deviation |N(0, 1)| times this, in units."""
-    seed: int = 0
 
 
 def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
@@ -100,20 +101,14 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
     small = half_size(train_set)
     vae.requires_grad_(True).encoder.requires_grad_(not decoder_only)
     lpips = LPIPS.alex()
-    steps = recipe.decoder_steps if decoder_only else recipe.steps
     peak = recipe.decoder_learning_rate if decoder_only else recipe.learning_rate
+    steps = recipe.decoder_steps if decoder_only else recipe.steps
+    schedule = {"steps": steps, "learning_rate": peak, "final_learning_rate": 0.02 * peak}
     state = TrainingState(
+        recipe.model_copy(update=schedule),
         folder,
         {"vae": vae},
         [parameter for parameter in vae.parameters() if parameter.requires_grad],
-        total_steps=steps,
-        learning_rate=warmup_cosine(peak, floor=0.02 * peak, warmup_steps=100, total_steps=steps),
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
-        mixed_precision="bf16",
-        checkpoint_every=250,
-        seed=recipe.seed,
-        recipe_digest=recipe.digest(),
         label="base decoder" if decoder_only else "base autoencoder",
     )
     for step in state.steps():

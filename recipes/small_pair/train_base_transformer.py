@@ -8,7 +8,7 @@ RUN holds checkpoints and metrics; the same command goes on where it stopped. PI
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,16 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.method.flow import interpolate, sample_timesteps, velocity_target
 from davae.pipelines.loading import load_pipeline
-from davae.run.recipe import Recipe, load_recipe
+from davae.run.recipe import load_recipe
 from davae.seeds import generator
-from davae.training.recipes import attention_on, warmup_cosine
+from davae.training.devices import attention_on
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 
 PROMPT_TOKENS = 12
 
 
-class BaseTransformerRecipe(Recipe):
+class BaseTransformerRecipe(OptimisationRecipe):
     """Everything that decides the run."""
 
     width: int = 224
@@ -49,12 +50,12 @@ class BaseTransformerRecipe(Recipe):
     steps: int = 5500
     batch_size: int = 32
     learning_rate: float = 1e-3
+    final_learning_rate: float = 2e-5
     warmup_steps: int = 200
+    precision: Literal["auto", "float32", "bf16"] = "bf16"
     shift: float = 1.5
     """The scheduler's static timestep shift, in training and in sampling."""
     caption_dropout: float = 0.1
-    ema_decay: float = 0.999
-    seed: int = 0
     size: int = 128
 
 
@@ -203,22 +204,8 @@ def main(
     }
     for module in modules.values():
         module.train().requires_grad_(True)
-    state = TrainingState(
-        run,
-        modules,
-        [parameter for module in modules.values() for parameter in module.parameters()],
-        total_steps=recipe.steps,
-        learning_rate=warmup_cosine(
-            recipe.learning_rate, floor=2e-5, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps
-        ),
-        betas=(0.9, 0.99),
-        ema_decay=recipe.ema_decay,
-        mixed_precision="bf16",
-        checkpoint_every=250,
-        seed=recipe.seed,
-        recipe_digest=recipe.digest(),
-        label="base transformer",
-    )
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    state = TrainingState(recipe, run, modules, parameters, label="base transformer")
     for step in state.steps():
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         random = generator(recipe.seed, "flow", step)

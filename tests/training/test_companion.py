@@ -13,6 +13,7 @@ from davae.run.ranks import Ranks
 from davae.seeds import generator
 from davae.training.companion import Companion
 from davae.training.state import TrainingState
+from tiny_training import constant_rate, tiny_recipe
 
 
 def companion() -> Companion:
@@ -26,20 +27,9 @@ def begun(folder: Path, second: Companion | None) -> tuple[TrainingState, nn.Mod
     first = nn.Linear(4, 4)
     nn.init.eye_(first.weight)
     nn.init.zeros_(first.bias)
-    state = TrainingState(
-        folder,
-        {"first": first},
-        first.parameters(),
-        total_steps=8,
-        learning_rate=lambda step: 1e-2,
-        seed=0,
-        recipe_digest="same",
-        checkpoint_every=3,
-        log_every=1,
-        console=Console(quiet=True),
-        companion=second,
-    )
-    return state, first
+    recipe = tiny_recipe(steps=8, checkpoint_every=3, **constant_rate(1e-2))
+    models, console = {"first": first}, Console(quiet=True)
+    return TrainingState(recipe, folder, models, first.parameters(), companion=second, console=console), first
 
 
 def loss_of(second: Companion, step: int) -> Tensor:

@@ -11,25 +11,19 @@ from davae.data.sources import open_pictures
 from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.run.ranks import Ranks
 from davae.seeds import generator
+from davae.training.devices import fastest_layout, lay_out
+from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one import start_autoencoder, train_autoencoder
 from davae.training.state import TrainingState
-from davae.training.tensors import fastest_layout, laid_out
 from stages import autoencoder_recipe
 
 
 def trained(folder: Path, *, stop_after: int | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
-    state = TrainingState(
-        folder,
-        {"model": model},
-        model.parameters(),
-        total_steps=8,
-        learning_rate=lambda step: 1e-2,
-        seed=0,
-        recipe_digest="same",
-        checkpoint_every=4,
-    )
+    rate = {"learning_rate": 1e-2, "final_learning_rate": 1e-2, "warmup_steps": 0}
+    recipe = OptimisationRecipe(steps=8, checkpoint_every=4, precision="float32", **rate)
+    state = TrainingState(recipe, folder, {"model": model}, model.parameters())
     for step in state.steps():
         if step == stop_after:
             break
@@ -49,7 +43,7 @@ def test_a_layout_changes_no_value_and_leaves_other_convolutions_alone() -> None
     model = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv3d(3, 8, 3), nn.Linear(4, 2)])
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for device, layout in (("cpu", torch.channels_last), ("cuda", torch.contiguous_format)):
-        assert laid_out(model, fastest_layout(torch.device(device))) is model
+        assert lay_out(model, fastest_layout(torch.device(device))) is model
         assert model[0].weight.is_contiguous(memory_format=layout)
         assert model[1].weight.is_contiguous()
         for parameter, values in zip(model.parameters(), before, strict=True):

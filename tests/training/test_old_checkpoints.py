@@ -13,13 +13,21 @@ from davae.errors import CheckpointError
 from davae.run.ranks import Ranks
 from davae.seeds import generator
 from davae.training.companion import Companion
+from davae.training.folders import claim_folder
+from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.state import TrainingState
+from tiny_training import constant_rate
 
 KEPT = Path(__file__).parents[1] / "checkpoints"
 """format-N holds what `train(folder, total_steps=3)` left of checkpoints with format version N."""
 
-DIGEST = "0ld" * 20
+
+class OldRecipe(OptimisationRecipe):
+    """A recipe with the digest in the manifests of these checkpoints."""
+
+    def digest(self) -> str:
+        return "0ld" * 20
 
 
 def small() -> nn.Sequential:
@@ -31,18 +39,11 @@ def small() -> nn.Sequential:
 def train(folder: Path, *, total_steps: int) -> TrainingState:
     """A model with a buffer and a companion beside it."""
     model, second = small(), Companion("second", small(), learning_rate=1e-2)
-    state = TrainingState(
-        folder,
-        {"model": model},
-        model.parameters(),
-        total_steps=total_steps,
-        learning_rate=lambda step: 1e-2,
-        seed=0,
-        recipe_digest=DIGEST,
-        keep=1,
-        console=Console(quiet=True),
-        companion=second,
+    recipe = OldRecipe(
+        steps=total_steps, betas=(0.9, 0.999), checkpoint_every=100, precision="float32", **constant_rate(1e-2)
     )
+    models, console = {"model": model}, Console(quiet=True)
+    state = TrainingState(recipe, folder, models, model.parameters(), companion=second, console=console)
     for step in state.steps():
         batch = torch.randn(8, 4, generator=generator(0, "batch", step))
         state.update((model(batch) - 1).square().mean())
@@ -85,8 +86,8 @@ def test_a_run_from_before_a_setting_was_added_goes_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     lines = recipe.to_toml().splitlines(keepends=True)
     (tmp_path / "recipe.toml").write_text("".join(line for line in lines if not line.startswith("skip_spikes")))
-    with recipe.alone_in(tmp_path, Ranks()):
+    with claim_folder(recipe, tmp_path, Ranks()):
         pass
     other = AutoencoderRecipe(steps=7, skip_spikes=True)
-    with pytest.raises(CheckpointError, match="skip_spikes = False"), other.alone_in(tmp_path, Ranks()):
+    with pytest.raises(CheckpointError, match="skip_spikes = False"), claim_folder(other, tmp_path, Ranks()):
         pass

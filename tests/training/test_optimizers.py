@@ -16,13 +16,14 @@ from davae.data.pictures import read_png
 from davae.errors import SettingsError
 from davae.run.record import read_metrics
 from davae.seeds import generator
+from davae.training.devices import lay_out
 from davae.training.interruption import Interrupted
-from davae.training.optimizers import ADAMW, LIBRARIES, OptimizerName, OptimizerSettings, averages
+from davae.training.optimizers import LIBRARIES, OptimizerName, averages
+from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from davae.training.state import TrainingState
-from davae.training.tensors import laid_out
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks
 from rank_program import STEPS as RANK_STEPS
@@ -48,7 +49,7 @@ def tiny_model() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = nn.Linear(64, 80), nn.Unflatten(1, (2, 5, 8)), nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(72, 1)
-        return laid_out(nn.Sequential(*layers), torch.channels_last)
+        return lay_out(nn.Sequential(*layers), torch.channels_last)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -56,16 +57,19 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return (model(rows) - rows.sum(1, keepdim=True)).square().mean()
 
 
-def tiny_state(folder: Path, model: nn.Module, optimizer: OptimizerSettings, **changes: object) -> TrainingState:
-    settings = {"total_steps": STEPS, "seed": 0, "recipe_digest": "a" * 64, "log_every": 1, "checkpoint_every": 4}
-    settings |= {"learning_rate": lambda step: PEAK * min(1.0, (step + 1) / WARMUP), "clip_norm": 1e9}
-    settings |= {"console": Console(quiet=True), "optimizer": optimizer, "ema_decay": 0.0}
-    return TrainingState(folder, {"model": model}, model.parameters(), **(settings | changes))
+def tiny_state(folder: Path, model: nn.Module, name: OptimizerName, **changes: object) -> TrainingState:
+    settings = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "precision": "float32"}
+    settings |= {"optimizer": name, "betas": BETAS, "weight_decay": DECAY, "clip_norm": 1e9, "ema_decay": 0.0}
+    settings |= {"learning_rate": PEAK, "warmup_steps": WARMUP}
+    if name != "AdamWScheduleFree":
+        settings["final_learning_rate"] = PEAK
+    recipe, console = OptimisationRecipe(**(settings | changes)), Console(quiet=True)
+    return TrainingState(recipe, folder, {"model": model}, model.parameters(), console=console)
 
 
 def run(folder: Path, name: OptimizerName, *, stop_at: int | None = None, **changes: object) -> TrainingState:
     model = tiny_model()
-    state = tiny_state(folder, model, OptimizerSettings(name, BETAS, DECAY), **changes)
+    state = tiny_state(folder, model, name, **changes)
     for step in state.steps():
         if step == stop_at:
             signal.raise_signal(signal.SIGTERM)
@@ -165,7 +169,7 @@ def test_schedule_free_is_what_its_library_makes_of_the_same_steps(tmp_path: Pat
 def test_looking_at_the_averages_changes_nothing(tmp_path: Path) -> None:
     needs("AdamWScheduleFree")
     model = tiny_model()
-    state = tiny_state(tmp_path / "seen", model, OptimizerSettings("AdamWScheduleFree", BETAS, DECAY))
+    state = tiny_state(tmp_path / "seen", model, "AdamWScheduleFree")
     for step in state.steps():
         with state.weights.evaluated():
             loss_of(model, step)
@@ -197,7 +201,7 @@ def test_validation_pictures_are_of_the_averages(
 @pytest.mark.parametrize("settings", [{}, FSDP2], ids=["DDP", "FSDP2"])
 def test_schedule_free_on_two_ranks_then_one_is_what_one_makes(settings: dict[str, str], tmp_path: Path) -> None:
     needs("AdamWScheduleFree")
-    optimizer = OptimizerSettings("AdamWScheduleFree")
+    optimizer: OptimizerName = "AdamWScheduleFree"
     assert exit_code(forked(lambda: train(tmp_path / "one", optimizer=optimizer))) == 0
     stop = signalled(signal.SIGTERM, 20, 1)
     assert run_ranks(lambda: train(tmp_path / "two", before=stop, optimizer=optimizer), 2, settings) == [143, 143]
@@ -245,7 +249,7 @@ def test_settings_that_schedule_free_has_no_use_for_are_refused(settings: dict, 
 
 
 def test_the_default_is_adamw_and_has_the_digest_of_before() -> None:
-    assert FinetuneRecipe().optimizer_settings == OptimizerSettings("AdamW", (0.9, 0.99), 0.0)
+    recipe = FinetuneRecipe()
+    assert (recipe.optimizer, recipe.betas, recipe.weight_decay) == ("AdamW", (0.9, 0.99), 0.0)
     assert FinetuneRecipe().digest() == FinetuneRecipe(optimizer="AdamW").digest()
     assert FinetuneRecipe().digest() != FinetuneRecipe(optimizer="AdamW8bit").digest()
-    assert ADAMW.name == "AdamW"

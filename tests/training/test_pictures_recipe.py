@@ -17,6 +17,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
+from davae.training.folders import open_training_pictures
 from davae.training.latents import cache_latents, encode_latents
 from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
 from davae.training.stage_two import choose_objectives
@@ -63,7 +64,7 @@ def stage_one(base: Path, pictures: Path, **changes: object) -> AutoencoderRecip
 
 def test_stage_one_trains_on_buckets_and_resumes_as_if_undisturbed(base_folder, uneven, tmp_path) -> None:
     recipe = stage_one(base_folder, uneven)
-    pictures = recipe.training_pictures(tmp_path)
+    pictures = open_training_pictures(recipe, tmp_path)
     assert [bucket[:2] for bucket in pictures.buckets] == [(48, 80), (64, 64), (80, 48), (128, 128)]
     assert list(map(len, pictures.members)) == [4, 4, 4, 4]
     assert {tuple(pictures.batch(pictures.step_indices(3, seed=0, step=step)).shape[2:]) for step in range(6)} == {
@@ -111,7 +112,7 @@ def logged(folder: Path) -> list[float]:
 def test_stage_two_trains_on_buckets_cached_or_encoded_anew(base_folder, autoencoder_folder, uneven, tmp_path) -> None:
     recipe = stage_two(base_folder, autoencoder_folder, uneven, cache=str(tmp_path / "cache"))
     finetune(recipe, tmp_path / "cached")
-    pipeline, pictures = load_upgraded_base(recipe), recipe.training_pictures(tmp_path)
+    pipeline, pictures = load_upgraded_base(recipe), open_training_pictures(recipe, tmp_path)
     read_latents = cache_latents(pipeline.vae, pictures, tmp_path / "cache")
     for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
         latents = read_latents(members, 0)
@@ -131,7 +132,7 @@ def test_a_backbone_whose_shift_depends_on_the_tokens_has_it_by_bucket(picture_f
     save_pipeline(base, tmp_path / "base")
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     recipe = stage_two(tmp_path / "base", tmp_path / "autoencoder", uneven, sizes=(128,), steps=4, trained="ports")
-    pipeline, pictures = load_upgraded_base(recipe), recipe.training_pictures(tmp_path)
+    pipeline, pictures = load_upgraded_base(recipe), open_training_pictures(recipe, tmp_path)
     objectives = choose_objectives(pipeline, recipe, pictures.buckets)
     assert sorted(objectives) == [60, 64, 256]  # 48x80 and 80x48 alike; 64x64; 128x128; 8 px each
     for positions, objective in objectives.items():
@@ -197,10 +198,10 @@ def test_too_many_unreadable_pictures_stop_a_run_and_small_ones_do_not(
     recipe = FinetuneRecipe(pictures=str(folder), size=64, max_unreadable=allowed)
     if stops:
         with pytest.raises(DataError, match=r"2 of 16 pictures cannot be read, more than the allowed 1\.0%"):
-            recipe.training_pictures(tmp_path)
+            open_training_pictures(recipe, tmp_path)
         assert len((tmp_path / "refused.json").read_text().splitlines()) == 2 + 2 + 2
     else:
-        pictures = recipe.training_pictures(tmp_path)
+        pictures = open_training_pictures(recipe, tmp_path)
         assert len(pictures) == 16 - damaged
         assert len(pictures.refused) == 2 + damaged
 

@@ -15,7 +15,6 @@ from davae.run.record import read_metrics
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
-from davae.training.state import TrainingState
 from forks import exit_code, forked
 from rank_forks import FSDP2, run_ranks
 
@@ -42,21 +41,12 @@ class Stage:
     bounds: dict[str, float]
 
 
-def every_loss(program: Callable[[Path], object]) -> Callable[[Path], object]:
-    """The program with a line in metrics.jsonl for every step; called in forks only."""
-
-    def run(folder: Path) -> None:
-        TrainingState.log_every = property(lambda _: 1, lambda *_: None)
-        program(folder)
-
-    return run
-
-
 def programs(
     base: Path, autoencoder: Path, pictures: Path, steps: int, loss: LossWeights | None = None
 ) -> dict[str, Callable[[Path], object]]:
     shared = {"base": str(base), "pictures": str(pictures), "size": 64, "batch_size": 4, "warmup_steps": 2}
     shared |= {"precision": "float32", "steps": steps, "checkpoint_every": 4, "learning_rate": 1e-5}
+    shared["log_every"] = 1
     shared["final_learning_rate"] = 1e-6  # rounding errors grow by what a step changes
     one = AutoencoderRecipe(
         **shared, crop=32, detail_channels=12, fit_pictures=4, evaluate_every=5, heldout_pictures=3,
@@ -69,10 +59,10 @@ def programs(
     adversarial = one.model_copy(update={"loss": ADVERSARIAL})
     twice = two.model_copy(update={"trained": "full", "gradient_accumulation": 2})
     return {
-        "stage 1": every_loss(lambda folder: train_autoencoder(one, folder)),
-        "stage 1, adversarial": every_loss(lambda folder: train_autoencoder(adversarial, folder)),
-        "stage 2": every_loss(lambda folder: finetune(two, folder)),
-        "stage 2, full, accumulated": every_loss(lambda folder: finetune(twice, folder)),
+        "stage 1": lambda folder: train_autoencoder(one, folder),
+        "stage 1, adversarial": lambda folder: train_autoencoder(adversarial, folder),
+        "stage 2": lambda folder: finetune(two, folder),
+        "stage 2, full, accumulated": lambda folder: finetune(twice, folder),
     }
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from davae.run.record import read_metrics
 from davae.seeds import generator
-from davae.training.spikes import SIGMAS, WINDOW, Spikes
+from davae.training.guards import SIGMAS, WINDOW, Spikes
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 from hashes import digests
+from tiny_training import constant_rate
 
 STEPS, BAD = 300, (100, 150, 200)
 
@@ -52,18 +54,15 @@ def train(folder: Path, *, bad: tuple[int, ...] = BAD, stop: int = STEPS, skip_s
     model = nn.Linear(8, 1)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    state = TrainingState(
-        folder,
-        {"model": model},
-        model.parameters(),
-        total_steps=STEPS,
-        learning_rate=lambda step: 1e-2,
-        seed=0,
-        recipe_digest="spikes",
+    recipe = OptimisationRecipe(
+        steps=STEPS,
+        betas=(0.9, 0.999),
+        precision="float32",
         checkpoint_every=10,
         skip_spikes=skip_spikes,
-        console=Console(quiet=True),
+        **constant_rate(1e-2),
     )
+    state = TrainingState(recipe, folder, {"model": model}, model.parameters(), console=Console(quiet=True))
 
     def loss(purpose: str, step: int, factor: float = 1.0) -> Tensor:
         batch = factor * torch.randn(64, 8, generator=generator(0, purpose, step))

@@ -53,16 +53,8 @@ def test_both_players_change_in_their_own_step_only(
     image = open_pictures(picture_folder, size=64, split="train").batch([0, 1])
     recipe = AutoencoderRecipe(loss=ADVERSARIAL)
     opponent = discriminator_of(recipe)
-    state = TrainingState(
-        tmp_path,
-        {"a": autoencoder},
-        autoencoder.detail_parameters(),
-        total_steps=1,
-        learning_rate=lambda step: 1e-3,
-        seed=0,
-        recipe_digest="0" * 64,
-        companion=opponent,
-    )
+    models, parameters = {"a": autoencoder}, autoencoder.detail_parameters()
+    state = TrainingState(recipe, tmp_path, models, parameters, companion=opponent)
     loss = stage_one_loss(autoencoder, image, LPIPS.alex(), loss_settings(recipe), discriminator=opponent.model)
 
     trained = {name for name, p in autoencoder.named_parameters() if p.requires_grad}

@@ -29,8 +29,8 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.markdown import markdown_table
 from davae.run.record import environment
 from davae.run.storage import finite, write_atomically
+from davae.training.devices import lay_out
 from davae.training.stage_two_transformer import compile_blocks
-from davae.training.tensors import laid_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = {"cuda": {"side": 8192, "copied_bytes": 8 * 10**9}, "cpu": {"side": 1024, "copied_bytes": 256 * 2**20}}
@@ -133,7 +133,7 @@ def quicken(pipelines: Iterable[DiffusionPipeline], *, compiled: bool, channels_
         if compiled:
             compile_blocks(pipeline.transformer, sizes=2)
         if channels_last:
-            laid_out(pipeline.vae, torch.channels_last)
+            lay_out(pipeline.vae, torch.channels_last)
 
 
 def bench(

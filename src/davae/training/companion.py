@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.errors import NumericsError
 from davae.run import faults
 from davae.run.checkpoint import LARGEST
 from davae.run.ranks import Ranks
+from davae.training.guards import StepGuard
+from davae.training.optimizers import make_optimizer
 from davae.training.tensors import (
     copy_into,
     live_tensors,
@@ -24,14 +25,12 @@ from davae.training.tensors import (
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED_IN_A_ROW = 5
-
 
 class Companion:
     """A model, an AdamW at a constant learning rate, and their part of a `TrainingState`'s checkpoints.
 
-    Give it to the state, which moves it to its device and loads it when it resumes; then, for every batch of a step in
-    which the model is trained, call `update` once. There is no EMA of it. Every rank holds it whole, FSDP or not.
+    Give it to the state, which moves it to its device and loads it when it resumes. Then, for every batch of a step in
+    which the model is trained, call `update` once. It has no EMA. Every rank holds it whole, with FSDP2, too.
 
     Args:
         name: of the model; a checkpoint has a file `name`.safetensors and one `name`_optimizer.safetensors.
@@ -55,11 +54,9 @@ class Companion:
         gradient_accumulation: int = 1,
     ) -> None:
         self.name, self.model = name, model
-        self.learning_rate, self.betas = learning_rate, betas
-        self.weight_decay, self.clip_norm = weight_decay, clip_norm
-        self.gradient_accumulation = gradient_accumulation
-        self.skipped = 0
-        self._streak = 0
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.clip_norm, self.gradient_accumulation = clip_norm, gradient_accumulation
+        self.guard = StepGuard(name)
         self._pending: list[Tensor] = []
         self._trained = named_parameters({name: model}, model.parameters())
 
@@ -67,21 +64,21 @@ class Companion:
         """Move the model to this rank's device and make its optimiser."""
         self._ranks = ranks
         self.model.to(ranks.device)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = make_optimizer(
+            "AdamW",
             list(self._trained.values()),
-            lr=self.learning_rate,
+            learning_rate=self.learning_rate,
             betas=self.betas,
             weight_decay=self.weight_decay,
-            fused=True,
         )
         self._keep_buffers()
 
     def update(self, loss: Tensor) -> None:
-        """Backward of a batch's loss, and after a step's last batch one step of the optimiser.
+        """Backward pass of a batch's loss, and after a step's last batch one step of the optimiser.
 
         If the loss or the norm of the gradients is not finite, or a buffer (BatchNorm's statistics) is not fit for a
         checkpoint, the step is skipped: weights and moments stay bit for bit as they were, and the buffers go back to
-        those of the last step that was not.
+        their values after the last step that was taken.
 
         Raises:
             NumericsError: five steps in a row were skipped.
@@ -91,31 +88,30 @@ class Companion:
         self._pending.append(loss.detach().float())
         if len(self._pending) < self.gradient_accumulation:
             return
+
+        # Loss and gradients are the means over the batches and the ranks.
         mean = torch.stack(self._pending).mean()
         self._pending = []
         if self._ranks.count > 1:
-            (mean_value,) = self._ranks.mean([mean.item()])
-            mean = mean.new_tensor(mean_value)
+            mean = mean.new_tensor(self._ranks.mean([mean.item()])[0])
             self._ranks.average_(p.grad for p in self._trained.values() if p.grad is not None)
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
+
+        # All numbers that decide come from the device at once.
         largest = [buffer.abs().amax().float() for buffer in self.model.buffers()]
-        value, norm_value, *buffers = torch.stack([mean, norm.float(), *largest]).tolist()
-        finite = math.isfinite(value) and math.isfinite(norm_value) and all(size <= LARGEST for size in buffers)
+        mean_value, norm_value, *buffers = torch.stack([mean, norm.float(), *largest]).tolist()
+        finite = math.isfinite(mean_value) and math.isfinite(norm_value) and all(size <= LARGEST for size in buffers)
+
         if finite:
             self.optimizer.step()
             self._keep_buffers()
         else:
-            for buffer, kept in zip(self.model.buffers(), self._buffers, strict=True):
-                buffer.copy_(kept)
-            logger.warning("a step of the %s skipped: loss %g, gradient norm %g", self.name, value, norm_value)
+            for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
+                buffer.copy_(before)
+            logger.warning("a step of the %s skipped: loss %g, gradient norm %g", self.name, mean_value, norm_value)
         self.optimizer.zero_grad(set_to_none=True)
-        self._streak = 0 if finite else self._streak + 1
-        self.skipped += not finite
-        if self._streak == MAX_SKIPPED_IN_A_ROW:
-            raise NumericsError(
-                f"{self.name}: loss or gradient was not finite in {self._streak} steps in a row (loss {value}, "
-                f"gradient norm {norm_value}). Its weights are those of before; lower its learning rate"
-            )
+        self.guard.see(finite=finite, skipped=not finite)
+        self.guard.check(mean_value, norm_value)
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Its tensors for a checkpoint, on the CPU."""
@@ -126,10 +122,10 @@ class Companion:
 
     def values(self) -> dict[str, int]:
         """Its plain values for a checkpoint."""
-        return {"skipped": self.skipped, "skipped_in_a_row": self._streak}
+        return self.guard.values()
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
-        """Take back what `groups` and `values` gave to the checkpoint `path`.
+        """Take back the `groups` and `values` of the checkpoint `path`.
 
         Raises:
             CheckpointError: it belongs to another model.
@@ -137,7 +133,7 @@ class Companion:
         live = live_tensors(self.model, self.name, self._trained)
         copy_into(live, groups.get(self.name, {}), path / f"{self.name}.safetensors")
         restore_optimizer(self.optimizer, self._trained, self._trained, groups[f"{self.name}_optimizer"])
-        self.skipped, self._streak = values["skipped"], values["skipped_in_a_row"]
+        self.guard.restore(values)
         self._keep_buffers()
 
     def _keep_buffers(self) -> None:

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,69 +14,67 @@ from davae.run.ranks import Ranks
 OptimizerName = Literal["AdamW", "AdamW8bit", "AdamWScheduleFree"]
 
 LIBRARIES = {"AdamW": "torch.optim", "AdamW8bit": "bitsandbytes.optim", "AdamWScheduleFree": "schedulefree"}
-"""By the name of a class, the module that has it; its package is the name of davae's extra, too."""
+"""The module of each class. Its package has the name of the extra of davae that installs it."""
 STATE_BYTES = {"AdamW": 8.0, "AdamW8bit": 2 + 8 / 256, "AdamWScheduleFree": 8.0}
-"""Of each trained number; AdamW8bit has two scales for 256 numbers, and 8 bytes where a tensor has less than 4096."""
+"""For each trained number; AdamW8bit has two scales for 256 numbers, and 8 bytes in tensors of less than 4096."""
 COUNTS = ("k", "weight_sum", "lr_max")
 """What schedule-free keeps beside its tensors: steps, the sum of their weights, the largest learning rate."""
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """An optimiser without what it trains and its learning rate."""
+def check_optimizer(name: OptimizerName, ranks: Ranks) -> None:
+    """Refuse an optimiser that cannot be used here.
 
-    name: OptimizerName = "AdamW"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    """Decoupled."""
-
-    def check(self, ranks: Ranks) -> None:
-        """Refuse what is not there or does not go together, before anything is done.
-
-        Raises:
-            SettingsError: its package is not installed, or FSDP2 is asked for and it cannot be sharded.
-        """
-        if self.name == "AdamW8bit" and ranks.sharded:
-            raise SettingsError(
-                f'optimizer="{self.name}" with FSDP2: its moments share scales in blocks of 256, which would be cut '
-                "where tensors are. Launch with recipes/launch/ddp.yaml, or take AdamW, whose moments FSDP2 shards"
-            )
-        package = LIBRARIES[self.name].partition(".")[0]
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise SettingsError(
-                f"optimizer=\"{self.name}\" needs {package}: {error}. Install it: pip install 'davae[{package}]'"
-            ) from error
-
-    def make(self, weights: list[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        """The optimiser of these weights, in training mode if it has one."""
-        made = getattr(import_module(LIBRARIES[self.name]), self.name)
-        settings = {"fused": True} if self.name == "AdamW" else {}
-        if self.name == "AdamW8bit":
-            for weight in weights:  # its first step does it, so that a resumed run would differ from one that goes on
-                weight.data = weight.data.contiguous()
-        optimizer: torch.optim.Optimizer = made(
-            weights, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, **settings
+    Raises:
+        SettingsError: its package is not installed, or FSDP2 cannot shard it.
+    """
+    if name == "AdamW8bit" and ranks.sharded:
+        raise SettingsError(
+            f'optimizer="{name}" with FSDP2: its moments share scales in blocks of 256, which sharding would cut. '
+            "Launch with recipes/launch/ddp.yaml, or take AdamW, whose moments FSDP2 shards"
         )
-        if hasattr(optimizer, "train"):
-            optimizer.train()
-        return optimizer
+    package = LIBRARIES[name].partition(".")[0]
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise SettingsError(
+            f"optimizer=\"{name}\" needs {package}: {error}. Install it: pip install 'davae[{package}]'"
+        ) from error
 
 
-ADAMW = OptimizerSettings()
+def make_optimizer(
+    name: OptimizerName,
+    weights: list[nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """The optimiser of these weights, in training mode if it has one."""
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
+    if name == "AdamW":
+        settings["fused"] = True
+    if name == "AdamW8bit":
+        # Its first step would do it, but a resumed run has no first step.
+        for weight in weights:
+            weight.data = weight.data.contiguous()
+
+    optimizer: torch.optim.Optimizer = getattr(import_module(LIBRARIES[name]), name)(weights, **settings)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
 
 
 @contextmanager
 def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Its weights as they are to be used; what is trained comes back exactly at the end.
+    """Give its weights the values to be used; the trained ones come back exactly at the end.
 
-    They are the same, but with schedule-free: it trains at y, between its averages x, which are to be used, and the
-    sequence z of its steps (arXiv 2405.15682).
+    They differ for schedule-free only: it trains at y, between the averages x, which are to be used, and the sequence z
+    of its steps (arXiv 2405.15682).
     """
     if not (hasattr(optimizer, "train") and hasattr(optimizer, "eval")):
         yield
         return
+
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     trained = [weight.detach().clone() for weight in weights]
     optimizer.eval()
@@ -90,12 +87,17 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def averages(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Its weights as `evaluated` shows them, bit for bit, for reading only: those of schedule-free are new tensors."""
+    """The values that `evaluated` gives its weights, bit for bit, for reading only."""
     if not hasattr(optimizer, "eval"):
         return list(weights)
-    toward = 1 - 1 / optimizer.param_groups[0]["betas"][0]  # as its `eval`, which sets them in place
-    steps = {weight: state["z"] for weight, state in optimizer.state.items() if "z" in state}
-    return [torch.lerp(w.detach(), steps[w], toward).requires_grad_() if w in steps else w for w in weights]
+
+    # The formula of schedule-free's own `eval`, which works in place.
+    toward = 1 - 1 / optimizer.param_groups[0]["betas"][0]
+    values: list[Tensor] = []
+    for weight in weights:
+        z = optimizer.state.get(weight, {}).get("z")
+        values.append(weight if z is None else torch.lerp(weight.detach(), z, toward).requires_grad_())
+    return values
 
 
 def counts(optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
@@ -104,6 +106,6 @@ def counts(optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
 
 
 def restore_counts(optimizer: torch.optim.Optimizer, saved: Mapping[str, int | float]) -> None:
-    """Take back what `counts` gave."""
+    """Take back the values of `counts`."""
     for group in optimizer.param_groups:
         group.update(saved)

@@ -30,10 +30,12 @@ from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable, replaced_whole, write_atomically
 from davae.seeds import generator
 from davae.training.companion import Companion
+from davae.training.devices import fastest_layout, lay_out
+from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
 from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides, loss_settings
 from davae.training.stage_one_recipe import LossWeights as LossWeights  # imported from here with the recipe
 from davae.training.stage_one_validation import heldout_metrics, heldout_picture
-from davae.training.tensors import fastest_layout, laid_out
+from davae.training.state import TrainingState
 from davae.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -66,13 +68,13 @@ def train_autoencoder(
     check_trackers(report_to)
     ranks = Ranks(rank_timeout)
     ranks.check_divides("batch_size", recipe.batch_size)
-    with recipe.alone_in(folder, ranks):
+    with claim_folder(recipe, folder, ranks):
         ranks.on_first(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
         return _train_autoencoder(recipe, folder, ranks, report_to)
 
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
-    pictures = recipe.training_pictures(folder if ranks.first else None, captions=False)
+    pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False)
     heldout = open_pictures(
         recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
     )
@@ -80,15 +82,23 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
     autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start"))
-    autoencoder = laid_out(autoencoder, fastest_layout(ranks.device))
+    autoencoder = lay_out(autoencoder, fastest_layout(ranks.device))
     base_vae = load_base_vae(base_of(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = discriminator_of(recipe)
     trained = set_trained(autoencoder, recipe)
     models, whole = {"autoencoder": autoencoder}, compared_weights(autoencoder).values()
-    state = recipe.training_state(
-        folder, models, trained, label="stage 1", ranks=ranks, companion=discriminator, whole=whole, report_to=report_to
+    state = TrainingState(
+        recipe,
+        folder,
+        models,
+        trained,
+        label="stage 1",
+        ranks=ranks,
+        companion=discriminator,
+        report_to=report_to,
+        whole=whole,
     )
-    ranks.on_first(lambda: recipe.check_set(folder, pictures.keys))
+    ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
     for network in (alex, lpips, base_vae):
         if network is not None:
             network.to(state.device)
@@ -152,9 +162,9 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         values = evaluate()
         made = state.whole("autoencoder")
         ranks.on_first(lambda: save_whole(made, folder / "autoencoder"))
-    skipped = {} if discriminator is None else {"skipped_discriminator_steps": discriminator.skipped}
+    skipped = {} if discriminator is None else {"skipped_discriminator_steps": discriminator.guard.skipped}
     found, counts = {**values, "autoencoder": folder / "autoencoder"}, {"pictures": len(pictures), **skipped}
-    ranks.on_first(lambda: recipe.finish(state, found, counts={**counts, "heldout_pictures": len(heldout)}))
+    ranks.on_first(lambda: state.finish(found, counts={**counts, "heldout_pictures": len(heldout)}))
     return folder / "autoencoder"
 
 
@@ -223,7 +233,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         return load_autoencoder(folder)
     check_choices(recipe)
     autoencoder = going_on(recipe) if recipe.autoencoder else untrained(recipe)
-    laid_out(autoencoder, torch.channels_last)
+    lay_out(autoencoder, torch.channels_last)
     check_sides(recipe, autoencoder.downsample_factor)
     if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]

@@ -10,8 +10,7 @@ from davae.method.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
 from davae.method.perceptual import MIN_SIDE
 from davae.method.stage_one_loss import StageOneSettings
 from davae.run.recipe import Recipe
-from davae.training.pictures_recipe import PicturesRecipe
-from davae.training.recipes import Decay, NotNegative, Positive, Weight
+from davae.training.recipes import Decay, NotNegative, PicturesRecipe, Positive, Weight
 
 
 class LossWeights(Recipe):

@@ -13,7 +13,7 @@ from davae.method.flow import detail_weight
 from davae.run import faults
 from davae.run.ranks import Ranks
 from davae.seeds import rand, randn, sample_generators
-from davae.training.recipes import attention_on
+from davae.training.devices import attention_on
 from davae.training.stage_two_loss import Objective, choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.state import TrainingState

@@ -5,8 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from davae.method.widen import PortsStart
-from davae.training.pictures_recipe import PicturesRecipe
-from davae.training.recipes import NotNegative, Positive, Weight
+from davae.training.recipes import NotNegative, PicturesRecipe, Positive, Weight
 
 
 class FinetuneRecipe(PicturesRecipe):

@@ -28,12 +28,14 @@ from davae.training.conditions import (
     move_frozen,
     read_classes,
 )
+from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
 from davae.training.latents import ReadLatents, cache_latents, encode_online, expect_noise
 from davae.training.stage_two import Loader, choose_objectives, train_transformer
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_saving import finish_record, save_upgrade
 from davae.training.stage_two_transformer import choose_parameters, choose_targets, compile_blocks
 from davae.training.stage_two_validation import choose_prompts, draw_pictures
+from davae.training.state import TrainingState
 from davae.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def finetune(
         raise SettingsError(
             "compile = true was never tried with FSDP2. Leave it out, or launch with recipes/launch/ddp.yaml"
         )
-    with recipe.alone_in(folder, ranks):
+    with claim_folder(recipe, folder, ranks):
         for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
             ranks.on_first(partial(check_replaceable, folder / name, holds=index))
         return _finetune(recipe, folder, ranks, report_to)
@@ -97,8 +99,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     # All refusals come before the hours of encoding.
     objectives = choose_objectives(pipeline, recipe, pictures.buckets)
     models = {"transformer": transformer}
-    state = recipe.training_state(folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
-    ranks.on_first(lambda: recipe.check_set(folder, pictures.keys))
+    state = TrainingState(recipe, folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
+    ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
     prompts = choose_prompts(recipe, transformer, pictures)
 
     read_latents, read_conditions = prepare_inputs(recipe, pipeline, pictures, folder, ranks)
@@ -170,7 +172,7 @@ def warn_of_other_latents(autoencoder: AutoencoderDA, other: AutoencoderDA, reci
 def load_pictures(recipe: FinetuneRecipe, transformer: ModelMixin, folder: Path, ranks: Ranks) -> PictureSet:
     """The training images with captions, or with classes and classes.json if the backbone has those."""
     backbone = backbone_of(transformer)
-    pictures = recipe.training_pictures(folder if ranks.first else None, classes=backbone.classes)
+    pictures = open_training_pictures(recipe, folder if ranks.first else None, classes=backbone.classes)
     if backbone.classes:
         check_classes(pictures, backbone.null_class(transformer))
     if pictures.class_names and ranks.first:

@@ -43,7 +43,7 @@ def finish_record(state: TrainingState, folder: Path, recipe: FinetuneRecipe, *,
     """Write result.json with the last step's losses, and the model cards."""
     losses = read_last_losses(state)
     counts = {"pictures": pictures, "batch_size": recipe.batch_size}
-    recipe.finish(state, losses, counts=counts)
+    state.finish(losses, counts=counts)
     write_cards(folder, recipe, base=base, metrics=losses, counts=counts)
 
 

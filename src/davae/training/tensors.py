@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,28 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from davae.errors import CheckpointError, SettingsError
 from davae.training.sharding import gathered, part_of
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def fastest_layout(device: torch.device) -> torch.memory_format:
-    """The layout of weights with which a device trains an autoencoder fastest.
-
-    On a CPU channels last, a fifth to a half faster. Elsewhere contiguous: torch's group norm on a GPU copies what
-    comes with channels last, which takes longer than the convolutions gain (docs/speed.md).
-    """
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
-def laid_out(model: Model, layout: torch.memory_format) -> Model:
-    """Lay the weights of 2-D convolutions out so, in place.
-
-    Those of 3-D convolutions stay as they are; `nn.Module.to` would fail on them.
-    """
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
-    return model
 
 
 def named_parameters(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from davae.run import faults
 from davae.run.ranks import Ranks
-from davae.training.gradients import clipped_norm
-from davae.training.optimizers import OptimizerSettings, averages, counts, evaluated, restore_counts
-from davae.training.sharding import gathered_into, now_trained, own_part, part_of, shard
+from davae.training.optimizers import averages, counts, evaluated, make_optimizer, restore_counts
+from davae.training.recipes import OptimisationRecipe
+from davae.training.sharding import gathered_into, now_trained, own_gradient, own_part, part_of, shard
 from davae.training.tensors import (
     copy_into,
     live_tensors,
@@ -23,21 +23,19 @@ from davae.training.tensors import (
     saved_tensors,
 )
 
-EMA_WARMUP_POWER = 0.75  # the EMA averages over about step ** 0.75 steps until its decay is reached
+EMA_WARMUP_POWER = 0.75
+"""The EMA averages over about step ** 0.75 steps until its decay is reached."""
 
 
 class TrainedWeights:
-    """What a `TrainingState` trains: parameters, optimiser and EMA; with FSDP2, this rank's part of each.
+    """The trained parameters of a `TrainingState`, their optimiser and their EMA; with FSDP2, this rank's part of each.
 
     Args:
+        recipe: names the optimiser and the EMA's decay.
         models: every model that has trained parameters, by a short name; moved to the ranks' device.
         parameters: the parameters to train, all of them out of `models`.
         ranks: the processes of the run.
         whole: parameters that FSDP2 does not shard.
-        optimizer: which one, with its settings.
-        learning_rate: before the first step.
-        ema_decay: the decay of the EMA after its warm-up.
-        ema_warmup: of EMA update n > 0, by decays of at most (1 + n) / (10 + n), or else 1 - (1 + n)^-0.75.
 
     Raises:
         SettingsError: a parameter of no model, or a reserved name.
@@ -45,33 +43,64 @@ class TrainedWeights:
 
     def __init__(
         self,
+        recipe: OptimisationRecipe,
         models: Mapping[str, nn.Module],
         parameters: Iterable[nn.Parameter],
         ranks: Ranks,
         *,
         whole: Iterable[Tensor],
-        optimizer: OptimizerSettings,
-        learning_rate: float,
-        ema_decay: float,
-        ema_warmup: bool,
     ) -> None:
         self._ranks, self._models = ranks, dict(models)
         for model in self._models.values():
             model.to(ranks.device)
-        self._trained = named_parameters(self._models, parameters)
-        self._twins = shard(self._models, ranks, whole) if ranks.sharded else {}
-        self._trained = now_trained(self._models, self._trained)
-        self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
-        weights = list(self._parts.values())
-        self.optimizer = optimizer.make(weights, learning_rate=learning_rate)
-        other = not ema_warmup  # diffusers' own warm-up is the power; without, it has (1 + n) / (10 + n)
-        self._ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=other, power=EMA_WARMUP_POWER, foreach=True)
 
-    def clipped_norm(self, most: float) -> Tensor:
-        """Average the gradients over the ranks and clip them to a norm of `most`; returns their norm before that."""
+        # Sharding puts other parameters in the models; the optimiser and the EMA see this rank's part of each.
+        names = list(named_parameters(self._models, parameters))
+        self._twins = shard(self._models, ranks, whole) if ranks.sharded else {}
+        self._trained = now_trained(self._models, names)
+        self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
+        self._sharded = [name for name, part in self._parts.items() if part is not self._trained[name]]
+
+        weights = list(self._parts.values())
+        self.optimizer = make_optimizer(
+            recipe.optimizer,
+            weights,
+            learning_rate=recipe.learning_rate,
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+        )
+
+        # diffusers' own warm-up is the power law; without it, diffusers has (1 + n) / (10 + n).
+        power_law = not recipe.ema_warmup
+        self._ema = EMAModel(
+            weights, decay=recipe.ema_decay, use_ema_warmup=power_law, power=EMA_WARMUP_POWER, foreach=True
+        )
+
+    def clip_gradients(self, largest: float) -> Tensor:
+        """Average the gradients over the ranks and clip them to a norm; returns their norm before that, a scalar."""
         first = next(iter(self._trained.values()))
         first.grad = faults.at("clip", faults.at("grad", first.grad))
-        return clipped_norm(self._trained, self._parts, self._ranks, most)
+
+        # FSDP2 has averaged the gradients of sharded parameters already.
+        for name in self._sharded:
+            self._parts[name].grad = own_gradient(self._trained[name])
+        pieces: list[nn.Parameter] = []
+        whole: list[nn.Parameter] = []
+        for name, part in self._parts.items():
+            if part.grad is not None:
+                (pieces if name in self._sharded else whole).append(part)
+        self._ranks.average_([part.grad for part in whole if part.grad is not None])
+        if not self._sharded:
+            return nn.utils.clip_grad_norm_(whole, largest)
+
+        # The norm of all gradients together: the squares of the pieces are summed over the ranks.
+        norms = []
+        for parts in (pieces, whole):
+            gradients = [part.grad for part in parts if part.grad is not None]
+            norms.append(nn.utils.get_total_norm(gradients).to(self._ranks.device))
+        norm = (self._ranks.sum_(norms[0].square()) + norms[1].square()).sqrt()
+        nn.utils.clip_grads_with_norm_([*pieces, *whole], largest, norm)
+        return norm
 
     def step(self, learning_rate: float) -> None:
         """One step of the optimiser, and of the EMA."""
@@ -92,7 +121,7 @@ class TrainedWeights:
         return evaluated(self.optimizer)
 
     @contextmanager
-    def of_ema(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[None]:
         """The models with the EMA's weights; the trained weights come back exactly at the end."""
         weights = list(self._parts.values())
         assert self._ema.temp_stored_params is None, "ema_weights() does not nest"
@@ -108,30 +137,37 @@ class TrainedWeights:
         return gathered_into(self._twins[name], self._models[name]) if name in self._twins else self._models[name]
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Their tensors for a checkpoint, whole and on the CPU; all ranks must call."""
+        """The tensors for a checkpoint, whole and on the CPU; all ranks must call."""
         assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
         groups = {name: saved_tensors(model, name, self._trained) for name, model in self._models.items()}
-        shadows = zip(self._trained.items(), self._ema.shadow_params, strict=True)
-        groups["ema"] = {name: on_cpu(shadow, parameter) for (name, parameter), shadow in shadows}
+        groups["ema"] = {}
+        for (name, parameter), shadow in zip(self._trained.items(), self._ema.shadow_params, strict=True):
+            groups["ema"][name] = on_cpu(shadow, parameter)
         groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained, self._parts)
         return groups
 
     def values(self) -> dict[str, Any]:
-        """Their plain values for a checkpoint."""
-        kept = counts(self.optimizer)
-        return {"ema_steps": self._ema.optimization_step, **({"optimizer": kept} if kept else {})}
+        """The plain values for a checkpoint."""
+        values: dict[str, Any] = {"ema_steps": self._ema.optimization_step}
+        if optimizer_counts := counts(self.optimizer):
+            values["optimizer"] = optimizer_counts
+        return values
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
-        """Take back what `groups` and `values` gave to the checkpoint `path`.
+        """Take back the `groups` and `values` of the checkpoint `path`.
 
         Raises:
             CheckpointError: it belongs to other models.
         """
         for name, model in self._models.items():
             copy_into(live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
+
         shadows = dict(zip(self._trained, self._ema.shadow_params, strict=True))
-        kept = {name: part_of(whole, self._trained[name]) for name, whole in groups["ema"].items() if name in shadows}
-        copy_into(shadows, {**groups["ema"], **kept}, path / "ema.safetensors")
+        saved = dict(groups["ema"])
+        for name in saved.keys() & shadows.keys():
+            saved[name] = part_of(saved[name], self._trained[name])
+        copy_into(shadows, saved, path / "ema.safetensors")
+        self._ema.optimization_step = values["ema_steps"]
+
         restore_optimizer(self.optimizer, self._trained, self._parts, groups["optimizer"])
         restore_counts(self.optimizer, values.get("optimizer", {}))
-        self._ema.optimization_step = values["ema_steps"]

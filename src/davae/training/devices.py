@@ -1,0 +1,48 @@
+"""What a device computes fastest in: precision, attention, layout of weights."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 natively: an emulation only costs time and digits."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def attention_on(device: torch.device) -> AbstractContextManager[None]:
+    """Attention as plain products on a CPU, whose fused kernel has a slower backward pass (benchmarks/attention.py)."""
+    if device.type != "cpu":
+        return nullcontext()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # holds for CPUs, too, in spite of its name
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def fastest_layout(device: torch.device) -> torch.memory_format:
+    """The layout of weights with which a device trains an autoencoder fastest.
+
+    It is channels last on a CPU, by a fifth to a half. On a GPU it is contiguous: torch's group norm copies tensors
+    with channels last, which takes longer than the convolutions gain (docs/speed.md).
+    """
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def lay_out(model: Model, layout: torch.memory_format) -> Model:
+    """Give the weights of 2-D convolutions a layout, in place.
+
+    The weights of 3-D convolutions stay as they are; `nn.Module.to` would fail on them.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model
