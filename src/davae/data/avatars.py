@@ -254,7 +254,7 @@ def caption(attributes: Attributes, draw: random.Random, *, completeness: float 
 
 
 def _phrases(attributes: Attributes, draw: random.Random | None = None) -> dict[str, str]:
-    """The parts of a caption behind the expression, in the fixed order; without `draw`, the first phrase for the hair."""
+    """The parts of a caption behind the expression, in the fixed order; without `draw`, the hair's first phrase."""
     style = HAIR[attributes.hair]
     color = attributes.hair_color or attributes.hat_color or ""
     phrase = style.phrases[0]

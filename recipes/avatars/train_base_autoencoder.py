@@ -1,0 +1,217 @@
+"""Train the base pipeline's autoencoder at 128 px (the second of the pair's commands, after draw.py).
+
+    python recipes/avatars/train_base_autoencoder.py IMAGES RUN --out AUTOENCODER
+
+IMAGES is draw.py's folder. The first phase trains encoder and decoder, and fixes the latents. AUTOENCODER is written
+after it, so that the transformer's training can begin.
+
+    python recipes/avatars/train_base_autoencoder.py IMAGES RUN --out AUTOENCODER --decoder
+
+is the second phase: it trains the decoder alone, on noisy latents, so that it forgives a transformer's small errors.
+RUN holds checkpoints and metrics.jsonl of both phases; either command goes on where it stopped.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+from images import DrawnImages, from_bytes
+from torch import Tensor, nn
+
+from davae.data.order import random_crops
+from davae.method.losses import gradient_l1, kl_loss_mean, reconstruction_l1
+from davae.method.metrics import psnr
+from davae.method.perceptual import LPIPS
+from davae.run.recipe import Recipe, load_recipe
+from davae.seeds import generator
+from davae.training.optimizers import OptimizerSettings
+from davae.training.recipes import warmup_cosine
+from davae.training.state import TrainingState
+
+
+class BaseAutoencoderRecipe(Recipe):
+    """Everything that decides the run."""
+
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    latent_channels: int = 16
+    images: int = 6144
+    """Of the training set, from its beginning."""
+    steps: int = 4500
+    learning_rate: float = 1.5e-3
+    decoder_steps: int = 3000
+    decoder_learning_rate: float = 6e-4
+    warmup_steps: int = 100
+    batch_size: int = 8
+    """Crops in a step; a step of whole images has as many pixels."""
+    crop: int = 64
+    whole_share: float = 0.3
+    """Of the steps that see whole images at 128 px, with their borders."""
+    full_size_share: float = 0.15
+    """Of the steps that see crops of the 256 px images. All others see crops of the images at 128 px."""
+    l1_weight: float = 1.0
+    gradient_weight: float = 0.5
+    squared_weight: float = 2.0
+    lpips_weight: float = 0.1
+    kl_weight: float = 5e-5
+    latent_noise: float = 0.3
+    """In the second phase: each image's latents get noise of deviation |N(0, 1)| times this, in units."""
+    evaluate_every: int = 500
+    checkpoint_every: int = 500
+    seed: int = 0
+
+
+def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
+    """An f8 AutoencoderKL whose posterior starts narrow, log-variance -5."""
+    torch.manual_seed(recipe.seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(recipe.channels),
+        up_block_types=("UpDecoderBlock2D",) * len(recipe.channels),
+        block_out_channels=recipe.channels,
+        layers_per_block=1,
+        latent_channels=recipe.latent_channels,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=128,
+        force_upcast=False,
+    )
+    nn.init.zeros_(vae.encoder.conv_out.weight[recipe.latent_channels :])
+    nn.init.constant_(vae.encoder.conv_out.bias[recipe.latent_channels :], -5.0)
+    return vae
+
+
+def training_batch(recipe: BaseAutoencoderRecipe, images: DrawnImages, small: Tensor, step: int, label: str) -> Tensor:
+    """The images of one step: crops at 128 px, whole images at 128 px, or crops at 256 px."""
+    random = generator(recipe.seed, label, step)
+    kind = torch.rand((), generator=random).item()
+    whole = kind < recipe.whole_share
+    full_size = not whole and kind < recipe.whole_share + recipe.full_size_share
+
+    count = recipe.batch_size
+    if whole:
+        count = max(1, round(recipe.batch_size * (recipe.crop / small.shape[-1]) ** 2))
+    indices = torch.randint(len(small), (count,), generator=random)
+
+    batch = images.batch(indices.tolist()) if full_size else from_bytes(small[indices])
+    if not whole:
+        samples = range(step * recipe.batch_size, step * recipe.batch_size + count)
+        batch = random_crops(batch, recipe.crop, seed=recipe.seed, samples=samples)
+    if torch.rand((), generator=random).item() < 0.5:
+        batch = batch.flip(3)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKL, pictures: Tensor, lpips: LPIPS) -> dict[str, float]:
+    """Mean PSNR in dB and LPIPS of held-out uint8 images through the autoencoder, by the posterior's mode."""
+    values = []
+    for part in pictures.split(16):
+        image = from_bytes(part)
+        made = vae(image).sample.clamp(-1, 1)
+        values.append(torch.stack([psnr(made, image), lpips(made, image).flatten()]))
+    quality, distance = torch.cat(values, dim=1).mean(dim=1).tolist()
+    return {"held_out_psnr": quality, "held_out_lpips": distance}
+
+
+def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folder: Path, *, decoder_only: bool) -> None:
+    """One of the two phases; leaves the EMA's weights in `vae`."""
+    training = DrawnImages(images, limit=recipe.images)
+    small = training.half_size()
+    held_out = DrawnImages(images, held_out=True, limit=128).half_size()
+    lpips = LPIPS.alex()
+
+    vae.to(memory_format=torch.channels_last).requires_grad_(True)
+    vae.encoder.requires_grad_(not decoder_only)
+    steps = recipe.decoder_steps if decoder_only else recipe.steps
+    peak = recipe.decoder_learning_rate if decoder_only else recipe.learning_rate
+    state = TrainingState(
+        folder,
+        {"vae": vae},
+        [parameter for parameter in vae.parameters() if parameter.requires_grad],
+        total_steps=steps,
+        learning_rate=warmup_cosine(peak, floor=0.02 * peak, warmup_steps=recipe.warmup_steps, total_steps=steps),
+        optimizer=OptimizerSettings(betas=(0.9, 0.99), weight_decay=0.01),
+        mixed_precision="bf16",
+        checkpoint_every=recipe.checkpoint_every,
+        seed=recipe.seed,
+        recipe_digest=recipe.digest(),
+        label="base decoder" if decoder_only else "base autoencoder",
+        samples=recipe.batch_size,
+    )
+
+    for step in state.steps():
+        if step % recipe.evaluate_every == 0:
+            with state.ema_weights():
+                state.log(evaluate(vae, held_out, lpips))
+
+        image = training_batch(recipe, training, small, step, state.label)
+
+        # Encode, and draw latents from the posterior; in the second phase from a wider one.
+        with state.autocast():
+            posterior = vae.encode(image).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        random = generator(recipe.seed, "latent noise", step)
+        variance = logvar.exp()
+        if decoder_only:
+            level = torch.randn(len(image), 1, 1, 1, generator=random).abs() * recipe.latent_noise
+            variance = variance + (level / vae.config.scaling_factor).square()
+        latents = mean + variance.sqrt() * torch.randn(mean.shape, generator=random)
+
+        # Decode, and compare.
+        with state.autocast():
+            made = vae.decode(latents).sample
+            distance = lpips(made, image).mean()
+        made = made.float()
+        parts = {
+            "l1": recipe.l1_weight * reconstruction_l1(made, image),
+            "gradient": recipe.gradient_weight * gradient_l1(made, image),
+            "squared": recipe.squared_weight * (made - image).square().mean(),
+            "lpips": recipe.lpips_weight * distance,
+            "kl": recipe.kl_weight * kl_loss_mean(mean, logvar),
+        }
+        state.update(torch.stack(list(parts.values())).sum(), parts)
+
+    with state.ema_weights():
+        averaged = copy.deepcopy(vae.state_dict())
+    vae.load_state_dict(averaged)
+    state.log(evaluate(vae, held_out, lpips))
+
+
+@torch.no_grad()
+def set_scalars(vae: AutoencoderKL, images: DrawnImages) -> None:
+    """Write the shift and scale into the config that bring latents of training images to mean 0 and deviation 1."""
+    latents = [vae.encode(from_bytes(part)).latent_dist.mode() for part in images.half_size().split(32)]
+    numbers = torch.cat(latents).double()
+    shift, scale = numbers.mean().item(), 1 / numbers.std().item()
+    vae.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
+
+
+def main(
+    images: Annotated[Path, typer.Argument(help="The folder that draw.py wrote.")],
+    run: Annotated[Path, typer.Argument(help="The folder for checkpoints and metrics.")],
+    out: Annotated[Path, typer.Option(help="The folder for the autoencoder.")],
+    decoder: Annotated[bool, typer.Option("--decoder", help="Train the decoder of OUT alone.")] = False,
+    recipe_file: Annotated[Path | None, typer.Option("--recipe", help="Settings other than the defaults.")] = None,
+) -> None:
+    """Train one phase, then write the autoencoder."""
+    recipe = load_recipe(BaseAutoencoderRecipe, recipe_file) if recipe_file else BaseAutoencoderRecipe()
+    if decoder:
+        vae = AutoencoderKL.from_pretrained(out / "all")
+        train(recipe, vae, images, run / "decoder", decoder_only=True)
+        vae.eval().save_pretrained(out / "decoder")
+        return
+
+    vae = untrained(recipe)
+    train(recipe, vae, images, run / "all", decoder_only=False)
+    set_scalars(vae, DrawnImages(images, limit=min(1024, recipe.images)))
+    assert math.isfinite(vae.config.scaling_factor)
+    vae.eval().save_pretrained(out / "all")
+
+
+if __name__ == "__main__":
+    typer.run(main)
