@@ -167,6 +167,9 @@ COLORED_WEIGHT = 2
 ACCESSORY_SHARE, FACIAL_HAIR_SHARE = 0.4, 0.45
 """Of all people, and of those who are not women."""
 
+ABSENCE_SHARE = 0.1
+"""Of the captions that could say "no glasses" or "no beard", those that do."""
+
 
 @dataclass(frozen=True)
 class Attributes:
@@ -245,7 +248,12 @@ def caption(attributes: Attributes, draw: random.Random, *, completeness: float 
     """
     if completeness is None:
         completeness = 1.0 if draw.random() < 0.7 else draw.uniform(0.2, 0.9)
-    phrases = {name: words for name, words in _phrases(attributes, draw).items() if draw.random() < completeness}
+    named = _phrases(attributes, draw)
+    if not attributes.accessory and draw.random() < ABSENCE_SHARE:
+        named["accessory"] = "no glasses"
+    if not attributes.facial_hair and HAIR[attributes.hair].person != "woman" and draw.random() < ABSENCE_SHARE:
+        named["facial hair"] = "no beard"
+    phrases = {name: words for name, words in named.items() if draw.random() < completeness}
     expression = EXPRESSIONS[attributes.expression] if draw.random() < completeness else ""
 
     if draw.random() < 0.4:
@@ -335,6 +343,7 @@ SYNONYMS = {
     "male": "man",
     "men": "man",
     "gentleman": "man",
+    "without": "no",
     "someone": "person",
     "human": "person",
     "blond": "blonde",

@@ -1,0 +1,69 @@
+"""Tokenizers of whole words for the avatars' captions: one token for each word that names something.
+
+Letters in other case, punctuation, synonyms and unknown words are dealt with before the words are looked up: a synonym
+becomes the word that it stands for, and any other word vanishes. So every prompt gets tokens that the models know.
+"""
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from davae.data import avatars
+
+PROMPT_TOKENS = 20
+"""The length of both tokenizers' prompts; the longest caption has 16 words, and special tokens are two at most."""
+
+CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+T5_SPECIAL = ("<pad>", "</s>")
+
+
+def clip_tokenizer() -> PreTrainedTokenizerFast:
+    """Words between a start and an end, as CLIP's text encoders want them; the end is the padding, too."""
+    start, end = CLIP_SPECIAL
+    words = _word_tokenizer(CLIP_SPECIAL, unknown=end)
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, 0), (end, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token=end,
+        model_max_length=PROMPT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """Words before an end, as T5's encoder wants them."""
+    padding, end = T5_SPECIAL
+    words = _word_tokenizer(T5_SPECIAL, unknown=padding)
+    words.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token=end,
+        pad_token=padding,
+        unk_token=padding,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _word_tokenizer(special: tuple[str, str], *, unknown: str) -> Tokenizer:
+    """The special tokens first, then the vocabulary in its order."""
+    tokens = [*special, *avatars.vocabulary()]
+    words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=unknown))
+
+    synonyms = [
+        normalizers.Replace(Regex(rf"\b{word}\b"), replacement) for word, replacement in avatars.SYNONYMS.items()
+    ]
+    known = "|".join(avatars.vocabulary())
+    words.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex("[^a-z]+"), " "),
+            *synonyms,
+            normalizers.Replace(Regex(rf"\b(?!(?:{known})\b)[a-z]+\b"), " "),
+        ]
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
