@@ -4,7 +4,11 @@ Letters in other case, punctuation, synonyms and unknown words are dealt with be
 becomes the word that it stands for, and any other word vanishes. So every prompt gets tokens that the models know.
 """
 
+from collections.abc import Sequence
+
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from davae.data import avatars
@@ -46,6 +50,23 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=padding,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_ids(prompts: Sequence[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
+    """The padded tokens that the two tokenizers give, CLIP's and T5's, in a tenth of their time."""
+    first = len(CLIP_SPECIAL)  # both tokenizers have two special tokens before the words
+    numbers = {word: number for number, word in enumerate(avatars.vocabulary(), first)}
+    start, end, padding = 0, 1, 0
+
+    clip = torch.full((len(prompts), PROMPT_TOKENS), end)
+    t5 = torch.full((len(prompts), t5_tokens), padding)
+    for row, prompt in enumerate(prompts):
+        words = [numbers[word] for word in avatars.read_words(prompt)[0]]
+        clip_row = [start, *words[: PROMPT_TOKENS - 2], end]
+        t5_row = [*words[: t5_tokens - 1], end]
+        clip[row, : len(clip_row)] = torch.tensor(clip_row)
+        t5[row, : len(t5_row)] = torch.tensor(t5_row)
+    return clip, t5
 
 
 def _word_tokenizer(special: tuple[str, str], *, unknown: str) -> Tokenizer:
