@@ -72,7 +72,7 @@ class BaseTransformerRecipe(Recipe):
     strip_every: int = 1500
     checkpoint_every: int = 500
     compiled: bool = True
-    """Compile the transformer for the usual length of prompts: minutes at the start, then steps in two thirds of the time."""
+    """Compile the transformer for the usual length of prompts. That takes minutes, and a third off every step."""
     seed: int = 0
 
 
