@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL
-from images import DrawnImages, from_bytes
+from drawn_images import DrawnImages, from_bytes
 from torch import Tensor, nn
 
 from davae.data.order import random_crops
@@ -36,6 +36,8 @@ from davae.training.state import TrainingState
 class BaseAutoencoderRecipe(Recipe):
     """Everything that decides the run."""
 
+    size: int = 128
+    """Side of the base's images: half that of the drawn ones."""
     channels: tuple[int, ...] = (32, 64, 96, 128)
     latent_channels: int = 16
     images: int = 6144
@@ -77,7 +79,7 @@ def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        sample_size=128,
+        sample_size=recipe.size,
         force_upcast=False,
     )
     nn.init.zeros_(vae.encoder.conv_out.weight[recipe.latent_channels :])

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from images import DrawnImages, halved
+from drawn_images import DrawnImages, halved
 from PIL import Image
 from rich.progress import track
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from word_tokenizers import PROMPT_TOKENS, clip_tokenizer, t5_tokenizer, token_ids
 
 from davae.backbones import sd3
-from davae.data import avatars
+from davae.data import avatar_captions
 from davae.data.order import batch_indices
 from davae.errors import CheckpointError
 from davae.method.flow import interpolate, sample_timesteps, velocity_target
@@ -160,7 +160,7 @@ def training_captions(recipe: BaseTransformerRecipe, images: DrawnImages, indice
     for place, index in enumerate(indices):
         draw = random.Random(f"caption {recipe.seed} {step} {place}")
         dropped = draw.random() < recipe.caption_dropout
-        captions.append("" if dropped else avatars.caption(images.attributes[index], draw))
+        captions.append("" if dropped else avatar_captions.caption(images.attributes[index], draw))
     return captions
 
 
@@ -261,7 +261,7 @@ def main(
     held_out = DrawnImages(images, held_out=True, limit=256)
     latents = encode_images(vae, training, run / "latents.safetensors")
     held_out_latents = encode_images(vae, held_out, run / "held_out_latents.safetensors")
-    held_out_captions = [avatars.full_caption(attributes) for attributes in held_out.attributes]
+    held_out_captions = [avatar_captions.full_caption(attributes) for attributes in held_out.attributes]
 
     pipeline = build_pipeline(recipe, vae)
     names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from davae.data import avatars
+from davae.data.avatar_captions import SYNONYMS, read_words, vocabulary
 
 PROMPT_TOKENS = 20
 """The length of both tokenizers' prompts; the longest caption has 16 words, and special tokens are two at most."""
@@ -55,13 +55,13 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 def token_ids(prompts: Sequence[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
     """The padded tokens that the two tokenizers give, CLIP's and T5's, in a tenth of their time."""
     first = len(CLIP_SPECIAL)  # both tokenizers have two special tokens before the words
-    numbers = {word: number for number, word in enumerate(avatars.vocabulary(), first)}
+    numbers = {word: number for number, word in enumerate(vocabulary(), first)}
     start, end, padding = 0, 1, 0
 
     clip = torch.full((len(prompts), PROMPT_TOKENS), end)
     t5 = torch.full((len(prompts), t5_tokens), padding)
     for row, prompt in enumerate(prompts):
-        words = [numbers[word] for word in avatars.read_words(prompt)[0]]
+        words = [numbers[word] for word in read_words(prompt)[0]]
         clip_row = [start, *words[: PROMPT_TOKENS - 2], end]
         t5_row = [*words[: t5_tokens - 1], end]
         clip[row, : len(clip_row)] = torch.tensor(clip_row)
@@ -71,13 +71,11 @@ def token_ids(prompts: Sequence[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
 
 def _word_tokenizer(special: tuple[str, str], *, unknown: str) -> Tokenizer:
     """The special tokens first, then the vocabulary in its order."""
-    tokens = [*special, *avatars.vocabulary()]
+    tokens = [*special, *vocabulary()]
     words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=unknown))
 
-    synonyms = [
-        normalizers.Replace(Regex(rf"\b{word}\b"), replacement) for word, replacement in avatars.SYNONYMS.items()
-    ]
-    known = "|".join(avatars.vocabulary())
+    synonyms = [normalizers.Replace(Regex(rf"\b{word}\b"), replacement) for word, replacement in SYNONYMS.items()]
+    known = "|".join(vocabulary())
     words.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),

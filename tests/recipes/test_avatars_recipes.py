@@ -1,0 +1,121 @@
+"""The scripts that build the small pair run, one after the other, at a tiny size."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from davae.backbones import sd3
+from davae.run.record import read_metrics
+
+FOLDER = Path(__file__).parents[2] / "recipes/avatars"
+
+AUTOENCODER = """
+size = 32
+channels = [8, 8, 8, 8]
+images = 8
+steps = 3
+decoder_steps = 2
+crop = 32
+batch_size = 2
+whole_share = 0.5
+full_size_share = 0.5
+evaluate_every = 2
+checkpoint_every = 2
+"""
+TRANSFORMER = """
+width = 16
+layers = 2
+heads = 2
+images = 8
+steps = 3
+cool_down_steps = 2
+batch_size = 4
+evaluate_every = 2
+strip_every = 2
+checkpoint_every = 2
+compiled = false
+"""
+
+pytest.importorskip("resvg", reason="drawing avatars needs davae[demo]")
+
+
+def main_of(script: str) -> Callable[..., None]:
+    main: Callable[..., None] = runpy.run_path(str(FOLDER / script), run_name="imported")["main"]
+    return main
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the scripts wrote."""
+    folder = tmp_path_factory.mktemp("avatars")
+    (folder / "autoencoder.toml").write_text(AUTOENCODER)
+    (folder / "transformer.toml").write_text(TRANSFORMER)
+
+    sys.path.insert(0, str(FOLDER))
+    try:
+        main_of("draw.py")(folder / "images", count=8, held_out=4, size=64)
+
+        train = main_of("train_base_autoencoder.py")
+        settings = {"out": folder / "vae", "recipe_file": folder / "autoencoder.toml"}
+        train(folder / "images", folder / "vae_run", decoder=False, **settings)
+        train(folder / "images", folder / "vae_run", decoder=True, **settings)
+
+        train = main_of("train_base_transformer.py")
+        settings = {"autoencoder": folder / "vae/all", "recipe_file": folder / "transformer.toml"}
+        for out, flags in {"pipeline": {}, "cooled": {"cool_down": True}, "exported": {"export": True}}.items():
+            flags = {"cool_down": False, "export": False} | flags
+            train(folder / "images", folder / "run", out=folder / out, **settings, **flags)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return folder
+
+
+def test_autoencoders_are_measured_on_held_out_images(work: Path) -> None:
+    for phase, steps in {"all": 3, "decoder": 2}.items():
+        metrics = read_metrics(work / "vae_run" / phase / "metrics.jsonl")
+        measured = [line["step"] for line in metrics if "held_out_psnr" in line]
+        assert measured == sorted({0, 2, steps})
+
+
+def test_the_latents_of_the_transformer_have_unit_deviation(work: Path) -> None:
+    config = json.loads((work / "vae/all/config.json").read_text())
+    assert config["scaling_factor"] > 0
+    assert config["sample_size"] == 32
+
+
+@pytest.mark.parametrize("name", ["pipeline", "cooled", "exported"])
+def test_the_pipeline_is_a_stock_one(work: Path, name: str) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(work / name)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a laughing woman with a red beanie", num_inference_steps=2).images
+    assert images[0].size == (32, 32)
+
+
+def test_the_cool_down_goes_on_from_the_newest_checkpoint_to_no_learning_rate(work: Path) -> None:
+    rates = [line["learning_rate"] for line in read_metrics(work / "run/cool_down/metrics.jsonl") if "loss" in line]
+    assert json.loads((work / "run/cool_down/start.json").read_text()) == {"step": 3}
+    assert (work / "run/cool_down/checkpoints/step-00000005").is_dir()
+    assert rates[-1] > 0
+
+
+def test_there_is_a_strip_of_held_out_prompts(work: Path) -> None:
+    assert {path.name for path in (work / "run/strips").glob("*.png")} >= {"000000.png", "000002.png"}
+
+
+@torch.no_grad()
+def test_words_reach_the_transformer_as_the_pipeline_sends_them(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    encode_words = runpy.run_path(str(FOLDER / "train_base_transformer.py"))["encode_words"]
+    pipeline = StableDiffusion3Pipeline.from_pretrained(work / "pipeline")
+    prompts = ["a laughing LADY, red curls; a unicorn", "", " ".join(["red hair"] * 30)]
+    for tokens in (20, 64):
+        expected = sd3.condition(pipeline, prompts, max_sequence_length=tokens)
+        given = encode_words(pipeline, prompts, tokens)
+        for name, value in expected.items():
+            torch.testing.assert_close(given[name], value)
