@@ -25,7 +25,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.backbones import backbone_of
 from davae.data.sources import PictureSet, open_pictures
-from davae.evaluation.generation import features_of, sample_many
+from davae.evaluation.generation import extract_features, sample_many
 from davae.method.flow import flow_matching_losses, interpolate, velocity_target
 from davae.method.losses import detail_alignment_loss
 from davae.method.metrics import kid
@@ -213,7 +213,7 @@ def measured_stage_two(
     found["curve"] = [[row["step"], row["base_loss"], row["detail_loss"]] for row in curve]
     prompts = evaluation_captions(real)
     made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=recipe.seed, **SAMPLING)
-    found["kid"] = 1000 * kid(features_of(made, side=demo.SIZE), references)
+    found["kid"] = 1000 * kid(extract_features(made, side=demo.SIZE), references)
     for heavy in ("pipeline", "checkpoints", "adapter"):  # the numbers stay
         shutil.rmtree(folder / heavy, ignore_errors=True)
     return found
@@ -229,7 +229,9 @@ def measured_base(folder: Path, seed: int, real: PictureSet, references: Tensor)
     pipeline = load_pipeline(assets.base_pipeline())
     prompts = evaluation_captions(real)
     made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=seed, **SAMPLING)
-    return {"kid": 1000 * kid(features_of([demo.enlarged(picture) for picture in made], side=demo.SIZE), references)}
+    return {
+        "kid": 1000 * kid(extract_features([demo.enlarged(picture) for picture in made], side=demo.SIZE), references)
+    }
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -282,7 +284,7 @@ def main(
     """Train and measure whatever is not there yet."""
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=HELDOUT)
     real = open_pictures(assets.pictures(), size=demo.SIZE, split="train", limit=PICTURES)
-    references = features_of([real.image(index) for index in range(len(real))], side=demo.SIZE)
+    references = extract_features([real.image(index) for index in range(len(real))], side=demo.SIZE)
     one: Results = defaultdict(dict)
     two: Results = defaultdict(dict)
     budget = {"seeds": seeds, "stage_one_steps": stage_one_steps, "stage_two_steps": stage_two_steps}

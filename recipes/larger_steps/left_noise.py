@@ -19,7 +19,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
-from davae.evaluation.generation import evaluation_prompts
+from davae.evaluation.generation import repeat_captions
 from davae.method.flow import interpolate, velocity_target
 from davae.method.widen import lost_directions, patch_side
 from davae.pipelines.loading import load_pipeline
@@ -49,7 +49,7 @@ def main(
     backbone, vae = backbone_of(pipeline.transformer), pipeline.vae
     patch = patch_side(pipeline.transformer, backbone.ports)
     training = open_pictures(pictures, size=backbone.picture_side(pipeline, None), split="train")
-    prompts = evaluation_prompts(training, count)
+    prompts = repeat_captions(training, count)
 
     def tokens(latents: Tensor) -> Tensor:
         return rearrange(latents, "b c (h p) (w q) -> (b h w) (p q c)", p=patch, q=patch).double()

@@ -91,14 +91,14 @@ def starts(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
 def distances(pipelines: dict[str, DiffusionPipeline], pictures: Path, folder: Path, count: int) -> dict[str, Any]:
     """KID at 512 px of pictures from prompts; and of the same ones without their detail, at 128 px and enlarged."""
     real = open_pictures(pictures, size=SIZE, limit=count)
-    prompts = generation.evaluation_prompts(real, count)
-    references = generation.features_of([real.image(index) for index in range(len(real))], side=SIZE)
+    prompts = generation.repeat_captions(real, count)
+    references = generation.extract_features([real.image(index) for index in range(len(real))], side=SIZE)
     found = {}
     for name, pipeline in pipelines.items():
         made = generation.sample_many(pipeline, prompts, folder / name, label=name, **SAMPLING)
-        without = [generation.scaled(generation.scaled(picture, SIZE // 4), SIZE) for picture in made]
+        without = [generation.resize(generation.resize(picture, SIZE // 4), SIZE) for picture in made]
         for title, ones in {name: made, f"{name}, reduced to 128 px + bicubic": without}.items():
-            features = generation.features_of(ones, side=SIZE)
+            features = generation.extract_features(ones, side=SIZE)
             value, error = generation.kid_with_error(features, references, seed=SAMPLING["seed"])
             found[title] = {"kid": value, "kid_error": error, "count": count}
     return found
@@ -160,7 +160,7 @@ def main(
     for name, pipeline in {"base": base, "shipped upgrade": load_pipeline(once), **trained}.items():
         made = generation.sample_many(pipeline, prompts, run / f"shown{suffix}" / name, label=name, **SAMPLING)
         for row, picture in zip(rows, made, strict=True):
-            row.append(generation.scaled(picture, SIZE) if picture.shape[-1] < SIZE else picture)
+            row.append(generation.resize(picture, SIZE) if picture.shape[-1] < SIZE else picture)
     write_png(run / f"samples{suffix}.png", torch.cat([torch.cat(row, dim=2) for row in rows], dim=1))
     facts = {"stage_two": losses, "times": times(trained, base), "prompts": prompts, "sampling": SAMPLING}
     kid = distances(trained, pictures, run / f"samples{suffix}", count)

@@ -175,7 +175,7 @@ def main(
     ways = {"latent upscaler": lambda image: decode(vae, upscaler(encode(vae, half(image))))}
     quality = reconstruction.measure(heldout, ways, lpips=LPIPS.alex())
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
-    prompts = generation.evaluation_prompts(real, count)
+    prompts = generation.repeat_captions(real, count)
     latents = base_latents(load_pipeline(assets.base_pipeline()), prompts, run / "base_latents.safetensors")
     made = [picture for batch in latents.split(16) for picture in to_bytes(decode(vae, upscaler(batch)))]
     kid = demo.measure_kid({"latent upscaler": made}, real, 0)

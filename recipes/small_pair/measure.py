@@ -37,7 +37,7 @@ def main(
         demo.SHIPPED: lambda: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
     }
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
-    prompts = generation.evaluation_prompts(real, count)
+    prompts = generation.repeat_captions(real, count)
     made = {}
     for name, load in {**pipelines, demo.NATIVE: pipelines[demo.BASE]}.items():
         if only in (None, name):

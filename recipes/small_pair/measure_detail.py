@@ -20,7 +20,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
-from davae.evaluation.generation import features_of
+from davae.evaluation.generation import extract_features
 from davae.evaluation.reconstruction import base_enlarged
 from davae.method.metrics import EfficientNetLite0Features, kid, psnr, ssim
 from davae.method.perceptual import LPIPS
@@ -71,7 +71,7 @@ def numbers(made: Tensor, pictures: PictureSet, real: Tensor, lpips: LPIPS) -> d
         image = pictures.batch(indices.tolist())
         rows.append(torch.stack([metric(made[indices], image) for metric in (psnr, ssim, lpips)]))
     values = torch.cat(rows, dim=1).mean(dim=1).tolist()
-    distance = 1000 * kid(features_of(list(to_bytes(made)), side=demo.SIZE), real)
+    distance = 1000 * kid(extract_features(list(to_bytes(made)), side=demo.SIZE), real)
     return dict(zip(("psnr", "ssim", "lpips", "kid"), [*values, distance], strict=True))
 
 
@@ -108,7 +108,7 @@ def main(
     """Measure what is not measured yet."""
     lpips = LPIPS.alex()
     pictures = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=count)
-    real = features_of([pictures.image(index) for index in range(len(pictures))], side=demo.SIZE)
+    real = extract_features([pictures.image(index) for index in range(len(pictures))], side=demo.SIZE)
     named = [entry.rpartition("=") for entry in autoencoders or ()]
     kept = run / "base.json"
     if not kept.is_file():

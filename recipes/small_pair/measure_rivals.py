@@ -95,7 +95,7 @@ def main(
 ) -> None:
     """Sample, measure, time."""
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
-    prompts = generation.evaluation_prompts(real, count)
+    prompts = generation.repeat_captions(real, count)
     pipelines = {
         demo.SHIPPED: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
         demo.NATIVE: load_pipeline(native),

@@ -16,7 +16,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.data.pictures import to_bytes
 from davae.data.sources import open_pictures
-from davae.evaluation.generation import features_of
+from davae.evaluation.generation import extract_features
 from davae.method.metrics import kid
 from davae.pipelines.loading import load_autoencoder, load_base_vae
 from davae.seeds import generator
@@ -34,7 +34,7 @@ def main(
     channels = ours.config.base_channels
     pictures = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
     batches = [pictures.batch(indices.tolist()) for indices in torch.arange(len(pictures)).split(16)]
-    real = features_of([picture for batch in batches for picture in to_bytes(batch)], side=demo.SIZE)
+    real = extract_features([picture for batch in batches for picture in to_bytes(batch)], side=demo.SIZE)
     clean = torch.cat([ours.to_units(ours.encode(batch).latent_dist.mode()) for batch in batches])
     noise = torch.randn(clean.shape, generator=generator(0, "robustness"))
 
@@ -46,7 +46,7 @@ def main(
         for batch in latents.split(16):
             decoded = ours.decode(batch).sample if joint else vae.decode(batch[:, :channels]).sample
             made += list(to_bytes(decoded)) if joint else [demo.enlarged(picture) for picture in to_bytes(decoded)]
-        return 1000 * kid(features_of(made, side=demo.SIZE), real)
+        return 1000 * kid(extract_features(made, side=demo.SIZE), real)
 
     for level in (0.0, 0.15, 0.3):
         typer.echo(f"base + bicubic, base noise {level:4.2f}: {distance(level, 0, joint=False):7.2f}")

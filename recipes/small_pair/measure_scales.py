@@ -18,7 +18,7 @@ from torch import Tensor
 from davae import assets, demo
 from davae.data.pictures import read_png
 from davae.data.sources import open_pictures
-from davae.evaluation.generation import features_of, kid_with_error, scaled
+from davae.evaluation.generation import extract_features, kid_with_error, resize
 from davae.run.record import environment
 from davae.run.storage import write_json
 
@@ -51,16 +51,16 @@ def main(
     sets = {}
     for folder in folders:
         made = [read_png(folder / f"{index:05d}.png") for index in range(count)]
-        sets[folder.name] = [scaled(picture, demo.SIZE) for picture in made]  # the base's are enlarged
+        sets[folder.name] = [resize(picture, demo.SIZE) for picture in made]  # the base's are enlarged
     of_real = energies(real)
     found = {
         name: {"energy": {band: value / of_real[band] for band, value in energies(made).items()}, "kid": {}}
         for name, made in sets.items()
     }
     for side in SIDES:
-        references = features_of([scaled(picture, side) for picture in real], side=demo.SIZE)
+        references = extract_features([resize(picture, side) for picture in real], side=demo.SIZE)
         for name, made in sets.items():
-            features = features_of([scaled(picture, side) for picture in made], side=demo.SIZE)
+            features = extract_features([resize(picture, side) for picture in made], side=demo.SIZE)
             found[name]["kid"][str(side)] = kid_with_error(features, references, seed=0)
             typer.echo(f"{name}, {side} px: {found[name]['kid'][str(side)]}")
     write_json(out / "result.json", {"sets": found, "count": count, "environment": environment()})

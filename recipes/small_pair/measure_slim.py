@@ -20,7 +20,7 @@ from davae import assets, demo
 from davae.cost.timing import measure_interleaved, paired_ratios, spread
 from davae.data.sources import open_pictures
 from davae.evaluation import reconstruction
-from davae.evaluation.generation import evaluation_prompts, sample_many
+from davae.evaluation.generation import repeat_captions, sample_many
 from davae.method.metrics import EfficientNetLite0Features, psnr
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_autoencoder, load_pipeline
@@ -36,7 +36,7 @@ FULL, START, TRAINED = "full decoder", "slim decoder, start", "slim decoder, tra
 def kid_of(pipeline: DiffusionPipeline, folder: Path, count: int) -> dict[str, list[float]]:
     """Of measure.py's prompts, seeds and settings; the pictures go to `folder`."""
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
-    made = sample_many(pipeline, evaluation_prompts(real, count), folder, label=TRAINED, seed=0, **demo.SAMPLING)
+    made = sample_many(pipeline, repeat_captions(real, count), folder, label=TRAINED, seed=0, **demo.SAMPLING)
     return demo.measure_kid({TRAINED: made}, real, 0)
 
 
@@ -64,7 +64,7 @@ def main(
         quality[name]["kid"] = value
     typer.echo(quality)
 
-    prompts = evaluation_prompts(open_pictures(assets.pictures(), size=demo.SIZE, limit=count), count)
+    prompts = repeat_captions(open_pictures(assets.pictures(), size=demo.SIZE, limit=count), count)
     names = ("num_inference_steps", "guidance_scale", "max_sequence_length")
     stock = dict(zip(names, demo.SAMPLING.values(), strict=True))
     distances = []

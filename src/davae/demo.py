@@ -180,9 +180,9 @@ def measure_kid(made: dict[str, list[Tensor]], real: PictureSet, seed: int) -> d
     """KID and its error of every set of made pictures against the real ones; empty without the `eval` extra."""
     if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         return {}
-    references = generation.features_of([real.image(index) for index in range(len(real))], side=SIZE)
+    references = generation.extract_features([real.image(index) for index in range(len(real))], side=SIZE)
     return {
-        name: list(generation.kid_with_error(generation.features_of(pictures, side=SIZE), references, seed=seed))
+        name: list(generation.kid_with_error(generation.extract_features(pictures, side=SIZE), references, seed=seed))
         for name, pictures in track(list(made.items()), "features for KID", unit="sets")
     }
 

@@ -12,9 +12,9 @@ from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.generation import (
     evaluate,
-    evaluation_prompts,
     generate,
     kid_with_error,
+    repeat_captions,
     sample,
     sample_many,
 )
@@ -224,7 +224,7 @@ def test_generate_into_the_same_folder_shows_the_new_prompts(upgraded, tmp_path)
 
 def test_prompts_of_an_evaluation_are_the_captions_again_and_again(picture_folder) -> None:
     pictures = open_pictures(picture_folder, size=64, limit=3)
-    assert evaluation_prompts(pictures, 7) == [*pictures.captions, *pictures.captions, pictures.captions[0]]
+    assert repeat_captions(pictures, 7) == [*pictures.captions, *pictures.captions, pictures.captions[0]]
 
 
 @pytest.mark.skipif(find_spec("efficientnet_lite_pytorch") is None, reason="needs davae[eval]")
@@ -249,6 +249,6 @@ class TestEvaluate:
 
     def test_one_real_picture_is_refused_before_any_is_made(self, upgraded, tmp_path) -> None:
         pictures = fill_with_scenes(tmp_path / "pictures", train=1, held=0)
-        with pytest.raises(DataError, match="2 real pictures at least"):
+        with pytest.raises(DataError, match="2 real images at least"):
             evaluate(upgraded, pictures, tmp_path / "out", count=4)
         assert not (tmp_path / "out").exists()

@@ -115,7 +115,7 @@ def test_page_and_figure_show_every_autoencoder(drawn: Path) -> None:
     facts = json.loads((drawn.parent / "result.json").read_text())["autoencoders"]
     for name, fact in facts.items():
         assert f"{name}: neighbours kept {fact['agreement_positions']:.3f}, by chance 0.051" in text
-    assert "cycles across the picture" in text
+    assert "cycles across the image" in text
     with Image.open(drawn.parent / "latents.png") as figure:
         assert figure.width > 5 * 420
         assert figure.height > 3 * 420

@@ -90,9 +90,9 @@ def draw_grid(grid: ImageGrid, *, title: str = "") -> Image.Image:
     title_height = round(size * 2.4) if title else 0
 
     heads = []
-    for index, column in enumerate(grid.columns):
+    for index, name in enumerate(grid.columns):
         note = grid.notes[index] if grid.notes else ""
-        lines = [(text, _INK, bold) for text in _wrap(column, bold, side_x)]
+        lines = [(text, _INK, bold) for text in _wrap(name, bold, side_x)]
         heads.append(lines + [(text, _SOFT, font) for text in _wrap(note, font, side_x)])
     head_height = line * max(map(len, heads), default=0) + gap
 

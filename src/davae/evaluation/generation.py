@@ -1,4 +1,4 @@
-"""Images out of a pipeline, with noise that base and upgraded pipelines share; and KID of many of them."""
+"""Images out of a pipeline, and KID of many of them."""
 
 import hashlib
 import json
@@ -34,62 +34,64 @@ from davae.seeds import generator
 def sample_many(
     pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, *, label: str, batch_size: int = 16, **settings
 ) -> list[UInt8[Tensor, "3 height width"]]:
-    """`sample` in batches, kept as PNG files in `folder`: run again, it makes only what is missing.
+    """`sample` in batches, into PNG files in `folder`; a second call makes only what is missing.
 
-    Each file says what it was made from: weights, prompt, index and settings. One that differs is made anew.
-    Of several ranks each makes every so many-th batch; all return all pictures.
+    Each file records its weights, prompt, index and settings, and is made again if they differ. The ranks share the
+    batches, and all return all images.
     """
     ranks = Ranks()
     pipeline.set_progress_bar_config(disable=True)
-    origin = [_weights_digest(pipeline), settings]
+    paths = [folder / f"{index:05d}.png" for index in range(len(prompts))]
+    weights = _weights_digest(pipeline)
+    origins = [_digest([weights, settings, prompt, index]) for index, prompt in enumerate(prompts)]
+
     starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
     for start in track(starts, label, unit="batches", visible=ranks.first):
-        batch = prompts[start : start + batch_size]
-        paths = [folder / f"{index:05d}.png" for index in range(start, start + len(batch))]
-        origins = [_origin([*origin, prompt, index]) for index, prompt in enumerate(batch, start)]
-        if all(_is_from(path, here) for path, here in zip(paths, origins, strict=True)):
+        batch = range(start, min(start + batch_size, len(prompts)))
+        if all(_is_from(paths[index], origins[index]) for index in batch):
             continue
-        made = sample(pipeline, batch, first_index=start, **settings)
-        for path, picture, here in zip(paths, made, origins, strict=True):
-            write_png(path, picture, origin=here)
+        images = sample(pipeline, [prompts[index] for index in batch], first_index=start, **settings)
+        for index, image in zip(batch, images, strict=True):
+            write_png(paths[index], image, origin=origins[index])
+
     ranks.wait("generating")
-    return [read_png(folder / f"{index:05d}.png") for index in range(len(prompts))]
+    return [read_png(path) for path in paths]
 
 
-def evaluation_prompts(pictures: PictureSet, count: int) -> list[str]:
-    """`count` captions: every picture's, again and again; with other noise each time."""
+def repeat_captions(pictures: PictureSet, count: int) -> list[str]:
+    """`count` captions to generate from: those of all images, again and again; each time the noise is another."""
     if not len(pictures):
-        raise DataError("there are no captions to generate from: the set of pictures is empty")
+        raise DataError("there are no captions to generate from: the set of images is empty")
     return [pictures.captions[index % len(pictures)] for index in range(count)]
 
 
-def scaled(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 {side} {side}"]:
-    """A square picture at another side with bicubic, antialiased where it gets smaller."""
-    image = picture[None].float() / 127.5 - 1
-    return to_bytes(F.interpolate(image, size=(side, side), mode="bicubic", antialias=True))[0]
+def resize(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 {side} {side}"]:
+    """A square image at another side with bicubic, antialiased where it gets smaller."""
+    pixels = image[None].float() / 127.5 - 1
+    return to_bytes(F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True))[0]
 
 
-def features_of(pictures: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:
-    """EfficientNet-Lite0 features of pictures, enlarged with bicubic to `side` px where they are smaller."""
+def extract_features(images: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:
+    """EfficientNet-Lite0 features of images, enlarged with bicubic to `side` px where they are smaller."""
     extract = EfficientNetLite0Features()
     rows = []
-    for start in range(0, len(pictures), 64):
-        batch = torch.stack(list(pictures[start : start + 64])).float() / 127.5 - 1
+    for start in range(0, len(images), 64):
+        batch = torch.stack(list(images[start : start + 64])).float() / 127.5 - 1
         if batch.shape[-1] < side:
             batch = F.interpolate(batch, size=(side, side), mode="bicubic").clamp(-1, 1)
         rows.append(extract(batch))
     return torch.cat(rows)
 
 
-def kid_with_error(made: Tensor, real: Tensor, *, seed: int) -> tuple[float, float]:
-    """KID of two sets of features, over all of both, and its standard error out of halves of the made ones."""
-    value = kid(made, real)
+def kid_with_error(generated: Tensor, real: Tensor, *, seed: int) -> tuple[float, float]:
+    """KID of two sets of features, and its standard error from halves of the generated ones."""
     estimates = []
     for index in range(50):
-        rows = torch.randperm(len(made), generator=generator(seed, "kid half", index))[: len(made) // 2]
-        estimates.append(kid(made[rows], real))
+        half = torch.randperm(len(generated), generator=generator(seed, "kid half", index))[: len(generated) // 2]
+        estimates.append(kid(generated[half], real))
+
     # Halves drawn without replacement vary by about the standard error of the whole.
-    return value, torch.tensor(estimates).std().item()
+    return kid(generated, real), torch.tensor(estimates).std().item()
 
 
 def generate(
@@ -103,19 +105,19 @@ def generate(
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Images for prompts: PNG files in `out`, and a page of them.
+    """Generate an image for each prompt, as PNG files in `out`, and a page of them; the path of the page.
 
-    Returns:
-        The path of the page.
+    The settings are those of `sample`.
     """
     width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
-    pictures = sample_many(
+    images = sample_many(
         pipeline, prompts, out / "pictures", label="generating",
         steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
     )  # fmt: skip
-    grid = ImageGrid([f"{width}x{height} px"], list(prompts), [[picture] for picture in pictures])
-    lead = f"{len(pictures)} pictures, {steps} steps, guidance {guidance_scale}, seed {seed}."
-    report = Report("Generated pictures", lead, [Section("Images", "", grid)])
+
+    grid = ImageGrid([f"{width}x{height} px"], list(prompts), [[image] for image in images])
+    lead = f"{len(images)} images, {steps} steps, guidance {guidance_scale}, seed {seed}."
+    report = Report("Generated images", lead, [Section("Images", "", grid)])
     Ranks().on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
@@ -132,29 +134,42 @@ def evaluate(
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
-    """KID of `count` pictures made from a set's captions against the set; `out`/result.json and a page.
+    """Generate from a set's captions and measure KID against its images; write result.json and a page to `out`.
 
-    With a `size`, both are of that size, the real ones cropped to its shape; otherwise of the pipeline's own square.
+    The other settings are those of `sample`.
+
+    Args:
+        pipeline: the pipeline to measure.
+        pictures: a folder of captioned images or shards.
+        out: folder of the results.
+        count: images to generate.
+        steps: of the sampler.
+        guidance_scale: as the stock pipeline understands it.
+        size: of both sets, the real images cropped to its shape; the pipeline's own square if None.
+        prompt_tokens: length that the longest text encoder pads or cuts to.
+        seed: of the noise.
 
     Returns:
         The path of the page.
 
     Raises:
-        SettingsError: fewer than 4 pictures, a pipeline that `sample` refuses, or no extra `davae[eval]`.
-        DataError: fewer than 2 real pictures.
+        SettingsError: `count` is below 4, `sample` refuses the pipeline, or `davae[eval]` is not installed.
+        DataError: there are fewer than 2 real images.
     """
     if count < 4:
-        raise SettingsError(f"count={count}: allowed is 4 or more, for the error of KID is taken over halves")
+        raise SettingsError(f"count={count}: allowed is 4 or more, because the error of KID comes from halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
-    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
+
+    # The real images, cropped to the shape of the generated ones.
     ranks = Ranks()
+    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
     shape = Bucket(height, width, width / height)
-    real = open_pictures(pictures, size=min(width, height), buckets=[shape]).sound(
-        out / "refused.json" if ranks.first else None
-    )
+    real = open_pictures(pictures, size=min(width, height), buckets=[shape])
+    real = real.sound(out / "refused.json" if ranks.first else None)
     if len(real) < 2:
-        raise DataError(f"KID needs 2 real pictures at least, and {pictures} has 1; {real.refusals_summary()}")
-    prompts = evaluation_prompts(real, count)
+        raise DataError(f"KID needs 2 real images at least, and {pictures} has 1; {real.refusals_summary()}")
+
+    prompts = repeat_captions(real, count)
     settings: dict[str, Any] = {
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -162,17 +177,19 @@ def evaluate(
         "prompt_tokens": prompt_tokens,
         "seed": seed,
     }
-    made = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
-    references = features_of([real.image(index) for index in range(len(real))], side=width)
-    value, error = kid_with_error(features_of(made, side=width), references, seed=seed)
-    result = {"kid": value, "kid_error": error, "features": EfficientNetLite0Features.name, "count": count}
-    where = {"device": str(pipeline.device), "environment": environment()}
-    ranks.on_first(lambda: write_json(out / "result.json", {**result, "real": len(real), **settings, **where}))
-    table = Table(["", "KID x 1000"], [["pictures made", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
+    generated = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
+    references = extract_features([real.image(index) for index in range(len(real))], side=width)
+    value, error = kid_with_error(extract_features(generated, side=width), references, seed=seed)
+
+    features = EfficientNetLite0Features.name
+    result = {"kid": value, "kid_error": error, "features": features, "count": count, "real": len(real), **settings}
+    result |= {"device": str(pipeline.device), "environment": environment()}
+    ranks.on_first(lambda: write_json(out / "result.json", result))
+
+    table = Table(["", "KID x 1000"], [["generated images", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
-    grid = ImageGrid([f"{width}x{height} px"], prompts[:shown], [[picture] for picture in made[:shown]])
-    lead = f"KID ({EfficientNetLite0Features.name}) of {count} pictures against {len(real)} real ones. "
-    lead += real.refusals_summary()
+    grid = ImageGrid([f"{width}x{height} px"], prompts[:shown], [[image] for image in generated[:shown]])
+    lead = f"KID ({features}) of {count} images against {len(real)} real ones. {real.refusals_summary()}"
     report = Report("Generation", lead, [Section("Numbers", "", table), Section("Images", "", grid)])
     ranks.on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
@@ -180,10 +197,10 @@ def evaluate(
 
 def _weights_digest(pipeline: DiffusionPipeline) -> str:
     models = [component for _, component in sorted(pipeline.components.items()) if isinstance(component, nn.Module)]
-    return _origin([*(digest_tensors(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
+    return _digest([*(digest_tensors(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
 
 
-def _origin(facts: list[Any]) -> str:
+def _digest(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -194,5 +211,5 @@ def _is_from(path: Path, origin: str) -> bool:
         with Image.open(path) as image:
             image.load()
             return image.info.get(ORIGIN) == origin
-    except (OSError, SyntaxError):  # what Pillow raises for a damaged file: the picture is made anew
+    except (OSError, SyntaxError):  # what Pillow raises for a damaged file: the image is made again
         return False
