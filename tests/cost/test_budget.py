@@ -12,7 +12,6 @@ from torch import nn
 
 from davae import assets
 from davae.backbones import BACKBONES, widen_transformer
-from davae.backbones.sd3 import LORA_TARGETS
 from davae.cli import main
 from davae.cost.budget import autoencoder_budget, finetune_budget, parameters, planned_autoencoder
 from davae.cost.geometry import META, Geometry, read_geometry, untrained_autoencoder
@@ -158,7 +157,7 @@ def test_widening_on_the_meta_device_is_widening(sd35m) -> None:
         wide = widen_transformer(sd35m.transformer, base_channels=16, detail_channels=16)
     assert wide.num_parameters() == 2_243_368_192
     assert all(tensor.is_meta for tensor in wide.state_dict().values())
-    assert LORA_TARGETS == load_recipe(FinetuneRecipe, SD35M).lora_targets
+    assert BACKBONES["SD3Transformer2DModel"].lora_targets == load_recipe(FinetuneRecipe, SD35M).lora_targets
 
 
 # --------------------------------------------------------------------------------------------------------- counting

@@ -8,9 +8,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.method.widen import LatentPorts
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.out_projection", "norm1.linear")
-"""Attention, MLP output and modulation of the image stream, as for Stable Diffusion 3."""
-
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
     """`encoder_hidden_states` [B, max_sequence_length, width]."""
@@ -29,7 +26,8 @@ BACKBONE = Backbone(
     LatentPorts("pos_embed.proj", "d (c p q)", "proj_out", "(p q c) d"),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # Attention, MLP output and modulation of the image stream.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.out_projection", "norm1.linear"),
     pipelines=("AuraFlowPipeline",),
     call_arguments=stock_arguments,
     longest_grid=lambda config: math.isqrt(config["pos_embed_max_size"]),  # the number of all positions

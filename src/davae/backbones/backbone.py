@@ -99,9 +99,9 @@ class Backbone:
     """(config of the transformer) -> tokens along the longest side that its positions reach to; None for any."""
 
     # Texts, counted and cached.
-    blank_condition: Callable[[Any, int], Condition] | None = None
-    """(transformer, tokens) -> a condition of one caption or class, without values (`empty`); None if unknown, and then
-    the cost of a step is not counted."""
+    condition_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]] | None = None
+    """(transformer, text tokens) -> shape of each value of `condition`, for one caption or class and without the batch
+    axis; None if davae does not know them, and then the cost of a step is not counted."""
     clip_tokens: int = 0
     """Text tokens beside those of the longest text encoder."""
     padded_text: bool = False
@@ -201,16 +201,6 @@ def class_condition(transformer: ModelMixin, labels: Sequence[int], *, null: int
     if foreign:
         raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")
     return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=transformer.device)}
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor without values."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def blank_class(transformer: ModelMixin, tokens: int) -> Condition:
-    """The `blank_condition` of class numbers."""
-    return {"class_labels": empty(1, dtype=torch.long)}
 
 
 def split_variance(output: Float[Tensor, "b outputs h w"], channels: int) -> tuple[Latents, Latents | None]:

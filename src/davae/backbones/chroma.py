@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import flux
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
 from davae.backbones.packing import call_packed, packed_arguments, token_grid
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_mlp")
-"""As for FLUX.1, but for the modulation, which one layer makes for all blocks."""
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
@@ -26,12 +23,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"encoder_hidden_states": embeds, "attention_mask": mask}
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shapes of `condition`, one row."""
-    width = transformer.config.joint_attention_dim
-    return {"encoder_hidden_states": empty(1, tokens, width), "attention_mask": empty(1, tokens)}
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     embeds, mask = condition["encoder_hidden_states"], condition["attention_mask"]
@@ -39,7 +30,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     return call_packed(
         transformer,
         latents,
-        timestep=sigma,
+        sigma,
         txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
         img_ids=F.pad(grid, (1, 0)),
         encoder_hidden_states=embeds,
@@ -51,9 +42,13 @@ BACKBONE = Backbone(
     flux.PORTS,
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # As for FLUX.1, but for the modulation, which one layer makes for all blocks.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_mlp"),
     pipelines=("ChromaPipeline",),
     call_arguments=packed_arguments,
-    blank_condition=blank_condition,
+    condition_shapes=lambda model, tokens: {
+        "encoder_hidden_states": (tokens, model.config.joint_attention_dim),
+        "attention_mask": (tokens,),
+    },
     padded_text=True,
 )

@@ -5,18 +5,8 @@ from collections.abc import Sequence
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 
-from davae.backbones.backbone import (
-    Backbone,
-    Condition,
-    Latents,
-    Timestep,
-    blank_class,
-    class_condition,
-    split_variance,
-)
+from davae.backbones.backbone import Backbone, Condition, Latents, Timestep, class_condition, split_variance
 from davae.method.widen import LatentPorts
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 
 
 def null_class(transformer: ModelMixin) -> int:
@@ -45,8 +35,8 @@ BACKBONE = Backbone(
     condition,
     noise=noise,
     null_class=null_class,
-    lora_targets=LORA_TARGETS,
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"),
     one_size=True,
-    blank_condition=blank_class,
+    condition_shapes=lambda model, tokens: {"class_labels": ()},
     carried=("labels",),  # the names of the classes
 )

@@ -13,9 +13,6 @@ from davae.method.widen import LatentPorts
 
 PORTS = LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear", "norm.linear", "proj_mlp")
-"""As for Stable Diffusion 3, and the same of the single-stream blocks; their `proj_out` is named like a port."""
-
 GUIDANCE = 3.5
 """The guidance that a distilled model (FLUX.1-dev) is told in training: the stock pipeline's default."""
 
@@ -32,7 +29,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     return call_packed(
         transformer,
         latents,
-        timestep=sigma,
+        sigma,
         guidance=torch.full_like(sigma, GUIDANCE) if transformer.config.guidance_embeds else None,
         txt_ids=torch.zeros(tokens, 3, device=latents.device),
         img_ids=F.pad(token_grid(latents), (1, 0)),
@@ -44,10 +41,11 @@ BACKBONE = Backbone(
     PORTS,
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # As for Stable Diffusion 3, and the same of the single-stream blocks; their `proj_out` is named like a port.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear", "norm.linear", "proj_mlp"),
     pipelines=("FluxPipeline",),
     call_arguments=packed_arguments,
     guided_rows=1,
-    blank_condition=sd3.blank_condition,
+    condition_shapes=sd3.BACKBONE.condition_shapes,
     padded_text=True,
 )

@@ -13,12 +13,6 @@ from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_
 from davae.backbones.packing import call_packed, token_grid
 from davae.method.widen import LatentPorts
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.linear_out", "to_qkv_mlp_proj")
-"""Attention and MLP output of the image stream, and the joint input of the single-stream blocks; modulation is shared.
-
-The single-stream output `attn.to_out` is named like the other blocks' list of layers, which LoRA cannot be put on.
-"""
-
 GUIDANCE = 4.0
 """The guidance that a distilled model (FLUX.2-dev) is told in training: the stock pipeline's default."""
 
@@ -46,7 +40,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     return call_packed(
         transformer,
         latents,
-        timestep=sigma,
+        sigma,
         guidance=torch.full_like(sigma, GUIDANCE) if transformer.config.guidance_embeds else None,
         txt_ids=F.pad(places[:, None], (3, 0)),  # time, row, column, place in the text
         img_ids=F.pad(token_grid(latents), (1, 1)),
@@ -65,7 +59,9 @@ BACKBONE = Backbone(
     LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # Attention and MLP output of the image stream, and the joint input of the single-stream blocks; their output
+    # `attn.to_out` is named like the other blocks' list of layers, which LoRA cannot be put on. Modulation is shared.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.linear_out", "to_qkv_mlp_proj"),
     shift=compute_shift,
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     call_arguments=call_arguments,

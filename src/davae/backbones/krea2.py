@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, compute_shift, empty
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, compute_shift
 from davae.backbones.packing import call_packed, packed_arguments, token_grid
 from davae.method.widen import LatentPorts
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.down")
 
 DISTILLED_MU = 1.15
 """The stock pipeline's logarithm of the shift for distilled models, for any number of tokens."""
@@ -29,13 +27,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"encoder_hidden_states": embeds.flatten(2), "encoder_attention_mask": mask}
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shapes of `condition`, one row."""
-    width = transformer.config.num_text_layers * transformer.config.text_hidden_dim
-    mask = empty(1, tokens, dtype=torch.bool)
-    return {"encoder_hidden_states": empty(1, tokens, width), "encoder_attention_mask": mask}
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     embeds = condition["encoder_hidden_states"].unflatten(2, (transformer.config.num_text_layers, -1))
@@ -44,7 +35,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     return call_packed(
         transformer,
         latents,
-        timestep=sigma,
+        sigma,
         encoder_hidden_states=embeds,
         encoder_attention_mask=condition["encoder_attention_mask"].bool(),
         position_ids=F.pad(places, (1, 0)),
@@ -62,11 +53,14 @@ BACKBONE = Backbone(
     LatentPorts("img_in", "d (c p q)", "final_layer.linear", "(c p q) d", packed=2),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.down"),
     shift=shift,
     pipelines=("Krea2Pipeline",),
     call_arguments=call_arguments,
-    blank_condition=blank_condition,
+    condition_shapes=lambda model, tokens: {
+        "encoder_hidden_states": (tokens, model.config.num_text_layers * model.config.text_hidden_dim),
+        "encoder_attention_mask": (tokens,),
+    },
     text_settings=("text_encoder_select_layers",),
     advice="call it with height and width: its default is 1024 px, whatever its VAE",
 )

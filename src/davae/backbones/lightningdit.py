@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, blank_class, class_condition
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, class_condition
 from davae.method.widen import LatentPorts
 
 
@@ -29,5 +29,5 @@ BACKBONE = Backbone(
     velocity,
     null_class=null_class,
     one_size=True,
-    blank_condition=blank_class,
+    condition_shapes=lambda model, tokens: {"class_labels": ()},
 )

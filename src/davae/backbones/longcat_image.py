@@ -20,16 +20,11 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"encoder_hidden_states": embeds}
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shape of `condition`, one row."""
-    return ovis_image.blank_condition(transformer, TEXT_TOKENS)
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     text_ids = ovis_image.text_ids(condition)
     image_ids = F.pad(token_grid(latents) + TEXT_TOKENS, (1, 0), value=1.0)
-    return call_packed(transformer, latents, timestep=sigma, txt_ids=text_ids, img_ids=image_ids, **condition)
+    return call_packed(transformer, latents, sigma, txt_ids=text_ids, img_ids=image_ids, **condition)
 
 
 def call_arguments(pipeline: DiffusionPipeline, prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
@@ -43,9 +38,9 @@ BACKBONE = Backbone(
     flux.PORTS,
     condition,
     velocity,
-    lora_targets=flux.LORA_TARGETS,
+    lora_targets=flux.BACKBONE.lora_targets,
     pipelines=("LongCatImagePipeline",),
     call_arguments=call_arguments,
-    blank_condition=blank_condition,
+    condition_shapes=lambda model, _: {"encoder_hidden_states": (TEXT_TOKENS, model.config.joint_attention_dim)},
     advice="give it latents, davae.backbones.packing.pack(noise): it draws noise of 16 channels, whatever its VAE",
 )

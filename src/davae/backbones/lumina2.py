@@ -8,8 +8,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.method.widen import LatentPorts
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_2", "norm1.linear")
-
 COUNTED_FACTOR = 8
 """The downsample factor that the stock pipeline counts with, whatever its VAE's is."""
 
@@ -44,7 +42,7 @@ BACKBONE = Backbone(
     LatentPorts("x_embedder", "d (p q c)", "norm_out.linear_2", "(p q c) d"),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_2", "norm1.linear"),
     pipelines=("Lumina2Pipeline",),
     call_arguments=call_arguments,
     text_settings=("system_prompt",),

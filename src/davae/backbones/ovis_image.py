@@ -9,10 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davae.backbones import flux
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
 from davae.backbones.packing import call_packed, packed_arguments, token_grid
-
-LORA_TARGETS = flux.LORA_TARGETS
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
@@ -26,11 +24,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"encoder_hidden_states": embeds}
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shape of `condition`, one row."""
-    return {"encoder_hidden_states": empty(1, tokens, transformer.config.joint_attention_dim)}
-
-
 def text_ids(condition: Condition) -> Float[Tensor, "tokens 3"]:
     """Text token i is at row i and column i."""
     embeds = condition["encoder_hidden_states"]
@@ -41,17 +34,15 @@ def text_ids(condition: Condition) -> Float[Tensor, "tokens 3"]:
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     image_ids = F.pad(token_grid(latents), (1, 0))
-    return call_packed(
-        transformer, latents, timestep=sigma, txt_ids=text_ids(condition), img_ids=image_ids, **condition
-    )
+    return call_packed(transformer, latents, sigma, txt_ids=text_ids(condition), img_ids=image_ids, **condition)
 
 
 BACKBONE = Backbone(
     flux.PORTS,
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    lora_targets=flux.BACKBONE.lora_targets,
     pipelines=("OvisImagePipeline",),
     call_arguments=packed_arguments,
-    blank_condition=blank_condition,
+    condition_shapes=lambda model, tokens: {"encoder_hidden_states": (tokens, model.config.joint_attention_dim)},
 )

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.backbones.backbone import Latents, stock_arguments
+from davae.backbones.backbone import Latents, Sigma, stock_arguments
 
 
 def pack(latents: Latents) -> Float[Tensor, "b tokens features"]:
@@ -31,10 +31,10 @@ def token_grid(latents: Latents) -> Float[Tensor, "tokens 2"]:
     return torch.stack([rows, columns], dim=-1).flatten(0, 1).to(latents.device, torch.float32)
 
 
-def call_packed(transformer: ModelMixin, latents: Latents, **arguments: Any) -> Latents:
+def call_packed(transformer: ModelMixin, latents: Latents, sigma: Sigma, **arguments: Any) -> Latents:
     """Call a transformer with packed latents, and unpack what it returns."""
     height, width = latents.shape[-2:]
-    tokens = transformer(hidden_states=pack(latents), **arguments, return_dict=False)[0]
+    tokens = transformer(hidden_states=pack(latents), timestep=sigma, **arguments, return_dict=False)[0]
     return unpack(tokens, height, width)
 
 

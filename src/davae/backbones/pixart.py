@@ -11,21 +11,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from davae.backbones import sana
-from davae.backbones.backbone import (
-    Backbone,
-    Condition,
-    Latents,
-    Timestep,
-    empty,
-    split_variance,
-    stock_arguments,
-)
+from davae.backbones.backbone import Backbone, Condition, Latents, Timestep, split_variance, stock_arguments
 from davae.backbones.sizes import UNBINNED
 from davae.method.widen import LatentPorts
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
-"""Both attentions and the MLP's output; the modulation is one layer for all blocks, and stays."""
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
@@ -46,12 +34,11 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return texts
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shapes of `condition`, one row."""
-    texts = sana.blank_condition(transformer, tokens)
-    if transformer.use_additional_conditions:
-        texts["downsample_factor"] = empty(1)
-    return texts
+def condition_shapes(transformer: ModelMixin, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one row of `condition`."""
+    width = transformer.config.caption_channels
+    shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens, width), "encoder_attention_mask": (tokens,)}
+    return {**shapes, "downsample_factor": ()} if transformer.use_additional_conditions else shapes
 
 
 def noise(
@@ -79,10 +66,11 @@ BACKBONE = Backbone(
     LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d"),
     condition,
     noise=noise,
-    lora_targets=LORA_TARGETS,
+    # Both attentions and the MLP's output; the modulation is one layer for all blocks, and stays.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2"),
     pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
     call_arguments=call_arguments,
-    blank_condition=blank_condition,
+    condition_shapes=condition_shapes,
     padded_text=True,
     advice=UNBINNED,
 )

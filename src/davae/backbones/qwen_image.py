@@ -11,9 +11,6 @@ from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
 from davae.backbones.packing import call_packed, packed_arguments
 from davae.method.widen import LatentPorts
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.2", "img_mod.1")
-"""Attention, MLP output and modulation of the image stream, as for Stable Diffusion 3."""
-
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
     """`encoder_hidden_states` [B, max_sequence_length, width], zero behind the prompt, and their mask."""
@@ -31,7 +28,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     height, width = latents.shape[-2:]
     shapes = [[(1, height // 2, width // 2)]] * len(latents)
-    return call_packed(transformer, latents, timestep=sigma, img_shapes=shapes, **condition)
+    return call_packed(transformer, latents, sigma, img_shapes=shapes, **condition)
 
 
 def call_arguments(
@@ -48,7 +45,8 @@ BACKBONE = Backbone(
     LatentPorts("img_in", "d (c p q)", "proj_out", "(c p q) d", packed=2),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # Attention, MLP output and modulation of the image stream.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.2", "img_mod.1"),
     pipelines=("QwenImagePipeline",),
     call_arguments=call_arguments,
 )

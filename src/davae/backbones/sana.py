@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty, stock_arguments
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.backbones.sizes import UNBINNED
 from davae.method.widen import LatentPorts
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Linear attention and cross-attention; the MLP is made of convolutions."""
 
 
 def read_instruction() -> list[str]:
@@ -38,14 +35,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     }
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shapes of `condition`, one row."""
-    return {
-        "encoder_hidden_states": empty(1, tokens, transformer.config.caption_channels),
-        "encoder_attention_mask": empty(1, tokens, dtype=torch.long),
-    }
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     timestep = 1000 * sigma * transformer.config.timestep_scale
@@ -61,10 +50,14 @@ BACKBONE = Backbone(
     LatentPorts("patch_embed.proj", "d c p q", "proj_out", "(p q c) d"),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # Linear attention and cross-attention; the MLP is made of convolutions.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     pipelines=("SanaPipeline",),
     call_arguments=call_arguments,
     pixel_multiple=32,
-    blank_condition=blank_condition,
+    condition_shapes=lambda model, tokens: {
+        "encoder_hidden_states": (tokens, model.config.caption_channels),
+        "encoder_attention_mask": (tokens,),
+    },
     advice=UNBINNED,
 )

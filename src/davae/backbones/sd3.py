@@ -4,11 +4,8 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, empty, stock_arguments
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.method.widen import LatentPorts
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
-"""The layers that the reference trains with LoRA: attention, MLP output and modulation of the image stream."""
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
@@ -26,15 +23,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
 
-def blank_condition(transformer: ModelMixin, tokens: int) -> Condition:
-    """The shapes of `condition`, one row; FLUX.1 has the same."""
-    config = transformer.config
-    return {
-        "encoder_hidden_states": empty(1, tokens, config.joint_attention_dim),
-        "pooled_projections": empty(1, config.pooled_projection_dim),
-    }
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     return transformer(hidden_states=latents, timestep=1000 * sigma, **condition, return_dict=False)[0]
@@ -44,11 +32,15 @@ BACKBONE = Backbone(
     LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q c) d"),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    # The reference's: attention, MLP output and modulation of the image stream.
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"),
     pipelines=("StableDiffusion3Pipeline",),
     call_arguments=stock_arguments,
     longest_grid=lambda config: config.get("pos_embed_max_size") or 0,
-    blank_condition=blank_condition,
+    condition_shapes=lambda model, tokens: {
+        "encoder_hidden_states": (tokens, model.config.joint_attention_dim),
+        "pooled_projections": (model.config.pooled_projection_dim,),
+    },
     clip_tokens=77,
     padded_text=True,
 )

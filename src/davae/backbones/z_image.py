@@ -10,8 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.method.widen import LatentPorts
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w2")
-
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
     """`caption` [B, max_sequence_length, width], zero behind the prompt, and its length `caption_tokens` [B]."""
@@ -45,7 +43,7 @@ BACKBONE = Backbone(
     LatentPorts("all_x_embedder.2-1", "d (p q c)", "all_final_layer.2-1.linear", "(p q c) d", patch=2),
     condition,
     velocity,
-    lora_targets=LORA_TARGETS,
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w2"),
     pipelines=("ZImagePipeline",),
     call_arguments=call_arguments,
     advice="call it with height and width: its default is 1024 px, whatever its VAE",

@@ -196,11 +196,15 @@ def condition_of(
     Raises:
         SettingsError: davae does not know the shapes.
     """
-    if backbone.blank_condition is None:
-        known = [name for name, row in BACKBONES.items() if row.blank_condition is not None]
+    if backbone.condition_shapes is None:
+        known = [name for name, row in BACKBONES.items() if row.condition_shapes is not None]
         raise SettingsError(
             f"the budget of a {type(transformer).__name__} cannot be counted: davae does not know the shapes of its "
             f"captions. Allowed are {', '.join(known)}"
         )
     clip = backbone.clip_tokens if clip_tokens is None else clip_tokens
-    return backbone.blank_condition(transformer, clip + prompt_tokens)
+    whole = {"class_labels", "attention_mask", "encoder_attention_mask"}
+    return {
+        name: meta(1, *shape, dtype=torch.long if name in whole else torch.bfloat16)
+        for name, shape in backbone.condition_shapes(transformer, clip + prompt_tokens).items()
+    }
