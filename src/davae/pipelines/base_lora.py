@@ -1,8 +1,8 @@
-"""LoRAs of a base model on its upgraded one: what touches the latent ports grows by zeros, as the ports did.
+"""LoRAs of a base model on its upgraded model: those of the latent ports are padded with zeros, as the ports were.
 
-A LoRA of other layers fits as it is: the upgrade leaves them alone. One of the ports is a pair of matrices on the old
-channels. The first of the input port's and the second of the output port's have the channel axis, in the port's own
-layout. Padded, the pair adds to the base channels what it added in the base model, and nothing to the others.
+A LoRA of other layers fits as it is, because an upgrade leaves those alone. A LoRA of a port has one matrix with a
+channel axis: the first one (A) of the input port, the second one (B) of the output port. Padded with zeros, the LoRA
+adds to the base channels what it added in the base model, and nothing to the others.
 """
 
 import inspect
@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,13 +30,13 @@ FILE = "pytorch_lora_weights.safetensors"
 def load_base_lora(
     pipeline: DiffusionPipeline, lora: str | Path, *, weight_name: str | None = None, adapter_name: str | None = None
 ) -> None:
-    """`pipeline.load_lora_weights` of a LoRA that was trained on the base of an upgraded pipeline, or on itself.
+    """Load a LoRA that was trained on the base of an upgraded pipeline, or on the pipeline itself.
 
     Args:
-        pipeline: upgraded or not, of a class that can load LoRA.
+        pipeline: upgraded or not, of a class with `load_lora_weights`.
         lora: a folder, a file or a name on the Hub, in any layout that diffusers reads for this pipeline.
-        weight_name: the file in it; it is found if there is one only.
-        adapter_name: as in `load_lora_weights`; then `set_adapters` sets its strength, and that of others.
+        weight_name: the file in it; found if there is only one.
+        adapter_name: as in `load_lora_weights`; `set_adapters` then sets the strength of this one and of others.
 
     Raises:
         SettingsError: the pipeline's class has no LoRA, or this one is of a model with other latent channels.
@@ -43,76 +44,89 @@ def load_base_lora(
     """
     if not hasattr(pipeline, "load_lora_weights"):
         raise SettingsError(f"a {type(pipeline).__name__} loads no LoRA in diffusers; pipelines with LoRA do")
-    where = {"weight_name": weight_name} if weight_name else {}
-    source, told = str(lora), {"adapter_name": adapter_name} if adapter_name else {}
-    if Path(lora).is_file():
-        source, where = str(Path(lora).parent), {"weight_name": Path(lora).name}
-    elif Path(lora).is_dir() and not where and len(files := list(Path(lora).glob("*.safetensors"))) == 1:
-        where = {"weight_name": files[0].name}  # which older versions of diffusers find on the Hub only
+
+    # Older versions of diffusers find the only file of a folder on the Hub, and not on this machine.
+    path, source = Path(lora), str(lora)
+    files = list(path.glob("*.safetensors"))
+    if path.is_file():
+        source, weight_name = str(path.parent), path.name
+    elif weight_name is None and len(files) == 1:
+        weight_name = files[0].name
+
+    place = {} if weight_name is None else {"weight_name": weight_name}
+    naming = {} if adapter_name is None else {"adapter_name": adapter_name}
     try:
-        _load(pipeline, source, where, told)
-    except SettingsError:  # also a ValueError, as what diffusers raises
+        _load(pipeline, source, place, naming)
+    except SettingsError:  # also a ValueError, as some of the next ones
         raise
-    except (*LOADING_ERRORS, RuntimeError) as error:  # the last of tensors of other sizes
-        there = "" if Path(lora).exists() else "there is no such file or folder, and as a name on the Hub: "
-        raise CheckpointError(f"{lora} cannot be loaded as a LoRA of this pipeline: {there}{error}") from error
+    except (*LOADING_ERRORS, RuntimeError) as error:  # RuntimeError: tensors of other sizes
+        reason = str(error)
+        if not path.exists():
+            reason = f"there is no such file or folder, and as a name on the Hub: {error}"
+        raise CheckpointError(f"{lora} cannot be loaded as a LoRA of this pipeline: {reason}") from error
 
 
-def _load(pipeline: DiffusionPipeline, source: str, where: Mapping[str, str], told: Mapping[str, str]) -> None:
+def _load(pipeline: DiffusionPipeline, source: str, place: Mapping[str, str], naming: Mapping[str, str]) -> None:
+    """Load a LoRA by the stock call, padded if the pipeline is upgraded and the LoRA is of its base's ports."""
+    padded: dict[str, Tensor] = {}
     if isinstance(pipeline.vae, AutoencoderDA):
-        tensors, metadata = _read(pipeline, source, where)
+        tensors, metadata = _read(pipeline, source, place)
         padded = pad_lora(tensors, pipeline)
-        if padded:
-            with tempfile.TemporaryDirectory() as folder:  # a dict would lose the metadata, and with it LoRA's alpha
-                header = {"format": "pt"} | ({LORA_ADAPTER_METADATA_KEY: json.dumps(metadata)} if metadata else {})
-                save_file({**tensors, **padded}, Path(folder) / FILE, metadata=header)
-                return pipeline.load_lora_weights(folder, weight_name=FILE, **told)
-    return pipeline.load_lora_weights(source, **where, **told)
+    if not padded:
+        pipeline.load_lora_weights(source, **place, **naming)
+        return
+
+    # By way of a file: from a dict, diffusers would not take the metadata, and with it LoRA's alpha.
+    header = {"format": "pt"}
+    if metadata:
+        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(metadata)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({**tensors, **padded}, Path(folder) / FILE, metadata=header)
+        pipeline.load_lora_weights(folder, weight_name=FILE, **naming)
 
 
 def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict[str, Tensor]:
-    """Those of a LoRA's tensors, under diffusers' names, that a port of an upgraded pipeline needs wider; widened.
-
-    Raises:
-        SettingsError: a LoRA of a port that has neither the base's channels nor all.
-    """
+    """Those of a LoRA's tensors, under diffusers' names, that the ports of an upgraded pipeline need wider: widened."""
     transformer, config = pipeline.transformer, pipeline.vae.config
     ports = backbone_of(transformer).ports
-    layers = {name: transformer.get_submodule(name) for name in (ports.input, ports.output)}
-    whole = {name: getattr(layer, "base_layer", layer).weight for name, layer in layers.items()}
+    input_width = _find_weight(transformer, ports.input).shape[1]
+    output_width = _find_weight(transformer, ports.output).shape[0]
     patch = patch_side(transformer, ports)
-    predictions = whole[ports.output].shape[0] // (patch * patch * config.latent_channels)
-    layouts = {  # of what has the channel axis
-        f"transformer.{ports.input}.lora_A.weight": (ports.input_layout, 1, whole[ports.input].shape[1]),
-        f"transformer.{ports.output}.lora_B.weight": (ports.output_layout, 0, whole[ports.output].shape[0]),
-        f"transformer.{ports.output}.lora_B.bias": (
-            ports.output_layout.removesuffix(" d"),
-            0,
-            whole[ports.output].shape[0],
-        ),
+    predictions = output_width // (patch * patch * config.latent_channels)
+
+    # Name of a tensor with a channel axis -> its layout, that axis and its length once padded.
+    bias_layout = ports.output_layout.removesuffix(" d")
+    channel_axes = {
+        f"transformer.{ports.input}.lora_A.weight": (ports.input_layout, 1, input_width),
+        f"transformer.{ports.output}.lora_B.weight": (ports.output_layout, 0, output_width),
+        f"transformer.{ports.output}.lora_B.bias": (bias_layout, 0, output_width),
     }
     padded: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name not in layouts:
+    for name, (layout, axis, width) in channel_axes.items():
+        if name not in tensors or tensors[name].shape[axis] == width:
             continue
-        layout, axis, width = layouts[name]
-        if tensor.shape[axis] == width:
-            continue
-        if tensor.shape[axis] * config.latent_channels != width * config.base_channels:
+        length, base_width = tensors[name].shape[axis], width * config.base_channels // config.latent_channels
+        if length != base_width:
             raise SettingsError(
-                f"the LoRA's {name} is of a port of width {tensor.shape[axis]}; this pipeline's is {width}, and its "
-                f"base's {width * config.base_channels // config.latent_channels}: it is of another model"
+                f"the LoRA's {name} is of a port of width {length}; this pipeline's is {width}, and its base's "
+                f"{base_width}: it is of another model"
             )
         sizes = bracket_sizes(layout, patch=patch, predictions=predictions)
-        padded[name] = pad_channels(tensor, layout, config.detail_channels, **sizes)
+        padded[name] = pad_channels(tensors[name], layout, config.detail_channels, **sizes)
     return padded
 
 
-def _read(pipeline: DiffusionPipeline, source: str, where: Mapping[str, str]) -> tuple[dict[str, Tensor], dict | None]:
-    """The tensors under diffusers' names, alphas among them, and the metadata."""
-    settings = {**where, "return_lora_metadata": True}
+def _find_weight(transformer: Any, name: str) -> Tensor:
+    layer = transformer.get_submodule(name)
+    return getattr(layer, "base_layer", layer).weight  # below a LoRA that is there already
+
+
+def _read(pipeline: DiffusionPipeline, source: str, place: Mapping[str, str]) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors of a LoRA under diffusers' names, alphas among them, and its metadata."""
+    settings: dict[str, Any] = {**place, "return_lora_metadata": True}
     if "return_alphas" not in inspect.signature(pipeline.lora_state_dict).parameters:
         tensors, metadata = pipeline.lora_state_dict(source, **settings)
         return dict(tensors), metadata
     tensors, alphas, metadata = pipeline.lora_state_dict(source, return_alphas=True, **settings)
-    return {**tensors, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}, metadata
+    alphas = {name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}
+    return {**tensors, **alphas}, metadata

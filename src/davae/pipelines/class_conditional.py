@@ -1,4 +1,4 @@
-"""A pipeline for class-conditional flow models, which diffusers has none of: LightningDiT, base or upgraded."""
+"""The pipeline of LightningDiT, base or upgraded: diffusers has none for class-conditional flow models."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,16 @@ from torch import Tensor
 from davae.backbones import lightningdit
 from davae.errors import SettingsError
 from davae.models.lightningdit import LightningDiT2DModel
+from davae.pipelines.sampling import to_vae_scale
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 def make_time_grid(steps: int, shift: float) -> list[float]:
-    """LightningDiT's times t' from 0, noise, to 1, data: `steps` + 1 of them, in float64.
+    """LightningDiT's times t' from 0 (noise) to 1 (data): `steps` + 1 of them, in float64.
 
-    t' = s t / (1 + (s - 1) t) of evenly spaced t, s the shift: below 1 there are more steps near the noise. The
-    reference samples on a grid of 250 points with s = 0.3, so it evaluates the model 249 times.
-
-    Raises:
-        SettingsError: no step, or a shift that is not positive.
+    t' = s t / (1 + (s - 1) t) of evenly spaced t. A shift s below 1 makes more steps near the noise. The reference
+    samples on a grid of 250 points with s = 0.3, so it evaluates the model 249 times.
     """
     if steps < 1 or not shift > 0:
         raise SettingsError(
@@ -32,7 +30,7 @@ def make_time_grid(steps: int, shift: float) -> list[float]:
 
 
 class ClassConditionalFlowPipeline(DiffusionPipeline):
-    """Pictures of class numbers: a LightningDiT2DModel, an autoencoder and the stock Euler scheduler.
+    """Images of class numbers: a LightningDiT2DModel, an autoencoder and the stock Euler scheduler.
 
     `davae.load_pipeline` loads what `save_pretrained` wrote; so does `from_pretrained` of this class.
 
@@ -40,7 +38,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         transformer: base or widened.
         vae: an AutoencoderKL, with per-channel `latents_mean` and `latents_std` in its config or without; or an
             AutoencoderDA, whose statistics are inside.
-        scheduler: with shift 1: the times are this pipeline's own.
+        scheduler: with shift 1, because this pipeline sets its own times.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -69,45 +67,49 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """One picture for each class number; the defaults are the reference's for ImageNet at 512 px.
+        """Make one image for each class number; the defaults are the reference's for ImageNet at 512 px.
 
         Args:
             class_labels: B numbers; the transformer's `num_classes` means no class.
             num_inference_steps: Euler steps, each one evaluation of the model.
             guidance_scale: g of null + g (class - null), on all channels; at 1 the null half is not computed.
-            guidance_interval: first and last t' (0 = noise, 1 = data) with guidance; outside of them the class's
-                velocity is taken as it is, and the null half is not computed.
+            guidance_interval: first and last t' (0 = noise, 1 = data) with guidance; outside of it, the null half is
+                not computed, either.
             timestep_shift: s of t' = s t / (1 + (s - 1) t); see `make_time_grid`.
-            height: in pixels; the transformer's positions are fixed, so only the default is allowed.
-            width: as `height`.
+            height: in pixels; only the default is allowed, because the transformer's positions are fixed.
+            width: the same.
             generator: of the noise.
-            latents: the noise itself, [B, channels, h, w], instead.
-            output_type: "pil", "np", "pt" (pictures in [0, 1]) or "latent" (in the transformer's units).
+            latents: the noise, [B, channels, h, w]; drawn if None.
+            output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (in the transformer's units).
             return_dict: whether to wrap the result as diffusers does.
 
         Raises:
             SettingsError: a class, size, step count, shift, output or scheduler that is not allowed.
         """
         self._check(height, width, output_type)
-        condition = lightningdit.condition(self, class_labels)["class_labels"].to(self._execution_device)
+        device = self._execution_device
+        condition = lightningdit.condition(self, class_labels)["class_labels"].to(device)
         times = make_time_grid(num_inference_steps, timestep_shift)
+
         if latents is None:
             size = self.transformer.config.sample_size
             shape = (len(condition), self.transformer.config.in_channels, size, size)
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         # 249 small steps add up in float32 at least, whatever the transformer computes in.
-        latents = latents.to(self._execution_device, torch.promote_types(latents.dtype, torch.float32))
-        self.scheduler.set_timesteps(sigmas=[1 - time for time in times[:-1]], device=self._execution_device)
+        latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+
+        self.scheduler.set_timesteps(sigmas=[1 - time for time in times[:-1]], device=device)
         self.scheduler.set_begin_index(0)
         with self.progress_bar(total=num_inference_steps) as progress:
             for time, timestep in zip(times[:-1], self.scheduler.timesteps, strict=True):
-                guided = guidance_interval[0] <= time <= guidance_interval[1]
-                velocity = self._velocity(latents, time, condition, guidance_scale if guided else 1.0)
+                is_guided = guidance_interval[0] <= time <= guidance_interval[1]
+                velocity = self._velocity(latents, time, condition, guidance_scale if is_guided else 1.0)
                 latents = self.scheduler.step(velocity.to(latents.dtype), timestep, latents, return_dict=False)[0]
                 progress.update()
+
         images = latents
         if output_type != "latent":
-            images = self.vae.decode(self._to_autoencoder(latents).to(self.vae.dtype), return_dict=False)[0]
+            images = self.vae.decode(to_vae_scale(self.vae, latents).to(self.vae.dtype), return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -118,6 +120,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         if guidance_scale != 1:
             latents = torch.cat([latents, latents])
             labels = torch.cat([labels, torch.full_like(labels, lightningdit.null_class(self.transformer))])
+
         sigma = torch.full((len(labels),), 1 - time, device=latents.device)
         velocity = lightningdit.velocity(self.transformer, latents, sigma, {"class_labels": labels})
         velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
@@ -126,26 +129,18 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         conditional, null = velocity.chunk(2)
         return null + guidance_scale * (conditional - null)
 
-    def _to_autoencoder(self, latents: Tensor) -> Tensor:
-        """From the transformer's units to the autoencoder's: / scaling_factor, then + shift_factor or * std + mean."""
-        config = self.vae.config
-        latents = latents / config.scaling_factor
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or std is None:
-            return latents + (config.shift_factor or 0.0)
-        mean, std = (torch.tensor(list(values)).to(latents).view(1, -1, 1, 1) for values in (mean, std))
-        return latents * std + mean
-
     def _check(self, height: int | None, width: int | None, output_type: str) -> None:
-        for size in (height, width):
-            lightningdit.BACKBONE.picture_side(self, size)
+        for side in (height, width):
+            lightningdit.BACKBONE.picture_side(self, side)
         if output_type not in OUTPUTS:
             raise SettingsError(f"output_type={output_type!r}: allowed are {', '.join(OUTPUTS)}")
-        allowed = FlowMatchEulerDiscreteScheduler().config
-        given = {**self.scheduler.config, "shift": getattr(self.scheduler, "shift", None)}
-        other = {name: value for name, value in given.items() if name[0] != "_" and value != allowed.get(name)}
-        if other or not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+
+        # A plain scheduler, which has the default of every setting and was not shifted since it was made.
+        defaults = FlowMatchEulerDiscreteScheduler().config
+        settings = {**self.scheduler.config, "shift": getattr(self.scheduler, "shift", None)}
+        changed = {name: value for name, value in settings.items() if name[0] != "_" and value != defaults.get(name)}
+        if changed or not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise SettingsError(
-                f"the scheduler is a {type(self.scheduler).__name__} with {other}: allowed is a plain "
-                "FlowMatchEulerDiscreteScheduler(), for this pipeline sets the times itself, with timestep_shift"
+                f"the scheduler is a {type(self.scheduler).__name__} with {changed}: allowed is a plain "
+                "FlowMatchEulerDiscreteScheduler(), because this pipeline sets the times itself, with timestep_shift"
             )

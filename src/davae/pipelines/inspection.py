@@ -1,53 +1,52 @@
-"""What a pipeline is, in davae's terms, and what an upgrade would change of it."""
+"""Facts of a pipeline, and what an upgrade would change of it."""
 
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 
 from davae.backbones import backbone_of, check_parts
 from davae.backbones.sizes import Size, checked_side
-from davae.method.widen import LatentPorts, patch_side, width_of
+from davae.method.widen import patch_side, width_of
 from davae.models.base_autoencoders import downsample_factor
 
-_RESOLUTION_FACTOR = 2
+RESOLUTION_FACTOR = 2
+"""Of the default upgrade."""
 
 
 def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str, Any]:
     """Facts of a pipeline as plain JSON values: factor, channels, tokens per size, ports, and the upgrade's effect.
 
-    Tokens are of half the default size, of that and of twice that, and of `size`, by width and height.
-
-    A token of more numbers than the transformer is wide keeps noise (`davae.method.widen.lost_directions`), which is
-    where `"most_detail_channels"` comes from.
-
-    `"upgrade"` is None for a pipeline that is upgraded already; for a base pipeline it says what the default upgrade
-    (as many detail channels as base channels, twice the side length) would change.
+    Tokens are counted at half the default size, at that and at twice that, and at `size`, by width and height.
+    `"upgrade"` is what the default upgrade (as many detail channels as base channels, twice the side length) would
+    change; None for a pipeline that is upgraded already.
 
     Raises:
-        SettingsError: if there is no transformer or no autoencoder, or the transformer's backbone is unknown; or a side
-            of `size` is no multiple of downsample factor x patch.
+        SettingsError: there is no transformer or no autoencoder, the backbone is unknown, or a side of `size` is no
+            multiple of downsample factor x patch.
     """
     check_parts(pipeline)
-    transformer, autoencoder = pipeline.transformer, pipeline.vae
+    transformer, config = pipeline.transformer, pipeline.vae.config
     backbone = backbone_of(transformer)
     ports = backbone.ports
     patch = patch_side(transformer, ports)
-    factor = downsample_factor(autoencoder.config)  # not every pipeline's own count is its VAE's
+    factor = downsample_factor(config)  # some pipelines' own count differs from their VAE's
     channels = transformer.config.in_channels // ports.packed**2
-    detail_channels = autoencoder.config.get("detail_channels", 0)
+    detail_channels = config.get("detail_channels", 0)
     sample_size = getattr(pipeline, "default_sample_size", None) or transformer.config.get("sample_size")
     side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
-    sizes = {str(each): (each, each) for each in sorted({side // 2, side, 2 * side})}
+
+    sizes = {str(each): (each, each) for each in (side // 2, side, 2 * side)}
     if size is not None:
-        sides = (size, size) if isinstance(size, int) else size
-        width, height = (checked_side(each, unit=factor * patch) for each in sides)
-        sizes[f"{width}x{height}"] = width, height
+        width, height = size if isinstance(size, tuple) else (size, size)
+        unit = factor * patch
+        sizes[f"{width}x{height}"] = checked_side(width, unit=unit), checked_side(height, unit=unit)
+
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "transformer": type(transformer).__name__,
         "transformer_parameters": transformer.num_parameters(),
-        "autoencoder": type(autoencoder).__name__,
-        "autoencoder_parameters": autoencoder.num_parameters(),
+        "autoencoder": type(pipeline.vae).__name__,
+        "autoencoder_parameters": pipeline.vae.num_parameters(),
         "upgraded": detail_channels > 0,
         "downsample_factor": factor,
         "latent_channels": channels,
@@ -56,42 +55,47 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         "patch_size": patch,
         "numbers_per_token": channels * patch**2,
         "transformer_width": width_of(transformer, ports),
-        "scaling_factor": autoencoder.config.get("scaling_factor"),
-        "shift_factor": autoencoder.config.get("shift_factor"),
+        "scaling_factor": config.get("scaling_factor"),
+        "shift_factor": config.get("shift_factor"),
         "default_size": side,
-        "tokens": {
-            name: (width // factor // patch) * (height // factor // patch) for name, (width, height) in sizes.items()
-        },
-        "ports": {
-            name: {"layer": layer, "layout": layout, "weight": list(_layer(transformer, layer).weight.shape)}
-            for name, layer, layout in (
-                ("input", ports.input, ports.input_layout),
-                ("output", ports.output, ports.output_layout),
-            )
-        },
+    }
+    facts["tokens"] = {
+        name: (width // factor // patch) * (height // factor // patch) for name, (width, height) in sizes.items()
+    }
+    facts["ports"] = {
+        "input": _describe_port(transformer, ports.input, ports.input_layout),
+        "output": _describe_port(transformer, ports.output, ports.output_layout),
     }
     if backbone.advice:
         facts["once_upgraded"] = backbone.advice
-    facts["upgrade"] = None if facts["upgraded"] else _upgrade_effect(transformer, ports, channels, factor, side, patch)
+    facts["upgrade"] = None if facts["upgraded"] else _describe_upgrade(pipeline, facts)
     return facts
 
 
-def _upgrade_effect(
-    transformer: ModelMixin, ports: LatentPorts, channels: int, factor: int, side: int, patch: int
-) -> dict[str, Any]:
-    entry, leave = _layer(transformer, ports.input), _layer(transformer, ports.output)
-    added = entry.weight.numel() + leave.weight.numel() + (0 if leave.bias is None else leave.bias.numel())
+def _describe_port(transformer: Any, layer: str, layout: str) -> dict[str, Any]:
+    return {"layer": layer, "layout": layout, "weight": list(transformer.get_submodule(layer).weight.shape)}
+
+
+def _describe_upgrade(pipeline: DiffusionPipeline, facts: dict[str, Any]) -> dict[str, Any]:
+    """The effect of the default upgrade on a base pipeline with these facts."""
+    channels, factor, side = facts["latent_channels"], facts["downsample_factor"], facts["default_size"]
+    layers = [port["layer"] for port in facts["ports"].values()]
+
+    # Both weights double, and so does the output port's bias.
+    output = pipeline.transformer.get_submodule(layers[1])
+    added = pipeline.transformer.get_submodule(layers[0]).weight.numel() + output.weight.numel()
+    if output.bias is not None:
+        added += output.bias.numel()
+
+    # Numbers of a token beyond the transformer's width would keep their noise (`widen.lost_directions`).
+    most = facts["transformer_width"] // facts["patch_size"] ** 2 - channels
     return {
         "detail_channels": channels,
-        "most_detail_channels": max(0, width_of(transformer, ports) // patch**2 - channels),
+        "most_detail_channels": max(0, most),
         "latent_channels": [channels, 2 * channels],
-        "downsample_factor": [factor, factor * _RESOLUTION_FACTOR],
-        "default_size": [side, side * _RESOLUTION_FACTOR],
-        "tokens_at_default_size": [(side // factor // patch) ** 2] * 2,
+        "downsample_factor": [factor, factor * RESOLUTION_FACTOR],
+        "default_size": [side, side * RESOLUTION_FACTOR],
+        "tokens_at_default_size": [facts["tokens"][str(side)]] * 2,
         "added_transformer_parameters": added,
-        "changed_layers": [ports.input, ports.output],
+        "changed_layers": layers,
     }
-
-
-def _layer(transformer: ModelMixin, name: str) -> Any:
-    return transformer.get_submodule(name)

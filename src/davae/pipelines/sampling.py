@@ -1,15 +1,15 @@
-"""Images from prompts, by any pipeline that takes captions, with noise that base and upgraded pipelines share."""
+"""Images from prompts, from any pipeline that takes captions; base and upgraded pipelines can share their noise."""
 
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from jaxtyping import UInt8
 from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.backbones.sizes import Size
-from davae.data.pictures import to_bytes
+from davae.data.png import to_bytes
 from davae.models.base_autoencoders import base_facts, downsample_factor
 from davae.seeds import generator
 
@@ -17,26 +17,29 @@ from davae.seeds import generator
 def draw_shared_noise(
     pipeline: DiffusionPipeline, indices: Sequence[int], *, seed: int, height: int, width: int
 ) -> Tensor:
-    """Starting noise [B, channels, height, width] of latents, keyed by (seed, index), whose base half is the base's.
+    """Draw starting noise [B, channels, height, width] for latents, keyed by (seed, index).
 
-    So base and upgraded pictures of one index begin alike, and can be compared side by side; those of an upgrade of an
-    upgrade, too.
+    The base half is the base pipeline's noise, also for an upgrade of an upgrade. So base and upgraded images of one
+    index begin alike, and can be compared side by side.
     """
-    upgrades: list[int] = []
+    # From the outermost autoencoder down to the base: each upgrade put its detail channels behind.
+    detail_channels: list[int] = []
     config = pipeline.vae.config
     while isinstance(config.get("base_config"), dict) and config["base_channels"]:
-        upgrades.insert(0, config["detail_channels"])
+        detail_channels.insert(0, config["detail_channels"])
         config = config["base_config"]
+
     channels = {"base noise": base_facts(config).latent_channels}
-    channels |= {f"detail noise{f' {n}' if n > 1 else ''}": count for n, count in enumerate(upgrades, 1)}
-    rows = []
+    for number, count in enumerate(detail_channels, 1):
+        channels["detail noise" if number == 1 else f"detail noise {number}"] = count
+
+    images = []
     for index in indices:
-        parts = [
-            torch.randn(count, height, width, generator=generator(seed, purpose, index))
-            for purpose, count in channels.items()
-        ]
-        rows.append(torch.cat(parts))
-    return torch.stack(rows)
+        parts = []
+        for purpose, count in channels.items():
+            parts.append(torch.randn(count, height, width, generator=generator(seed, purpose, index)))
+        images.append(torch.cat(parts))
+    return torch.stack(images)
 
 
 def sample(
@@ -50,26 +53,18 @@ def sample(
     prompt_tokens: int = 256,
     first_index: int = 0,
 ) -> UInt8[Tensor, "b 3 height width"]:
-    """One picture for each prompt.
+    """Make one image for each prompt, all in one batch.
 
-    Args:
-        pipeline: base or upgraded, with captions, of those that davae samples from (docs/backbones.md).
-        prompts: B of them, in one batch.
-        seed: of the noise, together with each picture's index.
-        steps: of the sampler.
-        guidance_scale: as the stock pipeline understands it; of classifier-free guidance, mostly, which 1 turns off.
-        size: side in pixels, or width and height; the pipeline's default square if None.
-        prompt_tokens: length that the longest text encoder pads or cuts to.
-        first_index: index of the first prompt, for the noise.
-
-    Raises:
-        SettingsError: a pipeline that davae does not sample from, or a size that it cannot make.
+    The noise is keyed by `seed` and by each image's index, which counts from `first_index`. `guidance_scale` is what
+    the stock pipeline calls so; in most, 1 turns classifier-free guidance off. `size` is a side in pixels, or width and
+    height; the pipeline's default square if None. The longest text encoder pads or cuts to `prompt_tokens`.
     """
     backbone = backbone_of(pipeline.transformer)
     width, height = backbone.width_and_height(pipeline, size)
+    factor = downsample_factor(pipeline.vae.config)  # some pipelines' own count differs from their VAE's
     indices = range(first_index, first_index + len(prompts))
-    factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
     noise = draw_shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
+
     arguments = backbone.call_arguments(
         pipeline,
         prompts,
@@ -79,5 +74,16 @@ def sample(
         guidance_scale=guidance_scale,
         prompt_tokens=prompt_tokens,
     )
-    pictures = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
-    return to_bytes(pictures * 2 - 1)
+    images = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
+    return to_bytes(images * 2 - 1)
+
+
+def to_vae_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Latents of a transformer in its VAE's scale: / scaling_factor, then * std + mean if it has them, or + shift."""
+    config = vae.config
+    latents = latents / config.scaling_factor
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return latents + (config.shift_factor or 0.0)
+    mean, std = (torch.tensor(list(values)).to(latents).view(1, -1, 1, 1) for values in (mean, std))
+    return latents * std + mean
