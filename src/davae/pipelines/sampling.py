@@ -9,7 +9,7 @@ from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.backbones.sizes import Size
-from davae.data.png import to_bytes
+from davae.data.pictures import to_bytes
 from davae.models.base_autoencoders import base_facts, downsample_factor
 from davae.seeds import generator
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import ldm
 from davae import AutoencoderDA
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.importing.autoencoders import imagenet_da_vae, sd3_da_vae, va_vae
+from davae.pipelines.importing.autoencoders import convert_imagenet_da_vae, convert_sd3_da_vae, convert_va_vae
 from davae.pipelines.importing.kinds import import_checkpoint
 from davae.pipelines.importing.matching import Options
-from davae.pipelines.importing.reading import Checkpoint
+from davae.pipelines.importing.reading import ForeignCheckpoint
 
 TRUE_WIDTHS = (128, 128, 256, 256, 512)
 
@@ -52,8 +52,8 @@ def counted(report_rows: list[dict]) -> Counter:
     return parts
 
 
-def on_meta(module: nn.Module) -> Checkpoint:
-    return Checkpoint(Path("true geometry"), "", dict(module.state_dict()))
+def on_meta(module: nn.Module) -> ForeignCheckpoint:
+    return ForeignCheckpoint(Path("true geometry"), "", dict(module.state_dict()))
 
 
 # -------------------------------------------------------------------------------------------------------------- VA-VAE
@@ -92,7 +92,7 @@ def test_a_projection_of_the_alignment_loss_is_left_with_its_reason(tmp_path: Pa
 def test_va_vae_has_the_papers_size() -> None:
     with torch.device("meta"):
         theirs = ldm.VaVae(TRUE_WIDTHS, 2, 32)
-    report = va_vae(on_meta(theirs), Options()).report
+    report = convert_va_vae(on_meta(theirs), Options()).report
     parts = counted(report.used)
     assert (parts["encoder"], parts["quant_conv"]) == (28_413_248, 4_160)
     conv_in = 32 * 512 * 9 + 512  # METHOD 2.2 counts the decoder without it
@@ -146,7 +146,7 @@ def test_imagenet_da_vae_is_the_same_function(names: str, tmp_path: Path) -> Non
 def test_imagenet_da_vae_has_the_papers_size() -> None:
     with torch.device("meta"):
         theirs = ldm.ImagenetDaVae(TRUE_WIDTHS, 2, 32, 96)
-    report = imagenet_da_vae(on_meta(theirs), Options()).report
+    report = convert_imagenet_da_vae(on_meta(theirs), Options()).report
     assert counted(report.used) == {
         "base_encoder": 28_413_248,
         "base_quant_conv": 4_160,
@@ -238,7 +238,7 @@ def test_sd3_da_vae_is_the_same_function_base_first(
 def test_sd3_da_vae_has_the_references_size() -> None:
     with torch.device("meta"):
         theirs = Sd3DaVae((128, 256, 512, 512), 16, 16, blocks=2)
-    parts = counted(sd3_da_vae(on_meta(theirs), Options()).report.used)
+    parts = counted(convert_sd3_da_vae(on_meta(theirs), Options()).report.used)
     assert (parts["detail_downsample"], parts["detail_upsample"]) == (36_872, 591_872)
     encoder = sum(p.numel() for p in theirs.original_vae_model.vae.encoder.parameters())
     assert parts["base_encoder"] == encoder

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 import ldm
 from davae.cli import main
 from davae.errors import CheckpointError, SettingsError, StorageError
-from davae.pipelines.importing.kinds import KINDS, detect, import_checkpoint
-from davae.pipelines.importing.reading import Checkpoint
+from davae.pipelines.importing.kinds import KINDS, detect_kind, import_checkpoint
+from davae.pipelines.importing.reading import ForeignCheckpoint
 
 MARKS = {
     "va-vae": ["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"],
@@ -23,21 +23,21 @@ MARKS = {
 """Keys of each layout, METHOD 8."""
 
 
-def having(keys: list[str]) -> Checkpoint:
-    return Checkpoint(Path("f.pt"), "", dict.fromkeys(keys, torch.zeros(1)))
+def having(keys: list[str]) -> ForeignCheckpoint:
+    return ForeignCheckpoint(Path("f.pt"), "", dict.fromkeys(keys, torch.zeros(1)))
 
 
 def test_a_kind_is_found_by_its_keys() -> None:
     assert MARKS.keys() == KINDS.keys()
     for kind, keys in MARKS.items():
-        assert detect(having(keys)) == kind
-    assert detect(having(["base_encoder.conv_in.weight", "dc.dc_up.conv.weight"])) == "imagenet-da-vae"
+        assert detect_kind(having(keys)) == kind
+    assert detect_kind(having(["base_encoder.conv_in.weight", "dc.dc_up.conv.weight"])) == "imagenet-da-vae"
     with pytest.raises(
         CheckpointError, match=r"no layout that davae knows.*none of va-vae.*features\.0\.weight.*--kind"
     ):
-        detect(having(["features.0.weight"]))
+        detect_kind(having(["features.0.weight"]))
     with pytest.raises(CheckpointError, match="va-vae, lightningdit of"):
-        detect(having(MARKS["va-vae"] + MARKS["lightningdit"]))
+        detect_kind(having(MARKS["va-vae"] + MARKS["lightningdit"]))
 
 
 @pytest.fixture

@@ -214,9 +214,9 @@ def test_a_lightningdit_of_other_positions_or_layers_is_refused(tmp_path: Path) 
 
 def test_lightningdit_xl_has_the_papers_size() -> None:
     pytest.importorskip("davae.models.lightningdit", reason="another branch")
-    from davae.pipelines.importing.autoencoders import lightningdit
+    from davae.pipelines.importing.autoencoders import convert_lightningdit
     from davae.pipelines.importing.matching import Options
-    from davae.pipelines.importing.reading import Checkpoint
+    from davae.pipelines.importing.reading import ForeignCheckpoint
 
     with torch.device("meta"):
         model = lightning(
@@ -227,5 +227,6 @@ def test_lightningdit_xl_has_the_papers_size() -> None:
             attention_head_dim=72,
             num_classes=1000,
         )
-    report = lightningdit(Checkpoint(Path("true geometry"), "", dict(model.state_dict())), Options()).report
+    checkpoint = ForeignCheckpoint(Path("true geometry"), "", dict(model.state_dict()))
+    report = convert_lightningdit(checkpoint, Options()).report
     assert sum(math.prod(row["shape"]) for row in report.used) == 675_482_048

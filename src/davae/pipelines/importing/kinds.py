@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.importing.autoencoders import imagenet_da_vae, lightningdit, sd3_da_vae, va_vae
+from davae.pipelines.importing.autoencoders import (
+    convert_imagenet_da_vae,
+    convert_lightningdit,
+    convert_sd3_da_vae,
+    convert_va_vae,
+)
 from davae.pipelines.importing.matching import Conversion, ImportReport, Options
-from davae.pipelines.importing.reading import Checkpoint, read_checkpoint, read_statistics
-from davae.pipelines.importing.stage_two import sd35_stage_two
+from davae.pipelines.importing.reading import ForeignCheckpoint, read_checkpoint, read_statistics
+from davae.pipelines.importing.stage_two import convert_sd35_stage_two
 from davae.run.storage import check_replaceable, replaced_whole, write_json
 
 REPORT = "import.json"
@@ -19,23 +24,31 @@ REPORT = "import.json"
 class Kind:
     """A layout of a checkpoint."""
 
-    convert: Callable[[Checkpoint, Options], Conversion]
+    convert: Callable[[ForeignCheckpoint, Options], Conversion]
     marks: tuple[str, ...]
     """Regular expressions; a file of this kind has a key for each."""
     options: tuple[str, ...] = ()
-    """Those that it takes, fields of `Options`."""
+    """The fields of `Options` that it takes."""
+
+    def has_marks(self, keys: set[str]) -> bool:
+        """Whether these are the keys of a file of this kind."""
+        return all(any(re.fullmatch(mark, key) for key in keys) for mark in self.marks)
 
 
 KINDS: dict[str, Kind] = {
-    "va-vae": Kind(va_vae, (r"encoder\.down\.0\.block\.0\.conv1\.weight", r"decoder\.conv_in\.weight"), ("stats",)),
-    "lightningdit": Kind(lightningdit, (r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")),
-    "imagenet-da-vae": Kind(imagenet_da_vae, (r"da\.da_up\.conv\.weight|dc\.dc_up\.conv\.weight",), ("stats",)),
-    "sd3-da-vae": Kind(sd3_da_vae, (r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"), ("stats", "base")),
+    "va-vae": Kind(
+        convert_va_vae, (r"encoder\.down\.0\.block\.0\.conv1\.weight", r"decoder\.conv_in\.weight"), ("stats",)
+    ),
+    "lightningdit": Kind(convert_lightningdit, (r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")),
+    "imagenet-da-vae": Kind(convert_imagenet_da_vae, (r"da\.da_up\.conv\.weight|dc\.dc_up\.conv\.weight",), ("stats",)),
+    "sd3-da-vae": Kind(convert_sd3_da_vae, (r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"), ("stats", "base")),
     "sd35-stage-two": Kind(
-        sd35_stage_two, (r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",), ("base", "autoencoder", "lora")
+        convert_sd35_stage_two,
+        (r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",),
+        ("base", "autoencoder", "lora"),
     ),
 }
-"""By the name that `--kind` takes."""
+"""The kinds by their names on the command line."""
 
 
 def import_checkpoint(
@@ -54,56 +67,51 @@ def import_checkpoint(
 
     Args:
         file: the checkpoint.
-        out: the folder; what an earlier import wrote there is replaced.
+        out: the folder; a folder that an earlier import wrote is replaced.
         kind: a key of `KINDS`; found by the file's keys if None.
         stats: a file of latent statistics, `mean` and `std`.
         base: the base pipeline, folder or Hub name.
         autoencoder: folder of an AutoencoderDA.
         lora: file of the LoRA tensors, where they are not in `file`.
-        ema: whether the moving average is taken where the file has one.
+        ema: whether to take the moving average where the file has one.
         dry_run: do all but write.
 
     Raises:
         SettingsError: an unknown kind, an option that the kind does not take, or an `out` that holds something else.
-        CheckpointError: a file that cannot be read or is not of the kind; names the first mismatch.
+        CheckpointError: a file that cannot be read or is not of the kind; it names the first mismatch.
         StorageError: `out` cannot be written.
     """
-    read = {"file": file, "stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}
-    if any(path is not None and Path(path).resolve().is_relative_to(out.resolve()) for path in read.values()):
-        raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
+    paths = {"stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}
+    for path in (file, *paths.values()):
+        if path is not None and Path(path).resolve().is_relative_to(out.resolve()):
+            raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
     check_replaceable(out, holds=REPORT)
     if kind is not None and kind not in KINDS:
         raise SettingsError(f"--kind {kind}: allowed are {', '.join(KINDS)}")
+
     checkpoint = read_checkpoint(file, ema=ema)
-    kind = kind or detect(checkpoint)
-    for name in read.keys() - {"file", *KINDS[kind].options}:
-        if read[name] is not None:
-            takes = ", ".join(f"--{each}" for each in KINDS[kind].options) or "none"
-            raise SettingsError(f"--{name} does not belong to {kind}, which takes {takes}")
+    kind = kind or detect_kind(checkpoint)
+    for name, path in paths.items():
+        if path is not None and name not in KINDS[kind].options:
+            allowed = ", ".join(f"--{option}" for option in KINDS[kind].options) or "none"
+            raise SettingsError(f"--{name} does not belong to {kind}, which takes {allowed}")
+
     options = Options(None if stats is None else read_statistics(stats), base, autoencoder, lora)
-    converted = KINDS[kind].convert(checkpoint, options)
+    conversion = KINDS[kind].convert(checkpoint, options)
     if not dry_run:
         with replaced_whole(out) as partial:
-            converted.save(partial)
-            write_json(partial / REPORT, converted.report.to_dict())
-    return converted.report
+            conversion.save(partial)
+            write_json(partial / REPORT, conversion.report.to_dict())
+    return conversion.report
 
 
-def detect(checkpoint: Checkpoint) -> str:
-    """The kind whose marks are among the file's keys.
-
-    Raises:
-        CheckpointError: none, or more than one.
-    """
-    kinds = [
-        name
-        for name, kind in KINDS.items()
-        if all(any(re.fullmatch(mark, key) for key in checkpoint.tensors) for mark in kind.marks)
-    ]
+def detect_kind(checkpoint: ForeignCheckpoint) -> str:
+    """The kind whose marks are among the file's keys; refuses a file of none, or of more than one."""
+    keys = set(checkpoint.tensors)
+    kinds = [name for name, kind in KINDS.items() if kind.has_marks(keys)]
     if len(kinds) != 1:
-        keys = ", ".join(sorted(checkpoint.tensors)[:4])
         raise CheckpointError(
             f"{checkpoint.path} is of no layout that davae knows, or of several: {', '.join(kinds) or 'none'} of "
-            f"{', '.join(KINDS)}. It has, for example, {keys}. Say which one it is with --kind"
+            f"{', '.join(KINDS)}. It has, for example, {', '.join(sorted(keys)[:4])}. Say which one it is with --kind"
         )
     return kinds[0]

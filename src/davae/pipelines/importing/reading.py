@@ -1,4 +1,4 @@
-"""Checkpoint files as named tensors. Pickled ones are opened in another process, which runs nothing that they say."""
+"""Checkpoint files as named tensors. Pickled files are opened in another process, which runs nothing that they say."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from davae.errors import CheckpointError
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-"""Endings of the names of torch files."""
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""All but the first are torch files, and pickled."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMA_WRAPPERS = ("ema_state_dict", "ema")
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 PREFIXES = ("module.", "model.")
-"""What data-parallel and Lightning wrappers put before every name."""
-SECONDS, BYTES_A_SECOND = 120, 5_000_000
-"""A torch file may take the first, and its size over the second, to be opened."""
+"""Prefixes that data-parallel and Lightning wrappers put before every name."""
+SECONDS, BYTES_PER_SECOND = 120, 5_000_000
+"""A torch file may take so many seconds to open, and one more for so many bytes of it."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A file's tensors, out of their wrappers and without their prefixes."""
+class ForeignCheckpoint:
+    """The tensors of another program's file, out of their wrappers and without their prefixes."""
 
     path: Path
     sha256: str
@@ -37,16 +37,12 @@ class Checkpoint:
     opened: tuple[str, ...] = ()
     """Wrappers that were opened, from outside in."""
     beside: tuple[str, ...] = ()
-    """Entries beside those, which were not read."""
+    """Entries beside the wrappers, which were not read."""
     prefixes: tuple[str, ...] = ()
-    """What was taken off the names."""
+    """Prefixes that were removed from the names."""
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a tensor that must be there.
-
-        Raises:
-            CheckpointError: it is missing.
-        """
+        """The shape of a tensor; refuses a file without it."""
         if key not in self.tensors:
             raise CheckpointError(
                 f"{self.path}: the first mismatch is {key}: found none, wanted a tensor. The file has, for example, "
@@ -63,55 +59,49 @@ class Statistics:
     std: tuple[float, ...]
 
 
-def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
-    """All tensors of a `.safetensors` file, or of a torch file (`PICKLED`).
-
-    Args:
-        path: the file.
-        ema: whether the moving average is taken where a torch file has both that and the raw weights.
+def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
+    """Read all tensors of a file; with `ema` the moving average, where a torch file has that beside the raw weights.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another format, holds Python objects that are no tensors, or numbers
-            that are not finite or of no usual dtype.
+        CheckpointError: the file is missing, damaged, of another format, holds Python objects that are no tensors, or
+            numbers that are not finite.
     """
-    if path.suffix not in (".safetensors", *PICKLED) or not path.is_file():
-        what = "is no checkpoint file" if path.exists() else "is not there"
-        what = "is a folder: give a file in it" if path.is_dir() else what
-        raise CheckpointError(f"{path} {what}; allowed are files in {', '.join(('.safetensors', *PICKLED))}")
-    wrappers = (*EMA_WRAPPERS, *WRAPPERS) if ema else WRAPPERS
+    if path.suffix not in SUFFIXES or not path.is_file():
+        problem = "is a folder: give a file in it" if path.is_dir() else "is no checkpoint file"
+        if not path.exists():
+            problem = "is not there"
+        raise CheckpointError(f"{path} {problem}; allowed are files in {', '.join(SUFFIXES)}")
+
+    opened: list[str] = []
+    beside: list[str] = []
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if path.suffix == ".safetensors":
-            tensors, facts = load_file(path), dict[str, list[str]]()
+            tensors = load_file(path)
         else:
-            tensors, facts = _unpickled(path, wrappers)
+            tensors, opened, beside = _unpickle(path, (*EMA_WRAPPERS, *WRAPPERS) if ema else WRAPPERS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}. It is damaged or no checkpoint: copy it anew"
         ) from error
-    named, prefixes = _without_prefixes(tensors, path)
-    for key, tensor in named.items():
+
+    tensors, prefixes = _remove_prefixes(tensors, path)
+    for key, tensor in tensors.items():
         if tensor.dtype in DTYPES and not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds numbers that are not finite: the file is of a failed run")
-    return Checkpoint(
-        path, sha256, named, tuple(facts.get("opened", ())), tuple(facts.get("beside", ())), tuple(prefixes)
-    )
+    return ForeignCheckpoint(path, sha256, tensors, tuple(opened), tuple(beside), tuple(prefixes))
 
 
 def read_statistics(path: Path) -> Statistics:
-    """`mean` and `std`, one number a channel: from JSON, or tensors of any shape, such as [1, C, 1, 1].
-
-    Raises:
-        CheckpointError: there are none, or a deviation is not above 0.
-    """
+    """Read `mean` and `std`, one number a channel, from JSON or from tensors of any shape, such as [1, C, 1, 1]."""
     try:
         if path.suffix == ".json":
-            found = json.loads(path.read_bytes())
-            mean, std = ([float(number) for number in found[name]] for name in ("mean", "std"))
+            numbers = json.loads(path.read_bytes())
+            mean, std = [float(number) for number in numbers["mean"]], [float(number) for number in numbers["std"]]
         else:
             tensors = read_checkpoint(path).tensors
-            mean, std = (tensors[name].double().flatten().tolist() for name in ("mean", "std"))
+            mean, std = tensors["mean"].double().flatten().tolist(), tensors["std"].double().flatten().tolist()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} holds no statistics: {error!r}. Wanted are `mean` and `std`, one number for each latent channel"
@@ -121,30 +111,33 @@ def read_statistics(path: Path) -> Statistics:
     return Statistics(tuple(mean), tuple(std))
 
 
-def _unpickled(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def _unpickle(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors of a torch file, the wrappers that were opened, and the entries beside them."""
     with tempfile.TemporaryDirectory(prefix="davae-import-") as folder:
         written = Path(folder, "tensors.safetensors")
-        # -P: a file in the working directory that is named like a module is not one.
-        program = "davae.pipelines.importing.unpickling"
-        command = [sys.executable, "-P", "-m", program, str(path), str(written), *wrappers]
-        seconds = SECONDS + path.stat().st_size / BYTES_A_SECOND
+        # -P: no module is imported from the working directory.
+        program = [sys.executable, "-P", "-m", "davae.pipelines.importing.unpickling"]
+        command = [*program, str(path), str(written), *wrappers]
+        seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise CheckpointError(f"{path} was not open after {seconds:.0f} s: it is no plain checkpoint") from error
-        if done.returncode:
+        if process.returncode:
             raise CheckpointError(
-                f"{path} cannot be read as tensors only ({_reason(done.stderr)}). It is damaged, or holds Python "
-                "objects, which davae does not run: where you trust it, save its state dict alone, as safetensors"
+                f"{path} cannot be read as tensors only ({_find_reason(process.stderr)}). It is damaged, or holds "
+                "Python objects, which davae does not run: where you trust it, save its state dict alone, as "
+                "safetensors"
             )
-        with safe_open(written, "pt") as opened:
-            facts = {name: json.loads(value) for name, value in opened.metadata().items() if name != "format"}
-        return load_file(written), facts
+
+        with safe_open(written, "pt") as file:
+            facts = file.metadata()
+        return load_file(written), json.loads(facts["opened"]), json.loads(facts["beside"])
 
 
-def _reason(errors: str) -> str:
+def _find_reason(errors: str) -> str:
     """What stopped the other process, in few words."""
     foreign = re.search(r"GLOBAL (\S+)", errors)
     if foreign:
@@ -153,15 +146,16 @@ def _reason(errors: str) -> str:
     return lines[-1][:200] if lines else "its process was ended"
 
 
-def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    named: dict[str, Tensor] = {}
-    taken_off = []
+def _remove_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by their names without prefixes, and the prefixes that were removed."""
+    renamed: dict[str, Tensor] = {}
+    removed: set[str] = set()
     for key, tensor in tensors.items():
         name = key
-        while prefix := next((each for each in PREFIXES if name.startswith(each)), ""):
-            name = name.removeprefix(prefix)
-            taken_off.append(prefix)
-        if name in named:
+        while name.startswith(PREFIXES):
+            prefix, _, name = name.partition(".")
+            removed.add(f"{prefix}.")
+        if name in renamed:
             raise CheckpointError(f"{path} has {name} twice, with and without a prefix ({', '.join(PREFIXES)})")
-        named[name] = tensor
-    return named, sorted(set(taken_off))
+        renamed[name] = tensor
+    return renamed, sorted(removed)

@@ -1,4 +1,4 @@
-"""Names of the layers of diffusers' AutoencoderKL in the files of LDM and VQGAN, and its config from shapes."""
+"""Names of AutoencoderKL's layers in the files of LDM and VQGAN, and the config of one from a file's shapes."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from davae.pipelines.importing.matching import Source
-from davae.pipelines.importing.reading import Checkpoint, Statistics
+from davae.pipelines.importing.matching import TensorSource
+from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics
 
-GROUPS = 32
-"""Of every GroupNorm in these autoencoders; no shape tells it."""
+NORM_GROUPS = 32
+"""Groups of every GroupNorm in these autoencoders; no shape tells their number."""
 
 LDM = {
     r"down_blocks\.(\d+)": r"down.\1",
-    r"up_blocks\.(\d+)": r"up.\1",  # counted from the other end: see `ldm`
+    r"up_blocks\.(\d+)": r"up.\1",  # counted from the other end: see `spell_ldm`
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
@@ -35,70 +35,65 @@ Spelling = Callable[[str], str]
 """A parameter's name in diffusers' AutoencoderKL ("encoder...", "decoder...", "quant_conv...") -> the file's."""
 
 
-def ldm(name: str, *, levels: int) -> str:
-    """The LDM name of an AutoencoderKL parameter; LDM counts the decoder's `levels` from the picture's side."""
+def spell_ldm(name: str, *, levels: int) -> str:
+    """The LDM name of an AutoencoderKL parameter; LDM counts the decoder's `levels` from the image's side."""
     name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", name)
     for pattern, replacement in LDM.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def prefixed(prefixes: Mapping[str, str], spell: Spelling = str) -> Spelling:
+def replace_prefix(prefixes: Mapping[str, str], spell: Spelling = str) -> Spelling:
     """`spell`, with the first matching prefix of the name replaced, so that parts can lie anywhere in a file."""
 
-    def spelled(name: str) -> str:
+    def spell_with_prefix(name: str) -> str:
         prefix = next(each for each in prefixes if name.startswith(each))
         return prefixes[prefix] + spell(name.removeprefix(prefix))
 
-    return spelled
+    return spell_with_prefix
 
 
-def source_of(wanted: Tensor, key: str) -> Source:
-    """The tensor `key` for the parameter `wanted`; LDM's attention projections are 1x1 convolutions, ours linear."""
-    if wanted.ndim == 2 and key.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")):
-        return Source(key, lambda weight: weight.flatten(1), "a linear layer", (*wanted.shape, 1, 1))
-    return Source(key)
+def find_source(target: Tensor, key: str) -> TensorSource:
+    """The tensor `key` for a parameter; LDM's attention projections are 1x1 convolutions, diffusers' are linear."""
+    if target.ndim == 2 and key.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")):
+        return TensorSource(key, lambda weight: weight.flatten(1), "a linear layer", (*target.shape, 1, 1))
+    return TensorSource(key)
 
 
-def kl_config(
-    checkpoint: Checkpoint, spell: Callable[[int], Spelling], statistics: Statistics | None
+def count_layers(checkpoint: ForeignCheckpoint, name: str, spell: Spelling = str) -> int:
+    """How many parameters called "... {} ..." are in the file, numbered from 0."""
+    return next(number for number in count() if spell(name.format(number)) not in checkpoint.tensors)
+
+
+def read_kl_config(
+    checkpoint: ForeignCheckpoint, spell: Spelling, *, sample_size: int, statistics: Statistics | None = None
 ) -> dict[str, Any]:
-    """The config of an AutoencoderKL, widths, depths and attention read from the file's shapes.
+    """The config of an AutoencoderKL, widths, depths and attention read from the file's shapes."""
 
-    Args:
-        checkpoint: the file.
-        spell: levels -> spelling.
-        statistics: of its latents, or None.
+    def has(name: str) -> bool:
+        return spell(name) in checkpoint.tensors
 
-    Raises:
-        CheckpointError: a layer that every such autoencoder has is missing.
-    """
-    shapes = checkpoint.tensors
-    first = spell(0)
-    levels = next(i for i in count() if first(f"encoder.down_blocks.{i}.resnets.0.conv1.weight") not in shapes)
-    checkpoint.shape(first("encoder.down_blocks.0.resnets.0.conv1.weight"))
-    name = spell(levels)
-    depth = next(j for j in count() if name(f"encoder.down_blocks.0.resnets.{j}.conv1.weight") not in shapes)
-    widths = [checkpoint.shape(name(f"encoder.down_blocks.{i}.resnets.0.conv1.weight"))[0] for i in range(levels)]
-    attended = {
-        side: [name(f"{side}_blocks.{i}.attentions.0.to_q.weight") in shapes for i in range(levels)]
-        for side in ("encoder.down", "decoder.up")
-    }
+    first_layer = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    checkpoint.shape(spell(first_layer.format(0)))  # refuses a file without it
+    levels = range(count_layers(checkpoint, first_layer, spell))
+    attention = "attentions.0.to_q.weight"
+    down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": checkpoint.shape(name("encoder.conv_in.weight"))[1],
-        "out_channels": checkpoint.shape(name("decoder.conv_out.weight"))[0],
-        "down_block_types": [f"{'Attn' * has}DownEncoderBlock2D" for has in attended["encoder.down"]],
-        "up_block_types": [f"{'Attn' * has}UpDecoderBlock2D" for has in attended["decoder.up"]],
-        "block_out_channels": widths,
-        "layers_per_block": depth,
-        "latent_channels": checkpoint.shape(name("encoder.conv_out.weight"))[0] // 2,
-        "norm_num_groups": GROUPS,
-        "mid_block_add_attention": name("encoder.mid_block.attentions.0.to_q.weight") in shapes,
-        "use_quant_conv": name("quant_conv.weight") in shapes,
-        "use_post_quant_conv": name("quant_conv.weight") in shapes,
+        "in_channels": checkpoint.shape(spell("encoder.conv_in.weight"))[1],
+        "out_channels": checkpoint.shape(spell("decoder.conv_out.weight"))[0],
+        "down_block_types": [f"Attn{down}" if has(f"encoder.down_blocks.{i}.{attention}") else down for i in levels],
+        "up_block_types": [f"Attn{up}" if has(f"decoder.up_blocks.{i}.{attention}") else up for i in levels],
+        "block_out_channels": [checkpoint.shape(spell(first_layer.format(i)))[0] for i in levels],
+        "layers_per_block": count_layers(checkpoint, "encoder.down_blocks.0.resnets.{}.conv1.weight", spell),
+        "latent_channels": checkpoint.shape(spell("encoder.conv_out.weight"))[0] // 2,
+        "norm_num_groups": NORM_GROUPS,
+        "mid_block_add_attention": has("encoder.mid_block.attentions.0.to_q.weight"),
+        "use_quant_conv": has("quant_conv.weight"),
+        "use_post_quant_conv": has("quant_conv.weight"),
         "scaling_factor": 1.0,
         "shift_factor": None,
         "latents_mean": list(statistics.mean) if statistics else None,
         "latents_std": list(statistics.std) if statistics else None,
+        "sample_size": sample_size,
     }

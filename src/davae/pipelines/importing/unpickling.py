@@ -1,6 +1,6 @@
 """Writes a torch checkpoint's tensors as safetensors: `python -m davae.pipelines.importing.unpickling`.
 
-`davae.pipelines.importing.reading` starts it. It knows no model, and its memory is bounded by the size of the file.
+`davae.pipelines.importing.reading` starts it. It knows no model, and the size of the file bounds its memory.
 """
 
 import json
@@ -14,43 +14,39 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-ROOM = 2 * 2**30
-"""Bytes of address space beside four times the file: read, unpacked, copied, written."""
+SPARE_BYTES = 2 * 2**30
+"""Address space beside four times the file, which is read, unpacked, copied and written."""
 
 
-def open_wrappers(found: Mapping[Any, Any], wrappers: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
+def open_wrappers(entries: Mapping[Any, Any], wrappers: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
     """The names of the wrappers that were opened, from outside in, and the tensors inside the last one.
 
-    Args:
-        found: what the file holds.
-        wrappers: names of entries to open, the preferred one first; one without a tensor stays closed.
+    Of the entries that `wrappers` names, the first one that holds tensors is opened.
     """
     for name in wrappers:
-        inner = found.get(name)
+        inner = entries.get(name)
         if isinstance(inner, Mapping):
             names, tensors = open_wrappers(inner, wrappers)
             if tensors:
                 return [name, *names], tensors
-    return [], {name: entry for name, entry in found.items() if isinstance(name, str) and isinstance(entry, Tensor)}
+    return [], {name: entry for name, entry in entries.items() if isinstance(name, str) and isinstance(entry, Tensor)}
 
 
 def convert(source: Path, target: Path, wrappers: Sequence[str]) -> None:
-    """Read `source` as tensors only and write those inside its wrappers to `target`, every dtype as it is.
-
-    Raises:
-        TypeError: it holds something else than a dictionary with tensors.
-    """
+    """Read `source` as tensors only and write those inside its wrappers to `target`, every dtype as it is."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 4 * source.stat().st_size + ROOM
+    limit = pages * resource.getpagesize() + 4 * source.stat().st_size + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)  # each thread's stack counts, too
-    found = torch.load(source, map_location="cpu", weights_only=True)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"it holds a {type(found).__name__}, not a dictionary of tensors")
-    opened, tensors = open_wrappers(found, wrappers)
+
+    entries = torch.load(source, map_location="cpu", weights_only=True)
+    if not isinstance(entries, Mapping):
+        raise TypeError(f"it holds a {type(entries).__name__}, not a dictionary of tensors")
+    opened, tensors = open_wrappers(entries, wrappers)
     if not tensors:
-        raise TypeError(f"it holds no tensors by name, but {[str(name) for name in found][:6]}")
-    beside = [str(name) for name in found if name not in opened[:1] and (opened or name not in tensors)]
+        raise TypeError(f"it holds no tensors by name, but {[str(name) for name in entries][:6]}")
+
+    beside = [str(name) for name in entries if name not in opened[:1] and (opened or name not in tensors)]
     facts = {"opened": json.dumps(opened), "beside": json.dumps(beside)}
     # Cloned: safetensors takes neither views of one storage nor other orders of the axes.
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, target, metadata=facts)
