@@ -7,7 +7,7 @@ import pytest
 
 from davae.cli import main
 from davae.errors import CheckpointError
-from davae.run.comparison import differences, find_runs, summary, to_text
+from davae.run.comparison import differences, find_runs, read_run, to_text
 from davae.run.record import RunRecord, alone
 from davae.training.stage_one import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
@@ -49,11 +49,11 @@ def test_runs_are_found_below_the_folders_and_say_how_far_they_are(runs: Path) -
 
 def test_a_run_whose_lock_is_held_is_running(runs: Path) -> None:
     def look() -> None:
-        assert summary(runs / "b").state == "running"
+        assert read_run(runs / "b").state == "running"
 
     with alone(runs / "b"):
         assert exit_code(forked(look)) == 0
-    assert summary(runs / "b").state == "finished"
+    assert read_run(runs / "b").state == "finished"
 
 
 def test_only_settings_that_differ_are_shown(runs: Path) -> None:

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 LARGEST = 1e19
-"""Numbers above it are refused as those that are not finite: their squares, and so every norm, overflow float32."""
+"""Larger numbers are refused like those that are not finite: their squares, and so every norm, overflow float32."""
+MANIFEST_TYPES = {"format_version": int, "step": int, "recipe_digest": str, "files": dict}
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,20 @@ class Checkpoint:
     values: dict[str, Any]
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what its manifest says."""
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str, keep: int) -> None:
     """Write `checkpoint` below `folder`, verify it, and only then delete all but the newest `keep` checkpoints.
 
+    Whatever goes wrong, the old checkpoints stay.
+
     Raises:
         NumericsError: a tensor holds a number that is not finite, or above `LARGEST`; nothing is written.
-        StorageError: the disk is full, read-only or failing; the old checkpoints stay, and of the new one nothing, or,
-            if only the last fsync failed, all of it.
-        DamagedCheckpointError: what is on the disk is not what was written; the old checkpoints stay.
+        StorageError: the disk is full, read-only or failing; nothing of the new checkpoint is left or, if only the last
+            fsync failed, all of it.
+        DamagedCheckpointError: the disk does not hold what was written.
     """
     target = folder / f"step-{checkpoint.step:08d}"
     temporary = folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -57,11 +64,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if bad := _bad_tensor(checkpoint.groups):
+        if problem := _find_bad_tensor(checkpoint.groups):
             raise NumericsError(
-                f"step {checkpoint.step}: {bad}, so no checkpoint is written. The older ones are sound: lower the "
+                f"step {checkpoint.step}: {problem}, so no checkpoint is written. The older ones are sound: lower the "
                 "learning rate and start a new run"
             )
+
         faults.at("save.open", temporary)
         temporary.mkdir()
         _write_files(temporary, checkpoint, recipe_digest)
@@ -73,25 +81,24 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         raise storage_error(target, needed, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
     verify_checkpoint(target)
     for old in _checkpoints(folder)[:-keep]:
         _remove(old)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest sound checkpoint below `folder`, or None when there is none.
-
-    Damaged checkpoints are moved aside to `damaged-...`, with a logged warning that names the file and the reason.
+    """The newest sound checkpoint below `folder`, or None; damaged ones are moved aside, with a warning that says why.
 
     Raises:
         CheckpointError: the newest checkpoint was written by a newer version of davae.
         StorageError: a damaged checkpoint cannot be moved aside.
     """
-    found = _checkpoints(folder)
-    for path in reversed(found):
+    paths = _checkpoints(folder)
+    for path in reversed(paths):
         try:
-            if bad := _bad_tensor(_groups(path, verify_checkpoint(path))):
-                raise DamagedCheckpointError(f"{path} is damaged: {bad}")
+            if problem := _find_bad_tensor(_load_groups(path, verify_checkpoint(path))):
+                raise DamagedCheckpointError(f"{path} is damaged: {problem}")
         except DamagedCheckpointError as damage:
             aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
             logger.warning("%s; moved aside to %s, falling back to an older one", damage, aside.name)
@@ -101,13 +108,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
                 raise storage_error(aside, 0, error) from error
         else:
             return path
-    if found:
+
+    if paths:
         logger.warning("no sound checkpoint is left in %s: starting from step 0", folder)
     return None
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose files are not what its manifest says."""
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing, or has another length or SHA-256, or the folder was renamed.
         CheckpointError: the checkpoint was written by a newer version of davae.
     """
-    manifest = _manifest(path / "manifest.json")
+    manifest = _read_manifest(path / "manifest.json")
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {manifest['format_version']}, davae reads {FORMAT_VERSION}: update davae"
@@ -126,44 +130,42 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path / 'manifest.json'} is damaged: these are no files of a checkpoint")
     if path.name != f"step-{manifest['step']:08d}":
         raise DamagedCheckpointError(f"{path} is damaged: it holds step {manifest['step']}")
+
     for name, expected in manifest["files"].items():
         try:
-            found = _fingerprint(path / name)
+            actual = _fingerprint(path / name)
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
-        if found != expected and isinstance(expected, dict) and found["bytes"] != expected.get("bytes"):
-            reason = f"{found['bytes']:,} bytes instead of {expected.get('bytes')}"
+        if actual != expected:
+            reason = "its SHA-256 is not the manifest's"
+            if isinstance(expected, dict) and actual["bytes"] != expected.get("bytes"):
+                reason = f"{actual['bytes']:,} bytes instead of {expected.get('bytes')}"
             raise DamagedCheckpointError(f"{path / name} is damaged: {reason}")
-        if found != expected:
-            raise DamagedCheckpointError(f"{path / name} is damaged: its SHA-256 is not the manifest's")
     return manifest
 
 
 def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -> Checkpoint:
-    """Read the checkpoint `path`, and verify it unless it is `verified`, as what `latest_checkpoint` returns is.
+    """Read the checkpoint `path`; `verified` skips its check, which `latest_checkpoint` has made.
 
     Raises:
         CheckpointError: it is damaged, or it belongs to a recipe with another digest.
     """
-    manifest = _manifest(path / "manifest.json") if verified else verify_checkpoint(path)
-    # Digests of format 1 were taken over the defaults, too: theirs is another for every new setting.
+    manifest = _read_manifest(path / "manifest.json") if verified else verify_checkpoint(path)
+    # Digests of format 1 included the defaults, so that every new setting changed them.
     if manifest["recipe_digest"] != recipe_digest and manifest["format_version"] > 1:
         raise CheckpointError(
             f"{path} was written with the recipe of digest {manifest['recipe_digest'][:12]}, this run has digest "
             f"{recipe_digest[:12]}. Give the old recipe to go on with it, or a new folder to start afresh"
         )
+
     values = read_json(path / "state.json")
     if manifest["format_version"] < 2:
         values |= {"recent": [], "spikes": 0}
-    return Checkpoint(manifest["step"], _groups(path, manifest), values)
+    return Checkpoint(manifest["step"], _load_groups(path, manifest), values)
 
 
 def remove_litter(folder: Path) -> None:
-    """Remove what killed saves and deletions left below `folder`; only the one run that writes there may call it.
-
-    Raises:
-        StorageError: something cannot be removed.
-    """
+    """Remove what killed saves and deletions left below `folder`; only the one run that writes there may call it."""
     for path in folder.glob("step-*.tmp-*"):
         try:
             shutil.rmtree(path)
@@ -171,25 +173,26 @@ def remove_litter(folder: Path) -> None:
             raise storage_error(path, 0, error) from error
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     """The content of a manifest.json whose own digest fits, with all keys of their types."""
     try:
         faults.at("load", path)
         content = path.read_bytes()
         manifest = json.loads(content)
-        if content != _canonical({**manifest, "digest": _digest_of(manifest)}):
+        if content != _canonical({**manifest, "digest": _digest(manifest)}):
             raise DamagedCheckpointError(f"{path} is damaged: its own digest does not fit")
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
-    for key, kind in {"format_version": int, "step": int, "recipe_digest": str, "files": dict}.items():
+
+    for key, kind in MANIFEST_TYPES.items():
         if not isinstance(manifest.get(key), kind):
             raise DamagedCheckpointError(f"{path} is damaged: {key} is {manifest.get(key)!r}")
     return manifest
 
 
-def _groups(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _load_groups(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """The tensors in the files that a manifest names, by group and name."""
     groups = {}
     for name in manifest["files"]:
@@ -201,8 +204,8 @@ def _groups(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Tens
     return groups
 
 
-def _bad_tensor(groups: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """What is wrong with the first tensor that no checkpoint may hold; "" if there is none."""
+def _find_bad_tensor(groups: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """What is wrong with the first tensor that no checkpoint may hold, or ""."""
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
             if tensor.numel() and not tensor.abs().amax() <= LARGEST:  # false for NaN, too
@@ -215,6 +218,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> No
         faults.at("save.open", folder / f"{group}.safetensors")
         save_file(dict(tensors), folder / f"{group}.safetensors")
     write(folder / "state.json", _canonical(checkpoint.values))
+
+    # Fingerprints before the fsync: of what was written, not of what a disk made of it.
     files = sorted(folder.iterdir())
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -222,15 +227,15 @@ def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> No
         "recipe_digest": recipe_digest,
         "files": {file.name: _fingerprint(file) for file in files},
     }
-    for file in files:  # after the fingerprints, so that these are of what was written, not of what a disk made of it
+    for file in files:
         fsync(file)
-    write(folder / "manifest.json", _canonical({**manifest, "digest": _digest_of(manifest)}))
+    write(folder / "manifest.json", _canonical({**manifest, "digest": _digest(manifest)}))
     fsync(folder / "manifest.json")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders below `folder`, oldest first, sound or not."""
-    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -250,7 +255,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
-def _digest_of(manifest: Mapping[str, Any]) -> str:
+def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical({key: manifest[key] for key in manifest if key != "digest"})).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Run folders beside each other: how far each is, what it measured, and in what settings they differ."""
+"""Run folders beside each other: how far each is, what it measured, and in which settings they differ."""
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,102 +13,114 @@ from davae.run.record import is_locked, read_metrics
 from davae.run.storage import read_json
 
 HIDDEN = ("loss_hex", "learning_rate", "grad_norm", "detail_weight", "seconds", "step")
-"""Of a line of metrics.jsonl: what is no result."""
+"""Names in metrics.jsonl that are no results."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What one run folder says."""
+    """The state, the results and the settings of one run."""
 
     folder: str
     state: str
     """"finished", "running" (another process holds its lock) or "stopped"."""
     step: int
-    """Steps that are done, as far as metrics.jsonl says."""
+    """Steps that are done, according to metrics.jsonl."""
     steps: int | None
-    """Of the whole run."""
+    """Steps of the whole run."""
     values: dict[str, float]
-    """Of result.json; before there is one, the last of each name in metrics.jsonl."""
+    """From result.json; before there is one, the last of each name in metrics.jsonl."""
     settings: dict[str, Any]
-    """Of recipe.toml, keys of tables with a dot."""
+    """From recipe.toml; a key in a table is written with a dot."""
     started: str
     """The commit that it was last started with, or ""."""
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
-    """The runs in these folders, each a run's own or one with runs below it, in the order of their paths.
-
-    Raises:
-        CheckpointError: there is none, or a file of one is damaged.
-    """
-    found = sorted({path.parent for folder in folders for path in Path(folder).rglob("recipe.toml")})
-    runs = [summary(folder) for folder in found if (folder / "environment.json").is_file()]
+    """The runs in these folders, and in all folders below them, in the order of their paths."""
+    recipes = {path.parent for folder in folders for path in Path(folder).rglob("recipe.toml")}
+    runs = [read_run(folder) for folder in sorted(recipes) if (folder / "environment.json").is_file()]
     if not runs:
         names = ", ".join(map(str, folders))
         raise CheckpointError(f"{names}: no run, which is a folder with recipe.toml and environment.json, is there")
     return runs
 
 
-def summary(folder: Path) -> RunSummary:
-    """What one run folder says.
-
-    Raises:
-        CheckpointError: a file of it is damaged.
-    """
+def read_run(folder: Path) -> RunSummary:
+    """The summary of one run, or a CheckpointError that names the damaged file."""
     try:
         recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
         lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: recipe.toml or metrics.jsonl cannot be read: {error}") from error
+
     finished = (folder / "result.json").is_file()
-    values = {name: value for line in lines for name, value in line.items() if name not in HIDDEN}
-    values = read_json(folder / "result.json")["values"] if finished else values
+    values: dict[str, Any] = {}
+    step = 0
+    for line in lines:
+        values |= line
+        step = max(step, line["step"] + 1)
+    for name in HIDDEN:
+        values.pop(name, None)
+    if finished:
+        values, step = read_json(folder / "result.json")["values"], recipe.get("steps", 0)
+
+    state = "finished" if finished else "stopped"
     return RunSummary(
         folder=str(folder),
-        state="running" if is_locked(folder) else "finished" if finished else "stopped",
-        step=recipe.get("steps", 0) if finished else max((line["step"] + 1 for line in lines), default=0),
+        state="running" if is_locked(folder) else state,
+        step=step,
         steps=recipe.get("steps"),
         values={name: value for name, value in values.items() if isinstance(value, int | float)},
-        settings=_flat(recipe),
+        settings=_flatten(recipe),
         started=read_json(folder / "environment.json").get("commit") or "",
     )
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs, by key, with each run's value; None where it has none."""
-    keys = {key: None for run in runs for key in run.settings}  # in their order
-    found = {key: [run.settings.get(key) for run in runs] for key in keys}
-    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+    different = {}
+    for key in _names(run.settings for run in runs):
+        values = [run.settings.get(key) for run in runs]
+        if any(value != values[0] for value in values):
+            different[key] = values
+    return different
 
 
 def to_text(runs: Sequence[RunSummary]) -> str:
     """Markdown tables: the runs with their values, and the settings in which they differ."""
-    names = list({name: None for run in runs for name in run.values})
-    rows = [
-        [run.folder, run.state, f"{run.step}/{run.steps}", *(_number(run.values.get(name)) for name in names)]
-        for run in runs
-    ]
+    names = _names(run.values for run in runs)
+    rows = []
+    for run in runs:
+        numbers = [f"{run.values[name]:.5g}" if name in run.values else "" for name in names]
+        rows.append([run.folder, run.state, f"{run.step}/{run.steps}", *numbers])
     text = markdown_table(["run", "state", "steps", *names], rows)
-    if found := differences(runs):
-        rows = [[key, *("" if value is None else json.dumps(value) for value in found[key])] for key in found]
+
+    rows = []
+    for key, values in differences(runs).items():
+        rows.append([key, *("" if value is None else json.dumps(value) for value in values)])
+    if rows:
         text += "\n\n" + markdown_table(["setting", *(run.folder for run in runs)], rows)
     return text
 
 
 def to_json(runs: Sequence[RunSummary]) -> str:
-    """The same and all settings, for programs."""
+    """The summaries with all settings, for programs."""
     return json.dumps([asdict(run) for run in runs], indent=2)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
+def _names(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys of several tables, each once, in their order."""
+    names: dict[str, None] = {}
+    for table in tables:
+        names |= dict.fromkeys(table)
+    return list(names)
 
 
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for key, item in recipe.items()
-        for name, value in (
-            {f"{key}.{inner}": value for inner, value in item.items()} if isinstance(item, dict) else {key: item}
-        ).items()
-    }
+def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            settings |= {f"{key}.{inner}": item for inner, item in value.items()}
+        else:
+            settings[key] = value
+    return settings

@@ -1,7 +1,7 @@
-"""Faults on purpose, so that what davae promises about mishaps can be tested on the program that users run.
+"""Faults on purpose, so that the promises about mishaps can be tested on the program that users run.
 
 `DAVAE_FAULT=site:action:nth`, read once when davae is imported, makes the nth visit of a site go wrong: for instance
-`save.fsync:enospc:2` or `loss:nan:*` (every visit). Without it, `at` compares with None and is done.
+`save.fsync:enospc:2` or `loss:nan:*` (every visit). Without it, `at` only compares with None.
 """
 
 import errno
@@ -25,7 +25,7 @@ NUMBERS = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
 ERRNOS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 FILE_ACTIONS = ("flip", "truncate", "cut")
-"""Flip a bit of the file, halve it, or cut the power: what was written since its last fsync is lost, then SIGKILL."""
+"""Flip a bit of the file, halve it, or cut the power: writes since the last fsync are lost, then SIGKILL."""
 DELAY_SECONDS = 1.0
 
 
@@ -49,6 +49,7 @@ class Fault:
         self.visits += 1
         if self.nth is not None and self.visits != self.nth:
             return subject
+
         if self.action in NUMBERS:
             return _with_number(subject, NUMBERS[self.action])
         if self.action in ERRNOS:
@@ -65,7 +66,7 @@ class Fault:
         return subject
 
     def _follow(self, site: str, path: Any) -> None:
-        # Sites come before their operations: only the next visit of any site finds this one's done.
+        # A site is visited before its operation: the operation is done when any site is visited next.
         self.unsynced = {known for known in self.unsynced if known.is_file()}
         if site in ("save.open", "save.write") and not path.is_dir():
             self.unsynced.add(path)
@@ -82,23 +83,23 @@ def at(site: str, subject: Any = None) -> Any:
 
 
 def arm(text: str) -> None:
-    """Ask for the fault `site:action:nth`, in place of any other; "" asks for none.
-
-    Raises:
-        SettingsError: a site or an action that does not exist, an action that the site cannot have, or no number.
-    """
+    """Ask for the fault `site:action:nth`, in place of any other; "" asks for none."""
     global _fault
-    _fault = _parsed(text) if text else None
+    _fault = _parse(text) if text else None
 
 
-def _parsed(text: str) -> Fault:
+def _parse(text: str) -> Fault:
     site, action, nth = [*text.split(":"), "", ""][:3]
     if text.count(":") != 2 or not (nth == "*" or (nth.isdecimal() and int(nth) > 0)):
         raise SettingsError(f"DAVAE_FAULT={text}: give it as site:action:nth, nth a number from 1 or *")
     if site not in SITES:
         raise SettingsError(f"DAVAE_FAULT={text}: there is no site {site!r}; allowed are {', '.join(SITES)}")
-    file_site = site in ("save", *FILE_SITES)
-    allowed = [*SIGNALS, "delay", *ERRNOS] + [*NUMBERS] * (site in TENSOR_SITES) + [*FILE_ACTIONS] * file_site
+
+    allowed = [*SIGNALS, "delay", *ERRNOS]
+    if site in TENSOR_SITES:
+        allowed += NUMBERS
+    elif site in ("save", *FILE_SITES):
+        allowed += FILE_ACTIONS
     if action not in allowed:
         raise SettingsError(f"DAVAE_FAULT={text}: at {site} allowed are the actions {', '.join(allowed)}")
     return Fault(site, action, None if nth == "*" else int(nth))

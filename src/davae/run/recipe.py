@@ -1,24 +1,25 @@
 """Typed, strict settings that are read from TOML: an unknown key, a wrong type or a value out of range is an error.
 
-A file holds one recipe, plainly; or one for each of several stages, in a table that is named after the stage.
+A file holds one recipe, plainly, or one for each of several stages, in a table that is named after the stage.
 """
 
 import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
+import tomli_w
 
 from davae.errors import SettingsError
 
 SECTIONS = ("autoencoder", "finetune")
 """The tables of a file that holds the recipes of both stages."""
 SHARED = ("base", "pictures", "limit", "size", "seed")
-"""What may stand above the sections, for both of them: keys that both stages have and mean the same by."""
+"""Keys that both stages have with the same meaning, and that may stand above the sections."""
 
 
 class Recipe(pydantic.BaseModel):
@@ -31,24 +32,18 @@ class Recipe(pydantic.BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     section: ClassVar[str] = ""
-    """The one of `SECTIONS` that holds recipes of this type; "" if these have files of their own only."""
+    """The one of `SECTIONS` that holds recipes of this type; "" if they always have a file of their own."""
     free_to_change: ClassVar[frozenset[str]] = frozenset()
-    """Settings of how a run computes, not of what: they are in no digest, and a run may go on with others."""
+    """Settings that change how a run computes and not its result: in no digest, and a run may go on with others."""
 
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back as an equal recipe; fields that are None are left out."""
-        values = self.model_dump(mode="json")
-        tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-        lines = _toml_lines({key: value for key, value in values.items() if key not in tables})
-        for key, table in tables.items():
-            lines += ["", f"[{key}]", *_toml_lines(table)]
-        return "\n".join(lines).lstrip("\n") + "\n"
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def digest(self) -> str:
         """SHA-256 (hex) of the settings that are not the defaults, in a canonical form: equal recipes, equal digests.
 
-        A setting that a later version adds so changes no digest; a default that it changes shows in recipe.toml. Those
-        that are `free_to_change` are left out, too.
+        So a setting that a later version adds changes no digest. Settings that are `free_to_change` are left out, too.
         """
         values = self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.free_to_change))
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -61,8 +56,8 @@ R = TypeVar("R", bound=Recipe)
 def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = None) -> R:
     """The recipe in the TOML file `path`, with `overrides` (dotted keys: `{"optimizer.betas": [0.9, 0.99]}`) on top.
 
-    If the file has sections, the recipe is that of `cls.section`, with the `SHARED` keys that stand above the
-    sections; `overrides` name the recipe's keys, not sections.
+    If the file has sections, the recipe is the section `cls.section`, with the `SHARED` keys above the sections;
+    `overrides` name the recipe's keys, not sections.
 
     Raises:
         SettingsError: the file is missing or no TOML, a section is unknown or missing, a key is unknown, missing or
@@ -72,7 +67,8 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
     path = Path(path)
     values = read_toml(path)
     if has_sections(cls, values):
-        values = _of_section(cls, values, path)
+        values = _read_section(cls, values, path)
+
     for dotted, value in (overrides or {}).items():
         *tables, key = dotted.split(".")
         table = values
@@ -81,8 +77,9 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
             if not isinstance(table, dict):
                 raise SettingsError(f"override {dotted}: {name} in recipe {path} is a value, not a table")
         table[key] = value
+
     try:
-        # JSON mode: strict about types, yet an array may fill a tuple and a string a path.
+        # JSON mode is strict about types, yet takes an array for a tuple and a string for a path.
         return cls.model_validate_json(json.dumps(values, default=str))
     except pydantic.ValidationError as error:
         problems = "\n".join(f"  {_explain(cls, problem)}" for problem in error.errors(include_url=False))
@@ -90,11 +87,7 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """`["steps=10", "data=pictures"]` -> `{"steps": 10, "data": "pictures"}`: values are TOML, or else bare strings.
-
-    Raises:
-        SettingsError: a setting is not KEY=VALUE.
-    """
+    """`["steps=10", "data=pictures"]` -> `{"steps": 10, "data": "pictures"}`: values are TOML, or else bare strings."""
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -110,28 +103,26 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
 def run_folder(cls: type[Recipe], path: Path, out: Path | None = None) -> Path:
     """Where a run of the recipe in the file `path` goes: `out`, or else runs/NAME, and for a section runs/NAME/SECTION.
 
-    Raises:
-        SettingsError: the file is missing or no TOML, or the run would write its own recipe.toml over it.
+    A run must not write its own recipe.toml over the file, unless the file is the recipe.toml of that same run.
     """
     folder = Path("runs") / path.stem
-    folder = out or (folder / cls.section if has_sections(cls, read_toml(path)) else folder)
+    if has_sections(cls, read_toml(path)):
+        folder /= cls.section
+    folder = out or folder
+
     own = path.resolve() == (folder / "recipe.toml").resolve()
-    if own and not (folder / "environment.json").is_file():  # which a run's folder has, whose recipe.toml may be given
+    if own and not (folder / "environment.json").is_file():
         raise SettingsError(f"the run in {folder} would write over {path}: give another --out, or rename the recipe")
     return folder
 
 
 def has_sections(cls: type[Recipe], values: Mapping[str, Any]) -> bool:
-    """Whether a file with these values holds recipes in sections; only those types of recipe do that have one."""
+    """Whether a file with these values holds recipes in sections; only types of recipe with a section can."""
     return bool(cls.section) and any(isinstance(values.get(name), dict) for name in SECTIONS)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values in a TOML file.
-
-    Raises:
-        SettingsError: it is missing or no TOML.
-    """
+    """The values in a TOML file, or a SettingsError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -140,30 +131,28 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"recipe {path} is no valid TOML: {error}") from error
 
 
-def _of_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _read_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The values of the section of `cls`, with the shared ones."""
     sections = {name: value for name, value in values.items() if isinstance(value, dict)}
     shared = {name: value for name, value in values.items() if name not in sections}
     for name in sections:
         if name not in SECTIONS:
-            nearest = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.5)
-            hint = f"did you mean [{nearest[0]}]? " if nearest else ""
-            allowed = ", ".join(f"[{section}]" for section in SECTIONS)
+            hint = _suggest(name, SECTIONS, "[{}]")
             raise SettingsError(
-                f"recipe {path}: unknown section [{name}]: {hint}allowed are {allowed}, and tables inside them, "
-                "such as [autoencoder.loss]"
+                f"recipe {path}: unknown section [{name}]: {hint}allowed are {_bracketed(SECTIONS)}, and tables "
+                "inside them, such as [autoencoder.loss]"
             )
     if cls.section not in sections:
         raise SettingsError(
-            f"recipe {path} has no section [{cls.section}], only {', '.join(f'[{name}]' for name in sections)}: "
-            "add it, or give another recipe"
+            f"recipe {path} has no section [{cls.section}], only {_bracketed(sections)}: add it, or give another recipe"
         )
+
     own = sections[cls.section]
     for name in shared:
         if name not in SHARED:
             raise SettingsError(
                 f'recipe {path}: key "{name}" stands above the sections, where only {", ".join(SHARED)} may: '
-                f"move it into {' or '.join(f'[{section}]' for section in sections)}"
+                f"move it into {_bracketed(sections, ' or ')}"
             )
         if name in own:
             raise SettingsError(
@@ -172,19 +161,28 @@ def _of_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dic
     return {**shared, **own}
 
 
+def _bracketed(sections: Iterable[str], separator: str = ", ") -> str:
+    return separator.join(f"[{section}]" for section in sections)
+
+
+def _suggest(name: str, known: Sequence[str], form: str) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {form.format(nearest[0])}? " if nearest else ""
+
+
 def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
     """One line about one pydantic problem: key path, value given, allowed, nearest known name."""
     location = problem["loc"]
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(cls, location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
+        hint = _suggest(str(location[-1]), known, '"{}"')
         return f'unknown key "{dotted}": {hint}known keys here: {", ".join(known)}'
     if problem["type"] == "missing" and isinstance(location[-1], int):
         return f'key "{dotted.rpartition(".")[0]}" = {problem["input"]!r}: too few values'
     if problem["type"] == "missing":
         return f'missing key "{dotted}": it has no default, so the recipe must give it'
+
     message = problem["msg"].removeprefix("Value error, ")
     return f'key "{dotted}" = {problem["input"]!r}: {message[0].lower()}{message[1:]}' if dotted else message
 
@@ -192,23 +190,8 @@ def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
 def _known_keys(cls: type[Recipe], location: tuple[str | int, ...]) -> list[str]:
     """The keys of the table at `location` inside a recipe of type `cls`."""
     for part in location:
-        annotation = cls.model_fields[str(part)].annotation
-        assert isinstance(annotation, type), "a table of a recipe is declared with a plain Recipe type"
-        assert issubclass(annotation, Recipe), "a table of a recipe is itself a Recipe"
-        cls = annotation
+        table = cls.model_fields[str(part)].annotation
+        assert isinstance(table, type), "a table of a recipe is a field of a plain type"
+        assert issubclass(table, Recipe), "which is itself a Recipe"
+        cls = table
     return list(cls.model_fields)
-
-
-def _toml_lines(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
-
-
-def _toml_value(value: str | bool | int | float | list[Any]) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, str):  # TOML's basic strings are JSON's, except that DEL must be escaped
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return str(value).lower()
-    assert isinstance(value, int | float), f"a recipe holds scalars, lists and one level of tables, not {value!r}"
-    return repr(value)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: recipe.toml, environment.json, metrics.jsonl and result.json in one folder."""
+"""The files that a run leaves in its folder: recipe.toml, environment.json, metrics.jsonl and result.json."""
 
 import datetime
 import fcntl
@@ -21,16 +21,13 @@ from davae.run.storage import finite, fsync, storage_error, write_atomically, wr
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
-
 _held: set[tuple[int, Path]] = set()
-"""By process and folder: a fork inherits the set, not the locks."""
+"""The locks that are held, by PID and folder: a fork inherits the set, but not the locks."""
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops when the process dies, however it dies; make the folder.
-
-    Within one process it nests.
+    """Make the folder and hold its lock, which the system drops when the process dies; within one process it nests.
 
     Raises:
         SettingsError: another process holds it, or the folder is a file.
@@ -41,18 +38,19 @@ def alone(folder: Path) -> Iterator[None]:
     if mine in _held:
         yield
         return
+
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context((folder / ".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SettingsError(
-                f"another process trains in {folder}: wait for it, stop it, or give another folder"
-            ) from error
+            reason = f"another process trains in {folder}: wait for it, stop it, or give another folder"
+            raise SettingsError(reason) from error
         except (FileExistsError, NotADirectoryError) as error:
             raise SettingsError(f"{folder} is a file, or lies below one: give another folder") from error
         except OSError as error:
             raise storage_error(folder / ".lock", 0, error) from error
+
         _held.add(mine)
         stack.callback(_held.discard, mine)
         yield
@@ -73,12 +71,10 @@ def is_locked(folder: Path) -> bool:
 class RunRecord:
     """The record of one run in `folder`, which is created.
 
-    Raises:
-        StorageError: here and in every method, when the folder or a file in it cannot be written.
+    Every method raises a StorageError if the folder or a file in it cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the record in `folder`; nothing is written yet."""
         self.folder = Path(folder)
         self.metrics_path = self.folder / "metrics.jsonl"
         try:
@@ -101,10 +97,10 @@ class RunRecord:
             raise storage_error(self.metrics_path, len(line), error) from error
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl whose "step" is `step` or later, and a last line that was cut short."""
+        """Drop the lines of metrics.jsonl from `step` on, and a last line that was cut short."""
         if self.metrics_path.exists():
-            kept = [line for line in read_metrics(self.metrics_path) if line.get("step", -1) < step]
-            write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            lines = [line for line in read_metrics(self.metrics_path) if line.get("step", -1) < step]
+            write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def sync(self) -> None:
         """Force metrics.jsonl onto the disk, so that a checkpoint never outlives the lines before it."""
@@ -117,18 +113,13 @@ class RunRecord:
     def finish(
         self, values: Mapping[str, Any], *, recipe: Recipe, device: str, seed: int, counts: Mapping[str, int]
     ) -> None:
-        """Write result.json, whole or not at all.
+        """Write result.json: measured `values`, and by `counts` how many samples each name stands on.
 
-        Args:
-            values: the measured numbers; non-finite ones become null, absolute paths are shortened.
-            recipe: its digest is recorded.
-            device: on what the numbers were measured.
-            seed: the seed of the run.
-            counts: how many samples each number stands on, by name.
+        Values that are not finite become null, and absolute paths are shortened.
         """
         where = environment()
         result = {
-            "values": _sanitised(dict(values)),
+            "values": _without_paths(dict(values)),
             "recipe_digest": recipe.digest(),
             "device": device,
             "seed": seed,
@@ -155,7 +146,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *_sanitised(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *_without_paths(sys.argv[1:])],
     }
 
 
@@ -167,11 +158,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file is tracked in, with "-dirty" behind it when sources differ from it."""
-    git = shutil.which("git")
+    """The commit of the checkout that tracks this file, with "-dirty" behind it if its sources were changed."""
+    git, here = shutil.which("git"), Path(__file__)
     if git is None:
         return None
-    here = Path(__file__)
 
     def answer(*arguments: str) -> str | None:
         command = [git, "-C", str(here.parent), *arguments]
@@ -185,17 +175,17 @@ def _commit() -> str | None:
     return f"{commit}-dirty" if answer("status", "--porcelain", "--untracked-files=no", ".") else commit
 
 
-def _sanitised(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     """`value` with every absolute path inside made relative to the working folder, or cut to its last part."""
     if isinstance(value, dict):
-        return {key: _sanitised(item) for key, item in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_sanitised(item) for item in value]
+        return [_without_paths(item) for item in value]
     if not isinstance(value, str | Path):
         return value
-    return re.sub(r"(?<![\w.~:/])(?:[A-Za-z]:\\|/)[^\s'\",:;]+", _shortened, str(value))
+    return re.sub(r"(?<![\w.~:/])(?:[A-Za-z]:\\|/)[^\s'\",:;]+", _shorten, str(value))
 
 
-def _shortened(found: re.Match[str]) -> str:
-    path = Path(found.group())
+def _shorten(match: re.Match[str]) -> str:
+    path = Path(match.group())
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

@@ -19,17 +19,19 @@ from davae.run import faults
 def replaced_whole(folder: Path) -> Iterator[Path]:
     """A sibling folder to write into, which takes the place of `folder` only once all of it is written.
 
-    Where `folder` is a symbolic link, that is the folder that it leads to; the link stays.
+    If `folder` is a symbolic link, the folder that it leads to is replaced; the link stays.
 
     Raises:
         StorageError: something in it could not be written; `folder` is what it was before.
     """
     folder = folder.resolve()
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     try:
-        _put_back(old, folder)  # if the last process died between the two renames below
+        # What a process left that died between the two renames below, or before them.
+        _put_back(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
         partial.mkdir(parents=True)
         yield partial
         share_as_umask_says(partial)
@@ -45,7 +47,7 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
 
 
 def share_as_umask_says(folder: Path) -> None:
-    """Give what is in a new folder the rights that the umask gave the folder: safetensors' files are their owner's."""
+    """Give the content of a new folder the rights that the umask gave the folder; safetensors writes for the owner."""
     mode = folder.stat().st_mode
     for path in folder.rglob("*"):
         path.chmod(mode if path.is_dir() else mode & 0o666)
@@ -77,11 +79,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_replaceable(folder: Path, *, holds: str) -> None:
-    """Refuse to replace a folder that davae did not write: one without the file `holds`.
-
-    Raises:
-        SettingsError: it is there, and is such a folder.
-    """
+    """Refuse to replace a folder that davae did not write: one without the file `holds`."""
     if folder.exists() and not (folder / holds).is_file():
         raise SettingsError(
             f"{folder} exists and has no {holds}, so it is not davae's to replace: choose another folder, or remove "
@@ -90,11 +88,7 @@ def check_replaceable(folder: Path, *, holds: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed calls of `write_atomically` left below `folder`; for the one process that writes there.
-
-    Raises:
-        StorageError: one cannot be removed.
-    """
+    """Remove what killed calls of `write_atomically` left below `folder`; only its one writer may call this."""
     for path in folder.rglob(".*.tmp-*"):
         try:
             path.unlink()
@@ -112,6 +106,9 @@ def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
     )
 
 
+# ------------------------------------------------------------------------- single operations, each a site for faults
+
+
 def write(path: Path, content: bytes) -> None:
     """Make the file `path` and fill it."""
     faults.at("save.open", path)
@@ -127,7 +124,7 @@ def rename(path: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and what is in it."""
+    """Remove a folder with its content."""
     faults.at("save.unlink", folder)
     shutil.rmtree(folder)
 
@@ -142,19 +139,18 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+# ---------------------------------------------------------------------------------------------------------------- JSON
 
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a CheckpointError."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object: it is damaged, copy the folder anew")
-    return found
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -163,7 +159,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every non-finite float inside replaced by None, which JSON can say."""
+    """`value` with None in place of every non-finite float inside, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
