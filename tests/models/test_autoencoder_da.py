@@ -301,7 +301,7 @@ def test_calibration_does_not_depend_on_the_batches() -> None:
 
 def test_calibration_refuses_what_cannot_be_standardised() -> None:
     autoencoder = AutoencoderDA.from_base(tiny.tiny_vae().double(), detail_channels=4)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         autoencoder.calibrate([])
     with pytest.raises(ValueError, match=r"\[0, 1, 2, 3\] do not vary"):
         autoencoder.calibrate([pictures()])

@@ -11,7 +11,7 @@ from davae.errors import SettingsError
 from davae.evaluation.tokenizers import stock
 from davae.method.closed_form import fit_closed_form
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import base_facts, decode_base
+from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.pipelines.loading import load_autoencoder, load_base_vae
 from davae.pipelines.upgrade import upgrade
 
@@ -53,7 +53,7 @@ def test_the_base_half_and_the_decoder_are_the_bases_own(base):
         small = (small - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
     torch.testing.assert_close(raw, small, atol=1e-5, rtol=1e-5)
     full = stock(base).encode(image)
-    theirs = decode_base(base, full)
+    theirs = decode_latents(base, full)
     ours = autoencoder.decode_full((full - facts.shift_factor) * facts.scaling_factor)
     torch.testing.assert_close(ours.clamp(-1, 1), theirs.clamp(-1, 1), atol=1e-5, rtol=1e-5)
     assert theirs.shape == image.shape

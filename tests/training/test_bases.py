@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny_pipelines
-from davae.models.base_autoencoders import decode_base
+from davae.models.base_autoencoders import decode_latents
 from davae.pipelines.loading import load_autoencoder
 from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
 
@@ -49,4 +49,4 @@ def test_stage_1_starts_in_closed_form_and_lowers_its_loss(name: str, picture_fo
     assert not torch.equal(autoencoder.detail_std, torch.ones_like(autoencoder.detail_std))
     trained = autoencoder.joint_decoder.state_dict()
     assert any(not torch.equal(tensor, frozen[f"decoder.{key}"]) for key, tensor in trained.items())
-    assert decode_base(base, torch.zeros(1, tiny_pipelines.CHANNELS, 4, 4)).shape == (1, 3, 16, 16)
+    assert decode_latents(base, torch.zeros(1, tiny_pipelines.CHANNELS, 4, 4)).shape == (1, 3, 16, 16)

@@ -22,7 +22,7 @@ from davae.evaluation.generation import evaluate
 from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
 from davae.method.closed_form import fit_closed_form
 from davae.models.autoencoder_da import DetailDownsample, DetailUpsample
-from davae.models.base_autoencoders import base_facts, decode_base
+from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.pipelines.adapter import add_lora, digest_base, save_adapter
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_autoencoder
@@ -127,7 +127,7 @@ def test_channels_that_no_block_by_4_can_make_are_refused() -> None:
         AutoencoderDA.from_base(tiny.tiny_vae(), detail_channels=12, resolution_factor=4)
     with pytest.raises(ValueError, match="multiple of base_channels=8"):
         AutoencoderDA.from_base(once(tiny.tiny_vae()), detail_channels=12)
-    with pytest.raises(ValueError, match="a AutoencoderDA is upgraded with True only"):
+    with pytest.raises(ValueError, match="a AutoencoderDA can be upgraded with linear_blocks=True only"):
         AutoencoderDA.from_base(once(tiny.tiny_vae()), detail_channels=8, linear_blocks=False)
 
 
@@ -150,7 +150,7 @@ def test_untrained_it_shows_the_enlarged_base_latents(step: Step, size) -> None:
     base, detail = autoencoder.split(autoencoder.encode(smooth(1, 3, *size)).latent_dist.mode())
     enlarged = base.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     made = autoencoder.decode(torch.cat([base, torch.randn_like(detail)], dim=1)).sample
-    assert torch.allclose(made, decode_base(step.base, enlarged), atol=1e-10)
+    assert torch.allclose(made, decode_latents(step.base, enlarged), atol=1e-10)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import BASE_CLASSES, OWN_CLASSES, base_class
+from davae.models.base_autoencoders import BASE_AUTOENCODERS
 from davae.models.slim_decoder import slimmed
 from davae.pipelines.loading import LOADING_ERRORS
 
@@ -50,13 +50,14 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     try:
         index = DiffusionPipeline.load_config(source)
         (_, vae), (library, transformer) = index["vae"], index["transformer"]
-        allowed = (*BASE_CLASSES, *OWN_CLASSES)
-        if vae not in allowed or transformer not in BACKBONES:
+        if vae not in BASE_AUTOENCODERS or transformer not in BACKBONES:
             raise SettingsError(
-                f"{source} has a {vae} and a {transformer}; allowed are {', '.join(allowed)} and {', '.join(BACKBONES)}"
+                f"{source} has a {vae} and a {transformer}; allowed are {', '.join(BASE_AUTOENCODERS)} and "
+                f"{', '.join(BACKBONES)}"
             )
         kind = getattr(importlib.import_module("davae" if library == "davae" else "diffusers"), transformer)
-        return Geometry(source, _without_weights(base_class(vae), source, "vae"), _without_weights(kind, source))
+        vae_class = BASE_AUTOENCODERS[vae].load_class()
+        return Geometry(source, _without_weights(vae_class, source, "vae"), _without_weights(kind, source))
     except SettingsError:  # also a ValueError, as what diffusers raises
         raise
     except LOADING_ERRORS as error:

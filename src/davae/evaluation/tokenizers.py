@@ -10,23 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage, ModelMixin
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.autoencoder_taef2 import AutoencoderTAEF2
-from davae.models.base_autoencoders import BASE_CLASSES, base_facts, decode_base, downsample_factor
+from davae.models.base_autoencoders import (
+    BASE_AUTOENCODERS,
+    base_facts,
+    decode_latents,
+    downsample_factor,
+    encode_image,
+)
 from davae.pipelines.loading import LOADING_ERRORS, load_model
 from davae.seeds import generator
-
-CLASSES: dict[str, type[ModelMixin]] = {
-    **BASE_CLASSES,
-    "AutoencoderTAEF2": AutoencoderTAEF2,
-    "AutoencoderDA": AutoencoderDA,
-}
-"""`_class_name` of an autoencoder's config -> the class that loads it."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +120,11 @@ def _with_detail(autoencoder: AutoencoderDA, replacement: Callable[[Tensor], Ten
 
 
 def stock(autoencoder: ModelMixin) -> Tokenizer:
-    """Any autoencoder of `CLASSES` on the picture itself, with the mode of its posterior where it has one."""
-
-    def encode(image: Tensor) -> Tensor:
-        frames = isinstance(autoencoder, AutoencoderKLQwenImage)
-        (latents,) = autoencoder.encode(image.unsqueeze(2) if frames else image, return_dict=False)
-        latents = latents.mode() if isinstance(latents, DiagonalGaussianDistribution) else latents
-        return latents.squeeze(2) if frames else latents
-
+    """Any autoencoder of `BASE_AUTOENCODERS` on the picture itself, with the mode of its posterior where it has one."""
     return Tokenizer(
-        encode=encode,
+        encode=lambda image: encode_image(autoencoder, image),
         # Not the model's own forward: AutoencoderTiny's rounds the latents to bytes in between.
-        decode=lambda latents: decode_base(autoencoder, latents),
+        decode=lambda latents: decode_latents(autoencoder, latents),
         factor=downsample_factor(autoencoder.config),
         channels=base_facts(autoencoder.config).latent_channels,
     )
@@ -145,7 +135,7 @@ def load_tokenizer(folder: Path, *, device: str = "cpu") -> Tokenizer:
 
     Raises:
         CheckpointError: the folder is missing, damaged, or holds no diffusers model.
-        SettingsError: it holds one of a class that is not in `CLASSES`.
+        SettingsError: it holds one of a class that is not in `BASE_AUTOENCODERS`.
     """
     if (folder / "model_index.json").is_file():
         folder = folder / "vae"
@@ -155,9 +145,9 @@ def load_tokenizer(folder: Path, *, device: str = "cpu") -> Tokenizer:
         name = AutoencoderDA.load_config(folder).get("_class_name")
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
-    if name not in CLASSES:
-        raise SettingsError(f"{folder} holds a {name}; allowed are {', '.join(CLASSES)}")
-    return stock(load_model(CLASSES[name], folder, device=device))
+    if name not in BASE_AUTOENCODERS:
+        raise SettingsError(f"{folder} holds a {name}; allowed are {', '.join(BASE_AUTOENCODERS)}")
+    return stock(load_model(BASE_AUTOENCODERS[name].load_class(), folder, device=device))
 
 
 def load_tokenizers(folders: Sequence[Path], *, device: str = "cpu") -> dict[str, Tokenizer]:

@@ -1,69 +1,175 @@
-"""Base autoencoders: what AutoencoderDA must know of each class, and what stock pipelines read of its place.
+"""Base autoencoders: one row of a table for each class that AutoencoderDA can upgrade.
 
-Imports torch and diffusers only, so that it can lie beside weights, with `davae.models.autoencoder_da`.
+Another class needs a row of `BASE_AUTOENCODERS`, and nothing else: no other file asks which class a base has.
 """
 
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
-from diffusers.models.autoencoders.autoencoder_dc import Encoder as EncoderDC
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageDecoder3d, QwenImageEncoder3d
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderTiny, EncoderTiny
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor, nn, tanh
 
-BASE_CLASSES: dict[str, type[ModelMixin]] = {
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderTiny": AutoencoderTiny,
-    "AutoencoderDC": AutoencoderDC,
-    "AutoencoderKLQwenImage": AutoencoderKLQwenImage,
-    "AutoencoderKLFlux2": AutoencoderKLFlux2,
+from davae.models.autoencoder_taef2 import AutoencoderTAEF2
+
+Config = Mapping[str, Any]
+
+
+def _load_autoencoder_da() -> type[ModelMixin]:
+    from davae.models.autoencoder_da import AutoencoderDA  # here, because that file imports this one
+
+    return AutoencoderDA
+
+
+def _encode_mode(encoder: Any, quant_conv: Any, image: Tensor) -> Tensor:
+    moments = encoder(image) if quant_conv is None else quant_conv(encoder(image))
+    return moments.chunk(2, dim=1)[0]
+
+
+def _decode(decoder: Any, post_quant_conv: Any, hidden: Tensor) -> Tensor:
+    return decoder(hidden if post_quant_conv is None else post_quant_conv(hidden))
+
+
+def _drop_convolutions(encoder: Any, decoder: Any) -> tuple[int, int]:
+    channels = encoder.conv_out.in_channels, decoder.conv_in.out_channels
+    encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
+    return channels
+
+
+def _drop_tiny_convolutions(encoder: Any, decoder: Any) -> tuple[int, int]:
+    channels = encoder.layers[-1].in_channels, decoder.layers[0].out_channels
+    encoder.layers[-1], decoder.layers[0] = nn.Identity(), nn.Identity()
+    return channels
+
+
+@dataclass(frozen=True)
+class BaseAutoencoder:
+    """One class of base autoencoder; the defaults are AutoencoderKL's."""
+
+    load_class: Callable[[], type[ModelMixin]]
+    frames: bool = False
+    """Whether its own `encode` and `decode` take videos: an image is then a video of one frame."""
+    nested: bool = False
+    """Whether it is an AutoencoderDA, which decodes tiles on its own."""
+    run_encoder: Callable[[Any, Tensor], Tensor] = lambda encoder, image: encoder(image)
+    """Encoder and image -> output of its last layer."""
+    encode: Callable[[Any, Any, Tensor], Tensor] = _encode_mode
+    """Encoder, `quant_conv` and image [B, 3, H, W] -> the posterior's mode in the autoencoder's scale, [B, C, h, w]."""
+    decode: Callable[[Any, Any, Tensor], Tensor] = _decode
+    """Decoder, `post_quant_conv` and latents [B, C, h, w] -> image [B, 3, H, W], about [-1, 1]."""
+    saturate: Callable[[Tensor], Tensor] = lambda latents: latents
+    """What its own `decode` does to latents first."""
+    drop_latent_layers: Callable[[Any, Any], tuple[int, int]] | None = _drop_convolutions
+    """Takes away the encoder's last and the decoder's first layer -> channels before the one and behind the other.
+
+    None where these layers have shortcuts or a time axis, or are two: then only linear blocks are possible.
+    """
+    contract: Callable[[Config, int, Sequence[int]], dict[str, Any]] = lambda config, channels, stages: {}
+    """The base's config, latent channels, stages -> settings that its stock pipelines read of an AutoencoderDA."""
+
+
+_TINY = BaseAutoencoder(
+    lambda: AutoencoderTiny,
+    # The layers take and give images in [0, 1].
+    run_encoder=lambda encoder, image: encoder.layers((image + 1) / 2),
+    encode=lambda encoder, _, image: encoder.layers((image + 1) / 2),
+    decode=lambda decoder, _, hidden: decoder.layers(hidden) * 2 - 1,
+    saturate=lambda latents: tanh(latents / 3) * 3,
+    drop_latent_layers=_drop_tiny_convolutions,
+)
+BASE_AUTOENCODERS = {
+    "AutoencoderKL": BaseAutoencoder(lambda: AutoencoderKL),
+    "AutoencoderTiny": _TINY,
+    "AutoencoderDC": BaseAutoencoder(
+        lambda: AutoencoderDC,
+        encode=lambda encoder, _, image: encoder(image),
+        drop_latent_layers=None,
+        # SANA's pipelines count the encoder's stages under another name.
+        contract=lambda config, channels, stages: {"encoder_block_out_channels": tuple(stages)},
+    ),
+    "AutoencoderKLQwenImage": BaseAutoencoder(
+        lambda: AutoencoderKLQwenImage,
+        frames=True,
+        encode=lambda encoder, conv, image: _encode_mode(encoder, conv, image.unsqueeze(2)).squeeze(2),
+        decode=lambda decoder, conv, hidden: _decode(decoder, conv, hidden.unsqueeze(2)).squeeze(2),
+        drop_latent_layers=None,
+        # Qwen-Image's pipelines standardise each latent channel; AutoencoderDA has done so already.
+        contract=lambda config, channels, stages: {
+            "z_dim": channels,
+            "latents_mean": [0.0] * channels,
+            "latents_std": [1.0] * channels,
+        },
+    ),
+    "AutoencoderKLFlux2": BaseAutoencoder(
+        lambda: AutoencoderKLFlux2,
+        # FLUX.2's pipelines read a batch normalisation of 2x2 patches of latents.
+        contract=lambda config, channels, stages: {"batch_norm_eps": config["batch_norm_eps"]},
+    ),
+    "AutoencoderTAEF2": replace(_TINY, load_class=lambda: AutoencoderTAEF2),
+    "AutoencoderDA": BaseAutoencoder(
+        _load_autoencoder_da,
+        nested=True,
+        encode=lambda encoder, _, image: encoder.encode(image).latent_dist.mode(),
+        decode=lambda decoder, _, hidden: decoder.decode(hidden).sample,
+        drop_latent_layers=None,
+        # The pipeline is the first base's.
+        contract=lambda config, channels, stages: find_base(config["base_config"]["_class_name"]).contract(
+            config, channels, stages
+        ),
+    ),
 }
-OWN_CLASSES = ("AutoencoderTAEF2", "AutoencoderDA")
-"""The base classes outside diffusers: one in `davae.models.autoencoder_taef2`, and what an upgraded pipeline has."""
-LINEAR_ONLY = ("AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderDA")
-"""Their layers next to the latents have shortcuts or a time axis, or are two, and cannot be dropped."""
+"""By the name of the class, which is `_class_name` in its config."""
 
 
-def base_class(name: str) -> type[ModelMixin]:
-    """The class of a base autoencoder by its name.
+def find_base(name: str) -> BaseAutoencoder:
+    """The row of a class of autoencoder.
 
     Raises:
-        ValueError: no base autoencoder is called so; the message names those that are.
+        ValueError: the table has no such class; the message names those that it has.
     """
-    if name in OWN_CLASSES:  # of davae: here, for one of them imports this file
-        from davae.models.autoencoder_da import AutoencoderDA
-        from davae.models.autoencoder_taef2 import AutoencoderTAEF2
-
-        return AutoencoderDA if name == "AutoencoderDA" else AutoencoderTAEF2
-    if name not in BASE_CLASSES:
-        allowed = ", ".join((*BASE_CLASSES, *OWN_CLASSES))
+    if name not in BASE_AUTOENCODERS:
+        allowed = ", ".join(BASE_AUTOENCODERS)
         raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {allowed}.")
-    return BASE_CLASSES[name]
+    return BASE_AUTOENCODERS[name]
+
+
+def encode_image(vae: ModelMixin, image: Tensor) -> Tensor:
+    """An autoencoder's own `encode`, with the mode where it has a posterior: [B, 3, H, W] -> [B, C, h, w]."""
+    frames = find_base(type(vae).__name__).frames
+    (latents,) = vae.encode(image.unsqueeze(2) if frames else image, return_dict=False)
+    latents = latents.mode() if isinstance(latents, DiagonalGaussianDistribution) else latents
+    return latents.squeeze(2) if frames else latents
+
+
+def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """An autoencoder's own `decode` of latents in its own scale: [B, C, h, w] -> [B, 3, H, W]."""
+    frames = find_base(type(vae).__name__).frames
+    (image,) = vae.decode(latents.unsqueeze(2) if frames else latents, return_dict=False)[:1]
+    return image.squeeze(2) if frames else image
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What every base autoencoder has, though each class's config calls it otherwise."""
+    """What every base autoencoder has, though configs call it differently."""
 
     latent_channels: int
     """C."""
     stages: tuple[int, ...]
-    """Channels of the encoder's stages; one less than these halve the picture."""
+    """Channels of the encoder's stages; all but the last one halve the image."""
     scaling_factor: float
     """1 where the config has none."""
     shift_factor: float
     """0 where the config has none."""
 
 
-def base_facts(config: Mapping[str, Any]) -> BaseFacts:
+def base_facts(config: Config) -> BaseFacts:
     """The facts of a base autoencoder's config, or of an AutoencoderDA's."""
     stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if stages is None:
         stages = [config["base_dim"] * multiple for multiple in config["dim_mult"]]
+
     return BaseFacts(
         latent_channels=config["latent_channels"] if "latent_channels" in config else config["z_dim"],
         stages=tuple(stages),
@@ -72,93 +178,6 @@ def base_facts(config: Mapping[str, Any]) -> BaseFacts:
     )
 
 
-def downsample_factor(config: Mapping[str, Any]) -> int:
-    """Side of a picture / side of its latents, of a base autoencoder's config or an AutoencoderDA's."""
+def downsample_factor(config: Config) -> int:
+    """Side of an image / side of its latents, of a base autoencoder's config or an AutoencoderDA's."""
     return 2 ** (len(base_facts(config).stages) - 1)
-
-
-def contract(config: Mapping[str, Any], *, latent_channels: int, stages: Sequence[int]) -> dict[str, Any]:
-    """What the stock pipelines of a base autoencoder read of its config, for an AutoencoderDA in its place.
-
-    SANA's count the encoder's stages under another name; Qwen-Image's want statistics of each latent channel, which
-    are 0 and 1 here, for AutoencoderDA standardises by itself; FLUX.2's want a batch normalisation of 2x2 patches.
-    """
-    given = {name for name, value in config.items() if value is not None}  # an AutoencoderDA's config has all names
-    if "encoder_block_out_channels" in given and ("block_out_channels" not in given or "resolution_factor" in given):
-        return {"encoder_block_out_channels": tuple(stages)}
-    if "z_dim" in given:
-        return {
-            "z_dim": latent_channels,
-            "latents_mean": [0.0] * latent_channels,
-            "latents_std": [1.0] * latent_channels,
-        }
-    if "batch_norm_eps" in given:
-        return {"batch_norm_eps": config["batch_norm_eps"]}
-    return {}
-
-
-def drop_latent_layers(encoder: nn.Module, decoder: nn.Module) -> tuple[int, int]:
-    """Take away the encoder's last and the decoder's first layer; channels before the one and behind the other."""
-    if isinstance(encoder, EncoderTiny):
-        last, first = encoder.layers[-1], decoder.layers[0]
-        encoder.layers[-1] = nn.Identity()
-        decoder.layers[0] = nn.Identity()  # type: ignore[assignment]
-    else:
-        last, first = encoder.conv_out, decoder.conv_in
-        encoder.conv_out, decoder.conv_in = nn.Identity(), nn.Identity()
-    return last.in_channels, first.out_channels
-
-
-def features(encoder: nn.Module, sample: Tensor) -> Tensor:
-    """What the encoder's last layer returns, or what it is given where that layer was dropped."""
-    # AutoencoderTiny's networks see pictures in [0, 1]; calling its layers leaves that to us.
-    return encoder.layers(sample.add(1).div(2)) if isinstance(encoder, EncoderTiny) else encoder(sample)
-
-
-def encode_mode(encoder: nn.Module, quant_conv: nn.Module | None, sample: Tensor) -> Tensor:
-    """The mode of the posterior, in the autoencoder's own scale: [B, 3, H, W] -> [B, C, h, w]."""
-    if isinstance(encoder, AutoencoderMixin):  # the encoding half of an AutoencoderDA: the upgrade of an upgrade
-        return encoder.encode(sample).latent_dist.mode()
-    if isinstance(encoder, QwenImageEncoder3d):  # of videos: a picture is one frame
-        assert quant_conv is not None
-        return quant_conv(encoder(sample.unsqueeze(2))).squeeze(2).chunk(2, dim=1)[0]
-    hidden = features(encoder, sample)
-    if isinstance(encoder, EncoderTiny | EncoderDC):
-        return hidden
-    return (hidden if quant_conv is None else quant_conv(hidden)).chunk(2, dim=1)[0]
-
-
-def decode_pixels(decoder: nn.Module, post_quant_conv: nn.Module | None, hidden: Tensor) -> Tensor:
-    """The decoder behind its convolution of the latents, if there is one: [B, C, h, w] -> [B, 3, H, W], about [-1, 1].
-
-    Tiny's clamp of its latents is left to the caller.
-    """
-    if isinstance(decoder, AutoencoderMixin):  # the decoding half of an AutoencoderDA
-        return decoder.decode(hidden).sample
-    if isinstance(decoder, QwenImageDecoder3d):
-        frame = hidden.unsqueeze(2)
-        return decoder(frame if post_quant_conv is None else post_quant_conv(frame)).squeeze(2)
-    if post_quant_conv is not None:
-        hidden = post_quant_conv(hidden)
-    return decoder.layers(hidden).mul(2).sub(1) if isinstance(decoder, DecoderTiny) else decoder(hidden)
-
-
-def decode_base(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """What a base autoencoder's own `decode` makes of latents [B, C, h, w] in its own scale: [B, 3, H, W]."""
-    if isinstance(vae, AutoencoderKLQwenImage):
-        return vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
-    return vae.decode(latents, return_dict=False)[0]
-
-
-def refuse_newer(kind: type[ModelMixin], config: Mapping[str, Any]) -> None:
-    """Check that a class knows all settings of a config: what it ignored might be what the weights were made for.
-
-    Raises:
-        ValueError: it does not.
-    """
-    known = inspect.signature(kind.__init__).parameters
-    if foreign := sorted(name for name in config if not name.startswith("_") and name not in known):
-        raise ValueError(
-            f"this {kind.__name__} was saved by a newer davae: its config has {', '.join(foreign)}, which this version "
-            "does not know. Update davae (of a portable folder: take the code beside its weights)"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from davae.backbones import check_parts
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import base_class
+from davae.models.base_autoencoders import find_base
 from davae.pipelines.adapter import (
     INDEX,
     VAE_FOLDER,
@@ -247,7 +247,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
 
 def _find_base_class(class_name: str, base: str) -> type[ModelMixin]:
     try:
-        return base_class(class_name)
+        return find_base(class_name).load_class()
     except ValueError as error:
         raise SettingsError(f"the VAE of {base}: {error}") from error
 

@@ -15,12 +15,14 @@ MODULE = "davae_autoencoder"
 PORTABLE_ENTRY = [MODULE, "AutoencoderDA"]
 """The autoencoder's entry in `model_index.json`: a file beside its weights, and a class in it."""
 MODULES = (
-    "tiled_decoder",
-    "blended_tiles",
-    "slim_decoder",
-    "detail_blocks",
+    "precision",
     "autoencoder_taef2",
     "base_autoencoders",
+    "tiling",
+    "slim_decoder",
+    "detail_blocks",
+    "latent_statistics",
+    "construction",
     "autoencoder_da",
 )
 """Modules of `davae.models` in the order in which that file joins them: diffusers fetches one file only."""

@@ -15,8 +15,8 @@ from davae.backbones import backbone_of, check_parts
 from davae.backbones import widen_transformer as widen_transformer  # its public home: davae.widen_transformer
 from davae.errors import SettingsError
 from davae.method.widen import lost_directions
-from davae.models.autoencoder_da import DECODING, AutoencoderDA
-from davae.models.base_autoencoders import base_class, base_facts, downsample_factor
+from davae.models.autoencoder_da import DECODING_PARTS, AutoencoderDA
+from davae.models.base_autoencoders import base_facts, downsample_factor, find_base
 from davae.pipelines.adapter import digest_tensors
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def digest_encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
         if not name.startswith(("_", "decoder_")):
             digests[name] = json.dumps(value)
 
-    weights = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING)}
+    weights = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING_PARTS)}
     statistics = {name: weights.pop(name) for name in ("detail_mean", "detail_std")}
     digests["weights of the encoders"] = digest_tensors(weights)
     digests["latent statistics"] = digest_tensors(statistics)
@@ -128,7 +128,7 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
     """Refuse an autoencoder that was not made from this pipeline's VAE."""
     vae = pipeline.vae
     try:
-        base_class(type(vae).__name__)
+        find_base(type(vae).__name__)
     except ValueError as error:
         raise SettingsError(f"the pipeline's VAE: {error}") from error
     if not isinstance(autoencoder, AutoencoderDA):

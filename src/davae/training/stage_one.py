@@ -20,7 +20,7 @@ from davae.method.perceptual import LPIPS
 from davae.method.slim_start import fit_slim_decoder
 from davae.method.stage_one_loss import StageOneDraws, adversarial_ramp, compared_weights, stage_one_loss
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import decode_base
+from davae.models.base_autoencoders import decode_latents
 from davae.models.slim_decoder import slimmed
 from davae.pipelines.adapter import INDEX
 from davae.pipelines.loading import load_autoencoder, load_base_vae
@@ -205,7 +205,7 @@ def discriminator_of(recipe: AutoencoderRecipe) -> Companion | None:
 def base_reconstruction(autoencoder: AutoencoderDA, base_vae: ModelMixin, image: Tensor) -> Tensor:
     """What the base autoencoder makes of pictures [B, 3, H, W] at full size: its mode decoded, within [-1, 1]."""
     latents = autoencoder.from_units(autoencoder.encode_pretrained(image))
-    return decode_base(base_vae, latents).clamp(-1, 1)
+    return decode_latents(base_vae, latents).clamp(-1, 1)
 
 
 def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from davae import AutoencoderDA, assets
 from davae.data.sources import open_pictures
-from davae.models.tiled_decoder import can_decode_tiles, decode_tiles
+from davae.models.tiling import can_decode_tiles, decode_tiles
 from davae.pipelines.loading import load_autoencoder, load_base_vae
 from tiny import tiny_taesd, tiny_vae
 

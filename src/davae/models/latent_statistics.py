@@ -1,0 +1,105 @@
+"""Scales of AutoencoderDA's latents: the two scalars of stock pipelines, and statistics of each channel."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LatentStatistics:
+    """The part of AutoencoderDA that knows three scales of latents.
+
+    Networks and losses work before standardisation. `encode` and `decode` give and take what a stock pipeline turns
+    into units with two scalars, (latents - shift_factor) * scaling_factor. In units each detail channel has mean 0 and
+    deviation 1, by the buffers `detail_mean` and `detail_std`; base channels are standardised where the base has
+    statistics.
+    """
+
+    config: Any
+    bn: Any
+    detail_mean: Tensor
+    detail_std: Tensor
+
+    def to_units(self, latents: Tensor) -> Tensor:
+        """(latents - shift_factor) * scaling_factor: from the autoencoder's scale to the transformer's."""
+        return (latents - self.config.shift_factor) * self.config.scaling_factor
+
+    def from_units(self, latents: Tensor) -> Tensor:
+        """Latents / scaling_factor + shift_factor: the inverse of `to_units`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor
+
+    def standardise(self, latents: Tensor) -> Tensor:
+        """Latents as `encode` gives them -> as the transformer sees them, by what stock pipelines do in between."""
+        if self.bn is None:
+            return self.to_units(latents)
+        mean, variance = _per_channel(self.bn.running_mean), _per_channel(self.bn.running_var)
+        return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / (variance + self.bn.eps).sqrt(), 2)
+
+    def _detail_outside(self, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of the detail latents before standardisation -> as `encode` gives them."""
+        shift, scale = self._detail_affine(mean)
+        # Twice the logarithm, because a variance scales with the square.
+        log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
+        return self.from_units((mean - shift) / scale), log_variance
+
+    def _detail_inside(self, detail: Tensor) -> Tensor:
+        """The inverse of `_detail_outside`, for latents."""
+        shift, scale = self._detail_affine(detail)
+        return self.to_units(detail) * scale + shift
+
+    def _base_outside(self, base: Tensor) -> Tensor:
+        """Base latents before standardisation -> as `encode` gives them."""
+        raw, statistics = self.from_units(base), self._base_affine(base)
+        if statistics is None:
+            return raw
+        mean, std = statistics
+        return (raw - mean) / std + self.config.shift_factor
+
+    def _base_inside(self, base: Tensor) -> Tensor:
+        """The inverse of `_base_outside`."""
+        statistics = self._base_affine(base)
+        if statistics is None:
+            return self.to_units(base)
+        mean, std = statistics
+        return self.to_units((base - self.config.shift_factor) * std + mean)
+
+    def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, moved to the latents: group offloading moves buffers for `forward` alone."""
+        return _per_channel(self.detail_mean.to(like)), _per_channel(self.detail_std.to(like))
+
+    def _base_affine(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The base's own mean and deviation of each channel; None where it has none."""
+        mean, std = self.config.base_config.get("latents_mean"), self.config.base_config.get("latents_std")
+        if std is None or not self.config.base_channels:
+            return None
+        return _per_channel(like.new_tensor(mean)), _per_channel(like.new_tensor(std))
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1]."""
+    return values.view(1, -1, 1, 1)
+
+
+def measure_channels(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over batches of latents [B, D, h, w], in float64.
+
+    Raises:
+        ValueError: no batches, or a channel that does not vary or is not finite.
+    """
+    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for batch in batches:
+        latents = batch.double().cpu()
+        count += latents[:, 0].numel()
+        total = total + latents.sum(dim=(0, 2, 3))
+        squares = squares + latents.square().sum(dim=(0, 2, 3))
+    if count == 0:
+        raise ValueError("calibrate() was given no images; it needs some hundred of the training set.")
+
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+    useless = (~(deviation > 1e-6)).nonzero().flatten().tolist()  # NaN compares false
+    if useless:
+        raise ValueError(f"detail channels {useless} do not vary, or are not finite: train the detail encoder.")
+    return mean, deviation

@@ -1,0 +1,232 @@
+"""Tiles of large images: exact ones for AutoencoderKL's decoder, blended ones for everything else.
+
+Tiles that are decoded on their own differ from the whole, because every group norm sees the statistics of one tile. So
+`decode_tiles` takes all tiles through one layer at a time: a layer's output for the whole image lies in a storage, with
+mean and variance of each channel, and the next layer reads a tile of it and one position around. The middle block,
+whose attention sees the whole image, runs at once: it is at the latents' resolution.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
+from torch import Tensor, nn
+
+from davae.models.precision import at_least_float32
+
+Window = tuple[slice, slice]
+"""Rows and columns of a layer."""
+
+
+def run_in_pieces(
+    autoencoder: ModelMixin, run: Callable[[Tensor], Tensor], x: Tensor, *, channels: int, up: int, down: int
+) -> Tensor:
+    """`run` on single images if an AutoencoderDA has slicing on, on `blend_tiles` if it has tiling on.
+
+    A latent position is `down` positions of `x` and `up` positions of the output, which has `channels` channels.
+    """
+    sizes = {"channels": channels, "up": up, "down": down}
+    if autoencoder.use_slicing and len(x) > 1:
+        return torch.cat([run_in_pieces(autoencoder, run, one, **sizes) for one in x.split(1)])
+
+    tile = max(1, autoencoder.tile_sample_size // autoencoder.downsample_factor)  # in latent positions
+    exact = up > 1 and _has_exact_tiles(autoencoder)  # then `decode_pixels` makes the tiles
+    if not autoencoder.use_tiling or exact or max(x.shape[-2:]) // down <= tile:
+        return run(x)
+    return blend_tiles(run, x, tile=tile, overlap=autoencoder.tile_overlap, **sizes)
+
+
+def decode_pixels(autoencoder: ModelMixin, hidden: Tensor, post_quant_conv: nn.Module | None) -> Tensor:
+    """An AutoencoderDA's decoder, on exact tiles if tiling is on and it has any: images, about [-1, 1]."""
+    decoder = autoencoder.joint_decoder
+    if autoencoder.base.nested:
+        for setting in ("use_tiling", "tile_sample_size", "tile_storage"):
+            setattr(decoder, setting, getattr(autoencoder, setting))
+
+    tile = max(1, autoencoder.tile_sample_size * autoencoder.config.resolution_factor // autoencoder.downsample_factor)
+    if autoencoder.use_tiling and max(hidden.shape[-2:]) > tile and can_decode_tiles(decoder):
+        hidden = hidden if post_quant_conv is None else post_quant_conv(hidden)
+        return decode_tiles(decoder, hidden, tile=tile, storage=autoencoder.tile_storage)
+    return autoencoder.base.decode(decoder, post_quant_conv, hidden)
+
+
+def _has_exact_tiles(autoencoder: ModelMixin) -> bool:
+    decoder = autoencoder.joint_decoder
+    return _has_exact_tiles(decoder) if autoencoder.base.nested else can_decode_tiles(decoder)
+
+
+def can_decode_tiles(decoder: nn.Module) -> bool:
+    """Whether a decoder is made of the layers that `decode_tiles` knows."""
+    return isinstance(decoder, Decoder) and all(isinstance(block, UpDecoderBlock2D) for block in decoder.up_blocks)
+
+
+def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.device | str) -> Tensor:
+    """`decoder(hidden)` but for rounding, [B, Ci, h, w] -> [B, 3, H, W].
+
+    Args:
+        decoder: one that `can_decode_tiles`.
+        hidden: its input.
+        tile: side of a tile in positions of `hidden`; twice that behind each doubling.
+        storage: where the layers of the whole image lie. With "cpu" for a model on a GPU, the GPU holds one tile of one
+            layer, and moving tiles takes longer than decoding them.
+    """
+    middle = decoder.mid_block(decoder.conv_in(hidden), None)
+    layer = _Layer(torch.empty_like(middle, device=storage), hidden.device)
+    layer.write(middle)
+
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            layer = _run_resnet(resnet, layer, tile)
+        for upsampler in block.upsamplers or ():
+            layer = _double(upsampler.conv, layer, tile)
+            tile *= 2
+
+    def before(window: Window) -> Tensor:
+        return decoder.conv_act(layer.normalise(decoder.conv_norm_out, window))
+
+    return _convolve(layer, before, decoder.conv_out, tile).values.to(hidden.device)
+
+
+class _Layer:
+    """A layer's output for the whole image, and mean and variance of what was written of each channel, in float64."""
+
+    def __init__(self, values: Tensor, device: torch.device) -> None:
+        self.values = values
+        self.device = device
+        """Where pieces are computed."""
+        self.count = 0
+        self.mean = self.variance = torch.zeros(values.shape[:2], dtype=torch.float64)
+
+    def write(self, piece: Tensor, top: int = 0, left: int = 0) -> None:
+        height, width = piece.shape[2:]
+        self.values[..., top : top + height, left : left + width] = piece
+        variance, mean = torch.var_mean(at_least_float32(piece), dim=(2, 3), correction=0)
+
+        # Mean and variance of two sets together, from those of each.
+        self.count += height * width
+        share, difference = height * width / self.count, mean.double().cpu() - self.mean
+        self.variance = (
+            (1 - share) * self.variance + share * variance.double().cpu() + share * (1 - share) * difference.square()
+        )
+        self.mean = self.mean + share * difference
+
+    def read(self, window: Window) -> Tensor:
+        return self.values[(..., *window)].to(self.device)
+
+    def normalise(self, norm: nn.GroupNorm, window: Window) -> Tensor:
+        """A piece after a group norm with the statistics of the whole."""
+        piece = self.read(window)
+        wide = torch.promote_types(piece.dtype, torch.float32)
+
+        # A group's variance: its channels' mean variance, and the variance of their means.
+        means = self.mean.unflatten(1, (norm.num_groups, -1))
+        mean = means.mean(dim=2, keepdim=True)
+        variance = (self.variance.unflatten(1, means.shape[1:]) + (means - mean).square()).mean(dim=2, keepdim=True)
+
+        # accelerate's hook has offloaded weights in place between these two calls only.
+        hook = getattr(norm, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(norm)
+        weight, bias = norm.weight.to(self.device, wide), norm.bias.to(self.device, wide)
+        if hook is not None:
+            hook.post_forward(norm, None)
+
+        scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1).to(self.device, wide) * weight
+        shift = bias - mean.expand_as(means).flatten(1).to(scale) * scale
+        return torch.addcmul(shift[..., None, None], piece, scale[..., None, None]).to(piece.dtype)
+
+
+def _run_resnet(block: ResnetBlock2D, source: _Layer, tile: int) -> _Layer:
+    """Norm, activation and convolution, twice, beside a shortcut."""
+
+    def before_first(window: Window) -> Tensor:
+        return block.nonlinearity(source.normalise(block.norm1, window))
+
+    middle = _convolve(source, before_first, block.conv1, tile)
+
+    def before_second(window: Window) -> Tensor:
+        return block.nonlinearity(middle.normalise(block.norm2, window))
+
+    def add_shortcut(piece: Tensor, window: Window) -> Tensor:
+        shortcut = source.read(window)
+        shortcut = shortcut if block.conv_shortcut is None else block.conv_shortcut(shortcut)
+        return (piece + shortcut) / block.output_scale_factor
+
+    return _convolve(middle, before_second, block.conv2, tile, after=add_shortcut)
+
+
+def _double(conv: nn.Conv2d, source: _Layer, tile: int) -> _Layer:
+    """Each position becomes 2x2 of them, before a convolution."""
+    return _convolve(source, lambda window: F.interpolate(source.read(window), scale_factor=2.0), conv, tile, up=2)
+
+
+def _convolve(
+    source: _Layer,
+    before: Callable[[Window], Tensor],
+    conv: nn.Conv2d,
+    tile: int,
+    *,
+    up: int = 1,
+    after: Callable[[Tensor, Window], Tensor] | None = None,
+) -> _Layer:
+    """A 3x3 convolution of what `before` makes of each window of the source; `after` sees each piece of it."""
+    batch, _, height, width = source.values.shape
+    target = _Layer(source.values.new_empty(batch, conv.out_channels, up * height, up * width), source.device)
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            # The window is the tile and one position around it, as far as there is one.
+            bottom, right = min(top + tile, height), min(left + tile, width)
+            rows, columns = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
+            piece = conv(before((rows, columns)))
+            if after is not None:
+                piece = after(piece, (rows, columns))
+
+            y, x = up * (top - rows.start), up * (left - columns.start)
+            target.write(piece[..., y : y + up * (bottom - top), x : x + up * (right - left)], up * top, up * left)
+    return target
+
+
+def blend_tiles(
+    run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: float, channels: int, up: int, down: int
+) -> Tensor:
+    """`run` on overlapping tiles, averaged: [B, any, H, W] -> [B, `channels`, H / `down` * `up`, W / `down` * `up`].
+
+    Args:
+        run: works on `x`, and on any part of it whose sides are multiples of `down`.
+        x: one of its sides is larger than a tile.
+        tile: side of a tile, in `down` positions of `x`.
+        overlap: part of it that neighbours share at least.
+        channels: of the output.
+        up: positions of the output for `down` of `x`.
+        down: see `up`.
+    """
+    height, width = x.shape[-2] // down, x.shape[-1] // down  # these and all below in `down` positions of `x`
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(len(x), channels, height * up, width * up, dtype=dtype, device=x.device)
+    weights = torch.zeros_like(total[:1, :1])
+    stride = max(1, int(tile * (1 - overlap)))
+
+    for top in _tile_starts(height, tile, stride):
+        for left in _tile_starts(width, tile, stride):
+            piece = run(x[..., top * down : (top + tile) * down, left * down : (left + tile) * down])
+            weight = torch.outer(_feather(piece.shape[-2], total), _feather(piece.shape[-1], total))
+            rows = slice(top * up, top * up + piece.shape[-2])
+            columns = slice(left * up, left * up + piece.shape[-1])
+            total[..., rows, columns] += piece * weight
+            weights[..., rows, columns] += weight
+    return (total / weights).to(x.dtype)
+
+
+def _tile_starts(length: int, tile: int, stride: int) -> list[int]:
+    """Every `stride`, and one tile flush with the end."""
+    return [*range(0, length - tile, stride), max(0, length - tile)]
+
+
+def _feather(length: int, like: Tensor) -> Tensor:
+    """Weights [length] that rise as a squared sine from each border and never reach zero."""
+    position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length
+    return torch.sin(torch.pi * position).square() + 1e-4
