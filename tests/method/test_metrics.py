@@ -6,7 +6,16 @@ import torch
 from torch.nn import functional
 
 from davae.errors import SettingsError
-from davae.method.metrics import EfficientNetLite0Features, kid, psnr, ssim
+from davae.method.metrics import (
+    METRICS,
+    EfficientNetLite0Features,
+    compare_images,
+    describe_directions,
+    kid,
+    psnr,
+    ssim,
+)
+from davae.method.perceptual import LPIPS
 
 
 def uniform(*shape, seed=0):
@@ -102,3 +111,21 @@ def test_features_belong_to_the_picture_and_not_to_its_batch():
     assert not features.requires_grad
     torch.testing.assert_close(features[15:], extract(images[15:]), atol=1e-4, rtol=1e-4)
     assert (features[0] - features[1]).norm() > 0.1 * features[0].norm()
+
+
+def test_the_table_has_every_metric_of_an_image_in_its_order() -> None:
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    lpips = LPIPS.alex()
+    values = compare_images(image.flip(3), image, lpips)
+    expected = [psnr(image.flip(3), image), ssim(image.flip(3), image), lpips(image.flip(3), image)]
+    assert list(METRICS) == ["psnr", "ssim", "lpips"]
+    assert torch.equal(values, torch.stack(expected))
+
+
+def test_the_table_knows_which_way_is_better() -> None:
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+    near, far = (compare_images(image + scale * noise, image, LPIPS.alex()) for scale in (0.05, 0.5))
+    better = [metric.higher_is_better for metric in METRICS.values()]
+    assert (near > far).flatten().tolist() == better
+    assert describe_directions() == "Better is higher PSNR, higher SSIM, lower LPIPS (AlexNet)."

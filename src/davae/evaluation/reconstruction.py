@@ -23,7 +23,7 @@ from davae.evaluation.tokenizers import (
     facts,
     upgraded,
 )
-from davae.method.metrics import EfficientNetLite0Features, kid, psnr, ssim
+from davae.method.metrics import METRICS, EfficientNetLite0Features, compare_images, describe_directions, kid
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.upgrade import check_base_encoder
@@ -33,7 +33,6 @@ from davae.run.storage import write_json
 
 Way = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""
-METRICS = ("psnr", "ssim", "lpips")
 BATCH = 8
 OURS, ZEROED, RANDOMISED = "davae", "davae, detail zeroed", "davae, detail randomised"
 SMALL = {2: "base at half size, bicubic", 4: "base at a quarter of the size, bicubic"}
@@ -48,7 +47,7 @@ def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> d
     def of_chunk(indices: Tensor) -> Tensor:
         image = pictures.batch(indices.tolist()).to(lpips.shift.device)
         made = [way(image).float().clamp(-1, 1) for way in ways.values()]
-        return torch.stack([torch.stack([metric(m, image) for metric in (psnr, ssim, lpips)]) for m in made])
+        return torch.stack([compare_images(each, image, lpips) for each in made])
 
     values = torch.cat(Ranks().map_chunks(torch.arange(len(pictures)).split(BATCH), of_chunk), dim=-1).mean(dim=-1)
     return {name: dict(zip(METRICS, row, strict=True)) for name, row in zip(ways, values.tolist(), strict=True)}
@@ -99,8 +98,11 @@ def gallery(
 def table(values: Mapping[str, Mapping[str, float]], *, caption: str = "") -> Table:
     """The numbers of `measure` as a table."""
     return Table(
-        ["", "PSNR, dB", "SSIM", "LPIPS (AlexNet)"],
-        [[name, f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['lpips']:.4f}"] for name, row in values.items()],
+        ["", *(metric.title for metric in METRICS.values())],
+        [
+            [name, *(f"{row[key]:.{metric.decimals}f}" for key, metric in METRICS.items())]
+            for name, row in values.items()
+        ],
         caption=caption,
     )
 
@@ -122,7 +124,7 @@ def tokenizer_table(
         rows.append([name, cost["brief"], f"{cost['numbers_per_pixel']:.4g}", *shown, *row[1:], *extra])
     caption = (
         "fXcYpZ: downsample factor of the pictures measured here, latent channels, patch of a transformer. "
-        f"The patch of equal tokens gives as many tokens as {OURS} has."
+        f"The patch of equal tokens gives as many tokens as {OURS} has. {describe_directions()}"
     )
     return Table([*header, *(["KID x 1000 (EfficientNet-Lite0)"] if kids else [])], rows, caption=caption)
 

@@ -1,5 +1,7 @@
-"""Numbers for pictures and for sets of pictures: PSNR, SSIM, and the kernel distance KID over named features."""
+"""Numbers for images and for sets of images: PSNR, SSIM, LPIPS, and the kernel distance KID over named features."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -9,6 +11,7 @@ from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from davae.errors import SettingsError
+from davae.method.perceptual import LPIPS
 
 DATA_RANGE = 2.0  # pictures are in [-1, 1]
 
@@ -54,6 +57,43 @@ def ssim(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Fl
         image.float() + 1, other.float() + 1, data_range=DATA_RANGE, reduction="none"
     )
     return cast(Tensor, similarity)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of `METRICS`."""
+
+    title: str
+    """In tables, with its unit."""
+    compare: Callable[[Tensor, Tensor, LPIPS], Tensor]
+    """Reconstructions and images [B, 3, H, W] in [-1, 1] -> [B]; the network is for those that need one."""
+    higher_is_better: bool
+    decimals: int
+    """In tables."""
+
+
+METRICS = {
+    "psnr": Metric("PSNR, dB", lambda made, image, _: psnr(made, image), higher_is_better=True, decimals=2),
+    "ssim": Metric("SSIM", lambda made, image, _: ssim(made, image), higher_is_better=True, decimals=4),
+    "lpips": Metric(
+        "LPIPS (AlexNet)", lambda made, image, lpips: lpips(made, image), higher_is_better=False, decimals=4
+    ),
+}
+"""What reconstructions are compared by; the keys are those of logs and results."""
+
+
+def compare_images(
+    reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "b 3 h w"], lpips: LPIPS
+) -> Float[Tensor, "metrics b"]:
+    """Every metric of `METRICS`, in its order, for each image."""
+    return torch.stack([metric.compare(reconstruction, image, lpips) for metric in METRICS.values()])
+
+
+def describe_directions() -> str:
+    """Which way is better, as a sentence for the caption of a table."""
+    words = {True: "higher", False: "lower"}
+    parts = [f"{words[metric.higher_is_better]} {metric.title.partition(',')[0]}" for metric in METRICS.values()]
+    return f"Better is {', '.join(parts)}."
 
 
 def kid(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width"]) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet
-from davae.method.metrics import psnr, ssim
+from davae.method.metrics import METRICS, compare_images
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.run.ranks import Ranks
@@ -20,11 +20,11 @@ def heldout_metrics(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPI
     def measure(indices: Tensor) -> Tensor:
         image = pictures.batch(indices.tolist()).to(autoencoder.device)
         reconstruction = autoencoder(image).sample.clamp(-1, 1)
-        return torch.stack([metric(reconstruction, image) for metric in (psnr, ssim, lpips)])
+        return compare_images(reconstruction, image, lpips)
 
     rows = ranks.map_chunks(torch.arange(len(pictures)).split(8), measure)
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
-    return {f"heldout_{name}": value for name, value in zip(("psnr", "ssim", "lpips"), means, strict=True)}
+    return {f"heldout_{name}": value for name, value in zip(METRICS, means, strict=True)}
 
 
 @torch.no_grad()
