@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import tiny
 from davae import LightningDiT2DModel, widen_transformer
-from davae.models.lightningdit import RMSNorm, RotaryEmbedding, SwiGLU, config_of, position_table, swiglu_width
+from davae.models.lightningdit import RMSNorm, RotaryEmbedding, SwiGLU, infer_config, position_table, swiglu_width
 
 ONE_BLOCK = {
     "norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.q_norm.weight", "attn.k_norm.weight",
@@ -298,20 +298,20 @@ def test_the_settings_are_read_off_a_state_dict(qk_norm, patch_size, tmp_path):
     model = tiny.tiny_lightningdit(patch_size=patch_size, qk_norm=qk_norm)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    found = config_of({**tensors, **dict(model.named_buffers())})  # the reference's checkpoints hold the tables
+    found = infer_config({**tensors, **dict(model.named_buffers())})  # the reference's checkpoints hold the tables
     assert found["qk_norm"] is qk_norm
     LightningDiT2DModel(**found).load_state_dict(tensors, strict=True)
     assert {**model.config, **found, "mlp_ratio": 4.0} == dict(model.config)
 
 
 def test_the_settings_of_the_published_geometry(published):
-    assert {**published.config, **config_of(published.state_dict())} == dict(published.config)
+    assert {**published.config, **infer_config(published.state_dict())} == dict(published.config)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("blocks.0.mlp.w3.weight"), "no LightningDiT's with RMSNorm and SwiGLU"),
+        (lambda w: w.pop("blocks.0.mlp.w3.weight"), "no state dict of a LightningDiT with RMSNorm and SwiGLU"),
         (lambda w: w.update({"blocks.0.adaLN_modulation.1.weight": torch.zeros(64, 16)}), "modulation of 64 rows"),
         (lambda w: w.update({"final_layer.linear.weight": torch.zeros(128, 16)}), "output of 128"),
         (lambda w: w.pop("blocks.0.attn.q_norm.weight"), "nothing tells the width of a head"),
@@ -321,7 +321,7 @@ def test_another_variants_state_dict_is_refused(change, message):
     tensors = tiny.tiny_lightningdit().state_dict()
     change(tensors)
     with pytest.raises(ValueError, match=message):
-        config_of(tensors)
+        infer_config(tensors)
 
 
 def test_checkpointing_changes_no_gradient():

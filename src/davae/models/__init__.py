@@ -1,1 +1,4 @@
-"""What ships beside weights: autoencoders, their decoders and LightningDiT, of torch and diffusers only."""
+"""What ships beside weights: autoencoders, their decoders and LightningDiT.
+
+These files import torch, diffusers and each other only, so that they can lie beside weights and load without davae.
+"""

@@ -1,7 +1,4 @@
-"""AutoencoderTAEF2: the tiny autoencoder of the FLUX.2 latent space, which diffusers' AutoencoderTiny cannot hold.
-
-Imports torch and diffusers only, so that this one file can lie beside weights.
-"""
+"""AutoencoderTAEF2: the tiny autoencoder of the FLUX.2 latent space, which diffusers' AutoencoderTiny cannot hold."""
 
 from diffusers import AutoencoderTiny
 from diffusers.configuration_utils import register_to_config
@@ -9,25 +6,19 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
-GROUPS = 4
-"""Of the middle part's group normalisation, whose statistics run over the whole picture."""
-WIDENING = 4
-"""Channels inside the middle part, for each channel of its block."""
-
 
 class MiddleBlock(AutoencoderTinyBlock):
-    """AutoencoderTiny's block with a middle part before it: block(x + middle(x)), [B, C, H, W] -> [B, C, H, W].
+    """AutoencoderTiny's block behind a pointwise middle part: block(x + middle(x)).
 
-    The middle part is pointwise but for its normalisation: 1x1 convolution C -> 4 C, GroupNorm of 4 groups, ReLU,
-    1x1 convolution 4 C -> C, neither with a bias. Its place among the weights is called `pool`, as in the original.
+    The middle part is called `pool`, as in the original weights; its normalisation sees the whole image.
     """
 
     def __init__(self, channels: int, act_fn: str) -> None:
         super().__init__(channels, channels, act_fn)
-        inner = WIDENING * channels
+        inner = 4 * channels
         self.pool = nn.Sequential(
             nn.Conv2d(channels, inner, 1, bias=False),
-            nn.GroupNorm(GROUPS, inner),
+            nn.GroupNorm(4, inner),
             nn.ReLU(),
             nn.Conv2d(inner, channels, 1, bias=False),
         )
@@ -40,22 +31,11 @@ class MiddleBlock(AutoencoderTinyBlock):
 class AutoencoderTAEF2(AutoencoderTiny):
     """AutoencoderTiny whose blocks at the latents' resolution are `MiddleBlock`s: TAEF2 (madebyollin/taesd, MIT).
 
-    Pictures are [B, 3, H, W] in [-1, 1], H and W multiples of 8; latents are [B, 32, H/8, W/8], unscaled.
+    Images are [B, 3, H, W] in [-1, 1], H and W multiples of 8; latents are [B, 32, H/8, W/8], unscaled.
     Weights have diffusers' names: `encoder.layers.N` and `decoder.layers.N`, where the original's decoder counts its
     clamp as layer 0.
 
-    Args:
-        in_channels: of the picture.
-        out_channels: of the reconstruction.
-        encoder_block_out_channels: channels of the encoder's stages, from the picture to the latents; all the same.
-        decoder_block_out_channels: channels of the decoder's stages, from the latents to the picture; all the same.
-        act_fn: the activation between convolutions.
-        upsample_fn: how the decoder enlarges.
-        latent_channels: C.
-        num_encoder_blocks: blocks of each stage; the last stage's have a middle part.
-        num_decoder_blocks: blocks of each stage; the first stage's have a middle part.
-        scaling_factor: 1, as the original's latents are unscaled.
-        shift_factor: 0, likewise.
+    Settings are AutoencoderTiny's; all stages of a network have the same width.
     """
 
     @register_to_config
@@ -86,6 +66,7 @@ class AutoencoderTAEF2(AutoencoderTiny):
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
         )
+
         encoder, decoder = self.encoder.layers, self.decoder.layers
         last = len(encoder) - 1 - num_encoder_blocks[-1]  # behind these blocks is one convolution
         for index in range(last, last + num_encoder_blocks[-1]):

@@ -1,18 +1,15 @@
-"""The two new blocks of AutoencoderDA: space to channels behind its encoder, channels to space before its decoder.
-
-Imports torch only, so that this one file can lie beside weights.
-"""
+"""The two new blocks of AutoencoderDA: space to channels behind its encoder, channels to space before its decoder."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class DetailDownsample(nn.Module):
-    """Space-to-channel block at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (docs/method.md 2.1).
+    """Space to channel at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (docs/method.md 2.1).
 
     A 3x3 convolution and a pixel unshuffle by s = `factor`, beside a shortcut that unshuffles and averages groups of
-    consecutive channels; where s^2 Ci is no multiple of Co the shortcut is a 1x1 convolution that starts at zero,
-    without bias. With `linear_shortcut` it is always a 1x1 convolution, with bias: the place of the closed-form start.
+    consecutive channels. Where s^2 Ci is no multiple of Co, the shortcut is a 1x1 convolution without bias that starts
+    at zero. With `linear_shortcut` it is a 1x1 convolution with bias: the place of the closed-form start.
 
     Raises:
         ValueError: `out_channels` is no multiple of s^2.
@@ -26,6 +23,7 @@ class DetailDownsample(nn.Module):
                 f"out_channels={out_channels} must be a multiple of {places}: a pixel unshuffle by {factor} makes "
                 f"{places} of each."
             )
+
         self.factor = factor
         self.conv = nn.Conv2d(in_channels, out_channels // places, 3, padding=1)
         self.shortcut: nn.Conv2d | None = None
@@ -45,7 +43,7 @@ class DetailDownsample(nn.Module):
 
 
 class DetailUpsample(nn.Module):
-    """Channel-to-space block before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (docs/method.md 2.1).
+    """Channel to space before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (docs/method.md 2.1).
 
     A 3x3 convolution and a pixel shuffle by s = `factor`, beside a shortcut that repeats each channel s^2 Co / Ci times
     and shuffles. With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
@@ -62,6 +60,7 @@ class DetailUpsample(nn.Module):
                 f"in_channels={in_channels} must divide {factor**2} * out_channels={made}: the shortcut repeats each "
                 "channel a whole number of times. Choose detail_channels accordingly, or linear_shortcut=True."
             )
+
         self.factor = factor
         self.conv = nn.Conv2d(in_channels, made, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, made, 1) if linear_shortcut else None

@@ -1,8 +1,7 @@
 """LightningDiT2DModel: the class-conditional flow transformer of LightningDiT as a diffusers model.
 
 Architecture and parameter names are those of LightningDiT (arXiv 2501.01423): a DiT (arXiv 2212.09748) with RMSNorm,
-SwiGLU and two-dimensional rotary embeddings. Imports torch and diffusers only, so that this one file can lie beside
-weights.
+SwiGLU and two-dimensional rotary embeddings.
 """
 
 import math
@@ -16,6 +15,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+from davae.models.precision import at_least_float32
 
 TIMESTEP_FREQUENCIES = 256
 """Width of the sinusoidal embedding of t, before its two linear layers."""
@@ -40,7 +41,7 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention_head_dim: width of a head, a multiple of 4.
         mlp_ratio: the SwiGLU's inner width is 2/3 of `mlp_ratio` times the width, as many parameters as a plain MLP.
         num_classes: classes; the embedding has one row more, the null class.
-        qk_norm: RMSNorm on each head's queries and keys. Published weights come with and without; `config_of` tells.
+        qk_norm: RMSNorm on each head's queries and keys. Published weights come with and without; `infer_config` tells.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -68,11 +69,13 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if attention_head_dim % 4:
             raise ValueError(f"attention_head_dim={attention_head_dim} must be a multiple of 4: pairs for two axes.")
         width, side = num_attention_heads * attention_head_dim, sample_size // patch_size
+
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.pos_embed = nn.Parameter(position_table(width, side)[None], requires_grad=False)  # [1, tokens, width]
         self.t_embedder = TimestepEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         self.feat_rope = RotaryEmbedding(attention_head_dim, side)
+
         self.blocks = nn.ModuleList(
             LightningDiTBlock(width, num_attention_heads, swiglu_width(width, mlp_ratio), qk_norm=qk_norm)
             for _ in range(num_layers)
@@ -102,6 +105,7 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"latents of shape {tuple(hidden_states.shape)}; this model reads [B, "
                 f"{', '.join(map(str, expected))}], for its positions are fixed."
             )
+
         tokens = self.x_embedder(hidden_states) + self.pos_embed  # [B, tokens, width]
         condition = self.t_embedder(timestep) + self.y_embedder(class_labels)  # [B, width]
         for block in self.blocks:
@@ -109,6 +113,7 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 tokens = self._gradient_checkpointing_func(block, tokens, condition, self.feat_rope)
             else:
                 tokens = block(tokens, condition, self.feat_rope)
+
         rows = self.final_layer(tokens, condition)  # [B, tokens, (p q c)]
         sample = _unpatch(rows, config.patch_size, config.sample_size // config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -121,7 +126,7 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """DiT's start: linear layers Xavier-uniform, embeddings small, and all that is added to the residual zero."""
+        """DiT's start: linear layers Xavier-uniform, embeddings small, everything added to the residual stream zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the patches' convolution is a linear layer
@@ -196,7 +201,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        exact = _at_least_float32(hidden)
+        exact = at_least_float32(hidden)
         normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)
         return normed.to(hidden.dtype) * self.weight
 
@@ -224,7 +229,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, heads: Tensor) -> Tensor:
         """[B, heads, tokens, head_dim] -> the same, each pair (a, b) now (a cos - b sin, b cos + a sin)."""
-        exact = _at_least_float32(heads)
+        exact = at_least_float32(heads)
         first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
         quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
         return (exact * self.freqs_cos + quarter_turn * self.freqs_sin).to(heads.dtype)
@@ -254,7 +259,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """[B] -> [B, width]; angles in float32 at least."""
-        exact = _at_least_float32(timestep)
+        exact = at_least_float32(timestep)
         angles = exact[:, None] * _frequencies(TIMESTEP_FREQUENCIES // 2).to(exact)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
@@ -299,46 +304,48 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
     return 2 * int(width * mlp_ratio) // 3
 
 
-def config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of a LightningDiT whose state dict this is, in the reference's names, by its keys and shapes.
+def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of the LightningDiT that a state dict in the reference's names belongs to.
 
-    QK-norm is there if `blocks.0.attn.q_norm.weight` is. The width of a head is that weight's, or that of the
-    rotary tables `feat_rope.freqs_cos`, which the reference's checkpoints hold and this class's do not.
+    The width of a head is that of `q_norm`, or of the rotary tables, which the reference's checkpoints hold.
 
     Raises:
-        ValueError: it is none, or one of a variant that this class is not (a plain MLP, modulation without shifts,
-            LayerNorm, a predicted variance), or nothing tells the width of a head.
+        ValueError: it belongs to no LightningDiT, or to a variant that this class does not have (a plain MLP,
+            modulation without shifts, LayerNorm, a predicted variance), or nothing tells the width of a head.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    first = "blocks.0."
-    patch, rows = shapes.get("x_embedder.proj.weight"), shapes.get("final_layer.linear.weight")
-    positions, classes = shapes.get("pos_embed"), shapes.get("y_embedder.embedding_table.weight")
-    norm, inner = shapes.get(f"{first}norm1.weight"), shapes.get(f"{first}mlp.w3.weight")
-    modulation = shapes.get(f"{first}adaLN_modulation.1.weight")
-    if not (patch and rows and positions and classes and norm and inner and modulation):
-        raise ValueError("this state dict is no LightningDiT's with RMSNorm and SwiGLU: see docs/formats.md.")
-    width, channels, patch_size, _ = patch
-    if modulation[0] != 6 * width or rows[0] != patch_size * patch_size * channels:
+    try:
+        (width,) = shapes["blocks.0.norm1.weight"]
+        _, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+        tokens, rows = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
+        classes = shapes["y_embedder.embedding_table.weight"][0] - 1
+        mlp_width = shapes["blocks.0.mlp.w3.weight"][1]
+        modulation = shapes["blocks.0.adaLN_modulation.1.weight"][0]
+    except KeyError as error:
+        raise ValueError("no state dict of a LightningDiT with RMSNorm and SwiGLU: see docs/formats.md.") from error
+
+    if modulation != 6 * width or rows != patch_size * patch_size * channels:
         raise ValueError(
-            f"modulation of {modulation[0]} rows and output of {rows[0]}: allowed are 6 x {width} (with shifts) and "
+            f"modulation of {modulation} rows and output of {rows}: allowed are 6 x {width} (with shifts) and "
             f"{patch_size}^2 x {channels} (no variance)."
         )
-    q_norm, tables = shapes.get(f"{first}attn.q_norm.weight"), shapes.get("feat_rope.freqs_cos")
-    if not (q_norm or tables):
+    mlp_ratio = round(1.5 * mlp_width / width, 2)
+    if swiglu_width(width, mlp_ratio) != mlp_width:
+        raise ValueError(f"a SwiGLU of width {mlp_width} is 2/3 of no mlp_ratio (two decimals) times {width}.")
+
+    q_norm = shapes.get("blocks.0.attn.q_norm.weight")
+    head = q_norm or shapes.get("feat_rope.freqs_cos")
+    if head is None:
         raise ValueError("neither q_norm nor feat_rope.freqs_cos is there: nothing tells the width of a head.")
-    head = (q_norm or tables)[-1]  # type: ignore[index]
-    mlp_ratio = round(1.5 * inner[1] / width, 2)
-    if swiglu_width(width, mlp_ratio) != inner[1]:
-        raise ValueError(f"a SwiGLU of width {inner[1]} is 2/3 of no mlp_ratio (two decimals) times {width}.")
     return {
-        "sample_size": math.isqrt(positions[1]) * patch_size,
+        "sample_size": math.isqrt(tokens) * patch_size,
         "patch_size": patch_size,
         "in_channels": channels,
         "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
-        "num_attention_heads": width // head,
-        "attention_head_dim": head,
+        "num_attention_heads": width // head[-1],
+        "attention_head_dim": head[-1],
         "mlp_ratio": mlp_ratio,
-        "num_classes": classes[0] - 1,
+        "num_classes": classes,
         "qk_norm": q_norm is not None,
     }
 
@@ -350,10 +357,6 @@ def _frequencies(count: int) -> Tensor:
 
 def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return tokens * (1 + scale) + shift
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _unpatch(rows: Tensor, patch_size: int, side: int) -> Tensor:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from davae.errors import CheckpointError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.lightningdit import LightningDiT2DModel, config_of
+from davae.models.lightningdit import LightningDiT2DModel, infer_config
 from davae.pipelines.importing.matching import (
     Conversion,
     ImportReport,
@@ -173,7 +173,7 @@ def convert_lightningdit(checkpoint: ForeignCheckpoint, options: Options) -> Con
     """LightningDiT, base or DA-VAE's -> LightningDiT2DModel, whose parameters have the file's names."""
     report = start_report("lightningdit", checkpoint)
     try:
-        config = config_of(checkpoint.tensors)
+        config = infer_config(checkpoint.tensors)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     model = build_empty(LightningDiT2DModel, config, checkpoint)
