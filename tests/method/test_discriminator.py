@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from davae.method.discriminator import MIN_SIDE, PatchDiscriminator
+from davae.method.discriminator import DISCRIMINATOR_MIN_SIDE, PatchDiscriminator
 from davae.seeds import generator
 
 
@@ -57,9 +57,9 @@ def test_a_logit_sees_70_px():
 
 
 def test_the_smallest_picture_has_one_logit():
-    assert made()(torch.zeros(2, 3, MIN_SIDE, MIN_SIDE)).shape == (2, 1, 1, 1)
+    assert made()(torch.zeros(2, 3, DISCRIMINATOR_MIN_SIDE, DISCRIMINATOR_MIN_SIDE)).shape == (2, 1, 1, 1)
     with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
-        made()(torch.zeros(2, 3, MIN_SIDE - 1, MIN_SIDE - 1))
+        made()(torch.zeros(2, 3, DISCRIMINATOR_MIN_SIDE - 1, DISCRIMINATOR_MIN_SIDE - 1))
 
 
 def test_its_start_is_small_normal_numbers_and_a_function_of_the_generator():

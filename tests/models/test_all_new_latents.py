@@ -94,7 +94,7 @@ def test_in_closed_form_with_all_directions_it_is_the_base_at_full_size(base: st
             fit_closed_form(fewer, image, metric_pictures=2, code="unit variance")
         errors.append((fewer(image).sample - autoencoder(image).sample).square().mean().item())
     assert errors[1] < errors[0]
-    with pytest.raises(SettingsError, match="this code is one of base latents"):
+    with pytest.raises(SettingsError, match="this code needs base latents"):
         fit_closed_form(fewer, image)
 
 

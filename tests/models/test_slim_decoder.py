@@ -16,6 +16,7 @@ from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
 from davae.method.slim_start import fit_slim_decoder
 from davae.models.slim_decoder import slimmed
+from davae.models.tiling import has_exact_tiles
 from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.saving import save_pipeline
@@ -114,7 +115,7 @@ def test_it_is_saved_loaded_and_tiled_as_any_other(tmp_path: Path) -> None:
     assert torch.equal(loaded.decode(z).sample, whole)
     loaded.enable_tiling()
     loaded.tile_sample_size = 24
-    assert loaded._decodes_tiles()
+    assert has_exact_tiles(loaded)
     assert (loaded.decode(z).sample - whole).abs().max() < 1e-12
 
 

@@ -29,7 +29,7 @@ from davae.cost.workload import (
 from davae.errors import DavaeError, SettingsError
 from davae.method.closed_form import BASE_CODES
 from davae.method.discriminator import PatchDiscriminator
-from davae.method.widen import patch_side, width_of
+from davae.method.widen import measure_width, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import INDEX
 from davae.run.recipe import has_sections, load_recipe, read_toml
@@ -232,7 +232,7 @@ def _grid(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> lis
     ports = backbone_of(transformer).ports
     side = size // autoencoder.downsample_factor
     patch, channels = patch_side(transformer, ports), autoencoder.config.latent_channels
-    width = width_of(transformer, ports)
+    width = measure_width(transformer, ports)
     return [
         Figure("latent channels, base and detail", channels, "", "derived"),
         Figure("side of the latents", side, "", "derived"),

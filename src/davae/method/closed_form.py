@@ -1,7 +1,7 @@
 """A start for the detail half without training: least squares and principal components in the decoder's metric.
 
-The pretrained autoencoder already knows how to encode the full picture: its full-size latents, unshuffled onto the
-base grid, are s^2 C channels (s the resolution factor). The base latents predict part of them; the rest is projected on
+The pretrained autoencoder already knows how to encode the full image: its full-size latents, unshuffled onto the base
+grid, are s^2 C channels (s the resolution factor). The base latents predict a part of them; the rest is projected on
 the D directions that cost the decoder most pixels. Encoder and decoder maps are the 1x1 shortcuts of `AutoencoderDA`
 (docs/method.md 5).
 """
@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from davae.errors import DataError, NumericsError, SettingsError
@@ -19,6 +20,7 @@ from davae.seeds import generator
 LOG_VARIANCE = -6.0
 """Of the code's posterior at the start: deviation 0.05 beside the code's 1."""
 PROBES = 2
+"""Random directions in pixels for each image of the decoder's metric."""
 
 Code = Literal["aligned", "unit variance", "residual", "base added", "zero sum"]
 """What the detail latents are at the start. c are the first components U^T W Zf, k of the residual's principal ones.
@@ -26,21 +28,21 @@ Code = Literal["aligned", "unit variance", "residual", "base added", "zero sum"]
 - "aligned": c turned to where its channels are nearest to their group's base latents, and scaled as a whole, so that
   distances in it are distances in pixels.
 - "unit variance": c, each component with unit variance.
-- "residual": U^T W R, each with unit variance: nothing of the base is in it. Zero detail is the picture that the base
+- "residual": U^T W R, each with unit variance: nothing of the base is in it. Zero detail is the image that the base
   predicts.
 - "base added": the same, and the base latent in each of its r channels; the group mean is the base latent and the
   code's own group mean.
 - "zero sum": "base added" with D - C components, which sum to zero in each group: the group mean is the base latent.
   Needs r >= 2.
 
-The decoder's map undoes all of them: the first four start with the same picture, the last one with that of D - C.
+The decoder's map undoes all of them: the first four start with the same image, the last one with that of D - C.
 """
 BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
-"""Those that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""
+"""Codes that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""
 
 
 class _Maps(NamedTuple):
-    """The linear blocks, weights [out, in] and biases [out, 1]."""
+    """The linear blocks: weights [out, in] and offsets [out, 1]."""
 
     encoder: tuple[Tensor, Tensor]
     """Full latents -> code."""
@@ -60,161 +62,45 @@ def fit_closed_form(
     code: Code = "aligned",
     batch_size: int = 8,
 ) -> dict[str, list[float]]:
-    """Set the two linear blocks of an untrained `autoencoder` from `pictures`, [N, 3, H, W] in [-1, 1], 100 to 200.
+    """Set the two linear blocks of an untrained `autoencoder` from images [N, 3, H, W] in [-1, 1], 100 to 200 of them.
 
-    With Zb the base latents and Zf the unshuffled latents of the full picture (both in units):
+    With Zb the base latents and Zf the unshuffled latents of the full image (both in units):
     Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
     U = the first k eigenvectors of W E[R R^T] W. The code is linear in U^T W Zf (and in Zb, see `Code`); the decoder
-    reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (U^T W Zf). All of it in float64 (docs/method.md 5).
-
-    Args:
-        autoencoder: from `AutoencoderDA.from_base(..., linear_blocks=True)`; changed in place.
-        pictures: the training pictures that are fitted.
-        seed: of the probes of the metric.
-        metric_pictures: how many of the pictures the decoder's metric is measured on, with two probes each.
-        code: what the detail latents are, see `Code`.
-        batch_size: pictures at a time.
+    reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (U^T W Zf). All of it in float64, M from `metric_pictures` images.
 
     Returns:
         The spectrum of W E[R R^T] W as "eigenvalues", and "unexplained": the part of its trace that is left out.
 
     Raises:
         SettingsError: the autoencoder has no linear blocks, too many detail channels, or too few for the code; or the
-            code needs base latents, and all latents are new (the code is then of Zf itself).
+            code needs base latents, and all latents are new.
         DataError: fewer positions than four for each channel of the full latents.
         NumericsError: latents that are not finite.
     """
-    components = _components(autoencoder, code)
-    base, full = _latents(autoencoder, pictures, batch_size)
+    components = _count_components(autoencoder, code)
+    base, full = _encode_positions(autoencoder, pictures, batch_size)
+
+    # Zf ~ A Zb + a, and the residual R.
     prediction, offset = least_squares(base, full)
     residual = full - prediction @ base - offset
-    root, inverse = _roots(decoder_metric(autoencoder, pictures[:metric_pictures], seed))
+
+    # W = M^(1/2), and U: the directions of the residual that cost most pixels.
+    root, inverse_root = _square_roots(decoder_metric(autoencoder, pictures[:metric_pictures], seed))
     spectrum, vectors = torch.linalg.eigh(root @ (residual @ residual.T / residual.shape[1]) @ root)
     directions = vectors.flip(1)[:, :components]
-    encode, project = directions.T @ root, inverse @ directions
+    encode, decode = directions.T @ root, inverse_root @ directions  # U^T W and W^-1 U
+
     if code in BASE_CODES:
-        coordinates = _spread(code, encode @ residual, len(base), autoencoder.config.detail_channels)
-        added = code != "residual"
-        maps = _maps_with_base(prediction, offset, encode, project, coordinates, added=added)
+        coordinates = _spread_components(code, encode @ residual, len(base), autoencoder.config.detail_channels)
+        maps = _map_residual(prediction, offset, encode, decode, coordinates, add_base=code != "residual")
     else:
-        maps = _maps_without_base(
-            prediction, offset, encode, project, encode @ full, base if code == "aligned" else None
-        )
+        maps = _map_full_latents(prediction, offset, encode, decode, encode @ full, base if code == "aligned" else None)
     _set_linear_blocks(autoencoder, maps)
+
     eigenvalues = spectrum.flip(0).clamp_min(0)
     unexplained = (eigenvalues[components:].sum() / eigenvalues.sum()).item()
     return {"eigenvalues": eigenvalues.tolist(), "unexplained": [unexplained]}
-
-
-def _components(autoencoder: AutoencoderDA, code: Code) -> int:
-    """How many principal components the code holds; refuses what cannot be."""
-    detail_channels, base_channels = autoencoder.config.detail_channels, autoencoder.config.base_channels
-    if not autoencoder.config.linear_blocks:
-        raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
-    if code != "unit variance" and not base_channels:
-        raise SettingsError(
-            f"code={code!r}: all latents of this autoencoder are new, and this code is one of base latents, too; "
-            'allowed is code="unit variance"'
-        )
-    most = autoencoder.detail_downsample.shortcut.in_channels
-    if detail_channels > most:
-        raise SettingsError(f"detail_channels={detail_channels}: the full latents have but {most}; give at most these.")
-    if code in BASE_CODES and not autoencoder.config.base_in_detail:
-        raise SettingsError(f"code={code!r} needs an AutoencoderDA made with base_in_detail=True.")
-    if code == "zero sum" and detail_channels == base_channels:
-        raise SettingsError(
-            f"code={code!r} has detail_channels - base_channels = 0 components: give detail_channels from "
-            f"{2 * base_channels}, or another code"
-        )
-    return detail_channels - base_channels if code == "zero sum" else detail_channels
-
-
-def _maps_without_base(
-    prediction: Tensor, offset: Tensor, encode: Tensor, project: Tensor, code: Tensor, base: Tensor | None
-) -> _Maps:
-    """z_d = S (U^T W Zf - mean), turned towards `base` if it is given; of unit variance otherwise."""
-    keep = torch.eye(len(project)).double() - project @ encode
-    mean = code.mean(dim=1, keepdim=True)
-    scaled = torch.diag(1 / code.std(dim=1, correction=0))
-    coordinates = scaled if base is None else _aligned_coordinates(code - mean, base)
-    back = project @ torch.linalg.inv(coordinates)
-    return _Maps(
-        encoder=(coordinates @ encode, -coordinates @ mean),
-        base=torch.zeros(len(encode), prediction.shape[1]).double(),
-        decoder=(torch.cat([keep @ prediction, back], dim=1), keep @ offset + project @ mean),
-    )
-
-
-def _maps_with_base(
-    prediction: Tensor, offset: Tensor, encode: Tensor, project: Tensor, coordinates: Tensor, *, added: bool
-) -> _Maps:
-    """z_d = S U^T W (Zf - A Zb - a) + Zb in each of its r channels, and Zf^ = A Zb + a + W^-1 U S^+ (z_d - Zb).
-
-    Without the two Zb behind the signs if not `added`.
-    """
-    channels = prediction.shape[1]
-    repeat = torch.eye(channels).double().repeat_interleave(len(coordinates) // channels, dim=0) * added
-    weights, back = coordinates @ encode, project @ torch.linalg.pinv(coordinates)
-    return _Maps(
-        encoder=(weights, -weights @ offset),
-        base=repeat - weights @ prediction,
-        decoder=(torch.cat([prediction - back @ repeat, back], dim=1), offset),
-    )
-
-
-def _spread(code: Code, components: Tensor, base_channels: int, detail_channels: int) -> Tensor:
-    """S, [D, k]: components [k, N] of mean zero onto the D channels, the mean variance of their part 1."""
-    scale = torch.diag(1 / components.std(dim=1, correction=0))
-    if code != "zero sum":
-        return scale
-    ratio = detail_channels // base_channels
-    # An orthonormal basis of the vectors of length r that sum to zero: all but the first, constant column.
-    basis = torch.linalg.qr(torch.cat([torch.ones(ratio, 1), torch.eye(ratio)[:, 1:]], dim=1).double())[0][:, 1:]
-    return (ratio / (ratio - 1)) ** 0.5 * torch.block_diag(*[basis] * base_channels) @ scale
-
-
-def _latents(autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Base latents [C, positions] and unshuffled full latents [s^2 C, positions], float64."""
-    rows = []
-    for batch in pictures.split(batch_size):
-        batch = batch.to(autoencoder.device, autoencoder.dtype)
-        full = F.pixel_unshuffle(autoencoder.encode_pretrained(batch), autoencoder.config.resolution_factor)
-        rows.append((_positions(autoencoder.encode_base(batch)), _positions(full)))
-    base, full = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
-    if full.shape[1] < 4 * len(full):
-        found = f"{full.shape[1]} latent positions, {4 * len(full)} are needed"
-        raise DataError(f"{found}: give more (fit_pictures) or larger pictures.")
-    if not full.isfinite().all():
-        raise NumericsError("latents of the pictures are not finite: the base autoencoder is damaged, or they are.")
-    return base, full
-
-
-def _set_linear_blocks(autoencoder: AutoencoderDA, maps: _Maps) -> None:
-    """Write the maps into the 1x1 shortcuts; the 3x3 paths are zero."""
-    down, up, channels = autoencoder.detail_downsample, autoencoder.detail_upsample, len(maps.base)
-    for convolution in (down.conv, up.conv, down.shortcut):
-        convolution.weight.zero_()
-        convolution.bias.zero_()
-    down.shortcut.weight[:channels, :, 0, 0], down.shortcut.bias[:channels] = maps.encoder[0], maps.encoder[1][:, 0]
-    down.shortcut.bias[channels:] = LOG_VARIANCE
-    up.shortcut.weight[:, :, 0, 0], up.shortcut.bias[:] = maps.decoder[0], maps.decoder[1][:, 0]
-    if autoencoder.detail_from_base is not None:
-        autoencoder.detail_from_base.weight[:, :, 0, 0] = maps.base
-
-
-def _aligned_coordinates(code: Tensor, base: Tensor) -> Tensor:
-    """The rotation of a centred code [D, N] nearest to the base latents [C, N], each repeated; over its rms.
-
-    An orthogonal Procrustes problem. With one channel to a group (D = C) the distance is the alignment loss; with more
-    of them it also holds the channels of a group together, so a rotation of smaller alignment loss may exist.
-    """
-    target = (base - base.mean(dim=1, keepdim=True)).repeat_interleave(len(code) // len(base), dim=0)
-    left, _, right = torch.linalg.svd(target @ code.T)
-    return left @ right / code.square().mean().sqrt()
-
-
-def _positions(latents: Tensor) -> Tensor:
-    return latents.double().cpu().transpose(0, 1).flatten(1)
 
 
 def least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,10 +114,10 @@ def least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
-    """M = E[J^T J], [s^2 C, s^2 C] in float64, over the positions of `pictures` [N, 3, H, W] in [-1, 1].
+    """M = E[J^T J], [s^2 C, s^2 C] in float64, over the positions of images [N, 3, H, W] in [-1, 1].
 
-    What an error of the unshuffled latents, in units, costs in pixels: J is the decoder's Jacobian, and J^T J is
-    estimated from two random +-1 pictures v for each picture, whose g = J^T v one backward pass gives.
+    J is the decoder's Jacobian, so M says what an error of the unshuffled latents, in units, costs in pixels. It is
+    estimated from two random +-1 images v for each image: one backward pass gives g = J^T v, whose g g^T are averaged.
     """
     metric, count = torch.zeros(()).double(), 0
     for index, picture in enumerate(pictures.split(1)):
@@ -242,13 +128,149 @@ def decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> T
                 latents.requires_grad_(True)
                 pixels = autoencoder.decode_full(latents)
                 (gradient,) = torch.autograd.grad(pixels, latents, (signs * 2.0 - 1.0).to(pixels))
-            columns = _positions(F.pixel_unshuffle(gradient, autoencoder.config.resolution_factor))
+
+            columns = _to_columns(F.pixel_unshuffle(gradient, autoencoder.config.resolution_factor))
             metric, count = metric + columns @ columns.T, count + columns.shape[1]
     return metric / count
 
 
-def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+def _count_components(autoencoder: AutoencoderDA, code: Code) -> int:
+    """How many principal components the code holds; refuses a code that this autoencoder cannot have."""
+    detail_channels, base_channels = autoencoder.config.detail_channels, autoencoder.config.base_channels
+    if not autoencoder.config.linear_blocks:
+        raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
+    if code != "unit variance" and not base_channels:
+        raise SettingsError(
+            f"code={code!r}: all latents of this autoencoder are new, and this code needs base latents; "
+            'allowed is code="unit variance"'
+        )
+
+    most = autoencoder.detail_downsample.shortcut.in_channels
+    if detail_channels > most:
+        raise SettingsError(f"detail_channels={detail_channels}: the full latents have {most}; give at most so many.")
+
+    if code in BASE_CODES and not autoencoder.config.base_in_detail:
+        raise SettingsError(f"code={code!r} needs an AutoencoderDA made with base_in_detail=True.")
+    if code != "zero sum":
+        return detail_channels
+    if detail_channels == base_channels:
+        raise SettingsError(
+            f"code={code!r} has detail_channels - base_channels = 0 components: give detail_channels from "
+            f"{2 * base_channels}, or another code"
+        )
+    return detail_channels - base_channels
+
+
+def _encode_positions(autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Zb, [C, positions], and Zf, [s^2 C, positions], in float64."""
+    base_parts, full_parts = [], []
+    for batch in pictures.split(batch_size):
+        batch = batch.to(autoencoder.device, autoencoder.dtype)
+        full = F.pixel_unshuffle(autoencoder.encode_pretrained(batch), autoencoder.config.resolution_factor)
+        base_parts.append(_to_columns(autoencoder.encode_base(batch)))
+        full_parts.append(_to_columns(full))
+
+    base, full = torch.cat(base_parts, dim=1), torch.cat(full_parts, dim=1)
+    if full.shape[1] < 4 * len(full):
+        raise DataError(
+            f"{full.shape[1]} latent positions, {4 * len(full)} are needed: give more (fit_pictures) or larger images."
+        )
+    if not full.isfinite().all():
+        raise NumericsError("latents of the images are not finite: the base autoencoder or an image is damaged.")
+    return base, full
+
+
+def _to_columns(latents: Tensor) -> Tensor:
+    return rearrange(latents.double().cpu(), "b c h w -> c (b h w)")
+
+
+def _square_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """M^(1/2) and its inverse, eigenvalues floored at 1e-6 of the largest."""
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(1e-6 * values.max()).sqrt()
     return vectors * values @ vectors.T, vectors / values @ vectors.T
+
+
+def _map_full_latents(
+    prediction: Tensor, offset: Tensor, encode: Tensor, decode: Tensor, code: Tensor, base: Tensor | None
+) -> _Maps:
+    """z_d = S (U^T W Zf - mean), turned towards `base` if it is given; of unit variance otherwise.
+
+    Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (S^-1 z_d + mean).
+    """
+    mean = code.mean(dim=1, keepdim=True)
+    if base is None:
+        coordinates = torch.diag(1 / code.std(dim=1, correction=0))
+    else:
+        coordinates = _align(code - mean, base)
+
+    keep = torch.eye(len(decode)).double() - decode @ encode
+    back = decode @ torch.linalg.inv(coordinates)
+    return _Maps(
+        encoder=(coordinates @ encode, -coordinates @ mean),
+        base=torch.zeros(len(encode), prediction.shape[1]).double(),
+        decoder=(torch.cat([keep @ prediction, back], dim=1), keep @ offset + decode @ mean),
+    )
+
+
+def _map_residual(
+    prediction: Tensor, offset: Tensor, encode: Tensor, decode: Tensor, coordinates: Tensor, *, add_base: bool
+) -> _Maps:
+    """z_d = S U^T W (Zf - A Zb - a) + Zb in each of its r channels; Zf^ = A Zb + a + W^-1 U S^+ (z_d - Zb).
+
+    Without `add_base` there is no Zb in z_d.
+    """
+    channels = prediction.shape[1]
+    repeat = torch.eye(channels).double().repeat_interleave(len(coordinates) // channels, dim=0)
+    if not add_base:
+        repeat = torch.zeros_like(repeat)
+
+    weights, back = coordinates @ encode, decode @ torch.linalg.pinv(coordinates)
+    return _Maps(
+        encoder=(weights, -weights @ offset),
+        base=repeat - weights @ prediction,
+        decoder=(torch.cat([prediction - back @ repeat, back], dim=1), offset),
+    )
+
+
+def _align(code: Tensor, base: Tensor) -> Tensor:
+    """The rotation that brings a centred code [D, N] nearest to the base latents [C, N], each repeated; over its rms.
+
+    An orthogonal Procrustes problem. With one channel to a group (D = C) the distance is the alignment loss; with more
+    of them it also holds the channels of a group together, so a rotation of smaller alignment loss may exist.
+    """
+    target = (base - base.mean(dim=1, keepdim=True)).repeat_interleave(len(code) // len(base), dim=0)
+    left, _, right = torch.linalg.svd(target @ code.T)
+    return left @ right / code.square().mean().sqrt()
+
+
+def _spread_components(code: Code, components: Tensor, base_channels: int, detail_channels: int) -> Tensor:
+    """S, [D, k]: components [k, N] of mean zero onto the D channels, the mean variance of their part 1."""
+    scale = torch.diag(1 / components.std(dim=1, correction=0))
+    if code != "zero sum":
+        return scale
+
+    # An orthonormal basis of the vectors of length r that sum to zero: all but the first, constant column.
+    ratio = detail_channels // base_channels
+    constant_first = torch.cat([torch.ones(ratio, 1), torch.eye(ratio)[:, 1:]], dim=1).double()
+    basis = torch.linalg.qr(constant_first)[0][:, 1:]
+    return (ratio / (ratio - 1)) ** 0.5 * torch.block_diag(*[basis] * base_channels) @ scale
+
+
+def _set_linear_blocks(autoencoder: AutoencoderDA, maps: _Maps) -> None:
+    """Write the maps into the 1x1 shortcuts; the 3x3 paths are zero."""
+    down, up, channels = autoencoder.detail_downsample, autoencoder.detail_upsample, len(maps.base)
+    for convolution in (down.conv, up.conv, down.shortcut):
+        convolution.weight.zero_()
+        convolution.bias.zero_()
+
+    weight, offset = maps.encoder
+    down.shortcut.weight[:channels, :, 0, 0] = weight
+    down.shortcut.bias[:channels] = offset[:, 0]
+    down.shortcut.bias[channels:] = LOG_VARIANCE
+
+    weight, offset = maps.decoder
+    up.shortcut.weight[:, :, 0, 0] = weight
+    up.shortcut.bias[:] = offset[:, 0]
+    if autoencoder.detail_from_base is not None:
+        autoencoder.detail_from_base.weight[:, :, 0, 0] = maps.base

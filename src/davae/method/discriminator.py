@@ -1,66 +1,53 @@
 """The PatchGAN of pix2pix (Isola et al. 2017, arXiv 1611.07004) at VQGAN's settings (arXiv 2012.09841), for stage 1."""
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
-MIN_SIDE = 24
+DISCRIMINATOR_MIN_SIDE = 24
 """Pixels; below this no position of the logits map is left."""
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors, whose gradient goes back to each of them."""
-
-    @staticmethod
-    def forward(_context: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_context: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all ranks' parts of a batch, which are of one size; of one rank, as ever.
+    """BatchNorm with the statistics of the whole batch, of which each rank has a part of the same size.
 
-    torch's own SyncBatchNorm does the same on GPUs only. Running statistics come out the same on all ranks.
+    torch's own SyncBatchNorm runs on GPUs only. Running statistics come out the same on all ranks.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
-        assert self.affine
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+
+        # The sums' gradients go back to every rank's part.
         wide, ranks = input.float(), dist.get_world_size()
-        mean = _SumOverRanks.apply(wide.mean(dim=(0, 2, 3))) / ranks
+        mean = all_reduce(wide.mean(dim=(0, 2, 3))) / ranks
         centred = wide - mean[:, None, None]
-        variance = _SumOverRanks.apply(centred.square().mean(dim=(0, 2, 3))) / ranks
+        variance = all_reduce(centred.square().mean(dim=(0, 2, 3))) / ranks
+
         with torch.no_grad():
             count, momentum = ranks * wide.numel() // wide.shape[1], self.momentum or 0.1
             self.running_mean.lerp_(mean.detach(), momentum)
             self.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
             self.num_batches_tracked += 1
+
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures -> a map of logits, one for each overlapping patch of 70 px: above 0 looks real, below 0 looks made.
+    """Images -> a map of logits, one for each overlapping patch of 70 px: above 0 looks real, below 0 looks made.
 
     Five 4x4 convolutions with padding 1: three of stride 2, two of stride 1. LeakyReLU(0.2) after all but the last;
-    BatchNorm before it after all but the first and the last, and there the convolution has no bias. A real and a made
-    batch are best given apart, as in the reference: each is then normalised with its own statistics.
+    BatchNorm before it after all but the first and the last, and there the convolution has no bias. Give a real and a
+    made batch separately, as in the reference: each is then normalised with its own statistics.
 
     The layers are called `main.0` to `main.11`, as in the reference's checkpoints (`loss.discriminator.main.*`).
 
@@ -81,15 +68,16 @@ class PatchDiscriminator(nn.Module):
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
+
         for layer in self.main:
+            if isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02, generator=generator)
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02, generator=generator)
                 if layer.bias is not None:
                     bound = 1 / math.sqrt(layer.weight[0].numel())
                     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-            elif isinstance(layer, nn.BatchNorm2d):
-                nn.init.normal_(layer.weight, 1.0, 0.02, generator=generator)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 rows columns"]:
-        """Logits of pictures in [-1, 1], 24 px or more on each side; h // 8 - 2 rows and w // 8 - 2 columns."""
+        """Logits of images in [-1, 1], 24 px or more on each side; h // 8 - 2 rows and w // 8 - 2 columns."""
         return self.main(image)

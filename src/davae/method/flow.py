@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davae.errors import SettingsError
+from davae.models.precision import at_least_float32
 
 
 def interpolate(
@@ -30,18 +31,11 @@ def sample_timesteps(
 ) -> Float[Tensor, " b"]:
     """Draw sigmas for training: logit-normal t, then the scheduler's shift s, sigma = s t / (1 + (s - 1) t).
 
-    Args:
-        batch: how many.
-        shift: the scheduler's static shift; 1 leaves t as it is.
-        generator: where the numbers come from; its device is the result's.
-        mean: of the normal before the sigmoid.
-        std: of the normal before the sigmoid.
-
-    Returns:
-        float32 [batch], strictly between 0 and 1.
+    `mean` and `std` belong to the normal before the sigmoid. float32 [batch], strictly between 0 and 1, on the
+    generator's device.
 
     Raises:
-        SettingsError: if `shift` or `std` is not positive.
+        SettingsError: `shift` or `std` is not positive.
     """
     if shift <= 0 or std <= 0:
         raise SettingsError(f"shift={shift} and std={std} must both be positive")
@@ -87,19 +81,14 @@ def flow_matching_losses(
 ) -> FlowMatchingLosses:
     """The weighted mean (sum_base + w sum_detail) / ((C + w D) B H W) of the squared errors (Eq. 13), and its halves.
 
-    Args:
-        prediction: of the velocity, or of the latents (`latents_prediction`); base channels first.
-        target: what it should be: `velocity_target`, or the latents.
-        base_channels: C, at least 1 and less than the number of channels.
-        detail_weight: w, not negative; see the function of that name.
-        sample_weight: a factor for each sample's errors (`min_snr_weight`), in the total and in both halves; the
-            denominator stays.
+    The prediction is of the velocity, or of the latents (`latents_prediction`); base channels first. `sample_weight`
+    (`min_snr_weight`) is a factor of each sample's errors, in the total and in both halves; the denominator stays.
 
     Returns:
         Three scalars in float32 (float64 if an argument is), whatever autocast left; `base` and `detail` are detached.
 
     Raises:
-        SettingsError: if the shapes differ or an argument is out of range.
+        SettingsError: the shapes differ, or an argument is out of range.
     """
     channels = prediction.shape[1]
     if prediction.shape != target.shape:
@@ -110,11 +99,13 @@ def flow_matching_losses(
         )
     if not (math.isfinite(detail_weight) and detail_weight >= 0):
         raise SettingsError(f"detail_weight={detail_weight} must be finite and not negative")
-    dtype = _loss_dtype(prediction, target)
-    errors = (prediction.to(dtype) - target.to(dtype)).square()
+
+    errors = (at_least_float32(prediction) - at_least_float32(target)).square()
     if sample_weight is not None:
-        errors = errors * sample_weight.to(dtype)[:, None, None, None]
+        errors = errors * sample_weight.to(errors.dtype)[:, None, None, None]
     base, detail = errors[:, :base_channels].mean(), errors[:, base_channels:].mean()
+
+    # C + w D channels count, w of each detail channel.
     share = detail_weight * (channels - base_channels)
     total = (base_channels * base + share * detail) / (base_channels + share)
     return FlowMatchingLosses(total, base.detach(), detail.detach())
@@ -127,8 +118,8 @@ def latents_prediction(
 
     Its squared error is sigma^2 times the velocity's. In float32 (float64 if an argument is).
     """
-    dtype = _loss_dtype(noisy, velocity)
-    return noisy.to(dtype) - sigma.to(noisy.device, dtype)[:, None, None, None] * velocity.to(dtype)
+    noisy, velocity = at_least_float32(noisy), at_least_float32(velocity)
+    return noisy - sigma.to(velocity)[:, None, None, None] * velocity
 
 
 def min_snr_weight(sigma: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
@@ -150,8 +141,7 @@ def cosine_loss(velocity: Float[Tensor, "b latent h w"], target: Float[Tensor, "
 
     In [0, 2], without the detail channels' weight. A scalar in float32 (float64 if an argument is).
     """
-    dtype = _loss_dtype(velocity, target)
-    return (1 - torch.cosine_similarity(velocity.to(dtype), target.to(dtype), dim=1)).mean()
+    return (1 - torch.cosine_similarity(at_least_float32(velocity), at_least_float32(target), dim=1)).mean()
 
 
 def flow_loss(
@@ -219,11 +209,3 @@ def scheduled_flow_matching_loss(
 ) -> Float[Tensor, ""]:
     """The total of `flow_matching_losses` alone."""
     return flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=detail_weight).total
-
-
-def _loss_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 if one of them is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype

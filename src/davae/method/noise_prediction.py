@@ -19,7 +19,7 @@ def add_noise(
     timestep: Int[Tensor, " b"],
 ) -> Float[Tensor, "b latent h w"]:
     """x_t of each sample; `alphas` is the cumulative product a of T numbers, falling from nearly 1 to nearly 0."""
-    alpha = _of(alphas, timestep, latents)
+    alpha = _at(alphas, timestep, latents)
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
@@ -75,40 +75,34 @@ def variance_loss(
 ) -> Float[Tensor, ""]:
     """The variational bound's term of step t, in bits, weighted over channels as Eq. 13: it trains the variance alone.
 
-    It is the divergence of the model's Gaussian of x_{t-1} from the true posterior's (arXiv 2102.09672, Eq. 4 and 15).
-    The log-variance is v log beta_t + (1 - v) log of the posterior's variance, v = (`variance` + 1) / 2; the mean is
-    the predicted noise's, detached. At t = 0, where the reference takes the likelihood of 8-bit pixels, which latents
-    are not, it is the same divergence with the posterior variance of t = 1.
-
-    Args:
-        variance: what the transformer says of it, about [-1, 1].
-        prediction: of the noise.
-        noise: that was added.
-        alphas: cumulative products a_t.
-        timestep: t of each sample.
-        base_channels: C.
-        detail_weight: of the other channels.
-
-    Returns:
-        A scalar in float32, not negative.
+    It is the divergence of the model's Gaussian of x_{t-1} from the true posterior's (arXiv 2102.09672, Eq. 4 and 15;
+    docs/method.md 2.9). The log-variance is v log beta_t + (1 - v) log of the posterior's variance, with v =
+    (`variance` + 1) / 2; the mean is the predicted noise's, detached. At t = 0, where the reference takes the
+    likelihood of 8-bit pixels, it is the same divergence with the posterior variance of t = 1: latents are no pixels.
     """
+    # The schedule: beta_t and the variance of the true posterior, zero at t = 0.
     alphas = alphas.double()
     before = torch.cat([alphas.new_ones(1), alphas[:-1]])
     beta = 1 - alphas / before
     posterior = beta * (1 - before) / (1 - alphas)
-    posterior[0] = posterior[1]  # of t = 0 it is zero
-    low, high = (_of(each.log(), timestep, variance) for each in (posterior, beta))
+    posterior[0] = posterior[1]
+
+    # The model's log-variance lies between the two.
+    low, high = _at(posterior.log(), timestep, variance), _at(beta.log(), timestep, variance)
     part = (variance.float() + 1) / 2
     log_variance = part * high + (1 - part) * low
+
     # Both means are the same function of x_t and the noise, so they differ by the noise's error times this.
-    scale = _of(beta / ((1 - alphas) * (alphas / before)).sqrt(), timestep, variance)
+    scale = _at(beta / ((1 - alphas) * (alphas / before)).sqrt(), timestep, variance)
     difference = scale * (prediction.detach().float() - noise.float())
     divergence = (log_variance - low + (low - log_variance).exp() - 1 + difference.square() * (-log_variance).exp()) / 2
+
     weights = torch.ones(divergence.shape[1], device=divergence.device)
     weights[base_channels:] = detail_weight
     bits = divergence / math.log(2)
     return (bits * weights.view(1, -1, 1, 1)).sum() / (weights.sum() * bits[:, 0].numel())
 
 
-def _of(values: Float[Tensor, " steps"], timestep: Int[Tensor, " b"], like: Tensor) -> Float[Tensor, "b 1 1 1"]:
+def _at(values: Float[Tensor, " steps"], timestep: Int[Tensor, " b"], like: Tensor) -> Float[Tensor, "b 1 1 1"]:
+    """The schedule's values at each sample's step, in float32."""
     return values.to(like.device)[timestep].to(torch.float32)[:, None, None, None]

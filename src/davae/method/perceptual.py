@@ -1,8 +1,8 @@
 """LPIPS v0.1 (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features") in plain torch.
 
-A picture runs through an ImageNet classifier; at five depths the feature vectors of each position are scaled to unit
-length, and the distance is the squared difference of two pictures' vectors, weighted per channel by a trained head,
-averaged over positions and summed over depths. Large pictures are compared patch by patch (`patchwise_lpips`).
+An image runs through an ImageNet classifier; at five depths the feature vectors of each position are scaled to unit
+length, and the distance is the squared difference of two images' vectors, weighted per channel by a trained head,
+averaged over positions and summed over depths. Large images are compared patch by patch (`patchwise_lpips`).
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from davae import assets
 from davae.errors import CheckpointError, SettingsError
 
-MIN_SIDE = 32  # below this the last stage has no position left
+LPIPS_MIN_SIDE = 32
+"""Pixels; below this the last stage has no position left."""
 
-# The published scaling of pictures in [-1, 1] to the classifiers' input.
+# The published scaling of images in [-1, 1] to the classifiers' input.
 INPUT_SHIFT = (-0.030, -0.088, -0.188)
 INPUT_SCALE = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of two batches of pictures; frozen, and differentiable with respect to both.
+    """Perceptual distance of two batches of images; frozen, and differentiable with respect to both.
 
     Build it with `LPIPS.alex()` or `LPIPS.vgg(path)`. It computes in float32; under autocast the convolutions run in
     the caller's precision and everything after them stays in float32.
@@ -90,22 +91,19 @@ class LPIPS(nn.Module):
         return cls(vgg_stages(), Path(path))
 
     def forward(self, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
-        """The distance of each pair, 0 for equal pictures, about 1 for unrelated ones.
-
-        Args:
-            image: pictures in [-1, 1], at least 32 px on each side.
-            other: pictures in [-1, 1], of the same shape.
+        """The distance of each pair of images in [-1, 1], 0 for equal images, about 1 for unrelated ones.
 
         Raises:
             SettingsError: a side is under 32 px.
         """
         height, width = image.shape[-2:]
-        if min(height, width) < MIN_SIDE:
+        if min(height, width) < LPIPS_MIN_SIDE:
             raise SettingsError(
-                f"LPIPS was given pictures of {height}x{width} px, but needs at least {MIN_SIDE} px a side: "
-                "use larger pictures or crops, or set the perceptual weight to 0"
+                f"LPIPS was given images of {height}x{width} px, but needs at least {LPIPS_MIN_SIDE} px a side: "
+                "use larger images or crops, or set the perceptual weight to 0"
             )
-        # Two passes instead of one joined batch: a picture that needs no gradient then keeps no activations.
+
+        # Two passes instead of one joined batch: an image that needs no gradient then keeps no activations.
         pairs = zip(self._features(image), self._features(other), strict=True)
         distance = image.new_zeros(len(image), dtype=torch.float32)
         for index, (features, other_features) in enumerate(pairs):
@@ -119,8 +117,8 @@ class LPIPS(nn.Module):
         for stage in self.stages:
             hidden = stage(hidden)
             vectors = hidden.float()
-            # The reference adds 1e-10 to the length; here the constant is under the root, which bounds the gradient of
-            # a short vector. Both agree to float32 precision: measured lengths are 1 and more.
+            # The reference adds 1e-10 to the length. Under the root, a constant also bounds the gradient of a short
+            # vector; both agree to float32 precision, because measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
 
@@ -160,31 +158,25 @@ def patch_starts(side: int, patch: int, stride: int) -> list[int]:
 def patchwise_lpips(
     lpips: LPIPS, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"], *, patch: int, stride: int
 ) -> Float[Tensor, "b"]:
-    """The mean of LPIPS over a grid of overlapping square patches, for pictures larger than LPIPS was made for.
+    """The mean of LPIPS over a grid of overlapping square patches, for images larger than LPIPS was made for.
 
-    LPIPS's weights were trained on patches of 64 px, and its networks on pictures of 224 px; the SD3 set-up of the
-    paper has patches of 256 px at a stride of 128, which for 1024 px are 7 x 7 (docs/method.md 4). Every patch weighs
-    the same, so positions under more patches weigh more.
-
-    Args:
-        lpips: the network.
-        image: pictures in [-1, 1].
-        other: pictures in [-1, 1], of the same shape.
-        patch: side of a patch in px.
-        stride: px from one patch to the next.
+    LPIPS's weights were trained on patches of 64 px, and its networks on images of 224 px; the paper's SD3 set-up has
+    patches of 256 px at a stride of 128, 7 x 7 of them in 1024 px. Every patch weighs the same, so positions under more
+    patches weigh more.
 
     Raises:
-        SettingsError: a patch is larger than the pictures or smaller than LPIPS needs, or patches would leave gaps.
+        SettingsError: a patch is larger than the images or smaller than LPIPS needs, or patches would leave gaps.
     """
     height, width = image.shape[-2:]
-    if not MIN_SIDE <= patch <= min(height, width) or not 1 <= stride <= patch:
+    if not LPIPS_MIN_SIDE <= patch <= min(height, width) or not 1 <= stride <= patch:
         raise SettingsError(
-            f"patches of {patch} px every {stride} px on pictures of {height}x{width} px: allowed are patches from "
-            f"{MIN_SIDE} px up to the pictures' smaller side, and strides from 1 up to the patch"
+            f"patches of {patch} px every {stride} px on images of {height}x{width} px: allowed are patches from "
+            f"{LPIPS_MIN_SIDE} px up to the images' smaller side, and strides from 1 up to the patch"
         )
-    distances = [
-        lpips(*(pictures[..., top : top + patch, left : left + patch] for pictures in (image, other)))
-        for top in patch_starts(height, patch, stride)
-        for left in patch_starts(width, patch, stride)
-    ]
+
+    distances = []
+    for top in patch_starts(height, patch, stride):
+        for left in patch_starts(width, patch, stride):
+            rows, columns = slice(top, top + patch), slice(left, left + patch)
+            distances.append(lpips(image[..., rows, columns], other[..., rows, columns]))
     return torch.stack(distances).mean(0)

@@ -1,9 +1,9 @@
 """A start for a slim joint decoder without training: some of the full one's channels, each layer by least squares.
 
-No start of a narrower decoder is exact: fewer channels cannot hold what more of them do. What comes near takes one
-layer at a time, from the latents outwards. The slim layer has as its goal some of the full layer's channels, those from
-which the others are predicted best; its input is what the slim layers before it make of the same pictures, errors
-included, so that the fit makes up for them where it can (He, Zhang and Sun, arXiv 1707.06168, prune so). Channels are
+No start of a narrower decoder is exact: fewer channels cannot hold what more of them do. The best one takes one layer
+at a time, from the latents outwards. The target of a slim layer is a choice of the full layer's channels, those from
+which the others are predicted best. Its input is the output of the slim layers before it for the same images, errors
+included, so that the fit corrects them where it can (He, Zhang and Sun, arXiv 1707.06168, prune so). Channels are
 chosen by whole groups of the next norm, which then has the same statistics, and keeps scale and shift of its channels.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
+from einops import rearrange
 from torch import Tensor, nn
 
 from davae.errors import NumericsError, SettingsError
@@ -21,175 +22,198 @@ from davae.method.closed_form import least_squares
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.seeds import generator
 
-ROWS = 16
-"""Positions for each unknown of a fit."""
+POSITIONS_PER_UNKNOWN = 16
+"""Of a least-squares fit."""
 
 
 @torch.no_grad()
 def fit_slim_decoder(slim: AutoencoderDA, full: AutoencoderDA, pictures: Tensor, *, seed: int = 0) -> float:
-    """Set the joint decoder of `slim`, which `slim_decoder.slimmed` made of `full`, from `pictures` [N, 3, H, W].
+    """Set the joint decoder of `slim`, which `slim_decoder.slimmed` made of `full`, from some dozens of images.
 
-    The inner stages that both have in the same shapes are copies already, and stay.
-
-    Args:
-        slim: changed in place.
-        full: the autoencoder with the full decoder.
-        pictures: in [-1, 1]; some dozens. One layer's output for all of them is in memory at a time.
-        seed: of the positions that are fitted.
+    Inner stages that both have in the same shapes are copies already, and stay. One layer's output for all images
+    [N, 3, H, W] is in memory at a time; `seed` chooses the positions that are fitted.
 
     Returns:
-        The mean squared difference of the two decoders' pictures on these, in the scale of [-1, 1].
+        The mean squared difference of the two decoders' images, in the scale of [-1, 1].
 
     Raises:
-        SettingsError: the innermost stage is narrower, and there are no linear blocks: no layer then has the latents
-            for its input.
-        NumericsError: a decoder's pictures are not finite.
+        SettingsError: the innermost stage is narrower, and there are no linear blocks: then no layer reads latents.
+        NumericsError: a decoder's images are not finite.
     """
-    ours: Decoder = slim.joint_decoder
-    theirs: Decoder = full.joint_decoder
-    if not isinstance(ours.conv_in, nn.Conv2d) and len(ours.mid_block.resnets[0].norm1.weight) != len(
-        theirs.mid_block.resnets[0].norm1.weight
-    ):
+    slim_decoder, full_decoder = slim.joint_decoder, full.joint_decoder
+    has_input_layer = isinstance(slim_decoder.conv_in, nn.Conv2d)
+    if not has_input_layer and _inner_width(slim_decoder) != _inner_width(full_decoder):
         raise SettingsError(
             "decoder_block_out_channels: the innermost stage is narrower than the base's, and without linear blocks "
             'nothing can be fitted to that. Keep its width, or use start="closed form"'
         )
-    seen: list[Tensor] = []
-    hook = theirs.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    # What the full decoder reads for these images.
+    inputs: list[Tensor] = []
+    hook = full_decoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     for batch in pictures.split(8):
         full.decode(full.encode(batch.to(full.device, full.dtype)).latent_dist.mode())
     hook.remove()
-    hidden = torch.cat(seen)
-    walk = _Walk(hidden, hidden, torch.arange(hidden.shape[1]), seed)
-    _walk(walk, ours, theirs)
-    error = (walk.slim - walk.full).double().square().mean().item()
-    if not torch.tensor(error).isfinite():
-        raise NumericsError("the decoders' pictures are not finite: the autoencoder is damaged")
-    return error
+    hidden = torch.cat(inputs)
+
+    front = _Front(hidden, hidden, torch.arange(hidden.shape[1]), seed)
+    _fit_decoder(front, slim_decoder, full_decoder)
+    error = (front.slim - front.full).double().square().mean()
+    if not error.isfinite():
+        raise NumericsError("the decoders' images are not finite: the autoencoder is damaged")
+    return error.item()
 
 
 @dataclass
-class _Walk:
-    """Both decoders' outputs of the layer reached: `slim`'s channels stand for the `chosen` ones of `full`."""
+class _Front:
+    """How far the fit has come: both decoders' outputs of the last layer that is done."""
 
     slim: Tensor
     full: Tensor
     chosen: Tensor
+    """The channels of `full` that the channels of `slim` stand for."""
     seed: int
 
     @property
     def exact(self) -> bool:
+        """Whether all layers so far are copies."""
         return torch.equal(self.slim, self.full)
 
 
-def _walk(walk: _Walk, slim: Decoder, full: Decoder) -> None:
+def _inner_width(decoder: Decoder) -> int:
+    return len(decoder.mid_block.resnets[0].norm1.weight)
+
+
+def _fit_decoder(front: _Front, slim: Decoder, full: Decoder) -> None:
     if isinstance(slim.conv_in, nn.Conv2d):
-        _convolution(walk, slim.conv_in, full.conv_in, groups=full.mid_block.resnets[0].norm1.num_groups)
-    middle = zip(slim.mid_block.attentions, full.mid_block.attentions, strict=True)
-    for place, (ours, theirs) in enumerate([(None, None), *middle]):
-        if ours is not None:
-            if not walk.exact:  # its queries and keys are of all channels: without it at first
-                ours.to_out[0].weight.zero_()
-                ours.to_out[0].bias.zero_()
-            walk.slim, walk.full = ours(walk.slim), theirs(walk.full)
-        _resnet(walk, slim.mid_block.resnets[place], [full.mid_block.resnets[place]], walk.full)
+        _fit_convolution(front, slim.conv_in, full.conv_in, groups=full.mid_block.resnets[0].norm1.num_groups)
+
+    # The middle: a residual block, then pairs of attention and residual block.
+    _fit_resnet(front, slim.mid_block.resnets[0], [full.mid_block.resnets[0]], front.full)
+    for place, (ours, theirs) in enumerate(zip(slim.mid_block.attentions, full.mid_block.attentions, strict=True), 1):
+        if not front.exact:  # its queries and keys are of all channels: it starts without effect
+            ours.to_out[0].weight.zero_()
+            ours.to_out[0].bias.zero_()
+        front.slim, front.full = ours(front.slim), theirs(front.full)
+        _fit_resnet(front, slim.mid_block.resnets[place], [full.mid_block.resnets[place]], front.full)
+
     for ours, theirs in zip(slim.up_blocks, full.up_blocks, strict=True):
-        last = walk.full
+        stage_end = front.full
         for resnet in theirs.resnets:
-            last = resnet(last, None)
+            stage_end = resnet(stage_end, None)
+
+        # The last residual block of a shorter stage stands for all that the full stage has left.
+        last = len(ours.resnets) - 1
         for place, resnet in enumerate(ours.resnets):
-            end = place + 1 if place + 1 < len(ours.resnets) else len(theirs.resnets)
-            _resnet(walk, resnet, list(theirs.resnets[place:end]), last)
-        for our_up, their_up in zip(ours.upsamplers or (), theirs.upsamplers or (), strict=True):
-            walk.slim, walk.full = (F.interpolate(each, scale_factor=2.0) for each in (walk.slim, walk.full))
-            _convolution(walk, our_up.conv, their_up.conv, groups=full.conv_norm_out.num_groups)
-    _norm(slim.conv_norm_out, full.conv_norm_out, walk.chosen)
-    walk.slim, walk.full = slim.conv_act(slim.conv_norm_out(walk.slim)), full.conv_act(full.conv_norm_out(walk.full))
-    _convolution(walk, slim.conv_out, full.conv_out, groups=1)
+            blocks = theirs.resnets[place:] if place == last else theirs.resnets[place : place + 1]
+            _fit_resnet(front, resnet, list(blocks), stage_end)
+
+        for our_upsampler, their_upsampler in zip(ours.upsamplers or (), theirs.upsamplers or (), strict=True):
+            front.slim = F.interpolate(front.slim, scale_factor=2.0)
+            front.full = F.interpolate(front.full, scale_factor=2.0)
+            _fit_convolution(front, our_upsampler.conv, their_upsampler.conv, groups=full.conv_norm_out.num_groups)
+
+    _copy_norm(slim.conv_norm_out, full.conv_norm_out, front.chosen)
+    front.slim = slim.conv_act(slim.conv_norm_out(front.slim))
+    front.full = full.conv_act(full.conv_norm_out(front.full))
+    _fit_convolution(front, slim.conv_out, full.conv_out, groups=1)
 
 
-def _convolution(walk: _Walk, slim: nn.Conv2d, full: nn.Conv2d, *, groups: int) -> None:
-    """One layer alone, to the channels of `full` that stand for the others best."""
-    target, copied = full(walk.full), walk.exact and slim.weight.shape == full.weight.shape
-    walk.chosen = _choose(target, slim.out_channels, groups)
+def _fit_convolution(front: _Front, slim: nn.Conv2d, full: nn.Conv2d, *, groups: int) -> None:
+    """One layer alone, to the channels of `full` that predict the others best."""
+    target = full(front.full)
+    copied = front.exact and slim.weight.shape == full.weight.shape
+    front.chosen = _choose_channels(target, slim.out_channels, groups)
     if not copied:
-        _fit([slim], [walk.slim], target[:, walk.chosen], walk.seed)
-    walk.slim, walk.full = slim(walk.slim), target
+        _fit_weights([slim], [front.slim], target[:, front.chosen], front.seed)
+    front.slim, front.full = slim(front.slim), target
 
 
-def _resnet(walk: _Walk, slim: ResnetBlock2D, full: Sequence[ResnetBlock2D], stage: Tensor) -> None:
-    """One residual block for one or several; `stage` is what the full decoder has at the end of them all."""
-    first, target = full[0], walk.full
+def _fit_resnet(front: _Front, slim: ResnetBlock2D, full: Sequence[ResnetBlock2D], stage_end: Tensor) -> None:
+    """One residual block for one or several; `stage_end` is the full decoder's output of its stage."""
+    first, target = full[0], front.full
     for block in full:
         target = block(target, None)
-    same = [p.shape for p in slim.parameters()] == [p.shape for p in first.parameters()]
-    if walk.exact and same and len(full) == 1:
-        walk.chosen = torch.arange(slim.conv2.out_channels)
+
+    same_shapes = [p.shape for p in slim.parameters()] == [p.shape for p in first.parameters()]
+    if front.exact and same_shapes and len(full) == 1:  # a copy
+        front.chosen = torch.arange(slim.conv2.out_channels)
+        front.slim, front.full = slim(front.slim, None), target
+        return
+
+    # First half: norm1, activation and conv1, to the inner channels that norm2 keeps.
+    hidden = first.conv1(first.nonlinearity(first.norm1(front.full)))
+    features = first.nonlinearity(first.norm2(hidden))
+    inner = _choose_channels(features, slim.conv1.out_channels, first.norm2.num_groups)
+    _copy_norm(slim.norm1, first.norm1, front.chosen)
+    _copy_norm(slim.norm2, first.norm2, inner)
+    before = slim.nonlinearity(slim.norm1(front.slim))
+    _fit_weights([slim.conv1], [before], hidden[:, inner], front.seed)
+
+    # Second half: conv2 and the shortcut together, to the channels of the stage's end where they change.
+    if first.conv_shortcut is not None or len(front.chosen) != slim.conv2.out_channels:
+        front.chosen = _choose_channels(stage_end, slim.conv2.out_channels, first.norm2.num_groups)
+    behind = slim.nonlinearity(slim.norm2(slim.conv1(before)))
+    goal = target[:, front.chosen] * slim.output_scale_factor
+    if slim.conv_shortcut is None:
+        _fit_weights([slim.conv2], [behind], goal - front.slim, front.seed)
     else:
-        hidden = first.conv1(first.nonlinearity(first.norm1(walk.full)))
-        features = first.nonlinearity(first.norm2(hidden))
-        inner = _choose(features, slim.conv1.out_channels, first.norm2.num_groups)
-        _norm(slim.norm1, first.norm1, walk.chosen)
-        _norm(slim.norm2, first.norm2, inner)
-        before = slim.nonlinearity(slim.norm1(walk.slim))
-        _fit([slim.conv1], [before], hidden[:, inner], walk.seed)
-        if first.conv_shortcut is not None or len(walk.chosen) != slim.conv2.out_channels:
-            walk.chosen = _choose(stage, slim.conv2.out_channels, first.norm2.num_groups)
-        behind = slim.nonlinearity(slim.norm2(slim.conv1(before)))
-        wanted = target[:, walk.chosen] * slim.output_scale_factor
-        if slim.conv_shortcut is None:
-            _fit([slim.conv2], [behind], wanted - walk.slim, walk.seed)
-        else:
-            _fit([slim.conv2, slim.conv_shortcut], [behind, walk.slim], wanted, walk.seed)
-    walk.slim, walk.full = slim(walk.slim, None), target
+        _fit_weights([slim.conv2, slim.conv_shortcut], [behind, front.slim], goal, front.seed)
+    front.slim, front.full = slim(front.slim, None), target
 
 
-def _norm(slim: nn.GroupNorm, full: nn.GroupNorm, chosen: Tensor) -> None:
+def _copy_norm(slim: nn.GroupNorm, full: nn.GroupNorm, chosen: Tensor) -> None:
     slim.weight.copy_(full.weight[chosen])
     slim.bias.copy_(full.bias[chosen])
 
 
-def _choose(values: Tensor, count: int, groups: int) -> Tensor:
-    """Numbers, rising, of `count` channels of [N, C, h, w] that predict the others well: whole groups of a norm.
+def _choose_channels(values: Tensor, count: int, groups: int) -> Tensor:
+    """Indices, rising, of `count` channels of [N, C, h, w] that predict the others well: whole groups of a norm.
 
-    A Cholesky decomposition of their covariance with pivots: the next group is that of which the least is known yet.
+    A Cholesky decomposition of their covariance with pivots: the next group is the one that is known least so far.
     """
     channels = values.shape[1]
     if count == channels:
         return torch.arange(channels)
-    rest = torch.cov(values.double().transpose(0, 1).flatten(1))
-    chosen: list[Tensor] = []
+
+    covariance = torch.cov(rearrange(values.double(), "n c h w -> c (n h w)"))
+    members = torch.arange(channels).unflatten(0, (groups, -1))
+    chosen: list[int] = []
     for _ in range(count * groups // channels):
-        unknown = rest.diagonal().unflatten(0, (groups, -1)).sum(dim=1)
-        unknown[[int(each[0]) * groups // channels for each in chosen]] = -torch.inf
-        group = torch.arange(channels).unflatten(0, (groups, -1))[unknown.argmax()]
-        chosen.append(group)
-        rest = rest - rest[:, group] @ torch.linalg.pinv(rest[group][:, group], hermitian=True) @ rest[group]
-    return torch.cat(chosen).sort().values
+        unknown = covariance.diagonal().unflatten(0, (groups, -1)).sum(dim=1)
+        unknown[chosen] = -torch.inf
+        chosen.append(int(unknown.argmax()))
+
+        # What the chosen group explains of the others is known now.
+        group = members[chosen[-1]]
+        explained = torch.linalg.pinv(covariance[group][:, group], hermitian=True)
+        covariance = covariance - covariance[:, group] @ explained @ covariance[group]
+    return members[chosen].flatten().sort().values
 
 
-def _fit(convolutions: list[nn.Conv2d], sources: list[Tensor], target: Tensor, seed: int) -> None:
-    """Weights of convolutions whose outputs are added, to make `target` of their `sources`; the first has the bias."""
+def _fit_weights(convolutions: list[nn.Conv2d], sources: list[Tensor], target: Tensor, seed: int) -> None:
+    """Least squares for convolutions of `sources` whose sum is to be `target`; the first one has the bias."""
     number, _, height, width = target.shape
     sizes = [conv.weight[0].numel() for conv in convolutions]
-    each = min(height * width, -(-ROWS * sum(sizes) // number))
-    at = torch.randperm(height * width, generator=generator(seed, "positions"))[:each]
-    rows = [_patches(source, conv.kernel_size[0], at) for source, conv in zip(sources, convolutions, strict=True)]
-    wanted = target.flatten(2)[:, :, at].double().transpose(0, 1).flatten(1)
-    weights, bias = least_squares(torch.cat(rows), wanted)
+    each = min(height * width, -(-POSITIONS_PER_UNKNOWN * sum(sizes) // number))
+    positions = torch.randperm(height * width, generator=generator(seed, "positions"))[:each]
+
+    rows = [
+        _read_patches(source, conv.kernel_size[0], positions)
+        for source, conv in zip(sources, convolutions, strict=True)
+    ]
+    goal = rearrange(target.flatten(2)[:, :, positions].double(), "n c p -> c (n p)")
+    weights, bias = least_squares(torch.cat(rows), goal)
+
     for conv, part in zip(convolutions, weights.split(sizes, dim=1), strict=True):
-        conv.weight.copy_(part.unflatten(1, conv.weight.shape[1:]))
         assert conv.bias is not None, "a decoder's convolutions have biases"
+        conv.weight.copy_(part.unflatten(1, conv.weight.shape[1:]))
         conv.bias.copy_(bias[:, 0] if conv is convolutions[0] else torch.zeros_like(conv.bias))
 
 
-def _patches(source: Tensor, side: int, at: Tensor) -> Tensor:
-    """What a convolution of `side` reads at positions `at` of each picture, [channels x side^2, N x positions]."""
-    height, width = source.shape[2:]
-    padded = F.pad(source, [side // 2] * 4)
-    shifted = [
-        padded[:, :, top : top + height, left : left + width].flatten(2)[:, :, at]
-        for top in range(side)
-        for left in range(side)
-    ]
-    return torch.stack(shifted, dim=2).double().flatten(1, 2).transpose(0, 1).flatten(1)
+def _read_patches(source: Tensor, side: int, positions: Tensor) -> Tensor:
+    """What a convolution of `side` reads at positions of each image, [channels x side^2, N x positions]."""
+    width, padded = source.shape[3], F.pad(source, [side // 2] * 4)
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # a view, [N, C, h, w, side, side]
+    patches = windows[:, :, positions // width, positions % width]
+    return rearrange(patches.double(), "n c p y x -> (c y x) (n p)")

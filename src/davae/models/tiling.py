@@ -34,7 +34,7 @@ def run_in_pieces(
         return torch.cat([run_in_pieces(autoencoder, run, one, **sizes) for one in x.split(1)])
 
     tile = max(1, autoencoder.tile_sample_size // autoencoder.downsample_factor)  # in latent positions
-    exact = up > 1 and _has_exact_tiles(autoencoder)  # then `decode_pixels` makes the tiles
+    exact = up > 1 and has_exact_tiles(autoencoder)  # then `decode_pixels` makes the tiles
     if not autoencoder.use_tiling or exact or max(x.shape[-2:]) // down <= tile:
         return run(x)
     return blend_tiles(run, x, tile=tile, overlap=autoencoder.tile_overlap, **sizes)
@@ -54,9 +54,10 @@ def decode_pixels(autoencoder: ModelMixin, hidden: Tensor, post_quant_conv: nn.M
     return autoencoder.base.decode(decoder, post_quant_conv, hidden)
 
 
-def _has_exact_tiles(autoencoder: ModelMixin) -> bool:
+def has_exact_tiles(autoencoder: ModelMixin) -> bool:
+    """Whether `decode_pixels` makes the tiles of an AutoencoderDA."""
     decoder = autoencoder.joint_decoder
-    return _has_exact_tiles(decoder) if autoencoder.base.nested else can_decode_tiles(decoder)
+    return has_exact_tiles(decoder) if autoencoder.base.nested else can_decode_tiles(decoder)
 
 
 def can_decode_tiles(decoder: nn.Module) -> bool:

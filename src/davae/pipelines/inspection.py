@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 
 from davae.backbones import backbone_of, check_parts
 from davae.backbones.sizes import Size, checked_side
-from davae.method.widen import patch_side, width_of
+from davae.method.widen import measure_width, patch_side
 from davae.models.base_autoencoders import downsample_factor
 
 RESOLUTION_FACTOR = 2
@@ -54,7 +54,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         "detail_channels": detail_channels,
         "patch_size": patch,
         "numbers_per_token": channels * patch**2,
-        "transformer_width": width_of(transformer, ports),
+        "transformer_width": measure_width(transformer, ports),
         "scaling_factor": config.get("scaling_factor"),
         "shift_factor": config.get("shift_factor"),
         "default_size": side,

@@ -6,8 +6,8 @@ from pydantic import Field
 
 from davae.errors import SettingsError
 from davae.method.closed_form import Code
-from davae.method.discriminator import MIN_SIDE as DISCRIMINATOR_MIN_SIDE
-from davae.method.perceptual import MIN_SIDE
+from davae.method.discriminator import DISCRIMINATOR_MIN_SIDE
+from davae.method.perceptual import LPIPS_MIN_SIDE
 from davae.method.stage_one_loss import StageOneSettings
 from davae.run.recipe import Recipe
 from davae.training.recipes import Decay, NotNegative, PicturesRecipe, Positive, Weight
@@ -143,7 +143,7 @@ def check_sides(recipe: AutoencoderRecipe, factor: int) -> None:
         SettingsError: with the side, and what is allowed.
     """
     loss = recipe.loss
-    needs = [(MIN_SIDE, "LPIPS")] if loss.lpips else []
+    needs = [(LPIPS_MIN_SIDE, "LPIPS")] if loss.lpips else []
     needs += [(DISCRIMINATOR_MIN_SIDE, "the discriminator")] if loss.adversarial else []
     least, who = max(needs, default=(0, ""))
     sides = recipe.sides
@@ -158,5 +158,5 @@ def check_sides(recipe: AutoencoderRecipe, factor: int) -> None:
             f"crop={recipe.crop}: allowed are multiples of {factor}, the downsample factor, "
             f"{bound}up to {sides[0]}, the shortest side of a picture at size={recipe.size}"
         )
-    if loss.lpips_patch is not None and not MIN_SIDE <= loss.lpips_patch <= recipe.crop:
-        raise SettingsError(f"lpips_patch={loss.lpips_patch}: allowed are {MIN_SIDE} to crop={recipe.crop}")
+    if loss.lpips_patch is not None and not LPIPS_MIN_SIDE <= loss.lpips_patch <= recipe.crop:
+        raise SettingsError(f"lpips_patch={loss.lpips_patch}: allowed are {LPIPS_MIN_SIDE} to crop={recipe.crop}")
