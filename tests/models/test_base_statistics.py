@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 import tiny
+from autoencoders import disturb_blocks
 from davae import AutoencoderDA, upgrade
 from davae.errors import SettingsError
 
@@ -31,11 +32,7 @@ def vae_of(mean: list[float] | None = MEAN, std: list[float] | None = STD) -> Au
 
 def autoencoder_of(mean: list[float] | None = MEAN, std: list[float] | None = STD, *, linear: bool) -> AutoencoderDA:
     autoencoder = AutoencoderDA.from_base(vae_of(mean, std).double(), detail_channels=4, linear_blocks=linear)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for block in (autoencoder.detail_downsample, autoencoder.detail_upsample):
-            for parameter in block.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    disturb_blocks(autoencoder)
     return autoencoder
 
 

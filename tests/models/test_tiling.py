@@ -1,13 +1,15 @@
-"""Decoding over tiles is decoding the whole, with AutoencoderKL's decoder."""
+"""Slices and tiles are the whole: exactly with AutoencoderKL's decoder, without a seam with others."""
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
 
+from autoencoders import BASES, images, trained
 from davae import AutoencoderDA, assets
 from davae.data.sources import open_pictures
+from davae.method.closed_form import fit_closed_form
 from davae.models.tiling import can_decode_tiles, decode_tiles
 from davae.pipelines.loading import load_autoencoder, load_base_vae
 from tiny import tiny_taesd, tiny_vae
@@ -107,3 +109,87 @@ def test_the_shipped_pair_decodes_real_pictures_without_a_seam() -> None:
 def levels(one: Tensor, other: Tensor) -> float:
     """Largest difference, in 255ths of the range of a picture."""
     return 255 / 2 * (one.clamp(-1, 1) - other.clamp(-1, 1)).abs().max().item()
+
+
+# ----------------------------------------------------------------------------------------------- a whole AutoencoderDA
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_slices_are_the_whole(base: str) -> None:
+    autoencoder, image = trained(base), images(3)
+    latents, whole = autoencoder.encode(image).latent_dist.parameters, autoencoder(image).sample
+    autoencoder.enable_slicing()
+    assert torch.allclose(autoencoder.encode(image).latent_dist.parameters, latents, atol=1e-12)
+    assert torch.allclose(autoencoder(image).sample, whole, atol=1e-12)
+
+
+def pointwise() -> AutoencoderDA:
+    """Its 3x3 kernels see their centre only: no tile can know what lies beyond its border, or need to."""
+    autoencoder = trained("tiny")
+    with torch.no_grad():
+        for module in autoencoder.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                centre = module.weight[..., 1, 1].clone()
+                module.weight.zero_()[..., 1, 1] = centre
+    return autoencoder
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (56, 72), (24, 104)])
+@pytest.mark.parametrize(("tile", "overlap"), [(32, 0.25), (32, 0.0), (44, 0.5), (40, 0.9), (4, 0.5)])
+def test_tiles_cover_every_size_and_weigh_one(height: int, width: int, tile: int, overlap: float) -> None:
+    autoencoder = pointwise()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, height, width, generator=generator).double() * 2 - 1
+    moments = autoencoder.encode(image).latent_dist.parameters
+    latents = torch.randn(2, 12, height // 8, width // 8, generator=generator).double()
+    whole = autoencoder.decode(latents).sample
+    autoencoder.enable_tiling()
+    autoencoder.tile_sample_size, autoencoder.tile_overlap = tile, overlap
+    assert torch.allclose(autoencoder.decode(latents).sample, whole, atol=1e-12)
+    tiled = autoencoder.encode(image).latent_dist.parameters
+    assert tiled.shape == moments.shape
+    # The filter of the base picture reaches over a tile's border; all else is pointwise.
+    assert torch.allclose(tiled[:, 4:], moments[:, 4:], atol=1e-12)
+    autoencoder.disable_tiling()
+    assert torch.equal(autoencoder.decode(latents).sample, whole)
+
+
+def test_pictures_no_larger_than_a_tile_are_not_tiled() -> None:
+    autoencoder, image = trained("kl"), images()
+    whole = autoencoder(image).sample
+    autoencoder.enable_tiling()
+    assert torch.equal(autoencoder(image).sample, whole)
+    autoencoder.tile_sample_size = 32
+    assert torch.equal(autoencoder(image).sample, whole)
+    autoencoder.tile_sample_size = 24
+    assert not torch.equal(autoencoder(image).sample, whole)
+
+
+def scene(side: int) -> Tensor:
+    """Smooth shades with a soft disc on them."""
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, side).double(),) * 2, indexing="ij")
+    disc = torch.sigmoid(20 * (0.5 - (x.square() + y.square()).sqrt()))
+    return torch.stack([0.7 * x, 0.7 * y * (1 - disc), 1.2 * disc - 0.6])[None]
+
+
+@torch.no_grad()
+def test_tiles_join_without_a_seam() -> None:
+    # No norms and no attention: a tile's middle does not know that it is one.
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": (16, 16), "decoder_block_out_channels": (16, 16)}
+    vae = AutoencoderTiny(**channels, num_encoder_blocks=(0, 1), num_decoder_blocks=(0, 1)).double().eval()
+    autoencoder, image = AutoencoderDA.from_base(vae, detail_channels=4), scene(192)
+    fit_closed_form(autoencoder, torch.cat([image, image.flip(3), image.transpose(2, 3)]), metric_pictures=1)
+    latents = autoencoder.encode(image).latent_dist.mode()
+    whole = autoencoder.decode(latents).sample
+    autoencoder.enable_tiling()
+    autoencoder.tile_sample_size, errors = 64, {}
+    for overlap in (0.0, 0.5):  # side by side, and sharing 32 px: the decoder sees half of that around a pixel
+        autoencoder.tile_overlap = overlap
+        tiled = autoencoder.decode(latents).sample
+        errors[overlap] = (tiled - whole).abs().max().item()
+    assert errors[0.5] < 1 / 255
+    assert errors[0.0] > 50 * errors[0.5]
+    again = autoencoder.encode(image).latent_dist.mode()
+    assert again.shape == latents.shape
+    assert (again - latents).abs().max() < 0.1
