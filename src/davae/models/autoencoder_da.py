@@ -32,38 +32,33 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     """Base latents of the image at 1/s of its size, and detail latents of the image itself, on one grid.
 
     Images are [B, 3, H, W] in [-1, 1], H and W multiples of s * f (resolution factor, base downsample factor);
-    latents are [B, C + D, H / (s f), W / (s f)], base first. A stock pipeline brings them to the transformer's unit
-    scale with the base's own two scalars, (latents - shift_factor) * scaling_factor; below, "units" are those.
-    Statistics of the detail latents live in two buffers, so that in units each channel has mean 0 and deviation 1.
-    Where the base has `latents_mean` and `latents_std`, its half in units is (z - mean) / std * scaling_factor.
-    Networks, losses and the methods below see both halves *before standardisation*.
+    latents are [B, C + D, H / (s f), W / (s f)], base first. A stock pipeline brings them to the transformer's units
+    with the base's own two scalars, (latents - shift_factor) * scaling_factor. In units each detail channel has mean 0
+    and deviation 1, by statistics in two buffers; where the base has `latents_mean` and `latents_std`, its half is
+    (z - mean) / std * scaling_factor. Networks, losses and the methods below see both halves *before standardisation*.
 
     Args:
-        base_config: the config of the base autoencoder; it may hold diffusers' `latents_mean` and `latents_std`, C
-            numbers each, or None. An AutoencoderDA can be the base of another: its C + D latents, standardised, are
-            then the base latents.
-        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own ("full" in the
-            reference code): then there is no base encoder, no base half and no alignment.
+        base_config: the config of the base autoencoder. An AutoencoderDA can be the base of another: its C + D latents,
+            standardised, are then the base latents.
+        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own: then there is no
+            base encoder, no base half and no alignment.
         detail_channels: D, a multiple of the base's latent channels.
         latent_channels: C + D; img2img pipelines read it.
-        block_out_channels: the base's, with one entry more for s = 2, two for s = 4; stock pipelines count it to find
-            the downsample factor.
+        block_out_channels: the base's, with one entry more for s = 2, two for s = 4: stock pipelines count it.
         resolution_factor: s, 2 or 4.
         base_downsample: the filter that makes the base image, a key of `construction.DOWNSAMPLE_FILTERS`.
         scaling_factor: the base's, as in diffusers.
         shift_factor: the base's, as in diffusers; 0 where the base has none.
-        linear_blocks: the two new blocks work on latents through 1x1 shortcuts (the closed-form start), and the base's
-            last encoder and first decoder layers stay; otherwise both are skipped, as in the paper.
-        base_in_detail: a 1x1 convolution of the base latents is added to the detail latents' mean, so that these can
-            hold the base's exactly (the codes "base added" and "zero sum" of the closed-form start).
+        linear_blocks: whether the two new blocks work on latents through 1x1 shortcuts (the closed-form start);
+            otherwise they skip the base's last encoder and first decoder layer, as in the paper.
+        base_in_detail: whether a 1x1 convolution of the base latents is added to the detail latents' mean (the codes
+            "base added" and "zero sum" of the closed-form start).
         encoder_block_out_channels: `block_out_channels` again, for SANA's pipelines; None for others. This and the
-            next four are the base's `contract`, see `base_autoencoders.BaseAutoencoder`.
-        z_dim: `latent_channels` again, for Qwen-Image's pipelines, which also give and take images and latents as
-            videos of one frame, [B, channels, 1, height, width].
+            next four are a base's `contract` in `base_autoencoders`.
+        z_dim: `latent_channels` again, for Qwen-Image's pipelines, whose images and latents are videos of one frame.
         latents_mean: C + D zeros, for Qwen-Image's pipelines: `encode` has standardised already.
         latents_std: C + D ones, for the same reason.
-        batch_norm_eps: of `bn`, which FLUX.2's pipelines read: the base's statistics of 2x2 patches of latents, and for
-            the detail latents mean 0 and variance 1.
+        batch_norm_eps: of `bn`, the base's statistics of 2x2 patches of latents, which FLUX.2's pipelines read.
         decoder_block_out_channels: widths of a slim joint decoder, the outermost stage first; None for the base's.
         decoder_layers_per_block: residual blocks of each of its stages less one; None for the base's.
     """
@@ -165,12 +160,11 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     ) -> "AutoencoderDA":
         """An untrained AutoencoderDA on a pretrained autoencoder, whose weights all three of its parts start from.
 
-        With `linear_blocks` the latents of the full image are replaced by the base latents, each repeated on s x s
-        positions, and the detail latents have no effect, until `closed_form.fit_closed_form` or training sets them;
-        without, the new blocks start as in the paper, the 3x3 convolutions at random.
-        With `all_new` there is no base half: the detail encoder makes all `detail_channels` latents, and with linear
-        blocks the full image's latents, averaged over s x s positions, stand where the base latents stood.
-        With an AutoencoderDA for `vae` this is the upgrade of an upgrade: all that `vae` encodes is the base.
+        With `linear_blocks` the decoder sees the base latents, each repeated on s x s positions, and the detail latents
+        have no effect, until `closed_form.fit_closed_form` or training sets them; without, the new blocks start as in
+        the paper, the 3x3 convolutions at random. With `all_new` there is no base half: the detail encoder makes all
+        `detail_channels` latents, and with linear blocks the full image's latents, averaged over s x s positions, stand
+        where the base latents stood. An AutoencoderDA for `vae` gives the upgrade of an upgrade.
 
         Raises:
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
@@ -234,8 +228,12 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     def encode_pretrained(self, sample: Tensor) -> Tensor:
         """The base encoder on an image as it is, scaled as by `encode_base`: [B, base's channels, H / f, W / f]."""
         if self.base_encoder is None:  # all new: the detail encoder is the base's until it is trained
-            return self.to_units(self.base.encode(self.detail_encoder, self.detail_quant_conv, sample))
+            return self._encode_linear(sample)
         return self.to_units(self.base.encode(self.base_encoder, self.base_quant_conv, sample))
+
+    def _encode_linear(self, sample: Tensor) -> Tensor:
+        """The detail encoder's latents of the full image, in front of a linear block."""
+        return self.to_units(self.base.encode(self.detail_encoder, self.detail_quant_conv, sample))
 
     def encode_detail(self, sample: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the detail latents before standardisation, each [B, D, h, w].
@@ -243,7 +241,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         With `base_in_detail` the base latents are needed; give them as `base` where they are known already.
         """
         if self.config.linear_blocks:
-            hidden = self.to_units(self.base.encode(self.detail_encoder, self.detail_quant_conv, sample))
+            hidden = self._encode_linear(sample)
         else:
             hidden = self.base.run_encoder(self.detail_encoder, sample)
         mean, log_variance = self.detail_downsample(hidden).chunk(2, dim=1)
@@ -270,8 +268,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         """Posterior over the C + D latents; the base half is deterministic.
 
         Raises:
-            ValueError: a side of the image is no multiple of the downsample factor, there are several frames, or it is
-                no batch of floating-point numbers.
+            ValueError: several frames, no batch of floats, or a side that is no multiple of the downsample factor.
         """
         frames, x = x.ndim == 5, _single_frame(x)
         self._check_sample(x)
@@ -359,8 +356,6 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         if self.base_encoder is not None:
             self.base_encoder.eval()
         return self
-
-    # ------------------------------------------------------------------------------------------ the parts
 
     def _encode_moments(self, sample: Tensor) -> Tensor:
         base = self.encode_base(sample)
