@@ -24,7 +24,8 @@ from davae.method.losses import (
 from davae.method.metrics import kid, psnr, ssim
 from davae.method.stage_one_loss import add_latent_noise
 from davae.method.widen import pad_channels
-from davae.models.autoencoder_da import AutoencoderDA, DetailDownsample, DetailUpsample
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.seeds import randn, sample_generators
 
 RANDOM = np.random.default_rng(0)

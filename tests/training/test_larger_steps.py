@@ -21,8 +21,8 @@ from davae.errors import DataError, SettingsError
 from davae.evaluation.generation import evaluate
 from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
 from davae.method.closed_form import fit_closed_form
-from davae.models.autoencoder_da import DetailDownsample, DetailUpsample
 from davae.models.base_autoencoders import base_facts, decode_latents
+from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.pipelines.adapter import add_lora, digest_base, save_adapter
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_autoencoder

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from davae.models.base_autoencoders import BaseAutoencoder, base_facts, find_base
 from davae.models.construction import DOWNSAMPLE_FILTERS, check_settings, refuse_newer, start_from
-from davae.models.detail_blocks import DetailDownsample as DetailDownsample  # public names of this file
-from davae.models.detail_blocks import DetailUpsample as DetailUpsample
+from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.models.latent_statistics import LatentStatistics, measure_channels
 from davae.models.precision import at_least_float32
 from davae.models.slim_decoder import slim_decoder
@@ -38,10 +37,8 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     (z - mean) / std * scaling_factor. Networks, losses and the methods below see both halves *before standardisation*.
 
     Args:
-        base_config: the config of the base autoencoder. An AutoencoderDA can be the base of another: its C + D latents,
-            standardised, are then the base latents.
-        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's own: then there is no
-            base encoder, no base half and no alignment.
+        base_config: the config of the base autoencoder, which may be an AutoencoderDA: an upgrade of an upgrade.
+        base_channels: C, the base's latent channels; 0 if all latents are the detail encoder's: no base half.
         detail_channels: D, a multiple of the base's latent channels.
         latent_channels: C + D; img2img pipelines read it.
         block_out_channels: the base's, with one entry more for s = 2, two for s = 4: stock pipelines count it.
@@ -51,10 +48,8 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         shift_factor: the base's, as in diffusers; 0 where the base has none.
         linear_blocks: whether the two new blocks work on latents through 1x1 shortcuts (the closed-form start);
             otherwise they skip the base's last encoder and first decoder layer, as in the paper.
-        base_in_detail: whether a 1x1 convolution of the base latents is added to the detail latents' mean (the codes
-            "base added" and "zero sum" of the closed-form start).
-        encoder_block_out_channels: `block_out_channels` again, for SANA's pipelines; None for others. This and the
-            next four are a base's `contract` in `base_autoencoders`.
+        base_in_detail: whether a 1x1 convolution of the base latents is added to the detail latents' mean.
+        encoder_block_out_channels: `block_out_channels` again, for SANA. This and the next four: `contract` of a base.
         z_dim: `latent_channels` again, for Qwen-Image's pipelines, whose images and latents are videos of one frame.
         latents_mean: C + D zeros, for Qwen-Image's pipelines: `encode` has standardised already.
         latents_std: C + D ones, for the same reason.
@@ -107,7 +102,10 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     ) -> None:
         super().__init__()
         check_settings(self.config)
+        # The base's architecture; `from_base` or a state dict brings its weights.
         self._build_from_base(self.base.load_class().from_config(dict(base_config)))
+
+        # Statistics that bring the latents to the transformer's units.
         self.register_buffer("detail_mean", torch.zeros(detail_channels))
         self.register_buffer("detail_std", torch.ones(detail_channels))
         self.bn: nn.BatchNorm2d | None = None
@@ -128,14 +126,14 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         self.base_encoder = vae.encoder.requires_grad_(False).eval() if base_channels else None
         self.base_quant_conv = quant_conv if base_channels else None
         self.detail_quant_conv = copy.deepcopy(quant_conv) if linear else None
+        if self.base_quant_conv is not None:
+            self.base_quant_conv.requires_grad_(False)
         self.joint_post_quant_conv = getattr(vae, "post_quant_conv", None) if linear else None
         self.joint_decoder = slim_decoder(
             vae.decoder, vae.config, config.decoder_block_out_channels, config.decoder_layers_per_block
         )
-        if self.base_quant_conv is not None:
-            self.base_quant_conv.requires_grad_(False)
 
-        # The new blocks read and write latents of the full image, or skip the layers that make and take them.
+        # The two new blocks read and write latents of the full image, or skip the layers that make and take them.
         into_down = out_of_up = base_facts(vae.config).latent_channels
         if not linear:
             assert self.base.drop_latent_layers is not None, "check_settings has seen to it"
@@ -232,7 +230,6 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         return self.to_units(self.base.encode(self.base_encoder, self.base_quant_conv, sample))
 
     def _encode_linear(self, sample: Tensor) -> Tensor:
-        """The detail encoder's latents of the full image, in front of a linear block."""
         return self.to_units(self.base.encode(self.detail_encoder, self.detail_quant_conv, sample))
 
     def encode_detail(self, sample: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -244,6 +241,8 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
             hidden = self._encode_linear(sample)
         else:
             hidden = self.base.run_encoder(self.detail_encoder, sample)
+
+        # Space to channel, onto the base's grid: mean and log-variance of the posterior.
         mean, log_variance = self.detail_downsample(hidden).chunk(2, dim=1)
         if self.detail_from_base is not None:
             mean = mean + self.detail_from_base(self.encode_base(sample) if base is None else base)
@@ -284,12 +283,13 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         """Images [B, 3, H, W], about [-1, 1], of latents [B, C + D, h, w]; `generator` is unused, as in diffusers.
 
         Raises:
-            ValueError: the latents have not C + D channels, or there are several frames.
+            ValueError: several frames, or other channels than C + D.
         """
         frames, z = z.ndim == 5, _single_frame(z)
         c, d = self.config.base_channels, self.config.detail_channels
         if z.shape[1] != c + d:
             raise ValueError(f"latents of {z.shape[1]} channels; this decoder reads {c + d} ({c} base + {d} detail).")
+
         sample = run_in_pieces(self, self._decode_latents, z, channels=3, up=self.downsample_factor, down=1)
         sample = sample.unsqueeze(2) if frames else sample
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -342,7 +342,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
 
     @property
     def base(self) -> BaseAutoencoder:
-        """What the table of base autoencoders says of this base."""
+        """The row of this base in the table."""
         return find_base(self.config.base_config["_class_name"])
 
     @property

@@ -67,11 +67,14 @@ class AutoencoderTAEF2(AutoencoderTiny):
             shift_factor=shift_factor,
         )
 
+        # The encoder's last stage: one convolution is behind it.
         encoder, decoder = self.encoder.layers, self.decoder.layers
-        last = len(encoder) - 1 - num_encoder_blocks[-1]  # behind these blocks is one convolution
+        last = len(encoder) - 1 - num_encoder_blocks[-1]
         for index in range(last, last + num_encoder_blocks[-1]):
             encoder[index] = MiddleBlock(encoder_block_out_channels[-1], act_fn)
-        for index in range(2, 2 + num_decoder_blocks[0]):  # before these are a convolution and its activation
+
+        # The decoder's first stage: a convolution and its activation are before it.
+        for index in range(2, 2 + num_decoder_blocks[0]):
             decoder[index] = MiddleBlock(decoder_block_out_channels[0], act_fn)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:

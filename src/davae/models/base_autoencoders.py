@@ -166,6 +166,7 @@ class BaseFacts:
 
 def base_facts(config: Config) -> BaseFacts:
     """The facts of a base autoencoder's config, or of an AutoencoderDA's."""
+    # AutoencoderDC and AutoencoderTiny name the encoder's stages, AutoencoderKLQwenImage gives multiples.
     stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if stages is None:
         stages = [config["base_dim"] * multiple for multiple in config["dim_mult"]]

@@ -27,6 +27,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     base = find_base(base_config["_class_name"])
     channels = base_facts(base_config).latent_channels
 
+    # The two new blocks and the groups of the alignment loss have to divide.
     s = config["resolution_factor"]
     if s not in RESOLUTION_FACTORS:
         raise ValueError(f"resolution_factor={s}: allowed are 2 and 4. For more, upgrade the upgraded again.")
@@ -41,6 +42,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
             f"alignment loss averages groups, and of {half}, half of resolution_factor^2. The nearest is {nearest}."
         )
 
+    # Statistics of the base: of each channel, or none.
     mean, std = base_config.get("latents_mean"), base_config.get("latents_std")
     absent = mean is None and std is None
     complete = mean is not None and std is not None and len(mean) == len(std) == channels
@@ -50,6 +52,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
             f"with deviations above 0; or both None. They are {mean} and {std}."
         )
 
+    # Choices.
     if config["base_downsample"] not in DOWNSAMPLE_FILTERS:
         allowed = ", ".join(DOWNSAMPLE_FILTERS)
         raise ValueError(f"base_downsample={config['base_downsample']!r}: allowed are {allowed}.")
@@ -81,11 +84,13 @@ def start_from(autoencoder: ModelMixin, vae: ModelMixin) -> None:
             own = part.state_dict()
             part.load_state_dict({key: weight for key, weight in source.state_dict().items() if key in own})
 
+    # Statistics of 2x2 patches: the base's channels come first.
     patch_channels = 4 * autoencoder.config.base_channels
     if autoencoder.bn is not None and patch_channels:
         autoencoder.bn.running_mean[:patch_channels] = vae.bn.running_mean
         autoencoder.bn.running_var[:patch_channels] = vae.bn.running_var
 
+    # Linear blocks: the decoder sees the base latents, enlarged; detail latents have no effect.
     if autoencoder.detail_from_base is not None:
         autoencoder.detail_from_base.weight.zero_()
     if not autoencoder.config.linear_blocks:

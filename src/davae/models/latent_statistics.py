@@ -88,6 +88,7 @@ def measure_channels(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: no batches, or a channel that does not vary or is not finite.
     """
+    # Sums of all positions, so that the batches do not matter.
     count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for batch in batches:
         latents = batch.double().cpu()
@@ -97,6 +98,7 @@ def measure_channels(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     if count == 0:
         raise ValueError("calibrate() was given no images; it needs some hundred of the training set.")
 
+    # A channel that says nothing cannot be brought to unit scale.
     mean = total / count
     deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
     useless = (~(deviation > 1e-6)).nonzero().flatten().tolist()  # NaN compares false

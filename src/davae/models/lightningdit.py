@@ -70,12 +70,14 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"attention_head_dim={attention_head_dim} must be a multiple of 4: pairs for two axes.")
         width, side = num_attention_heads * attention_head_dim, sample_size // patch_size
 
+        # Embeddings of patches, positions, time and class.
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.pos_embed = nn.Parameter(position_table(width, side)[None], requires_grad=False)  # [1, tokens, width]
         self.t_embedder = TimestepEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         self.feat_rope = RotaryEmbedding(attention_head_dim, side)
 
+        # The transformer, and the way back to patches.
         self.blocks = nn.ModuleList(
             LightningDiTBlock(width, num_attention_heads, swiglu_width(width, mlp_ratio), qk_norm=qk_norm)
             for _ in range(num_layers)
@@ -106,6 +108,7 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{', '.join(map(str, expected))}], for its positions are fixed."
             )
 
+        # One token for each patch; time and class modulate every block.
         tokens = self.x_embedder(hidden_states) + self.pos_embed  # [B, tokens, width]
         condition = self.t_embedder(timestep) + self.y_embedder(class_labels)  # [B, width]
         for block in self.blocks:
@@ -153,6 +156,8 @@ class LightningDiTBlock(nn.Module):
         """Tokens [B, N, width], condition [B, width] -> tokens."""
         modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+
+        # Each half adds to the residual stream through its gate, which is zero at the start.
         attended = self.attn(_modulate(self.norm1(tokens), shift_attention, scale_attention), rotary)
         tokens = tokens + gate_attention * attended
         return tokens + gate_mlp * self.mlp(_modulate(self.norm2(tokens), shift_mlp, scale_mlp))
@@ -173,6 +178,7 @@ class Attention(nn.Module):
         """[B, N, width] -> [B, N, width]."""
         parts = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, head]
         query, key, value = parts.unbind()
+        # Positions are in the angles of queries and keys.
         query, key = rotary(self.q_norm(query)), rotary(self.k_norm(key))
         attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
         return self.proj(attended.transpose(1, 2).flatten(2))
@@ -219,8 +225,11 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, side: int) -> None:
         super().__init__()
+        # Angles of each position along a side, each twice: neighbouring channels are a pair.
         frequencies = _frequencies(head_dim // 4)
         angles = torch.outer(torch.arange(side, dtype=torch.float64), frequencies).repeat_interleave(2, dim=1)
+
+        # The first half of the channels turns with the row, the second with the column.
         rows = angles[:, None].expand(side, side, -1)
         columns = angles[None].expand(side, side, -1)
         angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
@@ -324,6 +333,7 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     except KeyError as error:
         raise ValueError("no state dict of a LightningDiT with RMSNorm and SwiGLU: see docs/formats.md.") from error
 
+    # Variants that this class does not have.
     if modulation != 6 * width or rows != patch_size * patch_size * channels:
         raise ValueError(
             f"modulation of {modulation} rows and output of {rows}: allowed are 6 x {width} (with shifts) and "
@@ -333,6 +343,7 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if swiglu_width(width, mlp_ratio) != mlp_width:
         raise ValueError(f"a SwiGLU of width {mlp_width} is 2/3 of no mlp_ratio (two decimals) times {width}.")
 
+    # The width of a head: without q_norm, only the rotary tables tell it.
     q_norm = shapes.get("blocks.0.attn.q_norm.weight")
     head = q_norm or shapes.get("feat_rope.freqs_cos")
     if head is None:

@@ -37,6 +37,7 @@ def slim_decoder(
             "of an upgrade"
         )
 
+    # At first as deep as the base, and with as many groups in every norm as all widths allow.
     widths, depths = choose_stages(base_config, block_out_channels, layers_per_block)
     slim = Decoder(
         in_channels=base_config["latent_channels"],
@@ -74,6 +75,7 @@ def choose_stages(
     deepest = base_config["layers_per_block"]
     widths, depths = tuple(block_out_channels or widest), tuple(layers_per_block or [deepest] * len(widest))
 
+    # Whole groups of the base's norms, and not more of them.
     units = [most // base_config["norm_num_groups"] for most in widest]
     if len(widths) != len(widest) or any(
         not 0 < width <= most or width % unit for width, most, unit in zip(widths, widest, units, strict=True)
@@ -120,6 +122,7 @@ def slimmed(
     slim = type(autoencoder).from_config(config)
     nn.Module.to(slim, dtype=autoencoder.dtype, device=autoencoder.device)
 
+    # Encoders, statistics, and the decoder's layers that kept their shapes.
     weights = slim.state_dict()
     for name, weight in autoencoder.state_dict().items():
         if name in weights and weight.shape == weights[name].shape:

@@ -33,8 +33,9 @@ def run_in_pieces(
     if autoencoder.use_slicing and len(x) > 1:
         return torch.cat([run_in_pieces(autoencoder, run, one, **sizes) for one in x.split(1)])
 
-    tile = max(1, autoencoder.tile_sample_size // autoencoder.downsample_factor)  # in latent positions
-    exact = up > 1 and has_exact_tiles(autoencoder)  # then `decode_pixels` makes the tiles
+    # A tile's side in latent positions; exact tiles are made by `decode_pixels`.
+    tile = max(1, autoencoder.tile_sample_size // autoencoder.downsample_factor)
+    exact = up > 1 and has_exact_tiles(autoencoder)
     if not autoencoder.use_tiling or exact or max(x.shape[-2:]) // down <= tile:
         return run(x)
     return blend_tiles(run, x, tile=tile, overlap=autoencoder.tile_overlap, **sizes)
@@ -47,6 +48,7 @@ def decode_pixels(autoencoder: ModelMixin, hidden: Tensor, post_quant_conv: nn.M
         for setting in ("use_tiling", "tile_sample_size", "tile_storage"):
             setattr(decoder, setting, getattr(autoencoder, setting))
 
+    # A tile's side in positions of the decoder's input, which is s times finer than the latents.
     tile = max(1, autoencoder.tile_sample_size * autoencoder.config.resolution_factor // autoencoder.downsample_factor)
     if autoencoder.use_tiling and max(hidden.shape[-2:]) > tile and can_decode_tiles(decoder):
         hidden = hidden if post_quant_conv is None else post_quant_conv(hidden)
@@ -79,6 +81,7 @@ def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.
     layer = _Layer(torch.empty_like(middle, device=storage), hidden.device)
     layer.write(middle)
 
+    # Every tile goes through a layer before any goes through the next.
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             layer = _run_resnet(resnet, layer, tile)
@@ -136,6 +139,7 @@ class _Layer:
         if hook is not None:
             hook.post_forward(norm, None)
 
+        # One scale and one shift for each channel.
         scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1).to(self.device, wide) * weight
         shift = bias - mean.expand_as(means).flatten(1).to(scale) * scale
         return torch.addcmul(shift[..., None, None], piece, scale[..., None, None]).to(piece.dtype)
@@ -186,6 +190,7 @@ def _convolve(
             if after is not None:
                 piece = after(piece, (rows, columns))
 
+            # Without that border, in positions of the output.
             y, x = up * (top - rows.start), up * (left - columns.start)
             target.write(piece[..., y : y + up * (bottom - top), x : x + up * (right - left)], up * top, up * left)
     return target
@@ -215,6 +220,8 @@ def blend_tiles(
         for left in _tile_starts(width, tile, stride):
             piece = run(x[..., top * down : (top + tile) * down, left * down : (left + tile) * down])
             weight = torch.outer(_feather(piece.shape[-2], total), _feather(piece.shape[-1], total))
+
+            # In positions of the output.
             rows = slice(top * up, top * up + piece.shape[-2])
             columns = slice(left * up, left * up + piece.shape[-1])
             total[..., rows, columns] += piece * weight
