@@ -91,6 +91,7 @@ def fit_closed_form(
     directions = vectors.flip(1)[:, :components]
     encode, decode = directions.T @ root, inverse_root @ directions  # U^T W and W^-1 U
 
+    # The code: coordinates of the residual with base latents in them, or of the full latents.
     if code in BASE_CODES:
         coordinates = _spread_components(code, encode @ residual, len(base), autoencoder.config.detail_channels)
         maps = _map_residual(prediction, offset, encode, decode, coordinates, add_base=code != "residual")
@@ -145,6 +146,7 @@ def _count_components(autoencoder: AutoencoderDA, code: Code) -> int:
             'allowed is code="unit variance"'
         )
 
+    # There are as many components as channels of the unshuffled latents, s^2 C.
     most = autoencoder.detail_downsample.shortcut.in_channels
     if detail_channels > most:
         raise SettingsError(f"detail_channels={detail_channels}: the full latents have {most}; give at most so many.")
@@ -204,6 +206,7 @@ def _map_full_latents(
     else:
         coordinates = _align(code - mean, base)
 
+    # Outside of U, the base latents predict the full ones.
     keep = torch.eye(len(decode)).double() - decode @ encode
     back = decode @ torch.linalg.inv(coordinates)
     return _Maps(
@@ -220,11 +223,13 @@ def _map_residual(
 
     Without `add_base` there is no Zb in z_d.
     """
+    # Zb in each of its r channels.
     channels = prediction.shape[1]
     repeat = torch.eye(channels).double().repeat_interleave(len(coordinates) // channels, dim=0)
     if not add_base:
         repeat = torch.zeros_like(repeat)
 
+    # The encoder sees A Zb in Zf, so the base path takes it away again.
     weights, back = coordinates @ encode, decode @ torch.linalg.pinv(coordinates)
     return _Maps(
         encoder=(weights, -weights @ offset),
@@ -264,6 +269,7 @@ def _set_linear_blocks(autoencoder: AutoencoderDA, maps: _Maps) -> None:
         convolution.weight.zero_()
         convolution.bias.zero_()
 
+    # Mean and log-variance come out of one convolution.
     weight, offset = maps.encoder
     down.shortcut.weight[:channels, :, 0, 0] = weight
     down.shortcut.bias[:channels] = offset[:, 0]

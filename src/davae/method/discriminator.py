@@ -32,6 +32,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         centred = wide - mean[:, None, None]
         variance = all_reduce(centred.square().mean(dim=(0, 2, 3))) / ranks
 
+        # Running statistics, with the unbiased variance, as torch keeps them.
         with torch.no_grad():
             count, momentum = ranks * wide.numel() // wide.shape[1], self.momentum or 0.1
             self.running_mean.lerp_(mean.detach(), momentum)
@@ -69,6 +70,7 @@ class PatchDiscriminator(nn.Module):
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
+        # pix2pix's start, from one generator in the order of the layers.
         for layer in self.main:
             if isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02, generator=generator)

@@ -39,10 +39,14 @@ def sample_timesteps(
     """
     if shift <= 0 or std <= 0:
         raise SettingsError(f"shift={shift} and std={std} must both be positive")
+
+    # The shift moves times towards noise, as the scheduler does in sampling.
     normal = torch.randn(batch, generator=generator, device=generator.device, dtype=torch.float64)
     t = torch.sigmoid(mean + std * normal)
     sigma = (shift * t / (1 + (shift - 1) * t)).float()
-    smallest = torch.finfo(torch.float32).eps  # rounding to float32 may reach the ends; they carry no signal
+
+    # Rounding to float32 may reach the ends, where there is nothing to learn.
+    smallest = torch.finfo(torch.float32).eps
     return sigma.clamp(smallest, 1 - smallest)
 
 

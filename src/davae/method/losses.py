@@ -105,6 +105,7 @@ def adaptive_weight(
       shortcut beside it, maximum 1e8. With the closed-form start that convolution is zero at first; its gradient is
       not, because it depends on what the convolution reads.
     """
+    # 1e-4 keeps the weight finite where the loss has no gradient.
     reference = torch.linalg.vector_norm(at_least_float32(reference_gradient.detach()))
     own = torch.linalg.vector_norm(at_least_float32(gradient.detach()))
     return (reference / (own + 1e-4)).clamp(0, maximum)

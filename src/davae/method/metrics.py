@@ -42,8 +42,8 @@ def ssim(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Fl
 
     The window is Gaussian, 11 px wide, sigma 1.5.
     """
-    # SSIM is defined on intensities, which are not negative, hence the + 1. Float64 would take 13 times as long and
-    # changes the value by 1e-5.
+    # SSIM is defined on intensities, which are not negative, hence the + 1. Float64 takes 13 times as long and changes
+    # the value by 1e-5.
     similarity = structural_similarity_index_measure(
         image.float() + 1, other.float() + 1, data_range=DATA_RANGE, reduction="none"
     )
@@ -100,6 +100,7 @@ def kid(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width
     if min(count_a, count_b) < 2:
         raise SettingsError(f"KID needs at least 2 images in each set, {count_a} and {count_b} were given")
 
+    # Unbiased: no image is compared with itself.
     a, b = features_a.double(), features_b.double()
     within_a, within_b = _cubic_kernel(a, a), _cubic_kernel(b, b)
     mean_a = (within_a.sum() - within_a.trace()) / (count_a * (count_a - 1))
@@ -149,6 +150,7 @@ class EfficientNetLite0Features:
 
     def _features(self, images: Tensor) -> Tensor:
         size = (self.side, self.side)
+        # The network's own preprocessing: bytes, centred on 127.
         resized = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         pixels = (resized.clamp(-1, 1) + 1) * 127.5
         return cast(Tensor, self.network.extract_features((pixels - 127) / 128)).mean((2, 3))  # type: ignore[operator]

@@ -97,6 +97,7 @@ def variance_loss(
     difference = scale * (prediction.detach().float() - noise.float())
     divergence = (log_variance - low + (low - log_variance).exp() - 1 + difference.square() * (-log_variance).exp()) / 2
 
+    # In bits, weighted as in Eq. 13.
     weights = torch.ones(divergence.shape[1], device=divergence.device)
     weights[base_channels:] = detail_weight
     bits = divergence / math.log(2)

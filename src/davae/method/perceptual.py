@@ -174,6 +174,7 @@ def patchwise_lpips(
             f"{LPIPS_MIN_SIDE} px up to the images' smaller side, and strides from 1 up to the patch"
         )
 
+    # Every pair of starts is a patch of both images.
     distances = []
     for top in patch_starts(height, patch, stride):
         for left in patch_starts(width, patch, stride):

@@ -97,6 +97,7 @@ def _fit_decoder(front: _Front, slim: Decoder, full: Decoder) -> None:
         front.slim, front.full = ours(front.slim), theirs(front.full)
         _fit_resnet(front, slim.mid_block.resnets[place], [full.mid_block.resnets[place]], front.full)
 
+    # The stages, from the inner one outwards.
     for ours, theirs in zip(slim.up_blocks, full.up_blocks, strict=True):
         stage_end = front.full
         for resnet in theirs.resnets:
@@ -113,6 +114,7 @@ def _fit_decoder(front: _Front, slim: Decoder, full: Decoder) -> None:
             front.full = F.interpolate(front.full, scale_factor=2.0)
             _fit_convolution(front, our_upsampler.conv, their_upsampler.conv, groups=full.conv_norm_out.num_groups)
 
+    # To pixels.
     _copy_norm(slim.conv_norm_out, full.conv_norm_out, front.chosen)
     front.slim = slim.conv_act(slim.conv_norm_out(front.slim))
     front.full = full.conv_act(full.conv_norm_out(front.full))
@@ -193,6 +195,7 @@ def _choose_channels(values: Tensor, count: int, groups: int) -> Tensor:
 
 def _fit_weights(convolutions: list[nn.Conv2d], sources: list[Tensor], target: Tensor, seed: int) -> None:
     """Least squares for convolutions of `sources` whose sum is to be `target`; the first one has the bias."""
+    # Some positions of each image are enough for a fit.
     number, _, height, width = target.shape
     sizes = [conv.weight[0].numel() for conv in convolutions]
     each = min(height * width, -(-POSITIONS_PER_UNKNOWN * sum(sizes) // number))

@@ -114,7 +114,7 @@ def widen_ports(
             f"({len(foreign)} tensors in all) differ; fuse or unload adapters, and widen before you quantise"
         )
 
-    # The input port's bias keeps its shape, but must not be shared, because the ports are trained.
+    # Zeros for the new channels. The input port's bias keeps its shape, but is not shared: the ports are trained.
     for name in list(tensors):
         if name.rpartition(".")[0] == ports.input:
             tensors[name] = tensors[name].clone()
@@ -136,6 +136,7 @@ def _check_channels(transformer: ModelMixin, ports: LatentPorts, *, base_channel
     if detail_channels < 1:
         raise SettingsError(f"detail_channels={detail_channels} must be 1 or more")
 
+    # Zeros can be appended to plain weights only.
     for name in (ports.input, ports.output):
         layer = transformer.get_submodule(name)
         if not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer.weight) is not nn.Parameter:
@@ -219,6 +220,7 @@ def start_ports(
             'base\'s rows cannot be repeated: use "zero" or "random"'
         )
 
+    # In each tensor of a port, keep the base's channels and make the others anew.
     tensors, ratio = transformer.state_dict(), detail_channels // base_channels
     for name, (layout, axes) in _port_layouts(transformer, ports, channels).items():
         channels_last = _put_channels_last(layout)
