@@ -212,7 +212,7 @@ def test_generate_writes_pictures_and_a_page_that_is_safe(upgraded, tmp_path) ->
     text = page.read_text()
     assert "<b>blue" not in text
     assert "<b>blue</b> & tree" in unescape(text)
-    assert "2 pictures, 2 steps, guidance 4.0, seed 4." in text
+    assert "2 images, 2 steps, guidance 4.0, seed 4." in text
     assert text.count("data:image/") == 2
 
 
@@ -238,7 +238,7 @@ class TestEvaluate:
         assert result["kid"] > 0  # made by random weights
         assert result["kid_error"] > 0
         text = unescape(page.read_text())
-        assert "KID (EfficientNet-Lite0) of 6 pictures against 16 real ones" in text
+        assert "KID (EfficientNet-Lite0) of 6 images against 16 real ones" in text
         assert f"{1000 * result['kid']:.2f}" in text
 
     @pytest.mark.parametrize("count", [2, 3])
