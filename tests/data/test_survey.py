@@ -87,7 +87,7 @@ def test_the_sheet_shows_the_pictures_in_their_places(tmp_path):
 def test_the_command_writes_the_facts_and_the_sheet(odd_set, tmp_path, capsys):
     inspect(odd_set, "--size", 32, "--out", tmp_path / "out")
     printed = capsys.readouterr().out
-    for part in ("8 pictures; 4 refused, 2 of them unreadable", "page.jpg", "32x32", "no caption", "pictures/s"):
+    for part in ("8 images; 4 refused, 2 of them unreadable", "page.jpg", "32x32", "no caption", "images/s"):
         assert part in printed
     facts = json.loads((tmp_path / "out/inspection.json").read_text())
     assert facts["source"] == str(odd_set)

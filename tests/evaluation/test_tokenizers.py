@@ -23,9 +23,9 @@ from davae.evaluation.tokenizers import (
     detail_randomised,
     detail_zeroed,
     facts,
-    folder_names,
     load_tokenizer,
     load_tokenizers,
+    name_folders,
     stock,
     upgraded,
 )
@@ -214,12 +214,12 @@ def test_folders_of_something_else_are_refused(base_folder, dc_folder, tmp_path)
 
 
 def test_names_are_short_and_apart(tmp_path: Path) -> None:
-    assert folder_names([]) == []
-    assert folder_names([tmp_path / "a" / "vae", tmp_path / "b" / "vae"]) == ["a/vae", "b/vae"]
+    assert name_folders([]) == {}
+    assert list(name_folders([tmp_path / "a" / "vae", tmp_path / "b" / "vae"])) == ["a/vae", "b/vae"]
     two = [tmp_path / "a" / "x" / "vae", tmp_path / "b" / "x" / "vae"]
-    assert folder_names(two) == ["a/x/vae", "b/x/vae"]
+    assert list(name_folders(two)) == ["a/x/vae", "b/x/vae"]
     with pytest.raises(SettingsError, match="given twice"):
-        folder_names([tmp_path / "a", tmp_path / "a"])
+        name_folders([tmp_path / "a", tmp_path / "a"])
 
 
 # ---------------------------------------------------------------------------------------------------- the whole table

@@ -1,4 +1,4 @@
-"""The command line: verbs that parse, call and print. What they do is in the modules that they import when called."""
+"""The command line: verbs parse, call and print. They import the rest of davae when called, so that --help is fast."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from davae import __version__
-from davae.cli import cache, data, making, measuring, runs, training
+from davae.cli import cache, data, making, measuring, training
 from davae.cli.options import by_first, is_first, say
 from davae.errors import DavaeError
 
@@ -33,7 +33,7 @@ verbs: dict[str, Callable[..., None]] = {  # in the order of `davae --help`
     "latents": by_first(measuring.latents),
     "evaluate": measuring.evaluate,
     "bench": by_first(measuring.bench),
-    "runs": by_first(runs.runs),
+    "runs": by_first(training.runs),
 }
 for name, verb in verbs.items():
     app.command(name=name)(verb)
@@ -42,15 +42,16 @@ app.add_typer(cache.app, name="cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb; a user's mistake is its message on stderr and the error's exit code, never a traceback."""
+    """Run one verb; a user's mistake becomes a message on stderr and an exit code, never a traceback."""
     stderr = Console(soft_wrap=True, highlight=False, stderr=True)
     if not is_first():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress, which the first process shows
+        os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows the libraries' progress
+
     try:
         app(arguments)
     except DavaeError as error:
-        stopped = error.exit_code > 128  # by a signal, with everything saved
-        if not stopped:
+        # A code above 128 is a signal, after which everything is saved: no error.
+        if error.exit_code <= 128:
             stderr.print("[bold red]error[/]", end=" ")
         stderr.print(str(error), markup=False)
         sys.exit(error.exit_code)

@@ -1,41 +1,42 @@
-"""Verbs about pictures: `davae data inspect`."""
+"""The verb that looks at images before training: `davae data inspect`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from davae.cli.options import DryRun, Pictures, by_first, say, show
+from davae.cli import options
+from davae.cli.options import by_first, say, show
 
-app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
-
-Sizes = Annotated[list[int], typer.Option(min=16, help="Side in pixels. Repeatable, for several resolutions.")]
-AspectRatios = Annotated[
-    list[str], typer.Option("--aspect-ratio", metavar="W:H", help="Of a bucket, such as 3:2. Repeatable.")
-]
+app = typer.Typer(help="Look at images before training on them.", no_args_is_help=True)
 
 
 @app.command()
 @by_first
 def inspect(
-    source: Pictures,
-    size: Sizes = [256],  # noqa: B006 - typer reads the default and never changes it
-    aspect_ratios: AspectRatios = [],  # noqa: B006 - as above
+    source: options.ImageSource,
+    size: Annotated[list[int], typer.Option(min=16, help="Side in pixels. Repeatable, for several resolutions.")] = [
+        256
+    ],
+    aspect_ratios: Annotated[
+        list[str], typer.Option("--aspect-ratio", metavar="W:H", help="Of a bucket, such as 3:2. Repeatable.")
+    ] = [],
     bucket_step: Annotated[int, typer.Option(min=1, help="The buckets' sides are multiples of this.")] = 32,
-    captions: Annotated[bool, typer.Option(help="Pictures need captions, as in stage 2.")] = True,
-    classes: Annotated[bool, typer.Option(help="Pictures need classes instead.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures, evenly spread.")] = None,
+    captions: Annotated[bool, typer.Option(help="Images need captions, as in stage 2.")] = True,
+    classes: Annotated[bool, typer.Option(help="Images need classes instead.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many images, evenly spread.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for inspection.json and contact_sheet.png; by default runs/data/NAME.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> None:
-    """Count, measure and show the pictures of a source, and say which are refused and why."""
+    """Count, measure and show the images of a source, and list the refused ones with reasons."""
     from davae.data.buckets import bucket_table
 
     sizes = sorted(set(size))
-    buckets = bucket_table(sizes, aspect_ratios, multiple=bucket_step if aspect_ratios or len(sizes) > 1 else 1)
+    multiple = bucket_step if aspect_ratios or len(sizes) > 1 else 1
+    buckets = bucket_table(sizes, aspect_ratios, multiple=multiple)
     settings: dict[str, Any] = {"size": sizes[0], "captions": captions, "classes": classes, "limit": limit}
     if dry_run:
         return show({"source": source, **settings, "buckets": [f"{item.width}x{item.height}" for item in buckets]})
@@ -51,6 +52,7 @@ def inspect(
     write_png(folder / "contact_sheet.png", contact_sheet(pictures))
     if json:
         return show(facts)
+
     _print(facts)
     say(folder / "inspection.json")
     say(folder / "contact_sheet.png")
@@ -60,7 +62,7 @@ def _print(facts: dict[str, Any]) -> None:
     from davae.run.markdown import markdown_table
 
     refused = facts["refused"]
-    say(f"{facts['pictures']} pictures; {refused['pictures']} refused, {refused['unreadable']} of them unreadable")
+    say(f"{facts['pictures']} images; {refused['pictures']} refused, {refused['unreadable']} of them unreadable")
 
     # What was measured of each picture, in quantiles.
     measured = {
@@ -78,7 +80,7 @@ def _print(facts: dict[str, Any]) -> None:
     for bucket in facts["buckets"]:
         cut_off = "" if bucket["cut_off"] is None else f"{bucket['cut_off']:.1%}"
         rows.append([f"{bucket['width']}x{bucket['height']}", bucket["pictures"], cut_off])
-    say(markdown_table(["bucket, px", "pictures", "cut off"], rows))
+    say(markdown_table(["bucket, px", "images", "cut off"], rows))
 
     if refused["each"]:
         say(markdown_table(["refused", "kind", "reason"], [list(item.values()) for item in refused["each"][:20]]))
@@ -86,11 +88,11 @@ def _print(facts: dict[str, Any]) -> None:
         say(f"... and {len(refused['each']) - 20} more, in inspection.json")
 
     captions = facts["captions"]
-    say(f"captions: {captions['empty']} empty, {captions['repeated']} that several pictures have")
+    say(f"captions: {captions['empty']} empty, {captions['repeated']} that several images have")
     if "classes" in facts:
         classes = facts["classes"]
-        say(f"classes: {classes['classes']}, of {classes['fewest']} to {classes['most']} pictures")
-    say(f"detail: {facts['soft']} pictures are soft, above {facts['soft_db']:g} dB")
+        say(f"classes: {classes['classes']}, of {classes['fewest']} to {classes['most']} images")
+    say(f"detail: {facts['soft']} images are soft, above {facts['soft_db']:g} dB")
 
     alone, together = facts["loader"]["pictures_per_second"]
-    say(f"loader: {alone} pictures/s with one thread, {together} with {facts['loader']['threads']}, files just read")
+    say(f"loader: {alone} images/s with one thread, {together} with {facts['loader']['threads']}, files just read")

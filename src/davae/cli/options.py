@@ -16,82 +16,93 @@ from davae.errors import SettingsError
 
 _stdout = Console(soft_wrap=True, highlight=False)
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, as resolved, and leave.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of the run.")]
-Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting.")]
+# Where things are read and written.
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
-ReportTo = Annotated[
-    list[str],
-    typer.Option(help="Where metrics are shown, too: wandb, trackio, none; or TensorBoard, if it is installed."),
-]
-RunFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE; of a section, runs/RECIPE/SECTION.")
-]
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
 AutoencoderPath = Annotated[
     Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA, or of an adapter.")
 ]
-Adapter = Annotated[
-    list[Path], typer.Option(help="An adapter folder, to apply to the (base) pipeline. Repeatable: one upon the other.")
-]
-RankTimeout = Annotated[float, typer.Option(min=1, help="Seconds that a process of several waits for another.")]
-Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
-PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
-PictureSize = Annotated[
-    str | None, typer.Option(metavar="SIDE|WIDTHxHEIGHT", help="In pixels; by default the pipeline's own square.")
-]
-Size = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels; by default the pipeline's.")]
-Pictures = Annotated[
+ImageSource = Annotated[
     str,
     typer.Argument(
         metavar="PICTURES", help="A folder, shards here or at a URL, parquet files, datasets:NAME; see docs/data.md."
     ),
 ]
+Adapter = Annotated[
+    list[Path], typer.Option(help="An adapter folder, applied to the base pipeline. Repeatable: one upon the other.")
+]
+RunFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE, or runs/RECIPE/SECTION for a section.")
+]
+ResultFolder = Annotated[Path, typer.Option(help="Folder for the results and their page.")]
+
+# Images and how they are sampled.
+ImageSize = Annotated[
+    str | None, typer.Option(metavar="SIDE|WIDTHxHEIGHT", help="In pixels; by default the pipeline's own square.")
+]
+Side = Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most this many images.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+GuidanceScale = Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")]
+PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of the run.")]
+
+# The run itself.
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")]
+Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
+RankTimeout = Annotated[float, typer.Option(min=1, help="Seconds that one rank waits for another.")]
+ReportTo = Annotated[
+    list[str], typer.Option(help="Trackers of metrics: wandb, trackio, none; by default TensorBoard if installed.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
 
 
-def device_of(name: str | None) -> str:
-    """The device of that name, or the best one here: of several ranks each has its own."""
+def choose_device(name: str | None) -> str:
+    """The device of that name, or by default a GPU if there is one; each rank has its own."""
     import torch
 
     from davae.run.ranks import Ranks
 
-    allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    gpu = torch.cuda.is_available()
+    allowed = ["cpu", "cuda"] if gpu else ["cpu"]
     if name is not None and name.partition(":")[0] not in allowed:
         raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
-    return name or str(Ranks().device if torch.cuda.is_available() else allowed[-1])
+    return name or str(Ranks().device if gpu else "cpu")
 
 
-def trackers_of(names: list[str]) -> list[str]:
-    """The trackers that `--report-to` means: those named, or else TensorBoard, if it is installed."""
+def choose_trackers(names: list[str]) -> list[str]:
+    """The trackers of `--report-to`: the named ones, or TensorBoard if it is installed."""
     if "none" in names:
         return []
-    return names or ["tensorboard"] * (find_spec("tensorboard") is not None)
+    if not names and find_spec("tensorboard") is not None:
+        return ["tensorboard"]
+    return names
 
 
-def size_of(text: str | None) -> int | tuple[int, int] | None:
-    """A side, or width and height, in pixels, of "256" or "320x192"."""
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """The side, or width and height, in pixels: "256" or "320x192"."""
     if text is None:
         return None
-    found = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
-    if found is None:
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
+    if match is None:
         raise SettingsError(f"--size {text}: give a side in pixels, such as 256, or WIDTHxHEIGHT, such as 320x192")
-    width, height = found.groups()
+    width, height = match.groups()
     return int(width) if height is None else (int(width), int(height))
 
 
-def quiet() -> None:
-    """Keep the libraries' notes on torchvision, casts and cut captions out of a run's progress; errors are shown."""
+def quiet_libraries() -> None:
+    """Keep notes on torchvision, casts and cut captions out of a run's progress; errors are still shown."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def is_first() -> bool:
-    """Whether this is the first of the processes that torchrun or `accelerate launch` has started, or the only one."""
+    """Whether this is rank 0 of torchrun or `accelerate launch`, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def by_first(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb, done by the first of several processes as if it were the only one; the others are done at once."""
+    """Let rank 0 run the verb as if it were the only process; the other ranks leave at once."""
 
     @functools.wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -104,7 +115,7 @@ def by_first(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(text: object) -> None:
-    """Print a line for the user, or for a script, to stdout; of several processes the first does."""
+    """Print a line to stdout, on rank 0 only."""
     if is_first():
         _stdout.print(str(text), markup=False)
 

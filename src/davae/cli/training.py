@@ -1,18 +1,24 @@
-"""Verbs that train: both stages, each from its recipe."""
+"""Verbs that train, each from its recipe; and the one that lists runs."""
 
-from davae.cli.options import DryRun, RankTimeout, RecipePath, ReportTo, RunFolder, Settings, quiet, say, trackers_of
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davae.cli import options
+from davae.cli.options import choose_trackers, quiet_libraries, say
 
 
 def train_autoencoder(
-    recipe: RecipePath,
-    out: RunFolder = None,
-    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
-    report_to: ReportTo = [],  # noqa: B006 - as above
-    rank_timeout: RankTimeout = 1800.0,
-    dry_run: DryRun = False,
+    recipe: options.RecipePath,
+    out: options.RunFolder = None,
+    settings: options.Settings = [],
+    report_to: options.ReportTo = [],
+    rank_timeout: options.RankTimeout = 1800.0,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
-    quiet()
+    quiet_libraries()
     from davae.cost.budget import plan_of
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
@@ -21,19 +27,19 @@ def train_autoencoder(
     if dry_run:
         return say(plan_of(resolved, recipe))
     folder = run_folder(AutoencoderRecipe, recipe, out)
-    say(train_autoencoder(resolved, folder, report_to=trackers_of(report_to), rank_timeout=rank_timeout))
+    say(train_autoencoder(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout))
 
 
 def finetune(
-    recipe: RecipePath,
-    out: RunFolder = None,
-    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
-    report_to: ReportTo = [],  # noqa: B006 - as above
-    rank_timeout: RankTimeout = 1800.0,
-    dry_run: DryRun = False,
+    recipe: options.RecipePath,
+    out: options.RunFolder = None,
+    settings: options.Settings = [],
+    report_to: options.ReportTo = [],
+    rank_timeout: options.RankTimeout = 1800.0,
+    dry_run: options.DryRun = False,
 ) -> None:
-    """Stage 2: teach the upgraded transformer the detail latents (LoRA and ports, layers and ports, or all of it)."""
-    quiet()
+    """Stage 2: fine-tune the upgraded transformer for the detail latents: LoRA and ports, layers and ports, or all."""
+    quiet_libraries()
     from davae.cost.budget import plan_of
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.stage_two_recipe import FinetuneRecipe
@@ -43,4 +49,18 @@ def finetune(
     if dry_run:
         return say(plan_of(resolved, recipe))
     folder = run_folder(FinetuneRecipe, recipe, out)
-    say(finetune(resolved, folder, report_to=trackers_of(report_to), rank_timeout=rank_timeout))
+    say(finetune(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout))
+
+
+def runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Runs, or folders of runs; by default runs/.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all settings as JSON, for programs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: this verb changes nothing.")] = False,
+) -> None:
+    """List runs: their progress, their results, and the settings in which they differ."""
+    from davae.run.comparison import find_runs, to_json, to_text
+
+    summaries = find_runs(folders or [Path("runs")])
+    say(to_json(summaries) if as_json else to_text(summaries))

@@ -151,13 +151,12 @@ def load_tokenizer(folder: Path, *, device: str = "cpu") -> Tokenizer:
 
 
 def load_tokenizers(folders: Sequence[Path], *, device: str = "cpu") -> dict[str, Tokenizer]:
-    """`load_tokenizer` of each folder, by `folder_names`."""
-    names = folder_names(folders)
-    return {name: load_tokenizer(folder, device=device) for name, folder in zip(names, folders, strict=True)}
+    """`load_tokenizer` of each folder, by `name_folders`."""
+    return {name: load_tokenizer(folder, device=device) for name, folder in name_folders(folders).items()}
 
 
-def folder_names(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder: as few of its last parts, two at least, as tell it from the others.
+def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by name: the last two parts of the path, or more where two folders would have the same name.
 
     Raises:
         SettingsError: a folder was given twice.
@@ -166,10 +165,10 @@ def folder_names(folders: Sequence[Path]) -> list[str]:
     for depth in range(2, 1 + max(map(len, parts), default=0)):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
-            return names
+            return dict(zip(names, folders, strict=True))
     if folders:
         raise SettingsError(f"{', '.join(map(str, folders))}: a folder was given twice; give each once")
-    return []
+    return {}
 
 
 def facts(tokenizer: Tokenizer, *, size: int, patch: int, tokens: int | None) -> dict[str, Any]:
