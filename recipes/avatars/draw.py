@@ -14,9 +14,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.progress import track
 
 from davae.data import avatars
+from davae.run.progress import track
 
 IMAGES_PER_FILE = 1024
 
@@ -24,7 +24,7 @@ IMAGES_PER_FILE = 1024
 def draw_file(path: Path, numbers: Sequence[int], size: int) -> None:
     """Draw the images of these numbers into one file, which appears when it is complete."""
     images = np.empty((len(numbers), 3, size, size), dtype=np.uint8)
-    for row, number in enumerate(track(numbers, description=path.name)):
+    for row, number in enumerate(track(numbers, path.name, unit="images")):
         image = avatars.draw_image(avatars.draw_attributes(number), size)
         images[row] = np.asarray(image).transpose(2, 0, 1)
 

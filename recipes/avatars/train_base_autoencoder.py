@@ -14,7 +14,7 @@ RUN holds checkpoints and metrics.jsonl of both phases; either command goes on w
 import copy
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -26,14 +26,13 @@ from davae.data.order import random_crops
 from davae.method.losses import gradient_l1, kl_loss_mean, reconstruction_l1
 from davae.method.metrics import psnr
 from davae.method.perceptual import LPIPS
-from davae.run.recipe import Recipe, load_recipe
+from davae.run.recipe import load_recipe
 from davae.seeds import generator
-from davae.training.optimizers import OptimizerSettings
-from davae.training.recipes import warmup_cosine
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 
 
-class BaseAutoencoderRecipe(Recipe):
+class BaseAutoencoderRecipe(OptimisationRecipe):
     """Everything that decides the run."""
 
     size: int = 128
@@ -46,7 +45,10 @@ class BaseAutoencoderRecipe(Recipe):
     learning_rate: float = 1.5e-3
     decoder_steps: int = 3000
     decoder_learning_rate: float = 6e-4
+    """Both learning rates fall to a fiftieth on a half cosine."""
     warmup_steps: int = 100
+    weight_decay: float = 0.01
+    precision: Literal["auto", "float32", "bf16"] = "bf16"
     batch_size: int = 8
     """Crops in a step; a step of whole images has as many pixels."""
     crop: int = 64
@@ -63,7 +65,6 @@ class BaseAutoencoderRecipe(Recipe):
     """In the second phase: each image's latents get noise of deviation |N(0, 1)| times this, in units."""
     evaluate_every: int = 500
     checkpoint_every: int = 500
-    seed: int = 0
 
 
 def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
@@ -131,19 +132,13 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
     vae.encoder.requires_grad_(not decoder_only)
     steps = recipe.decoder_steps if decoder_only else recipe.steps
     peak = recipe.decoder_learning_rate if decoder_only else recipe.learning_rate
+    schedule = {"steps": steps, "learning_rate": peak, "final_learning_rate": 0.02 * peak}
     state = TrainingState(
+        recipe.model_copy(update=schedule),
         folder,
         {"vae": vae},
         [parameter for parameter in vae.parameters() if parameter.requires_grad],
-        total_steps=steps,
-        learning_rate=warmup_cosine(peak, floor=0.02 * peak, warmup_steps=recipe.warmup_steps, total_steps=steps),
-        optimizer=OptimizerSettings(betas=(0.9, 0.99), weight_decay=0.01),
-        mixed_precision="bf16",
-        checkpoint_every=recipe.checkpoint_every,
-        seed=recipe.seed,
-        recipe_digest=recipe.digest(),
         label="base decoder" if decoder_only else "base autoencoder",
-        samples=recipe.batch_size,
     )
 
     for step in state.steps():

@@ -8,9 +8,9 @@ strips of images of the same 24 held-out prompts; the same command goes on where
 
     python recipes/avatars/train_base_transformer.py IMAGES RUN --autoencoder AUTOENCODER --out PIPELINE --cool-down
 
-lowers the learning rate to nothing from RUN's newest checkpoint on, in a folder of its own beside it. Either command
-writes PIPELINE at its end, a stock `StableDiffusion3Pipeline` folder in half precision; with `--export` it writes that
-of the newest checkpoint at once.
+lowers the learning rate to nothing, from the weights of RUN's newest checkpoint on. Either command writes PIPELINE at
+its end, a stock `StableDiffusion3Pipeline` folder in half precision; with `--export` it writes that of the newest
+checkpoint at once.
 """
 
 import json
@@ -18,7 +18,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,7 @@ import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from drawn_images import DrawnImages, halved
 from PIL import Image
-from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from word_tokenizers import PROMPT_TOKENS, clip_tokenizer, t5_tokenizer, token_ids
@@ -38,18 +37,19 @@ from davae.data.order import batch_indices
 from davae.errors import CheckpointError
 from davae.method.flow import interpolate, sample_timesteps, velocity_target
 from davae.run.checkpoint import latest_checkpoint
-from davae.run.recipe import Recipe, load_recipe
+from davae.run.progress import track
+from davae.run.recipe import load_recipe
 from davae.run.storage import write_json
 from davae.seeds import generator
-from davae.training.optimizers import OptimizerSettings
-from davae.training.recipes import attention_on
+from davae.training.devices import attention_on
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 
 TEXT_WIDTH = 128
 SAMPLING_STEPS, GUIDANCE = 20, 2.5
 
 
-class BaseTransformerRecipe(Recipe):
+class BaseTransformerRecipe(OptimisationRecipe):
     """Everything that decides the run."""
 
     width: int = 256
@@ -62,7 +62,10 @@ class BaseTransformerRecipe(Recipe):
     cool_down_steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-3
+    """As the peak: it stays. The last phase alone lowers it, on a half cosine to nothing."""
     warmup_steps: int = 200
+    precision: Literal["auto", "float32", "bf16"] = "bf16"
     weight_decay: float = 0.01
     shift: float = 1.5
     """The scheduler's static timestep shift, in training and in sampling."""
@@ -73,7 +76,6 @@ class BaseTransformerRecipe(Recipe):
     checkpoint_every: int = 500
     compiled: bool = True
     """Compile the transformer for the usual length of prompts. That takes minutes, and a third off every step."""
-    seed: int = 0
 
 
 def text_encoder(words: int) -> CLIPTextModelWithProjection:
@@ -171,7 +173,7 @@ def encode_images(vae: AutoencoderKL, images: DrawnImages, path: Path) -> Tensor
         return load_file(path)["latents"]
     vae = vae.to(memory_format=torch.channels_last)
     latents = []
-    for part in track(torch.arange(len(images)).split(64), description=path.name):
+    for part in track(torch.arange(len(images)).split(64), path.name, unit="batches"):
         small = halved(images.batch(part.tolist())).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(vae.encode(small).latent_dist.mode().float().contiguous())
@@ -232,17 +234,20 @@ def save_half(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def cool_down_folder(run: Path) -> tuple[Path, int]:
-    """The folder of the last phase, which begins with a copy of the newest checkpoint, and its first step."""
-    folder = run / "cool_down"
-    start = folder / "start.json"
+def copy_start(run: Path, names: Sequence[str]) -> Path:
+    """The folder with the weights that the last phase starts from: a copy of the newest checkpoint's, made once."""
+    start = run / "cool_down_start"
     if not start.exists():
         newest = latest_checkpoint(run / "constant/checkpoints")
         if newest is None:
-            raise CheckpointError(f"{run}/constant has no checkpoint to cool down from: train first")
-        shutil.copytree(newest, folder / "checkpoints" / newest.name, dirs_exist_ok=True)
-        write_json(start, {"step": int(newest.name.removeprefix("step-"))})
-    return folder, json.loads(start.read_text())["step"]
+            raise CheckpointError(f"{run / 'constant'} has no checkpoint to cool down from: train first")
+        partial = run / "cool_down_start.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copy(newest / f"{name}.safetensors", partial)
+        write_json(partial / "checkpoint.json", {"name": newest.name})
+        partial.rename(start)
+    return start
 
 
 def main(
@@ -269,28 +274,16 @@ def main(
     for module in modules.values():
         module.train().requires_grad_(True)
 
-    folder, start = cool_down_folder(run) if cool_down else (run / "constant", recipe.steps)
+    # The last phase starts from the weights of the other, with an optimiser and a schedule of its own.
+    folder = run / "constant"
+    if cool_down:
+        folder, start = run / "cool_down", copy_start(run, names)
+        recipe = recipe.model_copy(update={"steps": recipe.cool_down_steps, "final_learning_rate": 0.0})
+        for name, module in modules.items():
+            load_model(module, start / f"{name}.safetensors")
 
-    def learning_rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / recipe.warmup_steps)
-        cold = max(0.0, 1 - (step - start) / recipe.cool_down_steps) if step > start else 1.0
-        return recipe.learning_rate * warm * cold
-
-    state = TrainingState(
-        folder,
-        modules,
-        [parameter for module in modules.values() for parameter in module.parameters()],
-        total_steps=start + recipe.cool_down_steps if cool_down else recipe.steps,
-        learning_rate=learning_rate,
-        optimizer=OptimizerSettings(betas=(0.9, 0.99), weight_decay=recipe.weight_decay),
-        ema_decay=recipe.ema_decay,
-        mixed_precision="bf16",
-        checkpoint_every=recipe.checkpoint_every,
-        seed=recipe.seed,
-        recipe_digest=recipe.digest(),
-        label="base transformer",
-        samples=recipe.batch_size,
-    )
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    state = TrainingState(recipe, folder, modules, parameters, label="base transformer")
     if export:
         with state.ema_weights():
             save_half(pipeline, out)

@@ -139,6 +139,7 @@ def test_captions_are_made_of_the_vocabulary() -> None:
     seen, longest = set(), 0
     for number in range(3000):
         known, ignored = read_words(caption(draw_attributes(number), random.Random(number)))
+        assert known
         assert set(ignored) <= ARTICLES
         seen |= set(known)
         longest = max(longest, len(known))

@@ -203,7 +203,7 @@ def _as_list(attributes: Attributes, expression: str, phrases: dict[str, str], d
     parts += phrases.values()
     if draw.random() < 0.4:
         draw.shuffle(parts)
-    return ", ".join(parts)
+    return ", ".join(parts) or _person(attributes, draw)
 
 
 def _as_sentence(attributes: Attributes, expression: str, phrases: dict[str, str], draw: random.Random) -> str:

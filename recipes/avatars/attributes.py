@@ -1,0 +1,66 @@
+"""Which attributes an image shows, read off by the nearest of all renderings that differ in one attribute."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from davae.data import avatars
+from davae.data.avatars import Attributes
+
+SIDE = 128
+"""Images are compared at this side, which the base has, too."""
+
+
+def alternatives(attributes: Attributes) -> dict[str, list[str | None]]:
+    """By attribute, every value that it may have beside the others as they are, the right one first."""
+    style = avatars.HAIR[attributes.hair]
+    # A hair style is compared with those that have a colour of the same kind, so that only the style differs.
+    styles = [name for name, other in avatars.HAIR.items() if other.colored == style.colored]
+    values: dict[str, list[str | None]] = {
+        "hair": [*styles],
+        "expression": [*avatars.EXPRESSIONS],
+        "accessory": [None, *avatars.ACCESSORIES],
+        "facial_hair": [None, *avatars.FACIAL_HAIR],
+        "skin": [*avatars.SKIN_COLORS],
+        "shirt": [*avatars.SHIRT_COLORS],
+        "background": [*avatars.BACKGROUND_COLORS],
+    }
+    if attributes.hair_color:
+        values["hair_color"] = [*avatars.HAIR_COLORS]
+    if attributes.hat_color:
+        values["hat_color"] = [*avatars.SHIRT_COLORS]
+
+    for name, listed in values.items():
+        right = getattr(attributes, name)
+        values[name] = [right, *(value for value in listed if value != right)]
+    return values
+
+
+def read_attributes(made: Mapping[str, Tensor], attributes: Attributes) -> dict[str, dict[str, bool]]:
+    """By set and attribute, whether an image made for these attributes is nearest to the right rendering.
+
+    Args:
+        made: by set, an image [3, SIDE, SIDE] in [0, 255].
+        attributes: what all of them should show.
+    """
+    right: dict[str, dict[str, bool]] = {name: {} for name in made}
+    for attribute, values in alternatives(attributes).items():
+        images = [avatars.draw_image(replace(attributes, **{attribute: value}), SIDE) for value in values]
+        renderings = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+        for name, image in made.items():
+            distances = (renderings - image.float()).square().mean(dim=(1, 2, 3))
+            # A value that cannot be seen, such as a mouth behind a beard, is rendered as the right one: a tie is right.
+            right[name][attribute] = bool(distances[0] <= distances.min())
+    return right
+
+
+def accuracy(answers: Sequence[Mapping[str, bool]]) -> dict[str, tuple[float, int]]:
+    """By attribute, the share of right answers, and how many images have the attribute."""
+    shares = {}
+    for name in sorted({name for answer in answers for name in answer}):
+        given = [answer[name] for answer in answers if name in answer]
+        shares[name] = (sum(given) / len(given), len(given))
+    return shares

@@ -1,0 +1,111 @@
+"""Measure a base pipeline, and its upgrade, on prompts that no training saw.
+
+    python recipes/avatars/measure.py PIPELINE RUN --count 1000
+    python recipes/avatars/measure.py PIPELINE RUN --count 1000 --upgrade runs/stage2/adapter
+
+A prompt is the full caption of a held-out image, so that it fixes the image. RUN/result.json compares the base enlarged
+with bicubic and the upgrade, made from the same noise: KID against the images of the prompts; PSNR, SSIM and LPIPS to
+the image of each prompt; and the share of each attribute that is right, read off by the nearest rendering. Real images
+give the bounds: halved and enlarged with bicubic, and other held-out images. Images that lie in RUN are not made again.
+
+The set is an easy one: one style, aligned, and one image for a full caption.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from attributes import SIDE, accuracy, read_attributes
+from torch import Tensor
+
+from davae.data import avatars
+from davae.data.avatar_captions import full_caption
+from davae.data.avatars import Attributes
+from davae.evaluation.generation import features_of, kid_with_error, sample_many, scaled
+from davae.method.metrics import psnr, ssim
+from davae.method.perceptual import LPIPS
+from davae.pipelines.loading import load_pipeline
+from davae.run.progress import track
+from davae.run.record import environment
+from davae.run.storage import write_json
+
+SAMPLING = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": 20}
+BASE, ENLARGED, UPGRADE = "base", "base enlarged", "upgrade"
+HALVED, OTHER = "real images, halved and enlarged", "other real images"
+
+
+def real_images(attributes: list[Attributes], size: int) -> list[Tensor]:
+    """The exact images, uint8 [3, size, size]."""
+    images = [avatars.draw_image(each, size) for each in track(attributes, "drawing", unit="images")]
+    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+
+
+@torch.no_grad()
+def distances(made: list[Tensor], real: list[Tensor], lpips: LPIPS) -> dict[str, list[float]]:
+    """Mean and standard error of PSNR (dB), SSIM and LPIPS between images and the exact ones."""
+    values = []
+    for start in range(0, len(made), 16):
+        pair = [torch.stack(images[start : start + 16]).float() / 127.5 - 1 for images in (made, real)]
+        values.append(torch.stack([metric(*pair).flatten() for metric in (psnr, ssim, lpips)]))
+
+    table = torch.cat(values, dim=1).double()
+    errors = table.std(dim=1) / len(made) ** 0.5
+    numbers = torch.stack([table.mean(dim=1), errors], dim=1).tolist()
+    return dict(zip(("psnr", "ssim", "lpips"), numbers, strict=True))
+
+
+def attribute_accuracy(sets: dict[str, list[Tensor]], attributes: list[Attributes]) -> dict[str, dict[str, list]]:
+    """By set and attribute, the share that is right and of how many."""
+    answers: dict[str, list[dict[str, bool]]] = {name: [] for name in sets}
+    for index, each in enumerate(track(attributes, "reading attributes", unit="images")):
+        images = {name: scaled(made[index], SIDE) for name, made in sets.items()}
+        for name, right in read_attributes(images, each).items():
+            answers[name].append(right)
+    return {name: {key: list(pair) for key, pair in accuracy(given).items()} for name, given in answers.items()}
+
+
+def main(
+    pipeline: Annotated[Path, typer.Argument(help="The base pipeline's folder.")],
+    run: Annotated[Path, typer.Argument(help="The folder for images and numbers.")],
+    upgrade: Annotated[Path | None, typer.Option(help="An adapter folder of the base.")] = None,
+    count: Annotated[int, typer.Option(help="Prompts.")] = 1000,
+    start: Annotated[int, typer.Option(help="The first held-out image to take its caption from.")] = 512,
+) -> None:
+    """Measure, and write the numbers."""
+    held_out = itertools.islice(avatars.numbers(held_out=True), start, start + 2 * count)
+    attributes = [avatars.draw_attributes(number) for number in held_out]
+    attributes, others = attributes[:count], attributes[count:]
+    prompts = [full_caption(each) for each in attributes]
+
+    # The images of the pipelines. The base's are compared at the upgrade's side.
+    base = sample_many(load_pipeline(pipeline), prompts, run / BASE, label=BASE, **SAMPLING)
+    side = 2 * base[0].shape[-1]
+    sets = {ENLARGED: [scaled(image, side) for image in base]}
+    if upgrade is not None:
+        upgraded = load_pipeline(pipeline, adapter=upgrade)
+        sets[UPGRADE] = sample_many(upgraded, prompts, run / UPGRADE, label=UPGRADE, **SAMPLING)
+
+    # Real images, exact and otherwise.
+    real = real_images(attributes, side)
+    sets[HALVED] = [scaled(scaled(image, side // 2), side) for image in real]
+
+    lpips = LPIPS.alex()
+    references = features_of(real, side=side)
+    result = {
+        "kid": {
+            name: list(kid_with_error(features_of(images, side=side), references, seed=0))
+            for name, images in {**sets, OTHER: real_images(others, side)}.items()
+        },
+        "to_exact": {name: distances(images, real, lpips) for name, images in sets.items()},
+        "attributes": attribute_accuracy({**sets, "real images": real}, attributes),
+        "counts": {"prompts": count, "first held-out image": start},
+        "sampling": SAMPLING,
+    }
+    write_json(run / "result.json", {**result, "environment": environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)
