@@ -138,8 +138,9 @@ class Backbone:
         if not self.one_size:
             self._check_pipeline(pipeline)
 
-        # Transformers without a sample size are those of FLUX and its kin; their pipelines count with 128.
-        factor = downsample_factor(pipeline.vae.config)  # not every pipeline's own count is its VAE's
+        # The VAE's own factor, since some pipelines have another in their code. FLUX and its kin, whose transformers
+        # have no sample size, count with 128.
+        factor = downsample_factor(pipeline.vae.config)
         default = config.get("sample_size", 128) * factor
         if self.one_size:
             if size not in (None, default):
@@ -149,6 +150,7 @@ class Backbone:
                 )
             return default
 
+        # A side is a multiple of a token's, and ends where the positions do.
         token = factor * patch_side(pipeline.transformer, self.ports)
         largest = None if self.longest_grid is None else self.longest_grid(config) * token
         unit = math.lcm(token, self.pixel_multiple)

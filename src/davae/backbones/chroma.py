@@ -25,6 +25,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    # The mask goes on over the image's tokens; their ids, and those of the text, are FLUX.1's.
     embeds, mask = condition["encoder_hidden_states"], condition["attention_mask"]
     grid = token_grid(latents)
     return call_packed(
@@ -39,7 +40,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
 
 
 BACKBONE = Backbone(
-    flux.PORTS,
+    flux.BACKBONE.ports,
     condition,
     velocity,
     # As for FLUX.1, but for the modulation, which one layer makes for all blocks.

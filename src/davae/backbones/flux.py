@@ -11,8 +11,6 @@ from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
 from davae.backbones.packing import call_packed, packed_arguments, token_grid
 from davae.method.widen import LatentPorts
 
-PORTS = LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2)
-
 GUIDANCE = 3.5
 """The guidance that a distilled model (FLUX.1-dev) is told in training: the stock pipeline's default."""
 
@@ -25,6 +23,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    # All text tokens are at the origin; an image token's id is 0, row, column.
     tokens = condition["encoder_hidden_states"].shape[1]
     return call_packed(
         transformer,
@@ -38,7 +37,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
 
 
 BACKBONE = Backbone(
-    PORTS,
+    LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
     condition,
     velocity,
     # As for Stable Diffusion 3, and the same of the single-stream blocks; their `proj_out` is named like a port.

@@ -16,13 +16,10 @@ from davae.method.widen import LatentPorts
 GUIDANCE = 4.0
 """The guidance that a distilled model (FLUX.2-dev) is told in training: the stock pipeline's default."""
 
-STEPS = 50
-"""Sampling steps, on which the shift depends: the stock pipelines' default."""
-
 
 def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
-    """exp(mu) of the pipelines' own formula, for so many tokens and `STEPS` steps."""
-    return math.exp(compute_empirical_mu(image_seq_len=tokens, num_steps=STEPS))
+    """The pipelines' own formula, which depends on the sampling steps, too; 50 are their default."""
+    return math.exp(compute_empirical_mu(image_seq_len=tokens, num_steps=50))
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
@@ -36,13 +33,14 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    # Ids are time, row, column, and place in the text.
     places = torch.arange(condition["encoder_hidden_states"].shape[1], device=latents.device)
     return call_packed(
         transformer,
         latents,
         sigma,
         guidance=torch.full_like(sigma, GUIDANCE) if transformer.config.guidance_embeds else None,
-        txt_ids=F.pad(places[:, None], (3, 0)),  # time, row, column, place in the text
+        txt_ids=F.pad(places[:, None], (3, 0)),
         img_ids=F.pad(token_grid(latents), (1, 1)),
         **condition,
     )

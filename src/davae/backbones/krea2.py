@@ -12,13 +12,10 @@ from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, comput
 from davae.backbones.packing import call_packed, packed_arguments, token_grid
 from davae.method.widen import LatentPorts
 
-DISTILLED_MU = 1.15
-"""The stock pipeline's logarithm of the shift for distilled models, for any number of tokens."""
-
 
 def shift(pipeline: DiffusionPipeline, tokens: int) -> float:
-    """As of the scheduler, but for distilled models."""
-    return math.exp(DISTILLED_MU) if pipeline.config.is_distilled else compute_shift(pipeline, tokens)
+    """The scheduler's shift; distilled models have one for any number of tokens."""
+    return math.exp(1.15) if pipeline.config.is_distilled else compute_shift(pipeline, tokens)
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
@@ -30,8 +27,8 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     embeds = condition["encoder_hidden_states"].unflatten(2, (transformer.config.num_text_layers, -1))
-    text_places = torch.zeros(embeds.shape[1], 2, device=latents.device)
-    places = torch.cat([text_places, token_grid(latents)])
+    # Text tokens are at the origin, and come first.
+    places = torch.cat([torch.zeros(embeds.shape[1], 2, device=latents.device), token_grid(latents)])
     return call_packed(
         transformer,
         latents,

@@ -22,6 +22,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    # An image token's id is 1, row, column, counted from behind the text.
     text_ids = ovis_image.text_ids(condition)
     image_ids = F.pad(token_grid(latents) + TEXT_TOKENS, (1, 0), value=1.0)
     return call_packed(transformer, latents, sigma, txt_ids=text_ids, img_ids=image_ids, **condition)
@@ -35,7 +36,7 @@ def call_arguments(pipeline: DiffusionPipeline, prompts: Sequence[str], **settin
 
 
 BACKBONE = Backbone(
-    flux.PORTS,
+    flux.BACKBONE.ports,
     condition,
     velocity,
     lora_targets=flux.BACKBONE.lora_targets,

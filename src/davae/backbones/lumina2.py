@@ -8,9 +8,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.method.widen import LatentPorts
 
-COUNTED_FACTOR = 8
-"""The downsample factor that the stock pipeline counts with, whatever its VAE's is."""
-
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
     """`encoder_hidden_states` [B, max_sequence_length, width] and `encoder_attention_mask` [B, max_sequence_length].
@@ -33,9 +30,10 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
 def call_arguments(
     pipeline: DiffusionPipeline, prompts: Sequence[str], *, noise: Latents, **settings: Any
 ) -> dict[str, Any]:
-    """Height and width as the pipeline counts them."""
-    height, width = (COUNTED_FACTOR * length for length in noise.shape[-2:])
-    return stock_arguments(pipeline, prompts, noise=noise, **{**settings, "height": height, "width": width})
+    """Height and width as the pipeline counts them: with a downsample factor of 8, whatever its VAE's is."""
+    height, width = noise.shape[-2:]
+    settings |= {"height": 8 * height, "width": 8 * width}
+    return stock_arguments(pipeline, prompts, noise=noise, **settings)
 
 
 BACKBONE = Backbone(
@@ -46,6 +44,5 @@ BACKBONE = Backbone(
     pipelines=("Lumina2Pipeline",),
     call_arguments=call_arguments,
     text_settings=("system_prompt",),
-    advice="divide the side that you want by the resolution factor: Lumina2Pipeline counts with a downsample factor of "
-    f"{COUNTED_FACTOR}",
+    advice="divide the side that you want by the resolution factor: Lumina2Pipeline counts with a factor of 8",
 )

@@ -38,7 +38,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
 
 
 BACKBONE = Backbone(
-    flux.PORTS,
+    flux.BACKBONE.ports,
     condition,
     velocity,
     lora_targets=flux.BACKBONE.lora_targets,

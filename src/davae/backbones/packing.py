@@ -17,9 +17,7 @@ def pack(latents: Latents) -> Float[Tensor, "b tokens features"]:
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 
-def unpack(
-    tokens: Float[Tensor, "b tokens features"], height: int, width: int
-) -> Float[Tensor, "b latent height width"]:
+def unpack(tokens: Float[Tensor, "b tokens features"], height: int, width: int) -> Latents:
     """The inverse of `pack`, to latents of `height` x `width` positions."""
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 2, w=width // 2, p=2, q=2)
 

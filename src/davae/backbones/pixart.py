@@ -1,7 +1,6 @@
 """PixArt-alpha and -Sigma: one T5, convolutional patches, noise and its variance are predicted, timestep 0 to 999.
 
-PixArt-alpha for 1024 px is told the size of the image in pixels. Its upgrade is told twice the size, so it starts as
-the base but for what that changes.
+PixArt-alpha for 1024 px is told the image's size, which doubles with an upgrade, so the start is not quite the base's.
 """
 
 from collections.abc import Sequence
@@ -45,6 +44,7 @@ def noise(
     transformer: ModelMixin, latents: Latents, timestep: Timestep, condition: Condition
 ) -> tuple[Latents, Latents | None]:
     """Predict the noise in latents at `timestep`, and its variance where that is learned."""
+    # PixArt-alpha is told height and width in pixels, and their ratio.
     texts = dict(condition)
     factor = texts.pop("downsample_factor", None)
     sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}

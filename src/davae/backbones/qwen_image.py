@@ -26,6 +26,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
+    # Each image is one frame of so many tokens.
     height, width = latents.shape[-2:]
     shapes = [[(1, height // 2, width // 2)]] * len(latents)
     return call_packed(transformer, latents, sigma, img_shapes=shapes, **condition)

@@ -14,11 +14,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     Differentiable, so call it without gradients where the text encoders are frozen. "" is the unconditional prompt.
     """
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        prompt=list(prompts),
-        prompt_2=None,
-        prompt_3=None,
-        do_classifier_free_guidance=False,
-        max_sequence_length=max_sequence_length,
+        list(prompts), None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
     )
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
-from torch.nn.utils.rnn import pad_sequence
 
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
 from davae.method.widen import LatentPorts
@@ -17,14 +17,13 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
         list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
     )
     lengths = torch.tensor([len(rows) for rows in embeds], device=embeds[0].device)
-    # A row of the full length makes `pad_sequence` pad to it, and is dropped again.
-    longest = embeds[0].new_zeros(max_sequence_length, embeds[0].shape[1])
-    caption = pad_sequence([longest, *embeds], batch_first=True)[1:]
-    return {"caption": caption, "caption_tokens": lengths}
+    padded = [F.pad(rows, (0, 0, 0, max_sequence_length - len(rows))) for rows in embeds]
+    return {"caption": torch.stack(padded), "caption_tokens": lengths}
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     """Predict noise - latents at (1 - sigma) latents + sigma noise; the model's t is 1 - sigma, its sign the other."""
+    # The transformer takes captions without padding, and each image as a video of one frame.
     lengths = condition["caption_tokens"].tolist()
     captions = [caption[:length] for caption, length in zip(condition["caption"], lengths, strict=True)]
     frames = list(latents.unsqueeze(2).unbind(dim=0))
