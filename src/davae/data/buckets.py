@@ -81,11 +81,7 @@ def central_crop(width: int, height: int, bucket: Bucket) -> Crop:
 
 
 def fit(picture: UInt8[Tensor, "3 height width"], bucket: Bucket) -> UInt8[Tensor, "3 h w"]:
-    """The central crop, scaled down to the bucket by Pillow's antialiased bicubic filter on 8 bits.
-
-    Raises:
-        SettingsError: the picture is smaller than the bucket.
-    """
+    """The central crop, scaled down to the bucket by Pillow's antialiased bicubic filter on 8 bits."""
     height, width = picture.shape[1:]
     if height < bucket.height or width < bucket.width:
         size = f"{bucket.width}x{bucket.height}"

@@ -101,11 +101,7 @@ class TensorCache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the cache open for `write`; if there is no other writer, remove the litter of writers that were killed.
-
-        Raises:
-            StorageError: the folder cannot be written.
-        """
+        """Hold the cache open for `write`; without another writer, remove the litter of writers that were killed."""
         with ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,11 +120,7 @@ class TensorCache:
             yield
 
     def write(self, entries: Mapping[str, Entry]) -> None:
-        """Write entries as one shard, within `writing`.
-
-        Raises:
-            StorageError: the shard cannot be written; nothing of it is left.
-        """
+        """Write entries as one shard, within `writing`."""
         tensors = {}
         for key, entry in entries.items():
             for name, tensor in entry.items():
@@ -181,11 +173,7 @@ class CacheContents:
 
 
 def read_caches(folder: Path) -> list[CacheContents]:
-    """Read the caches below `folder` in full, and count what they hold.
-
-    Raises:
-        CheckpointError: there is no cache.
-    """
+    """Read the caches below `folder` in full, and count what they hold."""
     caches = []
     for path in _cache_folders(folder):
         keys: set[str] = set()

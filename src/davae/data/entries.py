@@ -66,11 +66,7 @@ def make_entries(
 def make_entry(
     key: str, sample: Sample, buckets: Sequence[Bucket], folders: Mapping[str, int] | None, needs_caption: bool
 ) -> PictureEntry:
-    """A picture with its caption, or, if `folders` is given, with its class number or the name of its class's folder.
-
-    Raises:
-        PictureRefused: its header, its size or its texts will not do.
-    """
+    """A picture with its caption or, if `folders` is given, its class number or the name of its class's folder."""
     picture = sample.pictures[0]
     width, height = _size(picture)
     bucket = choose_bucket(width, height, buckets)
@@ -110,9 +106,6 @@ def read_caption(name: str, sample: Sample) -> str | None:
     """The caption of a picture without white space around it, or None.
 
     The first that is there of its `.txt`, its `.caption`, its `.json` and its row in a table.
-
-    Raises:
-        PictureRefused: a text is too long or not UTF-8, or the `.json` is no JSON.
     """
     metadata = _read_metadata(name, sample)
     for suffix in (".txt", ".caption"):
@@ -127,11 +120,7 @@ def read_caption(name: str, sample: Sample) -> str | None:
 
 
 def read_class(name: str, sample: Sample) -> int | None:
-    """The class number of a picture, from its `.cls`, its `.json` or its row in a table, or None.
-
-    Raises:
-        PictureRefused: what is there is no whole number from 0, or as `read_caption`.
-    """
+    """The class number of a picture, from its `.cls`, its `.json` or its row in a table, or None."""
     number, place = _find_class(name, sample)
     if number is None:
         return None
@@ -147,11 +136,7 @@ def folder_classes(samples: Mapping[str, Sample]) -> dict[str, int]:
 
 
 def number_classes(classes: Sequence[int | str], names: Mapping[str, int]) -> tuple[list[int], list[str]]:
-    """Class numbers of pictures whose classes are all numbers, or all names; and the names in the order of numbers.
-
-    Raises:
-        DataError: some are numbers and some are names.
-    """
+    """Class numbers of pictures whose classes are all numbers, or all names; and the names in the order of numbers."""
     kinds = {type(label): label for label in classes}
     if len(kinds) > 1:
         raise DataError(

@@ -33,12 +33,7 @@ class Listing:
 
 
 def list_source(source: PictureSource) -> Listing:
-    """Find out by its content what a source is, and list it.
-
-    Raises:
-        DataError: it is missing, damaged, not to be trusted, or two things at once.
-        SettingsError: a package that it needs is not installed.
-    """
+    """Find out by its content what a source is, and list it."""
     if is_rows(source):
         return Listing(list_rows(source, "the dataset"))
     if isinstance(source, str) and source.startswith(SCHEME):
@@ -56,7 +51,7 @@ def list_source(source: PictureSource) -> Listing:
         )
     if path.suffix == ".parquet":
         return Listing(list_rows(load_parquet([path]), str(path)))
-    return Listing(list_shards([LocalFile(path)]))
+    return Listing(list_shards([LocalFile(str(path))]))
 
 
 def _list_folder(folder: Path) -> Listing:
@@ -75,7 +70,7 @@ def _list_folder(folder: Path) -> Listing:
     if len(kinds) > 1:
         raise DataError(f"{folder} holds both {' and '.join(kinds)}; move either to a folder of its own")
     if shards:
-        return Listing(list_shards([LocalFile(path) for path in shards]))
+        return Listing(list_shards([LocalFile(str(path)) for path in shards]))
     return Listing(list_rows(load_parquet(tables), str(folder)))
 
 
@@ -86,10 +81,6 @@ def list_pictures(folder: Path) -> Listing:
     """Everything below `folder` that is not hidden; the key is the path without its suffix, as in "cats/tabby".
 
     Links to files are followed, links to folders are not. What is not a regular file is refused.
-
-    Raises:
-        DataError: a `metadata.parquet` is damaged.
-        SettingsError: there is one, and pyarrow is not installed.
     """
     listing = Listing({}, folders=True)
     tables: list[Path] = []
@@ -127,7 +118,7 @@ def _add_file(listing: Listing, path: Path, folder: Path) -> None:
 
     if stat.S_ISREG(status.st_mode):
         sample = listing.samples.setdefault(relative.with_suffix("").as_posix(), Sample())
-        sample.add(suffix, FileBytes(name, LocalFile(path), 0, status.st_size))
+        sample.add(suffix, FileBytes(name, LocalFile(str(path)), 0, status.st_size))
     elif suffix in PICTURE_SUFFIXES:
         listing.refused.append(Refusal(name, "not a regular file; remove it"))
 

@@ -20,9 +20,6 @@ def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: 
 
     The permutations of the epochs, each keyed by (seed, epoch, bucket), are strung together and cut into batches:
     every epoch has every picture exactly once, and a batch may reach from one epoch into the next.
-
-    Raises:
-        SettingsError: a number is outside its range.
     """
     if count < 1 or batch_size < 1 or step < 0:
         raise SettingsError(
@@ -79,9 +76,6 @@ def random_crops(
         size: side of the squares.
         seed: of the run.
         samples: the number of each image in the run, by which its place is drawn.
-
-    Raises:
-        SettingsError: `size` is under 1 or above a side of the images.
     """
     height, width = images.shape[-2:]
     if not 1 <= size <= min(height, width):

@@ -22,10 +22,6 @@ def load_rows(source: str) -> Any:
 
     After a `?` may stand `split` ("train" if not given), `name` (the configuration), `revision`, `streaming=true`, and
     `take`, the number of rows from the start.
-
-    Raises:
-        SettingsError: `datasets` is not installed, or an option is unknown.
-        DataError: it cannot be loaded.
     """
     path, _, query = source.removeprefix(SCHEME).partition("?")
     options: dict[str, Any] = {"split": "train", **dict(parse_qsl(query))}
@@ -42,12 +38,7 @@ def load_rows(source: str) -> Any:
 
 
 def load_saved(folder: Path) -> Any:
-    """The dataset that `Dataset.save_to_disk` wrote.
-
-    Raises:
-        SettingsError: `datasets` is not installed, or the folder holds several splits.
-        DataError: it is damaged.
-    """
+    """The dataset that `Dataset.save_to_disk` wrote."""
     datasets = _datasets(str(folder))
     rows = _loaded(partial(datasets.load_from_disk, str(folder)), str(folder))
     if isinstance(rows, datasets.DatasetDict):
@@ -56,12 +47,7 @@ def load_saved(folder: Path) -> Any:
 
 
 def load_parquet(files: list[Path]) -> Any:
-    """Parquet files whose rows hold pictures, which `datasets` converts once, into its cache.
-
-    Raises:
-        SettingsError: `datasets` is not installed.
-        DataError: one is damaged.
-    """
+    """Parquet files whose rows hold pictures, which `datasets` converts once, into its cache."""
     name = str(files[0])
     return _loaded(partial(_datasets(name).Dataset.from_parquet, [str(file) for file in files]), name)
 

@@ -6,7 +6,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from davae.data.pictures import Stream
@@ -23,11 +23,7 @@ MAX_HEADER_BYTES = 1 << 20
 
 
 def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
-    """The members of several shards, in their order.
-
-    Raises:
-        DataError: as `list_shard`, or a key is in two of them.
-    """
+    """The members of several shards, in their order."""
     samples: Samples = {}
     for shard in shards:
         members = list_shard(shard)
@@ -42,10 +38,6 @@ def list_shard(shard: LocalFile | RemoteFile) -> Samples:
 
     A plain tar is not unpacked: each member is a place in the file. At a URL only the members' headers are fetched. A
     `.tar.gz` is unpacked into memory, never to disk.
-
-    Raises:
-        DataError: the tar is damaged, cut off or not to be trusted (see `_check_member`), it is compressed and not
-            named `.tar.gz`, or it has more than `MAX_UNPACKED_BYTES` when unpacked.
     """
     short = shard.name.rpartition("/")[2]
     file = _unpack(shard) if short.endswith(".gz") else shard
@@ -66,11 +58,7 @@ def list_shard(shard: LocalFile | RemoteFile) -> Samples:
 
 
 def remote_shards(url: str) -> list[RemoteFile]:
-    """The shards of a URL: one, a numbered range such as `train-{0000..0099}.tar`, a pattern with `*`, or a folder's.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The shards of a URL: one, a range such as `train-{0000..0099}.tar`, a pattern with `*`, or a folder's."""
     span = re.search(r"\{(\d+)\.\.(\d+)\}", url)
     if span is not None:
         first, last = span.groups()
@@ -134,7 +122,7 @@ def _unpack(shard: LocalFile | RemoteFile) -> LocalFile:
             f"{shard.name}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, the most of one compressed shard; "
             "gunzip it: a plain tar of any size is read in place"
         )
-    return LocalFile(Path(shard.name), data)
+    return LocalFile(shard.name, data)
 
 
 def _check_member(shard: str, member: tarfile.TarInfo, seen: set[str], size: int) -> None:

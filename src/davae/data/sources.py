@@ -64,9 +64,7 @@ class PictureSet:
         """One picture, centre-cropped to the shape of its bucket and scaled down by `fit`.
 
         A JPEG of at least four times the bucket's longer side is decoded at a smaller scale, never under twice it.
-
-        Raises:
-            PictureRefused: its pixels are damaged, which its header did not show; `sound` finds such pictures at once.
+        Pixels that are damaged, which no header shows, raise a PictureRefused: `sound` finds such pictures at once.
         """
         if index in self._memory:
             return self._memory[index].clone()
@@ -89,12 +87,7 @@ class PictureSet:
         return fit(picture, bucket)
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
-        """Several pictures of one bucket, float32 in [-1, 1]; they are decoded in `WORKERS` threads.
-
-        Raises:
-            SettingsError: they are of several buckets.
-            PictureRefused: as `image`.
-        """
+        """Several pictures of one bucket, float32 in [-1, 1]; they are decoded in `WORKERS` threads."""
         if len({self._entries[index].bucket[:2] for index in indices}) > 1:
             raise SettingsError("a batch of several buckets: take the pictures of one, see PictureSet.members")
         return to_floats(torch.stack(self._images(indices)))
@@ -213,24 +206,20 @@ def open_pictures(
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
     Args:
-        source: a folder of pictures, each with its caption beside it (`cat.png` and `cat.txt`, `cat.caption`, or the
-            "caption" or "text" of `cat.json`) or in a `metadata.jsonl` or `metadata.parquet`; a WebDataset shard, or a
-            folder of shards (`*.tar`, read in place; `*.tar.gz`, unpacked into memory), or a URL of them that fsspec
-            knows, with `*` or `{000..099}`; parquet files, or a folder that `datasets` saved, or `datasets:NAME`; or a
-            dataset of Hugging Face `datasets`. See docs/data.md.
+        source: a folder of pictures with their captions beside them or in a table; WebDataset shards, here or at a URL;
+            parquet files; `datasets:NAME`; or a dataset of Hugging Face `datasets`. See docs/data.md.
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
         split: "train" or "heldout", by the rule of `heldout`; None is both.
         limit: most pictures; they are taken at equal distances in the list of keys, so that they are not all alike.
         captions: each picture needs one; otherwise the caption of one without is "".
-        classes: each picture needs a class instead of a caption: a whole number in its `.cls` or the "class" or "label"
-            of its `.json` or row; in a folder of pictures, if none has those, the sub-folder at the top that it lies
-            in. Sub-folders that hold pictures are numbered from 0 in sorted order, whatever the split.
+        classes: each picture needs a class instead of a caption: a whole number beside it or in its row, or, in a
+            folder of pictures, its sub-folder. Sub-folders are numbered from 0 in sorted order, whatever the split.
         buckets: sizes to choose from (`bucket_table`), in place of the square of side `size`.
 
     Raises:
         SettingsError: an argument is outside its range, or a package that the source needs is missing.
-        DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or some have a class
-            number, and some only a sub-folder.
+        DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or classes are numbers
+            and sub-folders at once.
     """
     if size < MIN_PICTURE_SIDE:
         raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")

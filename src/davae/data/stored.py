@@ -48,17 +48,13 @@ def summarise(refused: Sequence[Refusal]) -> str:
 class LocalFile:
     """A file on this machine, or the content of a compressed one in memory."""
 
-    path: Path
+    name: str
+    """Its path."""
     unpacked: bytes | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return str(self.path)
 
     def open(self) -> Stream:
         """A stream of all bytes."""
-        return self.path.open("rb") if self.unpacked is None else io.BytesIO(self.unpacked)
+        return Path(self.name).open("rb") if self.unpacked is None else io.BytesIO(self.unpacked)
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to before `end`, or fewer where the file ends."""
@@ -71,18 +67,14 @@ class LocalFile:
 class RemoteFile:
     """A file at any URL that fsspec knows: s3://, gs://, hf://, https://, file://, memory://, ..."""
 
-    url: str
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.url
+    name: str
+    """Its URL."""
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(self.url)
+        return url_to_fs(self.name)
 
     @cached_property
     def size(self) -> int:
@@ -90,14 +82,10 @@ class RemoteFile:
         return self._try(lambda files, path: int(files.size(path)))
 
     def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to before `end`.
-
-        Raises:
-            DataError: they cannot be read, or there are fewer.
-        """
+        """The bytes from `start` to before `end`, or a DataError."""
         data = self._try(lambda files, path: files.cat_file(path, start=start, end=end))
         if len(data) != end - start:
-            raise DataError(f"{self.url}: {len(data)} bytes instead of {end - start} at {start}; is it complete?")
+            raise DataError(f"{self.name}: {len(data)} bytes instead of {end - start} at {start}; is it complete?")
         return data
 
     def open(self, start: int = 0, end: int | None = None) -> Stream:
@@ -113,17 +101,17 @@ class RemoteFile:
         try:
             files, path = self._place
         except (ImportError, ValueError) as error:
-            raise SettingsError(f"{self.url}: {error}; install what reads such URLs, or give a path") from error
+            raise SettingsError(f"{self.name}: {error}; install what reads such URLs, or give a path") from error
 
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action(files, path)
             except FileNotFoundError as error:
-                raise DataError(f"{self.url} is not there; mend the URL") from error
+                raise DataError(f"{self.name} is not there; mend the URL") from error
             except Exception as error:  # every store raises its own
                 if attempt == ATTEMPTS:
                     reason = f"{type(error).__name__}: {error}"
-                    raise DataError(f"{self.url} cannot be read, {attempt} times tried ({reason})") from error
+                    raise DataError(f"{self.name} cannot be read, {attempt} times tried ({reason})") from error
             time.sleep(attempt)
         raise AssertionError("the last attempt returns or raises")
 
@@ -135,22 +123,18 @@ class _Range(io.RawIOBase):
         self.file, self.start, self.end, self.position = file, start, end, 0
 
     def readable(self) -> bool:
-        """Always."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to another place; returns it."""
         self.position = offset + (0, self.position, self.end - self.start)[whence]
         if self.position < 0:
             raise OSError("a place before the beginning")
         return self.position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fetch as many bytes as fit; returns their number."""
         first = min(self.start + self.position, self.end)
         last = min(first + len(buffer), self.end)
         if last > first:
@@ -175,12 +159,7 @@ class StoredBytes:
         return len(self.read())
 
     def read(self) -> bytes:
-        """All of the bytes.
-
-        Raises:
-            PictureRefused: they are gone, unreadable, or fewer than when they were listed.
-            DataError: the network or the remote store fails.
-        """
+        """All of the bytes, or a PictureRefused if they have changed since they were listed."""
         raise NotImplementedError
 
     def open(self) -> Stream:

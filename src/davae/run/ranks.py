@@ -43,18 +43,11 @@ class Ranks:
 
     The environment that torchrun and `accelerate launch` make says how many there are, and whether FSDP2 shards the
     weights over them. Every `Ranks` of a process is the same.
-
-    Args:
-        timeout: seconds that an exchange may take; only the first `Ranks` of a process sets it.
-
-    Raises:
-        SettingsError: the launcher asks for DeepSpeed or for FSDP's first version.
-        RankError: the other processes did not come.
     """
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
         join_ranks(timeout)
-        state = PartialState(cpu=_launched_as_several() and not torch.cuda.is_available())
+        state = PartialState(cpu=dist.is_initialized() and not torch.cuda.is_available())
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
         self.sharded = self.count > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -68,11 +61,7 @@ class Ranks:
     # ------------------------------------------------------------------------------------------ who does what
 
     def check_divides(self, name: str, number: int) -> None:
-        """Refuse the setting `name` if the ranks cannot share its `number` equally.
-
-        Raises:
-            SettingsError: they cannot.
-        """
+        """Refuse the setting `name` if the ranks cannot share its `number` equally."""
         if number % self.count:
             below = number // self.count * self.count
             near = f"{below} or {below + self.count}" if below else f"{self.count}"
@@ -105,20 +94,17 @@ class Ranks:
         if self.count == 1:
             return work()
 
-        if not self.first:
-            answer = json.loads(self._hear())
-            if "error" in answer:
-                raise getattr(errors, answer["error"], RankError)(f"on rank 0: {answer['message']}")
-            return answer["value"]
-
-        try:
-            value = work()
-            answer = json.dumps({"value": value})
-        except Exception as error:
-            self._tell(json.dumps({"error": type(error).__name__, "message": str(error)}))
-            raise
-        self._tell(answer)
-        return value
+        answer = ""
+        if self.first:
+            try:
+                answer = json.dumps({"value": work()})
+            except Exception as error:
+                self._broadcast(json.dumps({"error": type(error).__name__, "message": str(error)}))
+                raise
+        outcome = json.loads(self._broadcast(answer))
+        if "error" in outcome:
+            raise getattr(errors, outcome["error"], RankError)(f"on rank 0: {outcome['message']}")
+        return outcome["value"]
 
     def first_then_all(self, work: Callable[[], Result]) -> Result:
         """Let rank 0 do `work`, which leaves files; the others then do the same, and find the files."""
@@ -195,11 +181,7 @@ class Ranks:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Turn torch's error about an exchange that failed into one that names the missing rank.
-
-        Raises:
-            RankError: `what` failed.
-        """
+        """Turn torch's error about an exchange that failed into a RankError that names the missing rank."""
         try:
             yield
         except RuntimeError as error:
@@ -219,33 +201,29 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def _tell(self, message: str) -> None:
+    def _broadcast(self, message: str) -> str:
+        """The message of rank 0, on every rank."""
         content = torch.tensor(list(message.encode()), dtype=torch.uint8)
-        with self.together("hearing from rank 0"):
-            dist.broadcast(torch.tensor([len(content)]), 0)
-            dist.broadcast(content, 0)
-
-    def _hear(self) -> bytes:
-        length = torch.zeros(1, dtype=torch.int64)
+        length = torch.tensor([len(content)])
         with self.together("hearing from rank 0"):
             dist.broadcast(length, 0)
-            content = torch.empty(int(length.item()), dtype=torch.uint8)
+            content = content if self.first else torch.empty(int(length.item()), dtype=torch.uint8)
             dist.broadcast(content, 0)
-        return bytes(content.tolist())
+        return bytes(content.tolist()).decode()
 
 
 def join_ranks(timeout: float = TIMEOUT) -> None:
     """Wait for the other processes of this run and make their process group; a later call finds it made.
 
-    Args:
-        timeout: seconds that this and each later exchange may take.
+    The timeout, in seconds, holds for this and each later exchange.
 
     Raises:
         SettingsError: the launcher asks for DeepSpeed or for FSDP's first version.
         RankError: the other processes did not come.
     """
-    _check_launcher()
-    if not _launched_as_several() or dist.is_initialized():
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    _check_launcher(several=several)
+    if not several or dist.is_initialized():
         return
 
     limit = timedelta(seconds=timeout)
@@ -273,9 +251,6 @@ def meet(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store
     torchrun may keep its store, and with it the addresses of dead processes, over restarts. Its count of restarts does
     not tell starts apart, since each agent has its own. So rank 0 invents a name, the others sign below it, and rank 0
     confirms the signatures: a process that read the name of an earlier start is not among them, and reads again.
-
-    Raises:
-        RankError: some did not come in `timeout` seconds.
     """
     deadline, me, pause = time.monotonic() + timeout, uuid.uuid4().hex, 0.01
     if rank == 0:
@@ -303,11 +278,7 @@ def meet(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store
         pause = min(2 * pause, 0.5)
 
 
-def _launched_as_several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _check_launcher() -> None:
+def _check_launcher(*, several: bool) -> None:
     """Refuse what `accelerate launch` may ask for and davae does not do."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise SettingsError(
@@ -315,8 +286,7 @@ def _check_launcher() -> None:
             "same (gradients and the optimiser's state) by FSDP2, or with fsdp2.yaml, which shards the weights, too"
         )
     version, offload = os.environ.get("FSDP_VERSION", "1"), parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
-    sharded = _launched_as_several() and parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if sharded and (version != "2" or offload):
+    if several and parse_flag_from_env("ACCELERATE_USE_FSDP") and (version != "2" or offload):
         raise SettingsError(
             f"FSDP of version {version}{' with offload' if offload else ''}: allowed is version 2 without offload, as "
             "in recipes/launch/fsdp2.yaml"
