@@ -45,8 +45,7 @@ class LoraFacts(BaseModel):
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]
-    """Ends of the layers' dotted names."""
+    targets: tuple[str, ...]  # ends of the layers' dotted names
 
 
 class AdapterIndex(BaseModel):
@@ -55,20 +54,16 @@ class AdapterIndex(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1, 2] = FORMAT_VERSION
-    """Version of the folder's layout; in version 1 `vae/` also held the frozen half."""
-    base: str
-    """Name or path of the base pipeline, for people."""
-    base_sha256: str
-    """`digest_base` of the base transformer."""
+    base: str  # name or path of the base pipeline, for people
+    base_sha256: str  # `digest_base` of its transformer
+    # `digest_tensors` of the frozen half that `vae/` lacks; None in version 1, where `vae/` has it.
     base_encoder_sha256: str | None = None
-    """`digest_tensors` of the frozen half that `vae/` leaves out; None in version 1."""
-    transformer: str
-    """Class name."""
+    transformer: str  # class name
     base_channels: int
     detail_channels: int
     lora: LoraFacts | None
+    # Ends of the names of layers that were trained without LoRA.
     layers: tuple[str, ...] = ()
-    """The layers, other than the ports, that were trained without LoRA; named as `lora.targets` are."""
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -106,6 +101,16 @@ def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def split_frozen_half(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An AutoencoderDA's tensors in two: its frozen half, and the others."""
+    frozen: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        half = frozen if name.partition(".")[0] in FROZEN_HALF else own
+        half[name] = tensor
+    return frozen, own
+
+
 def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers whose dotted names end in one of `targets`; refuses a target that is a port or no layer."""
     ports = backbone_of(transformer).ports
@@ -113,15 +118,15 @@ def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[
 
     layers: dict[str, nn.Linear] = {}
     for target in targets:
-        names = [name for name in linear if _ends_in(name, target)]
-        if not names:
+        matches = {name: layer for name, layer in linear.items() if _ends_in(name, target)}
+        if not matches:
             endings = sorted({".".join(name.split(".")[-2:]) for name in linear})
             raise SettingsError(
                 f"target {target!r} is no linear layer of this model; it has, for example, {endings[:12]}"
             )
         if _ends_in(ports.input, target) or _ends_in(ports.output, target):
             raise SettingsError(f"target {target!r} is a latent port, and those are trained in full: leave it out")
-        layers.update((name, linear[name]) for name in names)
+        layers |= matches
     return layers
 
 
@@ -173,7 +178,7 @@ def save_adapter(
     """
     transformer, vae = pipeline.transformer, pipeline.vae
     lora = getattr(transformer, "peft_config", {}).get("default")
-    frozen = {name: tensor for name, tensor in vae.state_dict().items() if _is_frozen(name)}
+    frozen, _ = split_frozen_half(vae.state_dict())
     index = AdapterIndex(
         base=base,
         base_sha256=base_sha256,
@@ -197,7 +202,7 @@ def save_adapter(
         # The autoencoder as it saves itself, then without the base's half.
         vae.save_pretrained(partial / VAE_FOLDER)
         (weights,) = (partial / VAE_FOLDER).glob("*.safetensors")
-        own = {name: tensor for name, tensor in load_file(weights).items() if not _is_frozen(name)}
+        _, own = split_frozen_half(load_file(weights))
         save_file(own, weights, metadata={"format": "pt"})
 
 
@@ -279,10 +284,6 @@ def _load_lora(transformer: ModelMixin, facts: LoraFacts, folder: Path) -> None:
         )
     tensors = _read_tensors(folder / LORA_FILE, like=get_peft_model_state_dict(transformer))
     set_peft_model_state_dict(transformer, tensors)
-
-
-def _is_frozen(name: str) -> bool:
-    return name.partition(".")[0] in FROZEN_HALF
 
 
 def _select_ports(transformer: ModelMixin) -> dict[str, Tensor]:

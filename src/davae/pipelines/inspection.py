@@ -19,10 +19,6 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     Tokens are counted at half the default size, at that and at twice that, and at `size`, by width and height.
     `"upgrade"` is what the default upgrade (as many detail channels as base channels, twice the side length) would
     change; None for a pipeline that is upgraded already.
-
-    Raises:
-        SettingsError: there is no transformer or no autoencoder, the backbone is unknown, or a side of `size` is no
-            multiple of downsample factor x patch.
     """
     check_parts(pipeline)
     transformer, config = pipeline.transformer, pipeline.vae.config

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from davae.backbones import check_parts
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import find_base
 from davae.pipelines.adapter import (
     INDEX,
     VAE_FOLDER,
@@ -27,7 +26,7 @@ from davae.pipelines.adapter import (
     select_frozen_half,
 )
 from davae.pipelines.saving import PORTABLE_ENTRY
-from davae.pipelines.upgrade import replace_parts, upgrade
+from davae.pipelines.upgrade import load_base_class, replace_parts, upgrade
 from davae.run.storage import read_json
 
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -222,10 +221,6 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
     """Load the autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
 
     A folder with a `config.json` and no `model_index.json` is the autoencoder itself.
-
-    Raises:
-        CheckpointError: there is no pipeline, and no autoencoder.
-        SettingsError: the autoencoder's class cannot be upgraded.
     """
     folder = Path(base)
     is_autoencoder = (folder / "config.json").is_file() and not (folder / "model_index.json").exists()
@@ -235,7 +230,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
             class_name = read_json(folder / "config.json")["_class_name"]
         else:
             class_name = DiffusionPipeline.load_config(base)["vae"][1]
-        vae_class = _find_base_class(class_name, base)
+        vae_class = load_base_class(class_name, f"the VAE of {base}")
         vae = vae_class.from_pretrained(base, use_safetensors=True, **place, **{DTYPE: torch.float32})
     except SettingsError:  # also a ValueError
         raise
@@ -243,13 +238,6 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
     _check_whole(vae, f"VAE of {base}")
     return vae.to(device).eval()
-
-
-def _find_base_class(class_name: str, base: str) -> type[ModelMixin]:
-    try:
-        return find_base(class_name).load_class()
-    except ValueError as error:
-        raise SettingsError(f"the VAE of {base}: {error}") from error
 
 
 def _check_whole(module: nn.Module, name: str) -> None:

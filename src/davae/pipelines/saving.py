@@ -52,12 +52,8 @@ _SOURCE = Path(__file__).read_bytes()
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool = False) -> None:
     """Save a pipeline whole or not at all; a pipeline that is in `folder` already is replaced.
 
-    With `portable` the autoencoder's code is saved, too, and the folder loads without davae.
-
-    Raises:
-        SettingsError: `folder` holds something else than a pipeline, `pipeline` has a LoRA that is not fused, or it
-            cannot be portable.
-        StorageError: it cannot be written.
+    With `portable` the autoencoder's code is saved, too, and the folder loads without davae. A LoRA that is not fused
+    is refused, and so is a `folder` that holds something else.
     """
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and any(".base_layer." in tensor for tensor in part.state_dict()):

@@ -17,7 +17,7 @@ from davae.errors import SettingsError
 from davae.method.widen import lost_directions
 from davae.models.autoencoder_da import DECODING_PARTS, AutoencoderDA
 from davae.models.base_autoencoders import base_facts, downsample_factor, find_base
-from davae.pipelines.adapter import digest_tensors
+from davae.pipelines.adapter import digest_tensors, select_frozen_half, split_frozen_half
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,7 @@ def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: Mode
 def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> None:
     """Refuse an autoencoder that was not made from this pipeline's VAE."""
     vae = pipeline.vae
-    try:
-        find_base(type(vae).__name__)
-    except ValueError as error:
-        raise SettingsError(f"the pipeline's VAE: {error}") from error
+    load_base_class(type(vae).__name__, "the pipeline's VAE")
     if not isinstance(autoencoder, AutoencoderDA):
         raise SettingsError(
             f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"
@@ -160,19 +157,15 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
         if (ours is None) != (theirs is None) or not np.allclose(ours or 0, theirs or 0, rtol=1e-4, atol=1e-6):
             raise _other_vae(name, f"{ours}, the pipeline's VAE has {theirs}")
     patches = getattr(vae, "bn", None)
-    for name in ("running_mean", "running_var"):
-        if patches is not None and not _have_close_buffers(autoencoder.bn, patches, name):
-            raise _other_vae(f"{name} of 2x2 patches", "another")
-
+    if patches is not None:
+        if autoencoder.bn is None:
+            raise _other_vae("bn", "missing")
+        for name in ("running_mean", "running_var"):
+            theirs = getattr(patches, name).float().cpu()
+            ours = getattr(autoencoder.bn, name)[: len(theirs)].float().cpu()
+            if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+                raise _other_vae(f"{name} of 2x2 patches", "another")
     check_base_encoder(autoencoder, vae)
-
-
-def _have_close_buffers(ours: nn.Module | None, theirs: nn.Module, name: str) -> bool:
-    """Whether the first entries of our buffer, those of the base latents, are theirs."""
-    if ours is None:
-        return False
-    expected = getattr(theirs, name).float().cpu()
-    return torch.allclose(getattr(ours, name)[: len(expected)].float().cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
 def _other_vae(name: str, difference: str) -> SettingsError:
@@ -183,15 +176,19 @@ def _other_vae(name: str, difference: str) -> SettingsError:
 
 
 def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
-    """Refuse an autoencoder whose frozen base encoder is not `vae`'s."""
-    for part, name in ((autoencoder.base_encoder, "encoder"), (autoencoder.base_quant_conv, "quant_conv")):
-        ours, theirs = _digest_module(part), _digest_module(getattr(vae, name, None))
-        if ours != theirs:
-            raise SettingsError(
-                f"the autoencoder's frozen base {name} is not this pipeline's (SHA-256 {ours} against {theirs}). "
-                "Use the pipeline that it was made from, or train one on this pipeline's VAE"
-            )
+    """Refuse an autoencoder whose frozen half is not `vae`'s encoder."""
+    frozen, _ = split_frozen_half(autoencoder.state_dict())
+    ours, theirs = digest_tensors(frozen), digest_tensors(select_frozen_half(vae))
+    if ours != theirs:
+        raise SettingsError(
+            f"the autoencoder's frozen base encoder is not this pipeline's (SHA-256 {ours} against {theirs}). "
+            "Use the pipeline that it was made from, or train one on this pipeline's VAE"
+        )
 
 
-def _digest_module(module: nn.Module | None) -> str | None:
-    return None if module is None else digest_tensors(module.state_dict())
+def load_base_class(class_name: str, whose: str) -> type[ModelMixin]:
+    """The class of a base autoencoder by its name; refuses one that davae cannot upgrade."""
+    try:
+        return find_base(class_name).load_class()
+    except ValueError as error:
+        raise SettingsError(f"{whose}: {error}") from error

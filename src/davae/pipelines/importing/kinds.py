@@ -65,21 +65,13 @@ def import_checkpoint(
 ) -> ImportReport:
     """Convert a checkpoint of another program into a folder, with `import.json`, the account of every key.
 
-    Args:
-        file: the checkpoint.
-        out: the folder; a folder that an earlier import wrote is replaced.
-        kind: a key of `KINDS`; found by the file's keys if None.
-        stats: a file of latent statistics, `mean` and `std`.
-        base: the base pipeline, folder or Hub name.
-        autoencoder: folder of an AutoencoderDA.
-        lora: file of the LoRA tensors, where they are not in `file`.
-        ema: whether to take the moving average where the file has one.
-        dry_run: do all but write.
+    The arguments are those of `davae import`. `kind` is a key of `KINDS`, found by the file's keys if None; `stats` is
+    a file of latent statistics, `base` a pipeline's folder or Hub name, `autoencoder` the folder of an AutoencoderDA,
+    and `lora` the file of the LoRA tensors where they are not in `file`.
 
     Raises:
         SettingsError: an unknown kind, an option that the kind does not take, or an `out` that holds something else.
         CheckpointError: a file that cannot be read or is not of the kind; it names the first mismatch.
-        StorageError: `out` cannot be written.
     """
     paths = {"stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}
     for path in (file, *paths.values()):

@@ -62,9 +62,7 @@ class Statistics:
 def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
     """Read all tensors of a file; with `ema` the moving average, where a torch file has that beside the raw weights.
 
-    Raises:
-        CheckpointError: the file is missing, damaged, of another format, holds Python objects that are no tensors, or
-            numbers that are not finite.
+    Python objects that are no tensors and numbers that are not finite are refused.
     """
     if path.suffix not in SUFFIXES or not path.is_file():
         problem = "is a folder: give a file in it" if path.is_dir() else "is no checkpoint file"
