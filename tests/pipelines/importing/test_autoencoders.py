@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from davae import AutoencoderDA
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.importing.autoencoders import convert_imagenet_da_vae, convert_sd3_da_vae, convert_va_vae
 from davae.pipelines.importing.kinds import import_checkpoint
-from davae.pipelines.importing.matching import Options
+from davae.pipelines.importing.matching import ImportReport, Options, start_report
 from davae.pipelines.importing.reading import ForeignCheckpoint
 
 TRUE_WIDTHS = (128, 128, 256, 256, 512)
@@ -44,7 +45,7 @@ def picture(side: int = 32) -> Tensor:
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
-def counted(report_rows: list[dict]) -> Counter:
+def count_parameters(report_rows: list[dict]) -> Counter:
     """Parameters by the part of the result that they are in."""
     parts: Counter = Counter()
     for row in report_rows:
@@ -52,8 +53,12 @@ def counted(report_rows: list[dict]) -> Counter:
     return parts
 
 
-def on_meta(module: nn.Module) -> ForeignCheckpoint:
-    return ForeignCheckpoint(Path("true geometry"), "", dict(module.state_dict()))
+def convert_shapes(convert: Callable, module: nn.Module) -> ImportReport:
+    """The report on a file with this module's tensors, which may be without values."""
+    checkpoint = ForeignCheckpoint(Path("true geometry"), "", dict(module.state_dict()))
+    report = start_report("true geometry", checkpoint)
+    convert(checkpoint, Options(), report)
+    return report
 
 
 # -------------------------------------------------------------------------------------------------------------- VA-VAE
@@ -92,8 +97,8 @@ def test_a_projection_of_the_alignment_loss_is_left_with_its_reason(tmp_path: Pa
 def test_va_vae_has_the_papers_size() -> None:
     with torch.device("meta"):
         theirs = ldm.VaVae(TRUE_WIDTHS, 2, 32)
-    report = convert_va_vae(on_meta(theirs), Options()).report
-    parts = counted(report.used)
+    report = convert_shapes(convert_va_vae, theirs)
+    parts = count_parameters(report.used)
     assert (parts["encoder"], parts["quant_conv"]) == (28_413_248, 4_160)
     conv_in = 32 * 512 * 9 + 512  # METHOD 2.2 counts the decoder without it
     assert parts["decoder"] - conv_in == 41_269_635
@@ -146,8 +151,8 @@ def test_imagenet_da_vae_is_the_same_function(names: str, tmp_path: Path) -> Non
 def test_imagenet_da_vae_has_the_papers_size() -> None:
     with torch.device("meta"):
         theirs = ldm.ImagenetDaVae(TRUE_WIDTHS, 2, 32, 96)
-    report = convert_imagenet_da_vae(on_meta(theirs), Options()).report
-    assert counted(report.used) == {
+    report = convert_shapes(convert_imagenet_da_vae, theirs)
+    assert count_parameters(report.used) == {
         "base_encoder": 28_413_248,
         "base_quant_conv": 4_160,
         "detail_encoder": 28_118_272,
@@ -238,7 +243,7 @@ def test_sd3_da_vae_is_the_same_function_base_first(
 def test_sd3_da_vae_has_the_references_size() -> None:
     with torch.device("meta"):
         theirs = Sd3DaVae((128, 256, 512, 512), 16, 16, blocks=2)
-    parts = counted(convert_sd3_da_vae(on_meta(theirs), Options()).report.used)
+    parts = count_parameters(convert_shapes(convert_sd3_da_vae, theirs).used)
     assert (parts["detail_downsample"], parts["detail_upsample"]) == (36_872, 591_872)
     encoder = sum(p.numel() for p in theirs.original_vae_model.vae.encoder.parameters())
     assert parts["base_encoder"] == encoder
@@ -341,5 +346,5 @@ def test_a_width_that_no_norm_divides_is_refused(tmp_path: Path) -> None:
 def test_statistics_of_other_channels_are_refused(channels: int, tmp_path: Path) -> None:
     stats = write_statistics(tmp_path / "stats.safetensors", [0.0] * channels, [1.0] * channels)
     file = write(ldm.ImagenetDaVae().state_dict(), tmp_path / "f.safetensors")
-    with pytest.raises(CheckpointError, match=f"of {channels} channels, and this autoencoder, base first, has 16"):
+    with pytest.raises(CheckpointError, match=f"of {channels} channels, but this autoencoder, base first, has 16"):
         import_checkpoint(file, tmp_path / "out", stats=stats)

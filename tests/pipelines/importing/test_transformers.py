@@ -11,10 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tiny
-from davae import AutoencoderDA, load_pipeline
+from davae import AutoencoderDA, LightningDiT2DModel, load_pipeline
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter import AdapterIndex
+from davae.pipelines.importing.autoencoders import convert_lightningdit
 from davae.pipelines.importing.kinds import import_checkpoint
+from davae.pipelines.importing.matching import Options, start_report
+from davae.pipelines.importing.reading import ForeignCheckpoint
 
 # ------------------------------------------------------------------------------------------------------- SD3.5, stage 2
 
@@ -167,9 +170,8 @@ def test_ports_and_lora_that_do_not_fit_are_refused(tuned: Tuned, tmp_path: Path
 
 
 def lightning(**settings):
-    module = pytest.importorskip("davae.models.lightningdit", reason="another branch")
     size = {"sample_size": 4, "in_channels": 6, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-    model = module.LightningDiT2DModel(**{**size, "num_classes": 5, **settings}).eval()
+    model = LightningDiT2DModel(**{**size, "num_classes": 5, **settings}).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -213,20 +215,10 @@ def test_a_lightningdit_of_other_positions_or_layers_is_refused(tmp_path: Path) 
 
 
 def test_lightningdit_xl_has_the_papers_size() -> None:
-    pytest.importorskip("davae.models.lightningdit", reason="another branch")
-    from davae.pipelines.importing.autoencoders import convert_lightningdit
-    from davae.pipelines.importing.matching import Options
-    from davae.pipelines.importing.reading import ForeignCheckpoint
-
+    size = {"sample_size": 16, "in_channels": 128, "num_layers": 28, "num_attention_heads": 16}
     with torch.device("meta"):
-        model = lightning(
-            sample_size=16,
-            in_channels=128,
-            num_layers=28,
-            num_attention_heads=16,
-            attention_head_dim=72,
-            num_classes=1000,
-        )
+        model = lightning(**size, attention_head_dim=72, num_classes=1000)
     checkpoint = ForeignCheckpoint(Path("true geometry"), "", dict(model.state_dict()))
-    report = convert_lightningdit(checkpoint, Options()).report
+    report = start_report("lightningdit", checkpoint)
+    convert_lightningdit(checkpoint, Options(), report)
     assert sum(math.prod(row["shape"]) for row in report.used) == 675_482_048

@@ -12,27 +12,9 @@ from diffusers import AutoencoderKL
 from davae.errors import CheckpointError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.lightningdit import LightningDiT2DModel, infer_config
-from davae.pipelines.importing.matching import (
-    Conversion,
-    ImportReport,
-    Options,
-    TensorSource,
-    build_empty,
-    check_statistics,
-    leave_rest,
-    match,
-    start_report,
-)
-from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics
-from davae.pipelines.importing.spelling import (
-    NORM_GROUPS,
-    Spelling,
-    count_layers,
-    find_source,
-    read_kl_config,
-    replace_prefix,
-    spell_ldm,
-)
+from davae.pipelines.importing.matching import ImportReport, Options, Save, TensorSource, build_empty, leave_rest, match
+from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics, mismatch
+from davae.pipelines.importing.spelling import Spelling, find_source, read_kl_config, replace_prefix, spell_ldm
 from davae.pipelines.loading import load_base_vae
 from davae.pipelines.upgrade import check_base_encoder
 
@@ -85,12 +67,12 @@ to it: the convolution of the first upsampler. The runs must not tear the groups
 """
 
 
-def convert_va_vae(checkpoint: ForeignCheckpoint, options: Options) -> Conversion:
+def convert_va_vae(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
     """VA-VAE, in LDM's names -> a stock AutoencoderKL, with per-channel statistics if there are any."""
-    report = start_report("va-vae", checkpoint)
-    spell = _spell_ldm_of(checkpoint, "encoder.")
+    spell = spell_ldm(checkpoint, "encoder.")
     config = read_kl_config(checkpoint, spell, sample_size=256, statistics=options.stats)
-    check_statistics(options.stats, config["latent_channels"], "this autoencoder")
+    if options.stats is not None:
+        options.stats.check_channels(config["latent_channels"], "this autoencoder")
 
     model = build_empty(AutoencoderKL, config, checkpoint)
     targets = model.state_dict()
@@ -100,25 +82,24 @@ def convert_va_vae(checkpoint: ForeignCheckpoint, options: Options) -> Conversio
     leave_rest(checkpoint, report, TRAINING_ONLY, owned=("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
     if options.stats is None:
         report.missing.append({"target": "latents_mean, latents_std", "reason": "none given: units are its own scale"})
-    return Conversion(model.save_pretrained, report)
+    return model.save_pretrained
 
 
-def convert_imagenet_da_vae(checkpoint: ForeignCheckpoint, options: Options) -> Conversion:
+def convert_imagenet_da_vae(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
     """DA-VAE of the reference code for ImageNet -> AutoencoderDA; its latents are base first, as ours."""
-    report = start_report("imagenet-da-vae", checkpoint)
     da = "dc" if "dc.dc_up.conv.weight" in checkpoint.tensors else "da"
     names = {ours: theirs.format(da=da) for ours, theirs in IMAGENET.items()}
-    ldm = _spell_ldm_of(checkpoint, "base_encoder.")
+    ldm = spell_ldm(checkpoint, "base_encoder.")
     parts = {"encoder.": "base_encoder.", "decoder.": f"{da}.decoder.", "quant_conv.": "base_quant_conv."}
     base_config = read_kl_config(checkpoint, replace_prefix(parts, ldm), sample_size=256)
 
     # The statistics are of all latents: the first ones belong to the base.
     total, channels = checkpoint.shape(f"{da}.{da}_up.conv.weight")[1], base_config["latent_channels"]
-    check_statistics(options.stats, total, "this autoencoder, base first,")
     detail_statistics = None
     if options.stats is None:
         report.missing.append({"target": "base_config.latents_mean, latents_std", "reason": "none given"})
     else:
+        options.stats.check_channels(total, "this autoencoder, base first,")
         mean, std = options.stats.mean, options.stats.std
         base_config |= {"latents_mean": list(mean[:channels]), "latents_std": list(std[:channels])}
         detail_statistics = Statistics(mean[channels:], std[channels:])
@@ -131,12 +112,11 @@ def convert_imagenet_da_vae(checkpoint: ForeignCheckpoint, options: Options) -> 
     report.notes.append(
         "the reference's training targets add N(0, 1) to the detail latents: detail_noise = 1.0 in stage 2"
     )
-    return Conversion(model.save_pretrained, report)
+    return model.save_pretrained
 
 
-def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options) -> Conversion:
+def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
     """DA-VAE of the reference code for SD3, detail first -> AutoencoderDA, base first, by `DETAIL_FIRST`."""
-    report = start_report("sd3-da-vae", checkpoint)
     total, detail_channels = checkpoint.shape("dc_up.conv.weight")[1], 2 * checkpoint.shape("dc_down.conv.weight")[0]
     if detail_channels == total:
         raise CheckpointError(
@@ -146,14 +126,15 @@ def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options) -> Conve
         )
     parts = {"encoder.": SD3["base_encoder."], "decoder.": SD3["joint_decoder."], "quant_conv.": "quant_conv."}
     base_config = read_kl_config(checkpoint, replace_prefix(parts), sample_size=1024)
-    check_statistics(options.stats, total - base_config["latent_channels"], "the detail half")
+    if options.stats is not None:
+        options.stats.check_channels(total - base_config["latent_channels"], "the detail half")
 
     # The file has no scale of the base latents: it is the base pipeline's, or Stable Diffusion 3's.
     vae, scalars = None, SD3_SCALARS
     if options.base is not None:
         vae = load_base_vae(options.base)
         scalars = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor or 0.0}
-    config = _make_da_config(base_config | scalars, total, base_downsample="bicubic", **scalars)
+    config = _make_da_config(base_config | scalars, total, base_downsample="bicubic")
     model = _build_da_vae(checkpoint, config, replace_prefix(SD3), options.stats, report, detail_first=True)
     if vae is not None:
         check_base_encoder(model, vae)
@@ -166,12 +147,11 @@ def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options) -> Conve
         f"scaling_factor {scalars['scaling_factor']} and shift_factor {scalars['shift_factor']} are not in the file: "
         f"{options.base or 'SD3'}'s",
     ]
-    return Conversion(model.save_pretrained, report)
+    return model.save_pretrained
 
 
-def convert_lightningdit(checkpoint: ForeignCheckpoint, options: Options) -> Conversion:
+def convert_lightningdit(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
     """LightningDiT, base or DA-VAE's -> LightningDiT2DModel, whose parameters have the file's names."""
-    report = start_report("lightningdit", checkpoint)
     try:
         config = infer_config(checkpoint.tensors)
     except ValueError as error:
@@ -185,29 +165,16 @@ def convert_lightningdit(checkpoint: ForeignCheckpoint, options: Options) -> Con
     for name in tables:
         computed, stored = model.get_buffer(name).double(), checkpoint.tensors[name].double()
         if computed.shape != stored.shape or not torch.allclose(computed, stored, atol=1e-2):
-            raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {name}: found {list(stored.shape)}, wanted "
-                f"{list(computed.shape)} with the rotary embedding's angles at the base resolution"
-            )
+            angles = "with the rotary embedding's angles at the base resolution"
+            difference = f"found {list(stored.shape)}, wanted {list(computed.shape)} {angles}"
+            raise mismatch(checkpoint.path, name, difference)
 
     model.load_state_dict(tensors, assign=True)
     leave_rest(checkpoint, report, dict.fromkeys(tables, "computed; compared, and the same"), owned=("",))
-    return Conversion(model.save_pretrained, report)
+    return model.save_pretrained
 
 
-def _spell_ldm_of(checkpoint: ForeignCheckpoint, encoder: str) -> Spelling:
-    """The spelling of a file with an LDM encoder under this prefix, which tells the number of levels."""
-    return partial(spell_ldm, levels=count_layers(checkpoint, encoder + "down.{}.block.0.conv1.weight"))
-
-
-def _make_da_config(
-    base_config: dict[str, Any],
-    total: int,
-    *,
-    base_downsample: str,
-    scaling_factor: float = 1.0,
-    shift_factor: float = 0.0,
-) -> dict[str, Any]:
+def _make_da_config(base_config: dict[str, Any], total: int, *, base_downsample: str) -> dict[str, Any]:
     widths, channels = base_config["block_out_channels"], base_config["latent_channels"]
     return {
         "base_config": base_config,
@@ -216,8 +183,8 @@ def _make_da_config(
         "latent_channels": total,
         "block_out_channels": [*widths, widths[-1]],
         "base_downsample": base_downsample,
-        "scaling_factor": scaling_factor,
-        "shift_factor": shift_factor,
+        "scaling_factor": base_config["scaling_factor"],
+        "shift_factor": base_config["shift_factor"] or 0.0,
         "linear_blocks": False,
     }
 
@@ -266,7 +233,7 @@ def _put_base_first(
 ) -> dict[str, TensorSource]:
     """Sources that turn the order of channels from detail-first to base-first: `DETAIL_FIRST`, in numbers."""
     base, total, width = config["base_channels"], config["latent_channels"], config["block_out_channels"][-1]
-    stream, group = width * base // total, width // NORM_GROUPS
+    stream, group = width * base // total, width // config["base_config"]["norm_num_groups"]
     if len(config["block_out_channels"]) < 3 or width % total or stream % group:
         raise CheckpointError(
             f"{checkpoint.path}: {base} base of {total} latent channels, in front of a decoder of {width}, cannot be "

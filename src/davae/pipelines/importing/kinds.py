@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.importing.autoencoders import (
-    convert_imagenet_da_vae,
-    convert_lightningdit,
-    convert_sd3_da_vae,
-    convert_va_vae,
-)
-from davae.pipelines.importing.matching import Conversion, ImportReport, Options
+from davae.pipelines.importing import autoencoders, stage_two
+from davae.pipelines.importing.matching import ImportReport, Options, Save, start_report
 from davae.pipelines.importing.reading import ForeignCheckpoint, read_checkpoint, read_statistics
-from davae.pipelines.importing.stage_two import convert_sd35_stage_two
 from davae.run.storage import check_replaceable, replaced_whole, write_json
 
 REPORT = "import.json"
@@ -24,28 +18,36 @@ REPORT = "import.json"
 class Kind:
     """A layout of a checkpoint."""
 
-    convert: Callable[[ForeignCheckpoint, Options], Conversion]
+    convert: Callable[[ForeignCheckpoint, Options, ImportReport], Save]
+    # Regular expressions; a file of this kind has a key for each.
     marks: tuple[str, ...]
-    """Regular expressions; a file of this kind has a key for each."""
+    # The fields of `Options` that it takes.
     options: tuple[str, ...] = ()
-    """The fields of `Options` that it takes."""
-
-    def has_marks(self, keys: set[str]) -> bool:
-        """Whether these are the keys of a file of this kind."""
-        return all(any(re.fullmatch(mark, key) for key in keys) for mark in self.marks)
 
 
 KINDS: dict[str, Kind] = {
     "va-vae": Kind(
-        convert_va_vae, (r"encoder\.down\.0\.block\.0\.conv1\.weight", r"decoder\.conv_in\.weight"), ("stats",)
+        autoencoders.convert_va_vae,
+        marks=(r"encoder\.down\.0\.block\.0\.conv1\.weight", r"decoder\.conv_in\.weight"),
+        options=("stats",),
     ),
-    "lightningdit": Kind(convert_lightningdit, (r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")),
-    "imagenet-da-vae": Kind(convert_imagenet_da_vae, (r"da\.da_up\.conv\.weight|dc\.dc_up\.conv\.weight",), ("stats",)),
-    "sd3-da-vae": Kind(convert_sd3_da_vae, (r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"), ("stats", "base")),
+    "lightningdit": Kind(
+        autoencoders.convert_lightningdit, marks=(r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")
+    ),
+    "imagenet-da-vae": Kind(
+        autoencoders.convert_imagenet_da_vae,
+        marks=(r"da\.da_up\.conv\.weight|dc\.dc_up\.conv\.weight",),
+        options=("stats",),
+    ),
+    "sd3-da-vae": Kind(
+        autoencoders.convert_sd3_da_vae,
+        marks=(r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"),
+        options=("stats", "base"),
+    ),
     "sd35-stage-two": Kind(
-        convert_sd35_stage_two,
-        (r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",),
-        ("base", "autoencoder", "lora"),
+        stage_two.convert_sd35_stage_two,
+        marks=(r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",),
+        options=("base", "autoencoder", "lora"),
     ),
 }
 """The kinds by their names on the command line."""
@@ -89,21 +91,26 @@ def import_checkpoint(
             raise SettingsError(f"--{name} does not belong to {kind}, which takes {allowed}")
 
     options = Options(None if stats is None else read_statistics(stats), base, autoencoder, lora)
-    conversion = KINDS[kind].convert(checkpoint, options)
+    report = start_report(kind, checkpoint)
+    save = KINDS[kind].convert(checkpoint, options, report)
     if not dry_run:
         with replaced_whole(out) as partial:
-            conversion.save(partial)
-            write_json(partial / REPORT, conversion.report.to_dict())
-    return conversion.report
+            save(partial)
+            write_json(partial / REPORT, report.to_dict())
+    return report
 
 
 def detect_kind(checkpoint: ForeignCheckpoint) -> str:
     """The kind whose marks are among the file's keys; refuses a file of none, or of more than one."""
-    keys = set(checkpoint.tensors)
-    kinds = [name for name, kind in KINDS.items() if kind.has_marks(keys)]
+    kinds = []
+    for name, kind in KINDS.items():
+        matches = [mark for mark in kind.marks if any(re.fullmatch(mark, key) for key in checkpoint.tensors)]
+        if len(matches) == len(kind.marks):
+            kinds.append(name)
     if len(kinds) != 1:
+        examples = ", ".join(sorted(checkpoint.tensors)[:4])
         raise CheckpointError(
             f"{checkpoint.path} is of no layout that davae knows, or of several: {', '.join(kinds) or 'none'} of "
-            f"{', '.join(KINDS)}. It has, for example, {', '.join(sorted(keys)[:4])}. Say which one it is with --kind"
+            f"{', '.join(KINDS)}. It has, for example, {examples}. Say which one it is with --kind"
         )
     return kinds[0]

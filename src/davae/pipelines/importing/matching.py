@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.errors import CheckpointError
-from davae.pipelines.importing.reading import DTYPES, ForeignCheckpoint, Statistics
+from davae.pipelines.importing.reading import DTYPES, ForeignCheckpoint, Statistics, mismatch
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class TensorSource:
     key: str
     change: Callable[[Tensor], Tensor] | None = None
     change_name: str = ""
+    # Its shape in the file, where that differs from the result's.
     shape: tuple[int, ...] | None = None
-    """Its shape in the file, where that differs from the result's."""
 
 
 @dataclass
@@ -34,12 +34,12 @@ class ImportReport:
     sha256: str
     opened: tuple[str, ...]
     prefixes: tuple[str, ...]
+    # Of each key that was used: key, target, shape, dtype, change.
     used: list[dict[str, Any]] = field(default_factory=list)
-    """Of each: key, target, shape, dtype, change."""
+    # Of each key that was left: key, reason.
     left: list[dict[str, str]] = field(default_factory=list)
-    """Of each: key, reason."""
+    # Of each tensor of the result that the file lacks: target, reason.
     missing: list[dict[str, str]] = field(default_factory=list)
-    """Of each that the result has and the file lacks: target, reason."""
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,9 +55,12 @@ class ImportReport:
             tensor = f"{entry['shape']} {entry['dtype']}"
             change = f"  ({entry['change']})" if entry["change"] else ""
             rows.append(f"used     {entry['key']:<{width}}  {tensor:<26} -> {entry['target']}{change}")
-        rows += [f"left     {entry['key']:<{width}}  {entry['reason']}" for entry in self.left]
-        rows += [f"missing  {entry['target']:<{width}}  {entry['reason']}" for entry in self.missing]
-        rows += [f"note     {note}" for note in self.notes]
+        for entry in self.left:
+            rows.append(f"left     {entry['key']:<{width}}  {entry['reason']}")
+        for entry in self.missing:
+            rows.append(f"missing  {entry['target']:<{width}}  {entry['reason']}")
+        for note in self.notes:
+            rows.append(f"note     {note}")
         rows.append(f"{len(self.used)} used, {len(self.left)} left, {len(self.missing)} missing")
         return "\n".join(rows)
 
@@ -67,27 +70,21 @@ class Options:
     """What can be given beside the checkpoint."""
 
     stats: Statistics | None = None
-    base: str | None = None
-    """The base pipeline, folder or Hub name."""
-    autoencoder: Path | None = None
-    """Folder of an AutoencoderDA."""
-    lora: Path | None = None
-    """A file with the LoRA tensors."""
+    base: str | None = None  # the base pipeline, folder or Hub name
+    autoencoder: Path | None = None  # folder of an AutoencoderDA
+    lora: Path | None = None  # file of the LoRA tensors
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A checkpoint, converted and not yet written: `save` writes it into a folder that exists."""
-
-    save: Callable[[Path], object]
-    report: ImportReport
+Save = Callable[[Path], object]
+"""Writes a converted checkpoint into a folder that exists."""
 
 
 def start_report(kind: str, checkpoint: ForeignCheckpoint) -> ImportReport:
     """A report that has only the entries of the file that were not opened, as left."""
     report = ImportReport(kind, checkpoint.path.name, checkpoint.sha256, checkpoint.opened, checkpoint.prefixes)
     opened = checkpoint.opened[0] if checkpoint.opened else "the tensors"
-    report.left = [{"key": name, "reason": f"beside {opened}, not opened"} for name in checkpoint.beside]
+    for name in checkpoint.beside:
+        report.left.append({"key": name, "reason": f"beside {opened}, not opened"})
     return report
 
 
@@ -101,30 +98,19 @@ def build_empty(model_class: type[ModelMixin], config: Mapping[str, Any], checkp
 
 
 def match(
-    checkpoint: ForeignCheckpoint,
-    targets: Mapping[str, Tensor],
-    sources: Mapping[str, TensorSource],
-    report: ImportReport,
+    file: ForeignCheckpoint, targets: Mapping[str, Tensor], sources: Mapping[str, TensorSource], report: ImportReport
 ) -> dict[str, Tensor]:
-    """The file's tensors under the names of the result's, shapes checked, changes made, dtypes kept.
-
-    Of the `targets` only those with a source are looked for. Each adds a row to the report's `used`; the first key
-    that is missing, of another shape or of no floating-point dtype is refused by name.
-    """
+    """The file's tensors under the names of `sources`, shapes checked against `targets`, changes made, dtypes kept."""
     tensors: dict[str, Tensor] = {}
     for target, source in sources.items():
         shape = source.shape or tuple(targets[target].shape)
-        tensor = checkpoint.tensors.get(source.key)
+        wanted = f"wanted {list(shape)} for {target}"
+        tensor = file.tensors.get(source.key)
         if tensor is None:
-            raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {source.key}: found none, wanted {list(shape)} for {target}"
-            )
+            raise mismatch(file.path, source.key, f"found none, {wanted}")
         dtype = str(tensor.dtype).removeprefix("torch.")
         if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {source.key}: found {list(tensor.shape)} {dtype}, "
-                f"wanted {list(shape)} for {target}, floating-point"
-            )
+            raise mismatch(file.path, source.key, f"found {list(tensor.shape)} {dtype}, {wanted}, floating-point")
 
         tensors[target] = (source.change(tensor) if source.change else tensor).contiguous()
         row = {"key": source.key, "target": target, "shape": list(shape), "dtype": dtype, "change": source.change_name}
@@ -137,23 +123,13 @@ def leave_rest(
 ) -> None:
     """Account for the keys that were not used, as `left` with a reason.
 
-    A reason belongs to keys whose start its regular expression matches. A key under an `owned` prefix needs one:
-    without it the file has a layer that the result lacks, and is refused.
+    `reasons` is by regular expressions of the starts of keys. A key without a reason under an `owned` prefix is
+    refused: it is of a layer that the result lacks.
     """
     used = {entry["key"] for entry in report.used}
     for key in sorted(checkpoint.tensors.keys() - used):
-        matching = [reason for pattern, reason in reasons.items() if re.match(pattern, key)]
-        if not matching and key.startswith(tuple(owned)):
+        reason = next((reasons[pattern] for pattern in reasons if re.match(pattern, key)), None)
+        if reason is None and key.startswith(tuple(owned)):
             shape = list(checkpoint.tensors[key].shape)
-            raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {key}: found {shape}, wanted none: its layout has none there"
-            )
-        report.left.append({"key": key, "reason": matching[0] if matching else "no part of this layout"})
-
-
-def check_statistics(statistics: Statistics | None, channels: int, whose: str) -> None:
-    """Refuse statistics of another number of channels."""
-    if statistics is not None and len(statistics.mean) != channels:
-        raise CheckpointError(
-            f"the statistics are of {len(statistics.mean)} channels, and {whose} has {channels}: give its own, or none"
-        )
+            raise mismatch(checkpoint.path, key, f"found {shape}, wanted none: its layout has none there")
+        report.left.append({"key": key, "reason": reason or "no part of this layout"})

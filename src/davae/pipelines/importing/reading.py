@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,15 +17,14 @@ from torch import Tensor
 
 from davae.errors import CheckpointError
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""All but the first are torch files, and pickled."""
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # all but the first are torch files, and pickled
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMA_WRAPPERS = ("ema_state_dict", "ema")
 WRAPPERS = ("model_state_dict", "state_dict", "model")
-PREFIXES = ("module.", "model.")
-"""Prefixes that data-parallel and Lightning wrappers put before every name."""
+PREFIXES = ("module.", "model.")  # data-parallel and Lightning wrappers put these before every name
+
+# A torch file may take so many seconds to open, and one more for so many bytes of it.
 SECONDS, BYTES_PER_SECOND = 120, 5_000_000
-"""A torch file may take so many seconds to open, and one more for so many bytes of it."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,17 @@ class ForeignCheckpoint:
     path: Path
     sha256: str
     tensors: dict[str, Tensor]
+    # Wrappers that were opened, from outside in, and entries beside them, which were not read.
     opened: tuple[str, ...] = ()
-    """Wrappers that were opened, from outside in."""
     beside: tuple[str, ...] = ()
-    """Entries beside the wrappers, which were not read."""
+    # Prefixes that were removed from the names.
     prefixes: tuple[str, ...] = ()
-    """Prefixes that were removed from the names."""
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor; refuses a file without it."""
         if key not in self.tensors:
-            raise CheckpointError(
-                f"{self.path}: the first mismatch is {key}: found none, wanted a tensor. The file has, for example, "
-                f"{', '.join(sorted(self.tensors)[:4])}: is it of this kind, and whole?"
-            )
+            examples = ", ".join(sorted(self.tensors)[:4])
+            raise mismatch(self.path, key, f"found none, wanted a tensor. The file has, for example, {examples}")
         return tuple(self.tensors[key].shape)
 
 
@@ -57,6 +54,16 @@ class Statistics:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def check_channels(self, channels: int, whose: str) -> None:
+        """Refuse statistics of another number of channels."""
+        if len(self.mean) != channels:
+            raise CheckpointError(f"the statistics are of {len(self.mean)} channels, but {whose} has {channels}")
+
+
+def mismatch(path: Path, key: str, difference: str) -> CheckpointError:
+    """The error to raise at the first key that a layout does not explain."""
+    return CheckpointError(f"{path}: the first mismatch is {key}: {difference}")
 
 
 def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
@@ -80,9 +87,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
         else:
             tensors, opened, beside = _unpickle(path, (*EMA_WRAPPERS, *WRAPPERS) if ema else WRAPPERS)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}. It is damaged or no checkpoint: copy it anew"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint, copy it anew: {error}") from error
 
     tensors, prefixes = _remove_prefixes(tensors, path)
     for key, tensor in tensors.items():
@@ -96,14 +101,13 @@ def read_statistics(path: Path) -> Statistics:
     try:
         if path.suffix == ".json":
             numbers = json.loads(path.read_bytes())
-            mean, std = [float(number) for number in numbers["mean"]], [float(number) for number in numbers["std"]]
+            mean, std = list(map(float, numbers["mean"])), list(map(float, numbers["std"]))
         else:
             tensors = read_checkpoint(path).tensors
             mean, std = tensors["mean"].double().flatten().tolist(), tensors["std"].double().flatten().tolist()
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} holds no statistics: {error!r}. Wanted are `mean` and `std`, one number for each latent channel"
-        ) from error
+        wanted = "`mean` and `std`, one number for each latent channel"
+        raise CheckpointError(f"{path} holds no statistics, {wanted}: {error!r}") from error
     if len(mean) != len(std) or not all(0 < deviation < float("inf") for deviation in std):
         raise CheckpointError(f"{path}: {len(mean)} means and {len(std)} deviations; wanted are as many, all above 0")
     return Statistics(tuple(mean), tuple(std))
@@ -117,17 +121,15 @@ def _unpickle(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor],
         program = [sys.executable, "-P", "-m", "davae.pipelines.importing.unpickling"]
         command = [*program, str(path), str(written), *wrappers]
         seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
+        settings: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": seconds}
         try:
-            process = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
-            )
+            process = subprocess.run(command, **settings, check=False)
         except subprocess.TimeoutExpired as error:
             raise CheckpointError(f"{path} was not open after {seconds:.0f} s: it is no plain checkpoint") from error
         if process.returncode:
             raise CheckpointError(
                 f"{path} cannot be read as tensors only ({_find_reason(process.stderr)}). It is damaged, or holds "
-                "Python objects, which davae does not run: where you trust it, save its state dict alone, as "
-                "safetensors"
+                "Python objects, which davae does not run: if you trust it, save its state dict as safetensors"
             )
 
         with safe_open(written, "pt") as file:
@@ -140,8 +142,10 @@ def _find_reason(errors: str) -> str:
     foreign = re.search(r"GLOBAL (\S+)", errors)
     if foreign:
         return f"it asks for {foreign[1]}"
-    lines = [line.strip() for line in errors.splitlines() if line.strip() and not line.startswith("Check the docu")]
-    return lines[-1][:200] if lines else "its process was ended"
+    for line in reversed(errors.splitlines()):
+        if line.strip() and not line.startswith("Check the docu"):
+            return line.strip()[:200]
+    return "its process was ended"
 
 
 def _remove_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -10,12 +10,11 @@ from torch import Tensor
 from davae.pipelines.importing.matching import TensorSource
 from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics
 
-NORM_GROUPS = 32
-"""Groups of every GroupNorm in these autoencoders; no shape tells their number."""
+NORM_GROUPS = 32  # of every GroupNorm in these autoencoders; no shape tells their number
 
 LDM = {
     r"down_blocks\.(\d+)": r"down.\1",
-    r"up_blocks\.(\d+)": r"up.\1",  # counted from the other end: see `spell_ldm`
+    r"up_blocks\.(\d+)": r"up.\1",  # counted from the other end, see below
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
@@ -35,12 +34,18 @@ Spelling = Callable[[str], str]
 """A parameter's name in diffusers' AutoencoderKL ("encoder...", "decoder...", "quant_conv...") -> the file's."""
 
 
-def spell_ldm(name: str, *, levels: int) -> str:
-    """The LDM name of an AutoencoderKL parameter; LDM counts the decoder's `levels` from the image's side."""
-    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", name)
-    for pattern, replacement in LDM.items():
-        name = re.sub(pattern, replacement, name)
-    return name
+def spell_ldm(checkpoint: ForeignCheckpoint, encoder: str) -> Spelling:
+    """The names of LDM, in a file whose LDM encoder is under the prefix `encoder`."""
+    levels = _count(checkpoint, encoder + "down.{}.block.0.conv1.weight")
+
+    def spell(name: str) -> str:
+        # LDM counts the decoder's levels from the image's side.
+        name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{levels - 1 - int(level[1])}", name)
+        for pattern, replacement in LDM.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return spell
 
 
 def replace_prefix(prefixes: Mapping[str, str], spell: Spelling = str) -> Spelling:
@@ -60,7 +65,7 @@ def find_source(target: Tensor, key: str) -> TensorSource:
     return TensorSource(key)
 
 
-def count_layers(checkpoint: ForeignCheckpoint, name: str, spell: Spelling = str) -> int:
+def _count(checkpoint: ForeignCheckpoint, name: str, spell: Spelling = str) -> int:
     """How many parameters called "... {} ..." are in the file, numbered from 0."""
     return next(number for number in count() if spell(name.format(number)) not in checkpoint.tensors)
 
@@ -75,17 +80,21 @@ def read_kl_config(
 
     first_layer = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     checkpoint.shape(spell(first_layer.format(0)))  # refuses a file without it
-    levels = range(count_layers(checkpoint, first_layer, spell))
-    attention = "attentions.0.to_q.weight"
-    down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
+    widths, down_types, up_types = [], [], []
+    for level in range(_count(checkpoint, first_layer, spell)):
+        widths.append(checkpoint.shape(spell(first_layer.format(level)))[0])
+        down_attention = has(f"encoder.down_blocks.{level}.attentions.0.to_q.weight")
+        down_types.append("AttnDownEncoderBlock2D" if down_attention else "DownEncoderBlock2D")
+        up_attention = has(f"decoder.up_blocks.{level}.attentions.0.to_q.weight")
+        up_types.append("AttnUpDecoderBlock2D" if up_attention else "UpDecoderBlock2D")
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": checkpoint.shape(spell("encoder.conv_in.weight"))[1],
         "out_channels": checkpoint.shape(spell("decoder.conv_out.weight"))[0],
-        "down_block_types": [f"Attn{down}" if has(f"encoder.down_blocks.{i}.{attention}") else down for i in levels],
-        "up_block_types": [f"Attn{up}" if has(f"decoder.up_blocks.{i}.{attention}") else up for i in levels],
-        "block_out_channels": [checkpoint.shape(spell(first_layer.format(i)))[0] for i in levels],
-        "layers_per_block": count_layers(checkpoint, "encoder.down_blocks.0.resnets.{}.conv1.weight", spell),
+        "down_block_types": down_types,
+        "up_block_types": up_types,
+        "block_out_channels": widths,
+        "layers_per_block": _count(checkpoint, "encoder.down_blocks.0.resnets.{}.conv1.weight", spell),
         "latent_channels": checkpoint.shape(spell("encoder.conv_out.weight"))[0] // 2,
         "norm_num_groups": NORM_GROUPS,
         "mid_block_add_attention": has("encoder.mid_block.attentions.0.to_q.weight"),

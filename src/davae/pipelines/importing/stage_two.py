@@ -12,16 +12,8 @@ from torch import Tensor
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter import add_lora, digest_base, find_target_layers, save_adapter
-from davae.pipelines.importing.matching import (
-    Conversion,
-    ImportReport,
-    Options,
-    TensorSource,
-    leave_rest,
-    match,
-    start_report,
-)
-from davae.pipelines.importing.reading import ForeignCheckpoint, read_checkpoint
+from davae.pipelines.importing.matching import ImportReport, Options, Save, TensorSource, leave_rest, match
+from davae.pipelines.importing.reading import ForeignCheckpoint, mismatch, read_checkpoint
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.pipelines.upgrade import upgrade
 
@@ -43,14 +35,13 @@ LORA_KEY = re.compile(r"(?:.*?\.)?(transformer_blocks\.\d+\..+)\.(lora_[AB])(?:\
 LAYER_KEY = re.compile(r"(?:.*?\.)?((?:transformer_blocks|context_embedder|time_text_embed|norm_out)\..+)")
 
 
-def convert_sd35_stage_two(checkpoint: ForeignCheckpoint, options: Options) -> Conversion:
+def convert_sd35_stage_two(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
     """Ports and LoRA of a fine-tuned SD3.5 -> an adapter folder for the base pipeline that it was tuned from."""
     if options.base is None or options.autoencoder is None:
         raise SettingsError(
             "this file holds ports and LoRA only: give --base, the pipeline that it was tuned from, and --autoencoder, "
             "the folder that the import of its DA-VAE wrote"
         )
-    report = start_report("sd35-stage-two", checkpoint)
     base = load_pipeline(options.base, without=TEXT_PARTS)
     base_sha256, base_tensors = digest_base(base.transformer), base.transformer.state_dict()
     pipeline = upgrade(base, load_autoencoder(options.autoencoder))
@@ -70,7 +61,7 @@ def convert_sd35_stage_two(checkpoint: ForeignCheckpoint, options: Options) -> C
             path.rename(folder / path.name)
         (folder / "adapter").rmdir()
 
-    return Conversion(save, report)
+    return save
 
 
 def _find_key(checkpoint: ForeignCheckpoint, name: str) -> str:
@@ -84,10 +75,8 @@ def _check_positions(checkpoint: ForeignCheckpoint, expected: Tensor) -> None:
     if positions is None:
         return
     if positions.shape != expected.shape or not torch.allclose(positions.float(), expected.float(), atol=1e-2):
-        raise CheckpointError(
-            f"{checkpoint.path}: the first mismatch is {key}: found {list(positions.shape)}, wanted "
-            f"{list(expected.shape)}, the base pipeline's positions: it was tuned from another base"
-        )
+        wanted = f"wanted {list(expected.shape)}, the base pipeline's positions"
+        raise mismatch(checkpoint.path, key, f"found {list(positions.shape)}, {wanted}: it was tuned from another base")
 
 
 @torch.no_grad()
@@ -168,9 +157,7 @@ def _check_frozen(checkpoint: ForeignCheckpoint, base: dict[str, Tensor]) -> lis
             continue
         # In bfloat16, as the reference loads them.
         if tensor.shape != base[name].shape or not torch.equal(tensor.bfloat16(), base[name].bfloat16()):
-            raise CheckpointError(
-                f"{checkpoint.path}: the first mismatch is {key}: its {list(tensor.shape)} are not the base's. It was "
-                "trained itself, or on another base: only ports and LoRA are imported"
-            )
+            cause = "It was trained itself, or on another base: only ports and LoRA are imported"
+            raise mismatch(checkpoint.path, key, f"its {list(tensor.shape)} are not the base's. {cause}")
         frozen.append(key)
     return frozen

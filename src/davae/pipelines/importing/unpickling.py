@@ -14,15 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Address space beside four times the file, which is read, unpacked, copied and written.
 SPARE_BYTES = 2 * 2**30
-"""Address space beside four times the file, which is read, unpacked, copied and written."""
 
 
 def open_wrappers(entries: Mapping[Any, Any], wrappers: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
-    """The names of the wrappers that were opened, from outside in, and the tensors inside the last one.
-
-    Of the entries that `wrappers` names, the first one that holds tensors is opened.
-    """
+    """Open the first of `wrappers` that holds tensors, and so on: their names from outside in, and the tensors."""
     for name in wrappers:
         inner = entries.get(name)
         if isinstance(inner, Mapping):
