@@ -26,7 +26,8 @@ from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import read_picture
 from davae.data.sources import PictureSet, open_pictures
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_run import train_autoencoder
 
 COUNT = 256
 

@@ -38,7 +38,7 @@ from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.seeds import generator
 from davae.training.devices import lay_out
-from davae.training.stage_one import discriminator_of
+from davae.training.stage_one import make_discriminator
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
 from davae.training.stage_two_loss import choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe
@@ -155,7 +155,7 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
     lpips = LPIPS.alex().to(device)
 
     def kind(name: str, autoencoder: AutoencoderDA) -> Run:
-        opponent = discriminator_of(recipe)
+        opponent = make_discriminator(recipe)
         assert opponent is not None
         models, parameters = {"autoencoder": autoencoder.train()}, autoencoder.detail_parameters()
         whole = compared_weights(autoencoder).values()

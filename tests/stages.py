@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_two_recipe import FinetuneRecipe
 from hashes import digests
 

@@ -32,7 +32,7 @@ from davae.errors import SettingsError
 from davae.evaluation.report import ImageGrid, write_page
 from davae.run.recipe import load_recipe
 from davae.run.storage import write_json
-from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
 from scenes import fill_with_scenes, scene
 

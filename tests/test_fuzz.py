@@ -14,7 +14,7 @@ from davae.errors import DavaeError
 from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from davae.run.recipe import load_recipe
 from davae.run.storage import read_json
-from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
 from trials import Trials
 

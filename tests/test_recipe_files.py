@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from tiny import tiny_sd3_pipeline, tiny_vae

@@ -37,13 +37,10 @@ from davae.run.record import environment, read_metrics
 from davae.run.storage import replaced_whole, write_json
 from davae.seeds import generator
 from davae.training.conditions import encode_captions
-from davae.training.stage_one import (
-    AutoencoderRecipe,
-    LossWeights,
-    heldout_metrics,
-    start_autoencoder,
-    train_autoencoder,
-)
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_start import start_autoencoder
+from davae.training.stage_one_validation import heldout_metrics
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 

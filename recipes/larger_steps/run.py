@@ -36,7 +36,8 @@ from davae.pipelines.saving import save_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import environment, read_metrics
 from davae.run.storage import read_json, write_json
-from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 

@@ -15,7 +15,8 @@ import typer
 
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
 
 ARMS: dict[str, dict[str, Any]] = {
     "closed form": {},

@@ -27,7 +27,8 @@ from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeli
 from davae.run.progress import track
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 

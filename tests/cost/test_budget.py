@@ -20,7 +20,8 @@ from davae.errors import CheckpointError, SettingsError
 from davae.method.discriminator import PatchDiscriminator
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.run.recipe import load_recipe
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, set_trained
+from davae.training.stage_one import choose_trained
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_two_recipe import FinetuneRecipe
 from tiny import tiny_flux, tiny_sd3_pipeline, tiny_vae
 from tiny_backbones import tiny_lumina2
@@ -205,7 +206,7 @@ def cost(tiny: Geometry, **changes: object) -> float:
     settings = {"size": 64, "crop": 32, "start": "random", "loss": LossWeights(lpips=0.0)}
     recipe = AutoencoderRecipe(**(settings | changes))
     autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-    set_trained(autoencoder, recipe)
+    choose_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
     return stage_one_work(autoencoder, discriminator, tiny, recipe).flops / 1e12
 

@@ -15,7 +15,8 @@ from davae.errors import SettingsError
 from davae.method.closed_form import fit_closed_form
 from davae.pipelines.loading import load_autoencoder
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
 
 BASES = {"kl": tiny.tiny_vae, "tiny": tiny.tiny_taesd}
 KINDS = list(itertools.product(BASES, (True, False)))

@@ -22,7 +22,7 @@ from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import with_autoencoder
 from davae.run.recipe import load_recipe
-from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_one_recipe import AutoencoderRecipe
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

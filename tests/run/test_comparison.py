@@ -9,7 +9,7 @@ from davae.cli import main
 from davae.errors import CheckpointError
 from davae.run.comparison import differences, find_runs, read_run, to_text
 from davae.run.record import RunRecord, alone
-from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
 from forks import exit_code, forked
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
 
 
 def test_the_losses_of_an_accumulated_step_are_the_means_over_its_batches(

@@ -17,7 +17,7 @@ from davae import cli
 from davae.run import faults
 from davae.run.recipe import Recipe
 from davae.training.interruption import SIGNALS
-from davae.training.stage_one import train_autoencoder
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from forks import exit_code, forked

@@ -15,8 +15,9 @@ from davae.pipelines.sampling import sample
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
-from davae.training.stage_one import untrained as untrained_of
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_start import make_untrained as untrained_of
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from scenes import fill_with_scenes

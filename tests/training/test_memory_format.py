@@ -13,7 +13,8 @@ from davae.run.ranks import Ranks
 from davae.seeds import generator
 from davae.training.devices import fastest_layout, lay_out
 from davae.training.recipes import OptimisationRecipe
-from davae.training.stage_one import start_autoencoder, train_autoencoder
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_start import start_autoencoder
 from davae.training.state import TrainingState
 from stages import autoencoder_recipe
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from davae.errors import NumericsError
 from davae.run import faults
 from davae.run.record import read_metrics
-from davae.training.stage_one import LossWeights, train_autoencoder
+from davae.training.stage_one_recipe import LossWeights
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_run import finetune
 from hashes import digests
 from stages import autoencoder_recipe, finetune_recipe, newest_step

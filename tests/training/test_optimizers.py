@@ -20,7 +20,7 @@ from davae.training.devices import lay_out
 from davae.training.interruption import Interrupted
 from davae.training.optimizers import LIBRARIES, OptimizerName, averages
 from davae.training.recipes import OptimisationRecipe
-from davae.training.stage_one import train_autoencoder
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from davae.training.state import TrainingState

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from davae.data.pictures import read_png
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from forks import exit_code, forked

@@ -16,7 +16,8 @@ from davae.data.sources import open_pictures
 from davae.errors import SettingsError
 from davae.run.progress import StepProgress
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from davae.training.stage_two_validation import choose_prompts

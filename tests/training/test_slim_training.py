@@ -8,7 +8,9 @@ import torch
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
 from davae.pipelines.loading import load_autoencoder
-from davae.training.stage_one import AutoencoderRecipe, start_autoencoder, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_start import start_autoencoder
 from stages import autoencoder_recipe
 
 SLIM = {"decoder_block_out_channels": (4, 8, 12), "decoder_layers_per_block": (0, 0, 1)}

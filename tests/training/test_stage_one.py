@@ -20,15 +20,11 @@ from davae.run.ranks import Ranks
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators
-from davae.training.stage_one import (
-    AutoencoderRecipe,
-    LossWeights,
-    base_reconstruction,
-    heldout_metrics,
-    set_trained,
-    start_autoencoder,
-    train_autoencoder,
-)
+from davae.training.stage_one import base_reconstruction, choose_trained
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_start import start_autoencoder
+from davae.training.stage_one_validation import heldout_metrics
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from hashes import digests
@@ -428,7 +424,7 @@ def first_losses(folder: Path) -> dict[str, float]:
 def test_what_trains_is_what_the_recipe_says(recipe, changes, still, quant) -> None:
     vae = AutoencoderKL.from_config({**tiny_vae().config, "use_quant_conv": quant, "use_post_quant_conv": quant})
     autoencoder = AutoencoderDA.from_base(vae, detail_channels=8, base_in_detail=True)
-    trained = {id(p) for p in set_trained(autoencoder, recipe.model_copy(update=changes))}
+    trained = {id(p) for p in choose_trained(autoencoder, recipe.model_copy(update=changes))}
     for name, parameter in autoencoder.named_parameters():
         assert (id(parameter) in trained) == parameter.requires_grad == (not name.startswith(("base_", *still)))
     for name, module in autoencoder.named_children():

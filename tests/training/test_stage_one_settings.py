@@ -9,7 +9,7 @@ from davae.data.sources import open_pictures
 from davae.method.perceptual import LPIPS
 from davae.method.stage_one_loss import StageOneSettings, stage_one_loss
 from davae.pipelines.loading import load_autoencoder
-from davae.training.stage_one import discriminator_of
+from davae.training.stage_one import make_discriminator
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
 from davae.training.state import TrainingState
 
@@ -52,7 +52,7 @@ def test_both_players_change_in_their_own_step_only(
     autoencoder = load_autoencoder(autoencoder_folder)
     image = open_pictures(picture_folder, size=64, split="train").batch([0, 1])
     recipe = AutoencoderRecipe(loss=ADVERSARIAL)
-    opponent = discriminator_of(recipe)
+    opponent = make_discriminator(recipe)
     models, parameters = {"a": autoencoder}, autoencoder.detail_parameters()
     state = TrainingState(recipe, tmp_path, models, parameters, companion=opponent)
     loss = stage_one_loss(autoencoder, image, LPIPS.alex(), loss_settings(recipe), discriminator=opponent.model)

@@ -12,7 +12,9 @@ from davae.method.closed_form import Code
 from davae.method.losses import detail_alignment_loss
 from davae.method.widen import PortsStart
 from davae.pipelines.loading import load_autoencoder, load_pipeline
-from davae.training.stage_one import AutoencoderRecipe, LossWeights, start_autoencoder, train_autoencoder
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_start import start_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 

@@ -18,7 +18,7 @@ from davae import cli
 from davae.run import ranks
 from davae.run.recipe import Recipe
 from davae.run.record import read_metrics
-from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_one_recipe import AutoencoderRecipe
 from elastic import generations, start_agent, start_torchrun
 from forks import exit_code
 from rank_forks import FSDP2, run_ranks

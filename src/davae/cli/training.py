@@ -21,7 +21,8 @@ def train_autoencoder(
     quiet_libraries()
     from davae.cost.budget import plan_of
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
-    from davae.training.stage_one import AutoencoderRecipe, train_autoencoder
+    from davae.training.stage_one_recipe import AutoencoderRecipe
+    from davae.training.stage_one_run import train_autoencoder
 
     resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:

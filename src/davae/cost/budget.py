@@ -35,8 +35,8 @@ from davae.pipelines.adapter import INDEX
 from davae.run.recipe import has_sections, load_recipe, read_toml
 from davae.training.optimizers import STATE_BYTES
 from davae.training.recipes import OptimisationRecipe
-from davae.training.stage_one import AutoencoderRecipe, set_trained
-from davae.training.stage_one_recipe import check_choices, check_sides
+from davae.training.stage_one import choose_trained
+from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_transformer import choose_parameters
 
@@ -106,7 +106,7 @@ def autoencoder_budget(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Fi
     check_choices(recipe)
     autoencoder = _made_by(recipe, geometry)
     check_sides(recipe, autoencoder.downsample_factor)
-    set_trained(autoencoder, recipe)
+    choose_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
     trained = parameters(autoencoder, discriminator, trained=True)
     everything = parameters(autoencoder, discriminator)

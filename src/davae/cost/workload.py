@@ -21,7 +21,7 @@ from davae.errors import SettingsError
 from davae.method.losses import detail_alignment_loss, reconstruction_l1
 from davae.method.perceptual import LPIPS, patch_starts
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.training.stage_one import AutoencoderRecipe
+from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
 
 VGG_STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from davae import assets
 from davae.data.buckets import Bucket, bucket_table
-from davae.data.listing import PictureSource
 from davae.run.recipe import Recipe
 from davae.training.optimizers import OptimizerName
 
@@ -88,7 +88,7 @@ class PicturesRecipe(OptimisationRecipe):
     before it begins. Images that are too small, or lack a caption or class, are left out and do not count."""
 
     @property
-    def source(self) -> PictureSource:
+    def source(self) -> Path | str:
         """Where the images are."""
         return self.pictures or assets.pictures()
 

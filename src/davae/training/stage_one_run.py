@@ -1,0 +1,140 @@
+"""A whole run of stage 1, from a base autoencoder to a trained AutoencoderDA with latent statistics."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from davae.data.loading import Ahead
+from davae.data.order import random_crops
+from davae.data.sources import PictureSet, open_pictures
+from davae.errors import NumericsError
+from davae.method.perceptual import LPIPS
+from davae.method.stage_one_loss import compared_weights
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.loading import load_base_vae
+from davae.run.ranks import TIMEOUT, Ranks
+from davae.run.storage import check_replaceable
+from davae.seeds import generator
+from davae.training.devices import fastest_layout, lay_out
+from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
+from davae.training.stage_one import choose_trained, make_discriminator, train_networks
+from davae.training.stage_one_recipe import AutoencoderRecipe
+from davae.training.stage_one_start import find_base, save_autoencoder, start_autoencoder
+from davae.training.stage_one_validation import evaluate_heldout
+from davae.training.state import TrainingState
+from davae.training.trackers import check_trackers
+
+
+def train_autoencoder(
+    recipe: AutoencoderRecipe, folder: Path, *, report_to: Sequence[str] = (), rank_timeout: float = TIMEOUT
+) -> Path:
+    """Train, calibrate and save an AutoencoderDA. Called again, a run resumes at its last checkpoint.
+
+    Args:
+        recipe: all settings that decide the outcome.
+        folder: the run's folder, which every rank must see.
+        report_to: trackers that get the metrics, too (`davae.training.trackers.TRACKERS`).
+        rank_timeout: seconds that a rank waits for another.
+
+    Returns:
+        The folder of the trained autoencoder, `folder`/autoencoder.
+
+    Raises:
+        SettingsError: sizes that do not fit each other, the base or the number of ranks, or a folder that is not the
+            run's to replace.
+        CheckpointError: `folder` holds a run with another recipe or other pictures.
+        NumericsError: the detail latents came to nothing.
+        DavaeError: errors of data, checkpoints and storage.
+    """
+    check_trackers(report_to)
+    ranks = Ranks(rank_timeout)
+    ranks.check_divides("batch_size", recipe.batch_size)
+    with claim_folder(recipe, folder, ranks):
+        ranks.on_first(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
+        return _train_autoencoder(recipe, folder, ranks, report_to)
+
+
+def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
+    # The images to train on, and those held out.
+    pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False)
+    heldout = open_heldout_pictures(recipe, folder if ranks.first else None)
+
+    # The networks: the autoencoder, its discriminator, and the frozen ones that judge.
+    alex = LPIPS.alex()
+    lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
+    autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start"))
+    lay_out(autoencoder, fastest_layout(ranks.device))
+    base_vae = load_base_vae(find_base(recipe)) if recipe.target == "base reconstruction" else None
+    discriminator = make_discriminator(recipe)
+    for network in (alex, lpips, base_vae):
+        if network is not None:
+            network.to(ranks.device)
+
+    state = TrainingState(
+        recipe,
+        folder,
+        {"autoencoder": autoencoder},
+        choose_trained(autoencoder, recipe),
+        label="stage 1",
+        ranks=ranks,
+        companion=discriminator,
+        report_to=report_to,
+        whole=compared_weights(autoencoder).values(),
+    )
+    ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
+
+    evaluate = partial(evaluate_heldout, state, autoencoder, heldout, alex)
+    with Ahead(partial(load_crops, recipe, pictures, ranks)) as load:
+        train_networks(
+            autoencoder, recipe, state, load, evaluate, lpips=lpips, base_vae=base_vae, discriminator=discriminator
+        )
+
+    # The result has the EMA's weights, and latent statistics measured with them.
+    with state.ema_weights():
+        autoencoder.eval()
+        if not (recipe.decoder_only and recipe.autoencoder):
+            calibrate(autoencoder, pictures, recipe)
+        values = evaluate()
+        whole = state.whole("autoencoder")
+        ranks.on_first(lambda: save_autoencoder(whole, folder / "autoencoder"))
+
+    counts = {"pictures": len(pictures)}
+    if discriminator is not None:
+        counts["skipped_discriminator_steps"] = discriminator.guard.skipped
+    counts["heldout_pictures"] = len(heldout)
+    ranks.on_first(lambda: state.finish({**values, "autoencoder": folder / "autoencoder"}, counts=counts))
+    return folder / "autoencoder"
+
+
+def open_heldout_pictures(recipe: AutoencoderRecipe, folder: Path | None) -> PictureSet:
+    """The held-out images; refused ones are listed in `folder`/refused_heldout.json."""
+    heldout = open_pictures(
+        recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
+    )
+    return heldout.sound(None if folder is None else folder / "refused_heldout.json")
+
+
+def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, number: int) -> tuple[list[str], Tensor]:
+    """The names of all images in batch `number`, and this rank's crops of them."""
+    indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=number)
+    images = pictures.batch(ranks.share(indices))
+    samples = ranks.sample_numbers(number, len(images))
+    names = [pictures.keys[index] for index in indices]
+    return names, random_crops(images, recipe.crop, seed=recipe.seed, samples=samples)
+
+
+def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:
+    """Measure the latent statistics on a part of the training images.
+
+    Raises:
+        NumericsError: the detail latents came to nothing.
+    """
+    chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
+    chunks = pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16)
+    try:
+        autoencoder.calibrate(pictures.batch(chunk) for chunk in chunks)
+    except ValueError as error:  # the models know no errors of davae
+        raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error

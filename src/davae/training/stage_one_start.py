@@ -1,0 +1,133 @@
+"""What stage 1 starts from: a new AutoencoderDA of the base, or one that was trained before."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from davae import assets
+from davae.data.order import random_crops
+from davae.data.sources import PictureSet
+from davae.errors import SettingsError
+from davae.method.closed_form import BASE_CODES, fit_closed_form
+from davae.method.slim_start import fit_slim_decoder
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.slim_decoder import slimmed
+from davae.pipelines.adapter import INDEX
+from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.upgrade import check_base_encoder
+from davae.run.storage import replaced_whole, write_atomically
+from davae.seeds import generator
+from davae.training.devices import lay_out
+from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides
+
+logger = logging.getLogger(__name__)
+
+SLIM_FIT_PICTURES = 32
+"""Crops that a slim decoder is fitted on; one layer's output for all of them is in memory at a time."""
+
+
+def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:
+    """The AutoencoderDA that training starts from; made once and kept in `folder`, with the recipe beside it."""
+    if folder.is_dir():
+        return load_autoencoder(folder)
+
+    check_choices(recipe)
+    autoencoder = load_previous(recipe) if recipe.autoencoder else make_untrained(recipe)
+    lay_out(autoencoder, torch.channels_last)
+    check_sides(recipe, autoencoder.downsample_factor)
+
+    if recipe.start == "closed form" and not recipe.autoencoder:
+        chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
+        facts = fit_closed_form(autoencoder, pictures.squares(chosen.tolist()), seed=recipe.seed, code=recipe.code)
+        logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
+    autoencoder = add_slim_decoder(autoencoder, recipe, pictures)
+
+    # The recipe comes before the start, so that no start is there without it; and after all refusals, so that a
+    # refused recipe can be mended in the same folder.
+    write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
+    save_autoencoder(autoencoder, folder)
+    return autoencoder
+
+
+def find_base(recipe: AutoencoderRecipe) -> str:
+    """Folder or Hub name of the base pipeline."""
+    return recipe.base or str(assets.base_pipeline())
+
+
+def make_untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
+    """A new AutoencoderDA of the base.
+
+    Raises:
+        SettingsError: its channels do not fit the base's.
+    """
+    vae = load_base_vae(find_base(recipe))
+    closed_form = recipe.start == "closed form"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(recipe.seed, "start").initial_seed())  # for the random start
+            return AutoencoderDA.from_base(
+                vae,
+                detail_channels=recipe.detail_channels,
+                resolution_factor=recipe.resolution_factor,
+                base_downsample=recipe.base_downsample,
+                linear_blocks=closed_form,
+                all_new=recipe.latents == "full",
+                base_in_detail=closed_form and recipe.code in BASE_CODES,
+            )
+    except ValueError as error:  # the models know no errors of davae
+        raise SettingsError(str(error)) from error
+
+
+def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
+    """The AutoencoderDA that the recipe names, to go on from.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        SettingsError: its settings are not the recipe's, or its base is another.
+    """
+    base_needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
+    vae = load_base_vae(find_base(recipe)) if base_needed else None
+    autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
+
+    for name in ("detail_channels", "resolution_factor", "base_downsample"):
+        ours, theirs = getattr(recipe, name), autoencoder.config[name]
+        if ours != theirs:
+            raise SettingsError(f"{name}={ours!r}, but {recipe.autoencoder} has {theirs!r}: say so in the recipe, too")
+    if vae is not None:
+        check_base_encoder(autoencoder, vae)
+    return autoencoder
+
+
+def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pictures: PictureSet) -> AutoencoderDA:
+    """A copy with the recipe's slim decoder, fitted to the full one; the autoencoder itself if nothing changes.
+
+    Raises:
+        SettingsError: widths or depths that the base's decoder does not allow, or another slim decoder is there.
+    """
+    widths, depths = tuple(recipe.decoder_block_out_channels), tuple(recipe.decoder_layers_per_block)
+    config = autoencoder.config
+    present = (tuple(config["decoder_block_out_channels"] or ()), tuple(config["decoder_layers_per_block"] or ()))
+    if not (widths or depths) or (widths, depths) == present:
+        return autoencoder
+
+    try:
+        slim = slimmed(autoencoder, widths, depths)
+    except ValueError as error:  # the models know no errors of davae
+        raise SettingsError(str(error)) from error
+    chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
+    crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
+    squared_error = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed)
+    logger.info(
+        "slim decoder: its pictures differ from the full one's by %.4f, root mean square of [-1, 1]",
+        squared_error**0.5,
+    )
+    return slim
+
+
+def save_autoencoder(autoencoder: nn.Module, folder: Path) -> None:
+    """Write it into `folder`, whole or not at all."""
+    assert isinstance(autoencoder, AutoencoderDA)
+    with replaced_whole(folder) as partial:
+        autoencoder.save_pretrained(partial)
