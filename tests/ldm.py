@@ -1,4 +1,4 @@
-"""The networks of LDM and VQGAN in plain torch, by METHOD 2.1 and 2.2 and under the reference checkpoints' names.
+"""The networks of LDM and VQGAN in plain torch, by docs/method.md (2.1), under the reference checkpoints' names.
 
 Written apart from the importer and without diffusers, for it to be compared with.
 """
@@ -161,7 +161,7 @@ def shuffle(x: Tensor) -> Tensor:
 
 
 def up_block(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """METHOD 2.1: convolution and shuffle, beside each channel repeated 4 Co / Ci times and shuffled."""
+    """docs/method.md, 2.1: convolution and shuffle, beside each channel repeated 4 Co / Ci times and shuffled."""
     main = conv(x)
     return shuffle(main + x.repeat_interleave(main.shape[1] // x.shape[1], dim=1))
 

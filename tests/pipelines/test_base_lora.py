@@ -74,9 +74,9 @@ def test_a_lora_of_attention_and_ports_does_what_it_did_on_the_base(name: str, t
     expected = velocity(base, latents(C))
     assert (expected - plain).abs().max() > 0.01
     load_base_lora(upgraded, save_lora(base, tmp_path))
-    made = velocity(upgraded, latents(2 * C))
-    torch.testing.assert_close(made[:, :C], expected, atol=2e-5, rtol=2e-5)
-    assert not made[:, C:].any()
+    result = velocity(upgraded, latents(2 * C))
+    torch.testing.assert_close(result[:, :C], expected, atol=2e-5, rtol=2e-5)
+    assert not result[:, C:].any()
 
 
 def test_a_lora_of_attention_needs_the_stock_call_only(tmp_path: Path) -> None:
@@ -86,10 +86,13 @@ def test_a_lora_of_attention_needs_the_stock_call_only(tmp_path: Path) -> None:
     folder = save_lora(base, tmp_path)
     stock.load_lora_weights(folder, weight_name=FILE)
     load_base_lora(ours, folder / FILE, adapter_name="style")
-    made = velocity(stock, latents(2 * C))
-    assert torch.equal(made, velocity(ours, latents(2 * C)))
-    torch.testing.assert_close(made[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5)
+    result = velocity(stock, latents(2 * C))
+
+    assert torch.equal(result, velocity(ours, latents(2 * C)))
+    torch.testing.assert_close(result[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5)
+
     ours.set_adapters(["style"], [0.0])
+
     torch.testing.assert_close(velocity(ours, latents(2 * C)), velocity(upgraded_of(built("sd3")), latents(2 * C)))
 
 
@@ -102,13 +105,16 @@ def test_a_second_lora_and_one_of_the_upgraded_model_fit_as_well(tmp_path: Path)
     load_base_lora(upgraded, tmp_path / "base", adapter_name="first")
     load_base_lora(upgraded, tmp_path / "base", adapter_name="second")
     upgraded.set_adapters(["first", "second"], [0.5, 0.5])
+
     torch.testing.assert_close(
         velocity(upgraded, latents(2 * C))[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5
     )
+
     own = upgraded_of(built("sd3"))
     add_lora(own, ports_of(own))
     other = upgraded_of(built("sd3"))
     load_base_lora(other, save_lora(own, tmp_path / "own"))
+
     assert torch.equal(velocity(other, latents(2 * C)), velocity(own, latents(2 * C)))
 
 
@@ -119,6 +125,7 @@ def test_another_models_lora_and_a_pipeline_without_lora_are_refused(tmp_path: P
     tensors = load_file(save_lora(base, tmp_path) / FILE)
     tensors["transformer.proj_out.lora_B.weight"] = torch.zeros(4 * 12, 2)
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+
     with pytest.raises(SettingsError, match=r"width 48; this pipeline's is 128, and its base's 64: .*another model"):
         load_base_lora(upgraded, tmp_path)
     assert not getattr(upgraded.transformer, "peft_config", {})

@@ -37,14 +37,16 @@ def sample(pipeline, **settings):
 def evaluations(pipeline):
     """A list that fills with (batch size, time) of every evaluation of the transformer."""
     calls = []
-    pipeline.transformer.register_forward_pre_hook(
-        lambda _, __, given: calls.append((len(given["hidden_states"]), given["timestep"][0].item())), with_kwargs=True
-    )
+
+    def remember(module, args, kwargs):
+        calls.append((len(kwargs["hidden_states"]), kwargs["timestep"][0].item()))
+
+    pipeline.transformer.register_forward_pre_hook(remember, with_kwargs=True)
     return calls
 
 
 def reference_grid(points, shift):
-    """METHOD: t' = s t / (1 + (s - 1) t) of linspace(0, 1, points), LightningDiT's time."""
+    """The reference's times: t' = s t / (1 + (s - 1) t) of linspace(0, 1, points), in LightningDiT's direction."""
     t = np.linspace(0, 1, points)
     return shift * t / (1 + (shift - 1) * t)
 
@@ -52,14 +54,16 @@ def reference_grid(points, shift):
 def euler(transformer, latents, times, guidance, interval=(0.0, 1.0)):
     """Euler's method in LightningDiT's own convention: t from 0 (noise) to 1, dx/dt = data - noise; numpy, float64."""
     x, null = latents.numpy(), torch.tensor([10, 10])
+
     for time, after in pairwise(times):
-        given, t = torch.from_numpy(x), torch.full((2,), time, dtype=torch.float64)
+        state, t = torch.from_numpy(x), torch.full((2,), time, dtype=torch.float64)
         with torch.no_grad():
-            velocity = transformer(given, t, torch.tensor(LABELS)).sample.numpy()
+            velocity = transformer(state, t, torch.tensor(LABELS)).sample.numpy()
             if interval[0] <= time <= interval[1]:
-                without = transformer(given, t, null).sample.numpy()
+                without = transformer(state, t, null).sample.numpy()
                 velocity = without + guidance * (velocity - without)
         x = x + (after - time) * velocity
+
     return x
 
 
@@ -85,40 +89,43 @@ def test_the_steps_are_eulers(pipeline, guidance):
     """The stock scheduler rounds to float32 at every step, and so do its sigmas; all else here is float64."""
     pipeline.transformer.double()
     expected = euler(pipeline.transformer, noise(dtype=torch.float64), reference_grid(13, 0.3), guidance, (0.2, 1.0))
-    given = sample(
+    result = sample(
         pipeline, num_inference_steps=12, guidance_scale=guidance, latents=noise(dtype=torch.float64)
     ).numpy()
-    assert np.allclose(given, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.allclose(result, expected, atol=1e-5 * np.abs(expected).max())
     assert np.abs(expected - noise().numpy()).max() > 0.1
 
 
 def test_without_guidance_the_null_class_is_not_computed(pipeline):
     calls = evaluations(pipeline)
-    given = sample(pipeline, guidance_scale=1.0)
+    result = sample(pipeline, guidance_scale=1.0)
     assert {batch for batch, _ in calls} == {2}
     calls.clear()
     nearly = sample(pipeline, guidance_scale=1 + 1e-6, guidance_interval=(0.0, 1.0))
     assert {batch for batch, _ in calls} == {4}
-    assert torch.allclose(given, nearly, atol=1e-4)
+    assert torch.allclose(result, nearly, atol=1e-4)
 
 
 def test_guidance_at_zero_is_the_null_class(pipeline):
     null = pipeline([10, 10], num_inference_steps=4, latents=noise(), guidance_scale=1.0, output_type="latent").images
-    given = sample(pipeline, num_inference_steps=4, guidance_scale=0.0, guidance_interval=(0.0, 1.0))
-    assert torch.allclose(given, null, atol=1e-4)
-    assert not torch.allclose(given, sample(pipeline, num_inference_steps=4, guidance_scale=1.0), atol=1e-2)
+    result = sample(pipeline, num_inference_steps=4, guidance_scale=0.0, guidance_interval=(0.0, 1.0))
+    assert torch.allclose(result, null, atol=1e-4)
+    assert not torch.allclose(result, sample(pipeline, num_inference_steps=4, guidance_scale=1.0), atol=1e-2)
 
 
 def test_the_interval_bounds_guidance(pipeline):
     everywhere = sample(pipeline, guidance_interval=(0.0, 1.0))
     nowhere = sample(pipeline, guidance_interval=(1.0, 1.0))  # no step starts at t' = 1
     late = sample(pipeline, guidance_interval=(0.2, 1.0))
+
     assert torch.equal(nowhere, sample(pipeline, guidance_scale=1.0))
     assert torch.equal(late, sample(pipeline))
     for one, other in ((everywhere, nowhere), (everywhere, late), (late, nowhere)):
         assert not torch.allclose(one, other, atol=1e-3)
+
     calls = evaluations(pipeline)
     sample(pipeline, num_inference_steps=5, timestep_shift=1.0, guidance_interval=(0.2, 0.6))  # both ends on the grid
+
     assert [batch for batch, _ in calls] == [2, 4, 4, 4, 2]
 
 
@@ -141,6 +148,7 @@ def test_latents_are_decoded_in_the_autoencoders_scale(settings):
     else:
         raw = units / 1.5 + 0.1
     expected = vae.decode(torch.from_numpy(raw).float()).sample.add(1).div(2).clamp(0, 1)
+
     assert torch.allclose(sample(pipeline, output_type="pt"), expected, atol=1e-5)
 
 
@@ -183,10 +191,11 @@ def test_an_upgraded_pipeline_has_twice_the_side_and_the_base_inside(pipeline):
     assert torch.equal(latents[:, 4:], noise(12)[:, 4:])  # no velocity: noise stays noise until it is trained
 
 
-def test_a_saved_pipeline_loads_with_the_same_pictures(pipeline, tmp_path):
+def test_a_saved_pipeline_loads_with_the_same_images(pipeline, tmp_path):
     upgraded = upgrade(pipeline, AutoencoderDA.from_base(pipeline.vae, detail_channels=4).eval())
-    for name, made in (("base", pipeline), ("upgraded", upgraded)):
-        save_pipeline(made, tmp_path / name)
+
+    for name, original in (("base", pipeline), ("upgraded", upgraded)):
+        save_pipeline(original, tmp_path / name)
         index = json.loads((tmp_path / name / "model_index.json").read_text())
         assert index["_class_name"] == "ClassConditionalFlowPipeline"
         assert index["transformer"] == ["davae", "LightningDiT2DModel"]
@@ -194,9 +203,11 @@ def test_a_saved_pipeline_loads_with_the_same_pictures(pipeline, tmp_path):
         loaded = load_pipeline(tmp_path / name)
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is ClassConditionalFlowPipeline
-        assert np.array_equal(sample(loaded, output_type="np"), sample(made, output_type="np"))
+        assert np.array_equal(sample(loaded, output_type="np"), sample(original, output_type="np"))
+
     assert ClassConditionalFlowPipeline.from_pretrained(tmp_path / "upgraded").vae_scale_factor == 8
     half = load_pipeline(tmp_path / "upgraded", dtype=torch.bfloat16)
+
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
 
 
@@ -206,6 +217,7 @@ def test_an_adapter_with_lora_is_loaded_and_fused(pipeline, tmp_path):
     upgraded = upgrade(pipeline, AutoencoderDA.from_base(pipeline.vae, detail_channels=4).eval())
     digest = digest_base(pipeline.transformer)
     trainable = add_lora(upgraded.transformer, 2, 2.0, ["attn.qkv", "attn.proj", "mlp.w3"])
+
     assert not upgraded.transformer.pos_embed.requires_grad
     with torch.no_grad():
         for index, parameter in enumerate(trainable):  # stands for training
@@ -213,6 +225,7 @@ def test_an_adapter_with_lora_is_loaded_and_fused(pipeline, tmp_path):
     save_adapter(tmp_path / "adapter", upgraded, base="tiny", base_sha256=digest)
     loaded = load_pipeline(tmp_path / "base", adapter=tmp_path / "adapter")
     loaded.set_progress_bar_config(disable=True)
+
     assert loaded.transformer.state_dict().keys() == pipeline.transformer.state_dict().keys()
     assert torch.allclose(sample(loaded), sample(upgraded), atol=1e-4)
     assert not torch.allclose(sample(loaded)[:, :4], sample(pipeline, latents=noise(8)[:, :4]), atol=1e-2)

@@ -26,7 +26,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
-        self.made: list[dict] = []
+        self.created: list[dict] = []
         self.files: dict[str, bytes] = {}
         self.refuse = False
 
@@ -39,11 +39,11 @@ class Answers(BaseHTTPRequestHandler):
         if self.server.refuse:
             return self.answer(403, {"error": "this token may not write"})
         if self.path == "/api/repos/create":
-            self.server.made.append(json.loads(body))
+            self.server.created.append(json.loads(body))
             return self.answer(200, {"url": f"http://127.0.0.1/{NAME}", "name": NAME, "id": "1"})
         if self.path.endswith("/preupload/main"):
-            told = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-            return self.answer(200, {"files": [{**file, "shouldIgnore": False} for file in told]})
+            content = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self.answer(200, {"files": [{**file, "shouldIgnore": False} for file in content]})
         if self.path.endswith("/commit/main"):
             for entry in map(json.loads, body.splitlines()):
                 if entry["key"] == "file":
@@ -51,8 +51,8 @@ class Answers(BaseHTTPRequestHandler):
             return self.answer(200, {"commitUrl": f"http://127.0.0.1/{NAME}/commit/1", "commitOid": "1"})
         return self.answer(200, {"errors": [], "warnings": []})  # of the card
 
-    def answer(self, status: int, told: dict) -> None:
-        text = json.dumps(told).encode()
+    def answer(self, status: int, content: dict) -> None:
+        text = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
@@ -84,18 +84,24 @@ def davae(hub: Hub, *arguments: object) -> subprocess.CompletedProcess:
 def test_a_portable_upgrade_arrives_with_its_code_and_its_card(hub: Hub, tmp_path: Path) -> None:
     parts = (KEPT / "base", KEPT / "upgraded" / "vae", tmp_path / "out")
     done = davae(hub, "upgrade", *parts, "--portable", "--push-to-hub", NAME, "--private")
+
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1].endswith(f"/{NAME}")
-    assert [(made["name"], made["organization"]) for made in hub.made] == [("tiny-da", "someone")]
-    assert "private" in str(hub.made)  # a key of its own or a visibility, by huggingface_hub's version
+    assert [(repository["name"], repository["organization"]) for repository in hub.created] == [("tiny-da", "someone")]
+    assert "private" in str(hub.created)  # a key of its own or a visibility, by huggingface_hub's version
+
     here = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
     assert hub.files == here
     assert {"vae/davae_autoencoder.py", "model_index.json", "README.md"} <= here.keys()
+
     for name, data in hub.files.items():
         (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "back" / name).write_bytes(data)
+
     assert load_pipeline(tmp_path / "back").vae.config.detail_channels == 4
     card = ModelCard.load(tmp_path / "back" / "README.md")
+
     assert card.data.library_name == "diffusers"
     assert "trust_remote_code=True" in card.text
 

@@ -30,11 +30,14 @@ def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> N
     recipe = FinetuneRecipe(base=str(tmp_path / "kite-base"), pictures=str(tmp_path / "kites"), lora_rank=7)
     write_card(tmp_path, make_model_card(recipe, base=recipe.base, **FACTS))
     card = ModelCard.load(tmp_path / "README.md")
+
     assert card.data.license == "openrail++"
     assert card.data.library_name == "diffusers"
     assert card.data.base_model is None, "a folder of this machine is no model of the Hub"
+
     text = re.sub(" +", " ", card.text)  # tables are aligned
     parts = ("Base model: kite-base.", "openrail++", "12 pictures of kites", "lora_rank = 7", "Command: `")
+
     for part in (*parts, "| base loss | 0.1235 |", "| detail loss | - |"):
         assert part in text
     assert str(tmp_path) not in card.content
@@ -48,9 +51,9 @@ def test_a_base_on_the_hub_is_named_and_its_licence_left_to_it() -> None:
     assert 'base = "someone/kites"' in card.text
 
 
-@pytest.mark.parametrize(("made", "licence"), [(None, None), ("without", None), ("mit", "mit")])
-def test_the_licence_is_that_of_the_bases_card(made: str | None, licence: str | None, tmp_path: Path) -> None:
-    if made is not None:
+@pytest.mark.parametrize(("card", "licence"), [(None, None), ("without", None), ("mit", "mit")])
+def test_the_licence_is_that_of_the_bases_card(card: str | None, licence: str | None, tmp_path: Path) -> None:
+    if card is not None:
         card_in(tmp_path / "base", licence)
     assert read_licence(tmp_path / "base") == licence
 
@@ -63,10 +66,12 @@ def test_each_result_gets_its_own_card(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     facts = {"base": "someone/kites", "metrics": {"base_loss": 0.5}, "counts": {"pictures": 3}}
     write_cards(tmp_path, FinetuneRecipe(), **facts)
+
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
     (tmp_path / "adapter").mkdir()
     write_cards(tmp_path, FinetuneRecipe(), **facts)
     pipeline, adapter = ((tmp_path / name / "README.md").read_text() for name in ("pipeline", "adapter"))
+
     assert 'load_pipeline("this folder")' in pipeline
     assert 'load_pipeline("someone/kites", adapter="this folder")' in adapter
     assert "3 pictures of the set that davae ships" in adapter

@@ -31,9 +31,9 @@ def quantised(pipeline: StableDiffusion3Pipeline, folder: Path, config: object) 
 def velocity(pipeline: StableDiffusion3Pipeline, transformer: SD3Transformer2DModel) -> Tensor:
     backbone, sigma = backbone_of(transformer), torch.tensor([0.3, 0.9])
     condition = backbone.condition(pipeline, ["red apple", "grinning face"], max_sequence_length=12)
-    told = {name: tensor.to(transformer.dtype) for name, tensor in condition.items()}
+    arguments = {name: tensor.to(transformer.dtype) for name, tensor in condition.items()}
     noise = torch.randn(2, transformer.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    return backbone.velocity(transformer, noise.to(transformer.dtype), sigma.to(transformer.dtype), told).float()
+    return backbone.velocity(transformer, noise.to(transformer.dtype), sigma.to(transformer.dtype), arguments).float()
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("Int8WeightOnlyConfig", 0.03), ("Float8WeightOnlyConfig", 0.08)])
@@ -41,30 +41,40 @@ def test_weights_of_eight_bits_are_near_full_precision(upgraded, tmp_path: Path,
     transformer = quantised(upgraded, tmp_path, getattr(quantization, kind)())
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     eight = {name for name, layer in layers.items() if type(layer.weight) is not nn.Parameter}
+
     assert eight == layers.keys() - {"proj_out"}
     ports = backbone_of(transformer).ports
     for name in (ports.input, ports.output):
         weight = transformer.get_submodule(name).weight
         assert torch.equal(weight, upgraded.transformer.get_submodule(name).weight.to(torch.bfloat16))
-    exact, made = velocity(upgraded, upgraded.transformer), velocity(upgraded, transformer)
-    error = (made - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    exact, rounded = velocity(upgraded, upgraded.transformer), velocity(upgraded, transformer)
+    error = (rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+
     assert 1e-4 < error < bound
 
 
-def test_a_quantised_pipeline_makes_pictures_and_its_transformer_is_saved(upgraded, tmp_path: Path) -> None:
+def test_a_quantised_pipeline_makes_images_and_its_transformer_is_saved(upgraded, tmp_path: Path) -> None:
     transformer = quantised(upgraded, tmp_path / "whole", quantization.Int8WeightOnlyConfig())
     transformer.save_pretrained(tmp_path / "eight")
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "eight", dtype=torch.bfloat16).eval()
+
     assert torch.equal(velocity(upgraded, loaded), velocity(upgraded, transformer))
     whole, eight = (
         sum(p.stat().st_size for p in (tmp_path / name).rglob("*.safetensors")) for name in ("whole", "eight")
     )
+
     assert eight < 0.35 * whole  # the whole is in float32
     pipeline = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade(), dtype=torch.bfloat16)
     pipeline.transformer = loaded
     pipeline.set_progress_bar_config(disable=True)
-    told = {"num_inference_steps": 2, "max_sequence_length": 12, "output_type": "pt"}
-    assert pipeline("red apple", generator=torch.Generator().manual_seed(0), **told).images.shape == (1, 3, 256, 256)
+    arguments = {"num_inference_steps": 2, "max_sequence_length": 12, "output_type": "pt"}
+
+    assert pipeline("red apple", generator=torch.Generator().manual_seed(0), **arguments).images.shape == (
+        1,
+        3,
+        256,
+        256,
+    )
 
 
 def test_a_quantised_base_is_not_widened(tmp_path: Path) -> None:

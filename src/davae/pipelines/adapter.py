@@ -34,8 +34,9 @@ PORTS_FILE = "transformer_ports.safetensors"
 LORA_FILE = "transformer_lora.safetensors"
 LAYERS_FILE = "transformer_layers.safetensors"
 VAE_FOLDER = "vae"
+
+# Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there.
 FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
-"""Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there."""
 
 
 class LoraFacts(BaseModel):
@@ -120,10 +121,8 @@ def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[
     for target in targets:
         matches = {name: layer for name, layer in linear.items() if _ends_in(name, target)}
         if not matches:
-            endings = sorted({".".join(name.split(".")[-2:]) for name in linear})
-            raise SettingsError(
-                f"target {target!r} is no linear layer of this model; it has, for example, {endings[:12]}"
-            )
+            examples = sorted({".".join(name.split(".")[-2:]) for name in linear})[:12]
+            raise SettingsError(f"target {target!r} is no linear layer of this model; it has, for example, {examples}")
         if _ends_in(ports.input, target) or _ends_in(ports.output, target):
             raise SettingsError(f"target {target!r} is a latent port, and those are trained in full: leave it out")
         layers |= matches
@@ -145,18 +144,18 @@ def add_lora(
     if rank < 1:
         raise SettingsError(f"rank={rank} must be 1 or more")
     if not isinstance(transformer, PeftAdapterMixin):
-        raise SettingsError(
-            f'a {type(transformer).__name__} has no LoRA in diffusers: train the layers themselves, trained="layers", '
-            '"full" or "ports"'
-        )
+        name = type(transformer).__name__
+        raise SettingsError(f'a {name} has no LoRA in diffusers: allowed are trained="layers", "full" and "ports"')
     find_target_layers(transformer, targets)  # refuses unknown ones
 
+    # LoRA layers, their random numbers apart from the global ones.
     transformer.requires_grad_(False)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(settings)
 
+    # The ports are trained in full.
     ports = backbone_of(transformer).ports
     for name in (ports.input, ports.output):
         transformer.get_submodule(name).requires_grad_(True)
@@ -190,6 +189,7 @@ def save_adapter(
         layers=tuple(layers),
     )
 
+    # Files in one go: a failure leaves an older adapter as it was.
     check_replaceable(folder, holds=INDEX)
     with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
@@ -220,9 +220,8 @@ def read_index(folder: Path) -> AdapterIndex:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: it has no format_version. Copy it anew") from error
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format version {version}, davae reads up to {FORMAT_VERSION}: update davae"
-        )
+        newest = FORMAT_VERSION
+        raise CheckpointError(f"{folder} has format version {version}, davae reads up to {newest}: update davae")
 
     try:
         return AdapterIndex.model_validate_json(text)
@@ -235,8 +234,8 @@ def check_base(digest: str, folder: Path) -> None:
     index = read_index(folder)
     if digest != index.base_sha256:
         raise CheckpointError(
-            f"the adapter {folder} was trained on another base than this one: on {index.base} with SHA-256 "
-            f"{index.base_sha256}, but this transformer's is {digest}. Load it on {index.base}, in float32 or bfloat16"
+            f"the adapter {folder} was trained on another base: on {index.base} with SHA-256 {index.base_sha256}, but "
+            f"this transformer's is {digest}. Load it on {index.base}, in float32 or bfloat16"
         )
 
 
@@ -273,15 +272,11 @@ def _load_layers(transformer: ModelMixin, layers: Sequence[str], folder: Path) -
 def _load_lora(transformer: ModelMixin, facts: LoraFacts, folder: Path) -> None:
     layers = getattr(transformer, "peft_config", None)
     if not layers:
-        targets = list(facts.targets)
-        transformer.add_adapter(
-            LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=targets, init_lora_weights=False)
-        )
+        settings = {"r": facts.rank, "lora_alpha": facts.alpha, "target_modules": list(facts.targets)}
+        transformer.add_adapter(LoraConfig(**settings, init_lora_weights=False))
     elif layers["default"].lora_alpha != facts.alpha:
-        raise CheckpointError(
-            f"{folder} has LoRA of alpha {facts.alpha}, and {layers['default'].lora_alpha} was asked for: ask for "
-            f"{facts.alpha}"
-        )
+        alpha = layers["default"].lora_alpha
+        raise CheckpointError(f"{folder} has LoRA of alpha {facts.alpha}, and {alpha} was asked for: ask for its own")
     tensors = _read_tensors(folder / LORA_FILE, like=get_peft_model_state_dict(transformer))
     set_peft_model_state_dict(transformer, tensors)
 
@@ -307,12 +302,9 @@ def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
 
-    differences = {(name, tuple(tensor.shape)) for name, tensor in like.items()}
-    differences ^= {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if differences:
-        name, shape = min(differences)
-        raise CheckpointError(
-            f"{path} does not fit this transformer, first at {name} {list(shape)}: "
-            "its rank, its targets or its number of detail channels differ"
-        )
+    for name in sorted(like.keys() | tensors.keys()):
+        if name not in like or name not in tensors or like[name].shape != tensors[name].shape:
+            shape = list((like if name in like else tensors)[name].shape)
+            causes = "its rank, its targets or its number of detail channels differ"
+            raise CheckpointError(f"{path} does not fit this transformer, first at {name} {shape}: {causes}")
     return tensors

@@ -53,6 +53,7 @@ def load_base_lora(
     elif weight_name is None and len(files) == 1:
         weight_name = files[0].name
 
+    # Only what was given: an explicit None is another thing to some versions.
     place = {} if weight_name is None else {"weight_name": weight_name}
     naming = {} if adapter_name is None else {"adapter_name": adapter_name}
     try:

@@ -98,6 +98,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         # 249 small steps add up in float32 at least, whatever the transformer computes in.
         latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
+        # Euler steps: the stock scheduler's sigma is 1 - t'.
         self.scheduler.set_timesteps(sigmas=[1 - time for time in times[:-1]], device=device)
         self.scheduler.set_begin_index(0)
         with self.progress_bar(total=num_inference_steps) as progress:
@@ -107,6 +108,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(velocity.to(latents.dtype), timestep, latents, return_dict=False)[0]
                 progress.update()
 
+        # From the transformer's units to images.
         images = latents
         if output_type != "latent":
             images = self.vae.decode(to_vae_scale(self.vae, latents).to(self.vae.dtype), return_dict=False)[0]

@@ -9,8 +9,7 @@ from davae.backbones.sizes import Size, checked_side
 from davae.method.widen import measure_width, patch_side
 from davae.models.base_autoencoders import downsample_factor
 
-RESOLUTION_FACTOR = 2
-"""Of the default upgrade."""
+RESOLUTION_FACTOR = 2  # of the default upgrade
 
 
 def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str, Any]:
@@ -31,6 +30,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     sample_size = getattr(pipeline, "default_sample_size", None) or transformer.config.get("sample_size")
     side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
 
+    # Sizes to count tokens at, by name.
     sizes = {str(each): (each, each) for each in (side // 2, side, 2 * side)}
     if size is not None:
         width, height = size if isinstance(size, tuple) else (size, size)

@@ -29,11 +29,11 @@ from davae.pipelines.saving import PORTABLE_ENTRY
 from davae.pipelines.upgrade import load_base_class, replace_parts, upgrade
 from davae.run.storage import read_json
 
+# The argument of `from_pretrained` for the precision of the weights.
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
-"""The argument of `from_pretrained` for the precision of the weights."""
 
+# Errors that diffusers raises for a folder that is damaged or holds something else.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
-"""Errors that diffusers raises for a folder that is damaged or holds something else."""
 
 
 def load_pipeline(
@@ -80,6 +80,7 @@ def load_pipeline(
         pipeline = upgrade(pipeline, load_autoencoder(folder, base=pipeline.vae, dtype=pipeline.vae.dtype))
         load_adapter(pipeline.transformer, folder, fuse=fuse or not is_last)
 
+    # All other parts were loaded in `dtype`.
     if exact:
         for module in (pipeline.vae, pipeline.transformer):
             nn.Module.to(module, dtype=dtype)
@@ -104,6 +105,7 @@ def _load_stock(
         if portable:
             absent.add("vae")
 
+    # diffusers takes None for "not loaded".
     settings: dict[str, Any] = {**dict.fromkeys(absent), DTYPE: dtypes, "use_safetensors": True}
     try:
         pipeline = pipeline_class.from_pretrained(str(path_or_base), **settings)
@@ -146,7 +148,7 @@ def load_autoencoder(
         device: where they go.
 
     Raises:
-        CheckpointError: the folder is missing, damaged or holds something else, or the adapter belongs to another base.
+        CheckpointError: the folder is damaged or holds something else, or the adapter belongs to another base.
         SettingsError: an adapter without its base.
     """
     frozen: dict[str, Tensor] = {}
@@ -184,9 +186,8 @@ def load_model(
     The folder may lack the weights in `frozen`; these are copied into the model, and frozen.
     """
     if not (folder / "config.json").is_file():  # diffusers would take "runs/autoencoder" for a name on the Hub
-        raise CheckpointError(
-            f"{folder} has no config.json: give the folder of an {model_class.__name__} on this machine"
-        )
+        name = model_class.__name__
+        raise CheckpointError(f"{folder} has no config.json: give the folder of an {name} on this machine")
     frozen, dtype = frozen or {}, dtype or torch.float32
 
     logger = logging.getLogger("diffusers.models.modeling_utils")
@@ -224,18 +225,19 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
     """
     folder = Path(base)
     is_autoencoder = (folder / "config.json").is_file() and not (folder / "model_index.json").exists()
-    place = {} if is_autoencoder else {"subfolder": "vae"}
+    settings: dict[str, Any] = {"use_safetensors": True, DTYPE: torch.float32}
     try:
         if is_autoencoder:
             class_name = read_json(folder / "config.json")["_class_name"]
         else:
             class_name = DiffusionPipeline.load_config(base)["vae"][1]
-        vae_class = load_base_class(class_name, f"the VAE of {base}")
-        vae = vae_class.from_pretrained(base, use_safetensors=True, **place, **{DTYPE: torch.float32})
+            settings["subfolder"] = "vae"
+        vae = load_base_class(class_name, f"the VAE of {base}").from_pretrained(base, **settings)
     except SettingsError:  # also a ValueError
         raise
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
+
     _check_whole(vae, f"VAE of {base}")
     return vae.to(device).eval()
 

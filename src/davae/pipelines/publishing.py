@@ -16,10 +16,11 @@ from davae.run.record import environment
 from davae.run.storage import write_atomically
 
 CARD = "README.md"
+# Settings of a recipe that may be paths on this machine: the card has only the last part of such a path.
 PATH_SETTINGS = ("base", "autoencoder", "adapter", "pictures")
-"""Settings of a recipe that may be paths on this machine: the card has only the last part of such a path."""
+
+# Every folder of a pipeline, an adapter or a model has one of these files.
 RESULTS = ("model_index.json", INDEX, "config.json")
-"""Files of which one lies in every folder of a pipeline, an adapter or a model."""
 
 TEMPLATE = """---
 {{ card_data }}
@@ -53,6 +54,7 @@ def make_model_card(
     `usage` is Python that loads the result, `base` the base pipeline's folder or Hub name, `data` the training data in
     words; `metrics` are of the last step, and `counts` tells how many samples they stand on.
     """
+    # Paths of this machine mean nothing to others.
     values = recipe.model_dump()
     shortened = {}
     for name in PATH_SETTINGS:
@@ -62,10 +64,10 @@ def make_model_card(
 
     made_in = environment()
     rows = [[name.replace("_", " "), _format(value)] for name, value in metrics.items()]
-    amounts = [f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()]
+    amounts = ", ".join(f"{name} {count:,}" for name, count in counts.items()).replace("_", " ")
     details = [
         markdown_table(["metric, of the last step", ""], rows),
-        f"Counts: {', '.join(amounts)}.",
+        f"Counts: {amounts}.",
         "## How it was made",
         f"Command: `{' '.join(made_in['command'])}`, {_describe_versions(made_in)}",
         f"```toml\n{settings}\n```",

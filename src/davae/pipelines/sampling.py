@@ -33,6 +33,7 @@ def draw_shared_noise(
     for number, count in enumerate(detail_channels, 1):
         channels["detail noise" if number == 1 else f"detail noise {number}"] = count
 
+    # Each half of each image has a generator of its own, so that neither depends on the other's size.
     images = []
     for index in indices:
         parts = []

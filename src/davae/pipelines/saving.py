@@ -12,8 +12,10 @@ from davae.errors import SettingsError, StorageError
 from davae.run.storage import check_replaceable, read_json, replaced_whole, write_json
 
 MODULE = "davae_autoencoder"
+# The autoencoder's entry in `model_index.json`: a file beside its weights, and a class in it.
 PORTABLE_ENTRY = [MODULE, "AutoencoderDA"]
-"""The autoencoder's entry in `model_index.json`: a file beside its weights, and a class in it."""
+
+# Modules of `davae.models` in the order in which that file joins them: diffusers fetches one file only.
 MODULES = (
     "precision",
     "autoencoder_taef2",
@@ -25,7 +27,6 @@ MODULES = (
     "construction",
     "autoencoder_da",
 )
-"""Modules of `davae.models` in the order in which that file joins them: diffusers fetches one file only."""
 OWN_IMPORT = re.compile(r"^ *from davae\.[\w.]+ import (\([^)]*\)|[^(\n]*)\n", re.MULTILINE)
 HEAD = f"""# AutoencoderDA of davae {__version__} (Apache-2.0) in one file, so that a folder loads without davae:
 #   DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)

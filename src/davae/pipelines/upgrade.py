@@ -40,17 +40,18 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     backbone = backbone_of(pipeline.transformer)
     for part in (pipeline.transformer, pipeline.vae):
         if any(parameter.is_meta for parameter in part.parameters()):
+            name = type(part).__name__
             raise SettingsError(
-                f"the {type(part).__name__}'s weights are offloaded, or on the device meta: upgrade first, and offload "
-                "the upgraded pipeline"
+                f"the {name}'s weights are offloaded, or on the meta device: upgrade first, then offload"
             )
     if backbone.refusal:
         raise SettingsError(
-            f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. davae.widen_transformer can widen its "
-            "transformer for a pipeline of your own that asks its VAE"
+            f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. davae.widen_transformer widens its "
+            "transformer, for a pipeline of your own"
         )
     _check_autoencoder(pipeline, autoencoder)
 
+    # The warm start: on the base's latents the widened transformer computes what the base does.
     transformer = widen_transformer(
         pipeline.transformer,
         base_channels=autoencoder.config.base_channels,
@@ -58,6 +59,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     )
     upgraded = replace_parts(pipeline, vae=autoencoder, transformer=transformer)
 
+    # What the user should know.
     lost = lost_directions(transformer, backbone.ports)
     if lost:
         logger.warning(
@@ -78,12 +80,11 @@ def with_autoencoder(pipeline: DiffusionPipeline, autoencoder: AutoencoderDA) ->
     Raises:
         SettingsError: `pipeline` is not upgraded, or the two autoencoders differ outside their decoders.
     """
-    autoencoders = (pipeline.vae, autoencoder)
-    if not all(isinstance(vae, AutoencoderDA) for vae in autoencoders):
-        classes = " and ".join(type(vae).__name__ for vae in autoencoders)
+    if not isinstance(pipeline.vae, AutoencoderDA) or not isinstance(autoencoder, AutoencoderDA):
+        classes = f"{type(pipeline.vae).__name__} and {type(autoencoder).__name__}"
         raise SettingsError(f"both autoencoders must be AutoencoderDAs: the pipeline's and the new one are {classes}")
 
-    theirs, ours = map(digest_encoding_half, autoencoders)
+    theirs, ours = digest_encoding_half(pipeline.vae), digest_encoding_half(autoencoder)
     differences = sorted(name for name in ours if ours[name] != theirs[name])
     if differences:
         raise SettingsError(
@@ -102,9 +103,10 @@ def digest_encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
 
     weights = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING_PARTS)}
     statistics = {name: weights.pop(name) for name in ("detail_mean", "detail_std")}
-    digests["weights of the encoders"] = digest_tensors(weights)
-    digests["latent statistics"] = digest_tensors(statistics)
-    return digests
+    return digests | {
+        "weights of the encoders": digest_tensors(weights),
+        "latent statistics": digest_tensors(statistics),
+    }
 
 
 def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: ModelMixin) -> DiffusionPipeline:
@@ -115,6 +117,7 @@ def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: Mode
     if pipeline.vae is not None:
         nn.Module.to(vae, dtype=pipeline.vae.dtype, device=pipeline.vae.device)  # diffusers' own `to` would warn
 
+    # Made anew, from the settings that its class takes.
     settings = inspect.signature(type(pipeline).__init__).parameters.keys() & pipeline.config.keys()
     arguments = {name: pipeline.config[name] for name in settings} | pipeline.components | parts | {"vae": vae}
     replaced = type(pipeline)(**arguments)
@@ -129,9 +132,8 @@ def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> 
     vae = pipeline.vae
     load_base_class(type(vae).__name__, "the pipeline's VAE")
     if not isinstance(autoencoder, AutoencoderDA):
-        raise SettingsError(
-            f"a {type(autoencoder).__name__} is no AutoencoderDA: make one with AutoencoderDA.from_base"
-        )
+        name = type(autoencoder).__name__
+        raise SettingsError(f"a {name} is no AutoencoderDA: make one with AutoencoderDA.from_base")
     config = autoencoder.config
     if not config.base_channels:
         raise SettingsError(

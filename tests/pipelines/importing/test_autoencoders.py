@@ -41,7 +41,7 @@ def write_statistics(path: Path, mean: list[float], std: list[float]) -> Path:
     )
 
 
-def picture(side: int = 32) -> Tensor:
+def make_image(side: int = 32) -> Tensor:
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
@@ -66,7 +66,7 @@ def convert_shapes(convert: Callable, module: nn.Module) -> ImportReport:
 
 @torch.no_grad()
 def test_va_vae_is_a_stock_autoencoder(tmp_path: Path) -> None:
-    theirs, image = ldm.shaken(ldm.VaVae()), picture()
+    theirs, image = ldm.shaken(ldm.VaVae()), make_image()
     mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 0.5]
     file, stats = (
         write(theirs.state_dict(), tmp_path / "f.safetensors"),
@@ -75,9 +75,12 @@ def test_va_vae_is_a_stock_autoencoder(tmp_path: Path) -> None:
     report = import_checkpoint(file, tmp_path / "out", stats=stats)
     ours = AutoencoderKL.from_pretrained(tmp_path / "out", dtype=torch.float64)
     z = theirs.encode(image)
+
     assert torch.allclose(ours.encode(image).latent_dist.mode(), z, rtol=1e-10, atol=1e-10)
     assert torch.allclose(ours.decode(z).sample, theirs.decode(z), rtol=1e-10, atol=1e-10)
+
     config = ours.config
+
     assert config.down_block_types == ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"]
     assert config.up_block_types == ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2
     assert (config.block_out_channels, config.layers_per_block, config.latent_channels) == ([32, 32, 64], 2, 4)
@@ -100,7 +103,7 @@ def test_va_vae_has_the_papers_size() -> None:
     report = convert_shapes(convert_va_vae, theirs)
     parts = count_parameters(report.used)
     assert (parts["encoder"], parts["quant_conv"]) == (28_413_248, 4_160)
-    conv_in = 32 * 512 * 9 + 512  # METHOD 2.2 counts the decoder without it
+    conv_in = 32 * 512 * 9 + 512  # the paper counts the decoder without it
     assert parts["decoder"] - conv_in == 41_269_635
     assert [row["target"] for row in report.missing] == ["latents_mean, latents_std"]
 
@@ -118,7 +121,7 @@ def older(name: str) -> str:
 @torch.no_grad()
 @pytest.mark.parametrize("names", ["newer", "older"])
 def test_imagenet_da_vae_is_the_same_function(names: str, tmp_path: Path) -> None:
-    theirs, image = ldm.shaken(ldm.ImagenetDaVae()), picture(64)
+    theirs, image = ldm.shaken(ldm.ImagenetDaVae()), make_image(64)
     tensors = {older(name) if names == "older" else name: tensor for name, tensor in theirs.state_dict().items()}
     mean, std = np.linspace(-1, 1, 16).tolist(), np.linspace(0.2, 3, 16).tolist()
     stats = write_statistics(tmp_path / "stats.safetensors", mean, std)
@@ -127,8 +130,9 @@ def test_imagenet_da_vae_is_the_same_function(names: str, tmp_path: Path) -> Non
 
     base, (detail, log_variance) = theirs.base(image), theirs.detail(image)
     raw = torch.cat([base, detail], dim=1).numpy()
-    standardised = (raw - np.array(mean).reshape(1, -1, 1, 1)) / np.array(std).reshape(1, -1, 1, 1)  # METHOD 1.4
+    standardised = (raw - np.array(mean).reshape(1, -1, 1, 1)) / np.array(std).reshape(1, -1, 1, 1)
     latents = ours.encode(image).latent_dist
+
     assert np.allclose(latents.mode().numpy(), standardised, rtol=1e-9, atol=1e-9)
     assert torch.allclose(ours.encode_detail(image)[1], log_variance, rtol=1e-10, atol=1e-10)
     assert torch.allclose(
@@ -138,12 +142,14 @@ def test_imagenet_da_vae_is_the_same_function(names: str, tmp_path: Path) -> Non
 
     assert (ours.config.base_channels, ours.config.detail_channels) == (4, 12)
     assert not ours.config.linear_blocks
+
     unused = {
         f"da.{part}.{layer}.{kind}"
         for part, layer in (("encoder", "conv_out"), ("decoder", "conv_in"))
         for kind in ("weight", "bias")
     }
     left = {row["key"] for row in report.left}
+
     assert left == {"loss.logvar"} | {older(key).removeprefix("model.") if names == "older" else key for key in unused}
     assert report.prefixes == (("model.",) if names == "older" else ())
 
@@ -152,6 +158,7 @@ def test_imagenet_da_vae_has_the_papers_size() -> None:
     with torch.device("meta"):
         theirs = ldm.ImagenetDaVae(TRUE_WIDTHS, 2, 32, 96)
     report = convert_shapes(convert_imagenet_da_vae, theirs)
+
     assert count_parameters(report.used) == {
         "base_encoder": 28_413_248,
         "base_quant_conv": 4_160,
@@ -167,7 +174,7 @@ def test_imagenet_da_vae_has_the_papers_size() -> None:
 
 
 class Sd3DaVae(nn.Module):
-    """The reference code's DA-VAE for SD3: diffusers' names, detail latents first, pictures in [0, 1]."""
+    """The reference code's DA-VAE for SD3: diffusers' names, detail latents first, images in [0, 1]."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64), channels: int = 4, detail: int = 4, blocks: int = 1) -> None:
         super().__init__()
@@ -190,7 +197,7 @@ class Sd3DaVae(nn.Module):
         half = [side // 2 for side in x.shape[-2:]]
         small = F.interpolate((x + 1) / 2, size=half, mode="bicubic", align_corners=False).clamp(0, 1)
         mean = self.original_vae_model.vae.encoder(small * 2 - 1).chunk(2, dim=1)[0]
-        return (mean - 0.0609) * 1.5305  # METHOD 1.3
+        return (mean - 0.0609) * 1.5305  # Stable Diffusion 3's scale
 
     def detail(self, x: Tensor) -> tuple[Tensor, Tensor]:
         encoder = self.vae.encoder
@@ -217,7 +224,7 @@ class Sd3DaVae(nn.Module):
 def test_sd3_da_vae_is_the_same_function_base_first(
     widths: tuple[int, ...], channels: int, detail: int, tmp_path: Path
 ) -> None:
-    theirs, image = ldm.shaken(Sd3DaVae(widths, channels, detail)), picture()
+    theirs, image = ldm.shaken(Sd3DaVae(widths, channels, detail)), make_image()
     mean, std = np.linspace(-1, 1, detail).tolist(), np.linspace(0.2, 3, detail).tolist()
     stats = tmp_path / "latent_norm_stats.json"
     stats.write_text(json.dumps({"mean": mean, "std": std}))
@@ -226,13 +233,17 @@ def test_sd3_da_vae_is_the_same_function_base_first(
     ours = AutoencoderDA.from_pretrained(tmp_path / "out", dtype=torch.float64)
 
     base, (code, log_variance) = theirs.base(image), theirs.detail(image)
+
     assert torch.allclose(ours.encode_base(image), base, rtol=1e-10, atol=1e-10)
     assert torch.allclose(ours.encode_detail(image)[0], code, rtol=1e-10, atol=1e-10)
     assert torch.allclose(ours.encode_detail(image)[1], log_variance, rtol=1e-10, atol=1e-10)
+
     units = ours.to_units(ours.encode(image).latent_dist.mode())
     standardised = (code.numpy() - np.array(mean).reshape(1, -1, 1, 1)) / np.array(std).reshape(1, -1, 1, 1)
+
     assert np.allclose(units.numpy(), np.concatenate([base.numpy(), standardised], axis=1), rtol=1e-9, atol=1e-9)
     shown = (ours.decode(ours.from_units(units)).sample + 1) / 2
+
     assert (shown < 0).any()  # not clamped, and the reference is
     assert torch.allclose(shown.clamp(0, 1), theirs.decode(code, base), rtol=1e-9, atol=1e-9)
     assert {row["key"].split(".")[1] for row in report.left if row["key"].startswith("original")} == {"vae"}
@@ -270,19 +281,24 @@ def test_an_order_that_would_tear_a_norms_groups_is_refused(tmp_path: Path) -> N
 def test_the_two_scalars_are_the_base_pipelines(tmp_path: Path) -> None:
     theirs = Sd3DaVae()
     file = write(theirs.state_dict(), tmp_path / "f.safetensors")
+
     for name, vae in (("base", theirs.original_vae_model.vae), ("other", Sd3DaVae().original_vae_model.vae)):
         vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
         vae.save_pretrained(tmp_path / name / "vae")
         index = {"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}
         (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+
     import_checkpoint(file, tmp_path / "out", base=str(tmp_path / "base"))
     config = AutoencoderDA.load_config(tmp_path / "out")
+
     assert (config["scaling_factor"], config["shift_factor"]) == (0.7, 0.2)
     assert (config["base_config"]["scaling_factor"], config["base_downsample"]) == (0.7, "bicubic")
     with pytest.raises(SettingsError, match="frozen base encoder is not this pipeline's"):
         import_checkpoint(file, tmp_path / "out", base=str(tmp_path / "other"))
+
     import_checkpoint(file, tmp_path / "out")
     config = AutoencoderDA.load_config(tmp_path / "out")
+
     assert (config["scaling_factor"], config["shift_factor"]) == (1.5305, 0.0609)
 
 

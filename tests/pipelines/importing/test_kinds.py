@@ -20,7 +20,7 @@ MARKS = {
     "sd3-da-vae": ["vae.encoder.conv_in.weight", "dc_down.conv.weight", "dc_up.conv.weight"],
     "sd35-stage-two": ["transformer.tokenizer_patch_embed.proj.base_conv.weight", "project_out.base_linear.bias"],
 }
-"""Keys of each layout, METHOD 8."""
+"""Keys of each layout."""
 
 
 def having(keys: list[str]) -> ForeignCheckpoint:
@@ -55,13 +55,16 @@ def test_every_key_is_on_the_screen_and_in_the_report(file: Path, capsys: pytest
     shown = capsys.readouterr().out
     written = json.loads((file.parent / "out" / "import.json").read_text())
     keys = set(ldm.VaVae((32, 32), 1).state_dict())
+
     assert {row["key"] for row in written["used"]} | {row["key"] for row in written["left"]} == keys
     assert all(f" {key} " in shown for key in keys)
     assert "used     encoder.conv_in.weight" in shown
     assert "left     loss.logvar" in shown
     assert "missing  latents_mean, latents_std" in shown
     assert (written["kind"], written["file"], written["format_version"]) == ("va-vae", "f.safetensors", 1)
+
     linear = next(row for row in written["used"] if row["key"] == "encoder.mid.attn_1.q.weight")
+
     assert linear == {
         "key": "encoder.mid.attn_1.q.weight",
         "target": "encoder.mid_block.attentions.0.to_q.weight",
@@ -95,9 +98,12 @@ def test_what_an_import_wrote_is_replaced_and_nothing_else(file: Path) -> None:
     before = tree(out)
     import_checkpoint(file, out)
     after = tree(out)
+
     assert before.keys() == after.keys()
     assert all(after[name] > before[name] for name in before)
+
     (file.parent / "mine").mkdir()
+
     for folder, message in ((file.parent / "mine", "not davae's to replace"), (file.parent, "would be replaced")):
         with pytest.raises(SettingsError, match=message):
             import_checkpoint(file, folder)
@@ -116,6 +122,7 @@ def test_a_failed_write_leaves_what_was_there(file: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("davae.pipelines.importing.kinds.write_json", fails)
+
     with pytest.raises(StorageError, match="No space left"):
         import_checkpoint(file, out)
     assert tree(out) == before

@@ -21,6 +21,7 @@ def test_a_torch_file_is_opened_in_its_wrapper(tmp_path: Path) -> None:
         {"model": raw, "ema": average, "opt": {"step": torch.ones(1)}, "config": {"lr": 1e-4}}, tmp_path / "f.pt"
     )
     read = read_checkpoint(tmp_path / "f.pt")
+
     assert (read.opened, read.beside, read.prefixes) == (("ema",), ("model", "opt", "config"), ("model.", "module."))
     assert torch.equal(read.tensors["a"], weight.t())  # a view, in another order
     assert {name: tensor.dtype for name, tensor in read.tensors.items()} == {
@@ -67,6 +68,7 @@ def test_a_small_file_that_asks_for_much_memory_is_refused(tmp_path: Path) -> No
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "f.safetensors").write_bytes(b"not one")
     (tmp_path / "f.txt").write_bytes(b"")
+
     for name, message in (
         ("f.safetensors", "damaged"),
         ("f.txt", r"allowed are files in \.safetensors, \.bin"),
@@ -93,7 +95,9 @@ def test_a_name_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
 def test_statistics(tmp_path: Path) -> None:
     save_file({"mean": torch.ones(1, 2, 1, 1), "std": torch.full((1, 2, 1, 1), 0.5)}, tmp_path / "s.safetensors")
     read = read_statistics(tmp_path / "s.safetensors")
+
     assert (read.mean, read.std) == ((1.0, 1.0), (0.5, 0.5))
+
     for wrong in (
         {"mean": [0, 1]},
         {"mean": [0], "std": [1, 1]},

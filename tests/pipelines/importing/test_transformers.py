@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
 
 
 class ProjectOut(nn.Module):
-    """The reference's output port: at each patch position the detail channels, then the base's (METHOD 5.1)."""
+    """The reference's output port: at each patch position the detail channels, then the base's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Tuned:
         torch.manual_seed(7)
         embed, project = PatchEmbed(), ProjectOut()
         names = [name for name, _ in base.transformer.named_modules()]
-        targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")  # METHOD 5.3
+        targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")  # the reference's
         layers = [name for name in names if name.endswith(tuple(f".{target}" for target in targets))]
         weights = {name: base.transformer.get_submodule(name).weight for name in layers}
         self.lora = {
@@ -115,9 +115,12 @@ def test_stage_two_is_an_adapter_that_computes_the_same(tuned: Tuned, tmp_path: 
     }
     ours = pipeline.transformer(hidden_states=latents, **condition)[0]
     theirs = tuned.transformer(hidden_states=swapped(latents, C), **condition)[0]
+
     assert torch.allclose(ours, swapped(theirs, D), rtol=1e-6, atol=1e-7)
     assert (ours - swapped(theirs, C + D)).abs().max() > 0.1
+
     index = AdapterIndex.model_validate_json((tmp_path / "out" / "adapter.json").read_text())
+
     assert (index.lora.rank, index.lora.alpha) == (RANK, RANK)
     assert set(index.lora.targets) == {"to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"}
     assert len(report.used) == 8 + len(tuned.lora)
@@ -131,6 +134,7 @@ def test_ports_and_lora_may_lie_in_two_files(tuned: Tuned, tmp_path: Path) -> No
     )
     file = tuned.write(tuned.ports)
     two = import_checkpoint(file, tmp_path / "two", lora=lora, **tuned.options)
+
     assert [row["target"] for row in one.used] == [row["target"] for row in two.used]
     for name in ("transformer_ports.safetensors", "transformer_lora.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -155,6 +159,7 @@ def test_layers_of_the_base_are_compared(tuned: Tuned, tmp_path: Path) -> None:
 def test_ports_and_lora_that_do_not_fit_are_refused(tuned: Tuned, tmp_path: Path) -> None:
     key = "project_out.extra_linear.weight"
     lora = next(iter(tuned.lora))
+
     for wrong, message in (
         ({key: torch.zeros(2 * P * P * D, WIDTH)}, rf"{key}: found \[32, 16\] float32, wanted \[16, 16\]"),
         ({"tokenizer_patch_embed.pos_embed": torch.zeros(1, 144, WIDTH)}, "pos_embed: .*tuned from another base"),
@@ -163,6 +168,7 @@ def test_ports_and_lora_that_do_not_fit_are_refused(tuned: Tuned, tmp_path: Path
     ):
         with pytest.raises(CheckpointError, match=message):
             import_checkpoint(tuned.write({**tuned.ports, **tuned.lora, **wrong}), tmp_path / "out", **tuned.options)
+
     assert not list(tmp_path.iterdir())
 
 
@@ -185,15 +191,19 @@ def lightning(**settings):
 def test_lightningdit_is_the_same_model(settings: dict, tmp_path: Path) -> None:
     model = lightning(**settings)
     tables = {name: buffer for name, buffer in model.named_buffers() if name.startswith("feat_rope.")}
+
     assert tables  # the reference's files hold them
     save_file({**model.state_dict(), **tables}, tmp_path / "f.safetensors")
     report = import_checkpoint(tmp_path / "f.safetensors", tmp_path / "out")
-    again, found = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found.values())
+    again, loading_info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+
+    assert not any(loading_info.values())
     assert {name: again.config[name] for name in settings} == settings
     assert again.config.attention_head_dim == 8
+
     side = model.config.sample_size
     latents, time, labels = torch.randn(2, 6, side, side), torch.tensor([0.2, 0.9]), torch.tensor([0, 5])
+
     assert torch.equal(again(latents, time, labels).sample, model(latents, time, labels).sample)
     assert {row["key"]: row["reason"].split(";")[0] for row in report.left} == dict.fromkeys(tables, "computed")
     assert len(report.used) == len(model.state_dict())
@@ -202,6 +212,7 @@ def test_lightningdit_is_the_same_model(settings: dict, tmp_path: Path) -> None:
 def test_a_lightningdit_of_other_positions_or_layers_is_refused(tmp_path: Path) -> None:
     model = lightning()
     tensors = {**model.state_dict(), "feat_rope.freqs_cos": model.feat_rope.freqs_cos}
+
     for wrong, message in (
         ({"feat_rope.freqs_cos": 1 - model.feat_rope.freqs_cos}, "first mismatch is feat_rope.freqs_cos"),
         ({"blocks.1.attn.q_norm.weight": torch.ones(9)}, r"blocks\.1\.attn\.q_norm\.weight: found \[9\] float32"),
@@ -211,6 +222,7 @@ def test_a_lightningdit_of_other_positions_or_layers_is_refused(tmp_path: Path) 
         save_file(tensors | wrong, tmp_path / "f.safetensors")
         with pytest.raises(CheckpointError, match=message):
             import_checkpoint(tmp_path / "f.safetensors", tmp_path / "out")
+
     assert not (tmp_path / "out").exists()
 
 

@@ -18,13 +18,14 @@ from davae.pipelines.importing.spelling import Spelling, find_source, read_kl_co
 from davae.pipelines.loading import load_base_vae
 from davae.pipelines.upgrade import check_base_encoder
 
+# Reasons why keys are left, by the start of their names.
 TRAINING_ONLY = {
     r"(loss|discriminator)\.": "of the loss",
     r"(d[ac]\.)?(foundation_model|linear_proj|align_proj|pe_student|encoder_alignment_proj)\b": "of the alignment loss",
     r"(model_ema|ema)\b": "another copy of the weights",
 }
-"""Reasons why keys are left, by the start of their names."""
 
+# AutoencoderDA's names -> those of the reference code for ImageNet; `da` was `dc` in its older files.
 IMAGENET = {
     "base_encoder.": "base_encoder.",
     "base_quant_conv.": "base_quant_conv.",
@@ -34,8 +35,8 @@ IMAGENET = {
     "detail_upsample.conv.": "{da}.{da}_up.conv.",
     "joint_decoder.": "{da}.decoder.",
 }
-"""AutoencoderDA's names -> those of the reference code for ImageNet; `da` was `dc` in its older files."""
 
+# AutoencoderDA's names -> those of the reference code for SD3; below these it has diffusers' names.
 SD3 = {
     "base_encoder.": "original_vae_model.vae.encoder.",
     "detail_encoder.": "vae.encoder.",
@@ -44,10 +45,15 @@ SD3 = {
     "detail_upsample.": "dc_up.",
     "joint_decoder.": "vae.decoder.",
 }
-"""AutoencoderDA's names -> those of the reference code for SD3; below these it has diffusers' names."""
 SD3_SCALARS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 
 DECODER_START = r"joint_decoder\.(mid_block|up_blocks\.0)\."
+
+# Axes of AutoencoderDA's parameters that are rolled when the latents' order turns from detail-first to base-first.
+#
+# The up block's shortcut repeats each latent channel onto a run of the decoder's channels, without weights to permute.
+# So its output changes its order, too, and so does the residual stream behind it, up to the first layer that does not
+# add to it: the convolution of the first upsampler. The runs must not tear the groups of the norms.
 DETAIL_FIRST = {
     r"detail_upsample\.conv\.weight": {0: "rows", 1: "latents"},
     r"detail_upsample\.conv\.bias": {0: "rows"},
@@ -59,12 +65,6 @@ DETAIL_FIRST = {
     DECODER_START + r"attentions\.\d+\.to_out\.0\.(weight|bias)": {0: "stream"},
     r"joint_decoder\.up_blocks\.0\.upsamplers\.0\.conv\.weight": {1: "stream"},
 }
-"""Axes of AutoencoderDA's parameters that are rolled when the latents' order turns from detail-first to base-first.
-
-The up block's shortcut repeats each latent channel onto a run of the decoder's channels, and has no weights to permute.
-So its output changes its order, too, and so does the residual stream behind it, up to the first layer that does not add
-to it: the convolution of the first upsampler. The runs must not tear the groups of the norms.
-"""
 
 
 def convert_va_vae(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
@@ -87,6 +87,7 @@ def convert_va_vae(checkpoint: ForeignCheckpoint, options: Options, report: Impo
 
 def convert_imagenet_da_vae(checkpoint: ForeignCheckpoint, options: Options, report: ImportReport) -> Save:
     """DA-VAE of the reference code for ImageNet -> AutoencoderDA; its latents are base first, as ours."""
+    # Older files say "dc" for "da".
     da = "dc" if "dc.dc_up.conv.weight" in checkpoint.tensors else "da"
     names = {ours: theirs.format(da=da) for ours, theirs in IMAGENET.items()}
     ldm = spell_ldm(checkpoint, "base_encoder.")
@@ -124,6 +125,7 @@ def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options, report: 
             "(dc_down.conv.weight makes as many as dc_up.conv.weight reads), and a frozen base none. There is no base "
             "half that a pretrained transformer could start from, so it is not imported"
         )
+    # Below its prefixes the file has diffusers' names.
     parts = {"encoder.": SD3["base_encoder."], "decoder.": SD3["joint_decoder."], "quant_conv.": "quant_conv."}
     base_config = read_kl_config(checkpoint, replace_prefix(parts), sample_size=1024)
     if options.stats is not None:
@@ -208,6 +210,7 @@ def _build_da_vae(
         sources = _put_base_first(sources, config, checkpoint)
     tensors = match(checkpoint, targets, sources, report)
 
+    # Statistics in float32 at least.
     if statistics is None:
         reason = "none given: 0 and 1; AutoencoderDA.calibrate measures"
         report.missing.append({"target": "detail_mean, detail_std", "reason": reason})

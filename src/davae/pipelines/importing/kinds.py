@@ -25,6 +25,7 @@ class Kind:
     options: tuple[str, ...] = ()
 
 
+# The kinds by their names on the command line.
 KINDS: dict[str, Kind] = {
     "va-vae": Kind(
         autoencoders.convert_va_vae,
@@ -50,7 +51,6 @@ KINDS: dict[str, Kind] = {
         options=("base", "autoencoder", "lora"),
     ),
 }
-"""The kinds by their names on the command line."""
 
 
 def import_checkpoint(
@@ -75,6 +75,7 @@ def import_checkpoint(
         SettingsError: an unknown kind, an option that the kind does not take, or an `out` that holds something else.
         CheckpointError: a file that cannot be read or is not of the kind; it names the first mismatch.
     """
+    # Nothing is read that would be replaced.
     paths = {"stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}
     for path in (file, *paths.values()):
         if path is not None and Path(path).resolve().is_relative_to(out.resolve()):
@@ -83,6 +84,7 @@ def import_checkpoint(
     if kind is not None and kind not in KINDS:
         raise SettingsError(f"--kind {kind}: allowed are {', '.join(KINDS)}")
 
+    # Which kind it is, and whether the options belong to it.
     checkpoint = read_checkpoint(file, ema=ema)
     kind = kind or detect_kind(checkpoint)
     for name, path in paths.items():

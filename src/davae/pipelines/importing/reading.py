@@ -89,6 +89,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint, copy it anew: {error}") from error
 
+    # A number that is not finite would spoil every result without a word.
     tensors, prefixes = _remove_prefixes(tensors, path)
     for key, tensor in tensors.items():
         if tensor.dtype in DTYPES and not tensor.isfinite().all():

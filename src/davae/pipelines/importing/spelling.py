@@ -12,6 +12,7 @@ from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics
 
 NORM_GROUPS = 32  # of every GroupNorm in these autoencoders; no shape tells their number
 
+# diffusers' names of an encoder's or a decoder's layers -> LDM's; applied in this order.
 LDM = {
     r"down_blocks\.(\d+)": r"down.\1",
     r"up_blocks\.(\d+)": r"up.\1",  # counted from the other end, see below
@@ -28,10 +29,9 @@ LDM = {
     r"to_(q|k|v)\b": r"\1",
     r"to_out\.0": "proj_out",
 }
-"""diffusers' names of an encoder's or a decoder's layers -> LDM's; applied in this order."""
 
+# A parameter's name in diffusers' AutoencoderKL ("encoder...", "decoder...", "quant_conv...") -> the file's.
 Spelling = Callable[[str], str]
-"""A parameter's name in diffusers' AutoencoderKL ("encoder...", "decoder...", "quant_conv...") -> the file's."""
 
 
 def spell_ldm(checkpoint: ForeignCheckpoint, encoder: str) -> Spelling:

@@ -17,8 +17,10 @@ from davae.pipelines.importing.reading import ForeignCheckpoint, mismatch, read_
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.pipelines.upgrade import upgrade
 
+# Not needed here, and the greater part of the pipeline.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-"""Not needed here, and the greater part of the pipeline."""
+
+# The reference's names -> the parts of Stable Diffusion 3's two ports.
 PORT_TARGETS = {
     "tokenizer_patch_embed.proj.base_conv.weight": "pos_embed.proj.weight, base channels",
     "tokenizer_patch_embed.proj.base_conv.bias": "pos_embed.proj.bias, a summand",
@@ -29,7 +31,6 @@ PORT_TARGETS = {
     "project_out.extra_linear.weight": "proj_out.weight, detail channels",
     "project_out.extra_linear.bias": "proj_out.bias, detail channels",
 }
-"""The reference's names -> the parts of Stable Diffusion 3's two ports."""
 POSITIONS = "tokenizer_patch_embed.pos_embed"
 LORA_KEY = re.compile(r"(?:.*?\.)?(transformer_blocks\.\d+\..+)\.(lora_[AB])(?:\.default)?\.weight")
 LAYER_KEY = re.compile(r"(?:.*?\.)?((?:transformer_blocks|context_embedder|time_text_embed|norm_out)\..+)")
@@ -46,11 +47,13 @@ def convert_sd35_stage_two(checkpoint: ForeignCheckpoint, options: Options, repo
     base_sha256, base_tensors = digest_base(base.transformer), base.transformer.state_dict()
     pipeline = upgrade(base, load_autoencoder(options.autoencoder))
 
+    # The parts that were trained.
     _check_positions(checkpoint, base_tensors["pos_embed.pos_embed"])
     _fill_ports(pipeline, base_tensors, checkpoint, report)
     _fill_lora(pipeline, checkpoint if options.lora is None else read_checkpoint(options.lora), report)
     report.notes.append("LoRA's alpha is not in the file: its rank, as the reference trains")
 
+    # The others are the base's, or unknown.
     compared = [_find_key(checkpoint, POSITIONS), *_check_frozen(checkpoint, base_tensors)]
     reasons = {f"{re.escape(key)}$": "the base's; compared" for key in compared}
     leave_rest(checkpoint, report, reasons, owned=("tokenizer_patch_embed.", "project_out."))
@@ -104,9 +107,12 @@ def _fill_ports(
         names = (f"{prefix}.{half}_{suffix}" for half in ("base", "extra"))
         return [tensors[PORT_TARGETS[name]].to(transformer.dtype) for name in names]
 
+    # Input port: the convolutions side by side.
     projection = transformer.pos_embed.proj
     projection.weight.copy_(torch.cat(find_parts("tokenizer_patch_embed.proj", "conv.weight"), dim=1))
     projection.bias.copy_(sum(find_parts("tokenizer_patch_embed.proj", "conv.bias")))
+
+    # Output port: rows interleaved in each patch position.
     for parameter, suffix in ((transformer.proj_out.weight, "weight"), (transformer.proj_out.bias, "bias")):
         rows = [
             rearrange(part, "(p q c) ... -> p q c ...", p=patch, q=patch)
@@ -135,6 +141,7 @@ def _fill_lora(pipeline: DiffusionPipeline, source: ForeignCheckpoint, report: I
     if len(ranks) != 1:
         raise CheckpointError(f"{source.path}: LoRA of ranks {sorted(ranks)}: davae's adapters have one rank")
 
+    # The default targets where they name the same layers.
     transformer = pipeline.transformer
     targets = backbone_of(transformer).lora_targets
     if find_target_layers(transformer, targets).keys() != layers:
@@ -142,6 +149,7 @@ def _fill_lora(pipeline: DiffusionPipeline, source: ForeignCheckpoint, report: I
     rank = ranks.pop()
     add_lora(transformer, rank, float(rank), targets)
 
+    # Only now are the names and shapes of the LoRA tensors known.
     like = get_peft_model_state_dict(transformer)
     tensors = match(source, like, {name: TensorSource(keys.get(name, name)) for name in like}, report)
     set_peft_model_state_dict(transformer, {name: tensor.float() for name, tensor in tensors.items()})
