@@ -53,11 +53,8 @@ def load_base_lora(
     elif weight_name is None and len(files) == 1:
         weight_name = files[0].name
 
-    # Only what was given: an explicit None is another thing to some versions.
-    place = {} if weight_name is None else {"weight_name": weight_name}
-    naming = {} if adapter_name is None else {"adapter_name": adapter_name}
     try:
-        _load(pipeline, source, place, naming)
+        _load(pipeline, source, weight_name, adapter_name)
     except SettingsError:  # also a ValueError, as some of the next ones
         raise
     except (*LOADING_ERRORS, RuntimeError) as error:  # RuntimeError: tensors of other sizes
@@ -67,14 +64,14 @@ def load_base_lora(
         raise CheckpointError(f"{lora} cannot be loaded as a LoRA of this pipeline: {reason}") from error
 
 
-def _load(pipeline: DiffusionPipeline, source: str, place: Mapping[str, str], naming: Mapping[str, str]) -> None:
+def _load(pipeline: DiffusionPipeline, source: str, weight_name: str | None, adapter_name: str | None) -> None:
     """Load a LoRA by the stock call, padded if the pipeline is upgraded and the LoRA is of its base's ports."""
     padded: dict[str, Tensor] = {}
     if isinstance(pipeline.vae, AutoencoderDA):
-        tensors, metadata = _read(pipeline, source, place)
+        tensors, metadata = _read(pipeline, source, weight_name)
         padded = pad_lora(tensors, pipeline)
     if not padded:
-        pipeline.load_lora_weights(source, **place, **naming)
+        pipeline.load_lora_weights(source, weight_name=weight_name, adapter_name=adapter_name)
         return
 
     # By way of a file: from a dict, diffusers would not take the metadata, and with it LoRA's alpha.
@@ -83,7 +80,7 @@ def _load(pipeline: DiffusionPipeline, source: str, place: Mapping[str, str], na
         header[LORA_ADAPTER_METADATA_KEY] = json.dumps(metadata)
     with tempfile.TemporaryDirectory() as folder:
         save_file({**tensors, **padded}, Path(folder) / FILE, metadata=header)
-        pipeline.load_lora_weights(folder, weight_name=FILE, **naming)
+        pipeline.load_lora_weights(folder, weight_name=FILE, adapter_name=adapter_name)
 
 
 def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict[str, Tensor]:
@@ -122,9 +119,9 @@ def _find_weight(transformer: Any, name: str) -> Tensor:
     return getattr(layer, "base_layer", layer).weight  # below a LoRA that is there already
 
 
-def _read(pipeline: DiffusionPipeline, source: str, place: Mapping[str, str]) -> tuple[dict[str, Tensor], dict | None]:
+def _read(pipeline: Any, source: str, weight_name: str | None) -> tuple[dict[str, Tensor], dict | None]:
     """The tensors of a LoRA under diffusers' names, alphas among them, and its metadata."""
-    settings: dict[str, Any] = {**place, "return_lora_metadata": True}
+    settings: dict[str, Any] = {"weight_name": weight_name, "return_lora_metadata": True}
     if "return_alphas" not in inspect.signature(pipeline.lora_state_dict).parameters:
         tensors, metadata = pipeline.lora_state_dict(source, **settings)
         return dict(tensors), metadata

@@ -73,18 +73,14 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
             class_labels: B numbers; the transformer's `num_classes` means no class.
             num_inference_steps: Euler steps, each one evaluation of the model.
             guidance_scale: g of null + g (class - null), on all channels; at 1 the null half is not computed.
-            guidance_interval: first and last t' (0 = noise, 1 = data) with guidance; outside of it, the null half is
-                not computed, either.
+            guidance_interval: first and last t' (0 = noise, 1 = data) with guidance.
             timestep_shift: s of t' = s t / (1 + (s - 1) t); see `make_time_grid`.
-            height: in pixels; only the default is allowed, because the transformer's positions are fixed.
+            height: only the default is allowed, because the transformer's positions are fixed.
             width: the same.
             generator: of the noise.
             latents: the noise, [B, channels, h, w]; drawn if None.
             output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (in the transformer's units).
             return_dict: whether to wrap the result as diffusers does.
-
-        Raises:
-            SettingsError: a class, size, step count, shift, output or scheduler that is not allowed.
         """
         self._check(height, width, output_type)
         device = self._execution_device

@@ -59,7 +59,6 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     )
     upgraded = replace_parts(pipeline, vae=autoencoder, transformer=transformer)
 
-    # What the user should know.
     lost = lost_directions(transformer, backbone.ports)
     if lost:
         logger.warning(
