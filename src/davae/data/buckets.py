@@ -21,8 +21,8 @@ class Bucket(NamedTuple):
 
     height: int
     width: int
+    # Width over height before the sides are rounded.
     aspect_ratio: float = 1.0
-    """Width over height before the sides are rounded."""
 
 
 class Crop(NamedTuple):
@@ -51,6 +51,7 @@ def bucket_table(sizes: Sequence[int], aspect_ratios: Sequence[str] = (), *, mul
         if size % multiple or size < multiple:
             raise SettingsError(f"size={size}: allowed are multiples of {multiple}, the step of the buckets")
         for ratio in ratios:
+            # Same area, this ratio, sides rounded to multiples.
             height = max(multiple, round(size / math.sqrt(ratio) / multiple) * multiple)
             width = max(multiple, round(size * math.sqrt(ratio) / multiple) * multiple)
             buckets.add(Bucket(height, width, ratio))

@@ -22,12 +22,12 @@ from davae.run.storage import read_json, remove_temporaries, storage_error, writ
 
 logger = logging.getLogger(__name__)
 
+# Part of every cache's name: raise it, too, when davae itself computes entries otherwise.
 FORMAT_VERSION = 1
-"""Part of every cache's name: raise it, too, when davae itself computes entries otherwise."""
+# So many stay open for reading, mapped and not copied into memory.
 OPEN_SHARDS = 64
-"""So many stay open for reading, mapped and not copied into memory."""
+# Prefix of a shard's name that is set aside.
 ASIDE = "damaged-"
-"""Prefix of a shard's name that is set aside."""
 
 Entry = Mapping[str, Tensor]
 
@@ -81,6 +81,7 @@ class TensorCache:
             if not reason:
                 continue
 
+            # Renamed, not removed: somebody may want to know what happened.
             aside = path.with_name(ASIDE + path.name)
             try:
                 path.rename(aside)
@@ -103,6 +104,7 @@ class TensorCache:
     def writing(self) -> Iterator[None]:
         """Hold the cache open for `write`; without another writer, remove the litter of writers that were killed."""
         with ExitStack() as stack:
+            # Writers share the lock; whoever gets it alone may tidy up before sharing it.
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context((self.folder / ".lock").open("wb"))
@@ -121,6 +123,7 @@ class TensorCache:
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """Write entries as one shard, within `writing`."""
+        # Named by its content, so that equal shards are one file.
         tensors = {}
         for key, entry in entries.items():
             for name, tensor in entry.items():
@@ -162,8 +165,8 @@ class CacheContents:
     facts: dict[str, Any]
     entries: int
     bytes: int
+    # Reasons by file name; shards that were set aside are not among them.
     damaged: dict[str, str]
-    """Reasons by file name; shards that were set aside are not among them."""
 
     def to_text(self) -> str:
         """One line for people, and one for each damaged shard."""
@@ -176,6 +179,7 @@ def read_caches(folder: Path) -> list[CacheContents]:
     """Read the caches below `folder` in full, and count what they hold."""
     caches = []
     for path in _cache_folders(folder):
+        # Entries of damaged shards do not count.
         keys: set[str] = set()
         damaged, size = {}, 0
         for shard in shard_paths(path):
@@ -206,6 +210,7 @@ def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = Fal
         try:
             with (path / ".lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Of a cache in use only what is damaged or was never finished.
                 shards = shard_paths(path)
                 newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
                 old = days is not None and time.time() - newest > days * 86400

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from davae.data.buckets import Bucket, choose_bucket
@@ -15,9 +15,9 @@ from davae.errors import DataError
 MAX_FILE_BYTES = 512 << 20
 MAX_TEXT_BYTES = 1 << 20
 
+# Keys of a `.json` or of a table's row; the first that is there counts.
 CAPTION_KEYS = ("caption", "text", "txt")
 CLASS_KEYS = ("class", "label", "cls")
-"""Keys of a `.json` or of a table's row; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class PictureEntry:
 
     key: str
     picture: StoredBytes
+    # May be empty where captions are not needed, or classes are.
     caption: str
-    """May be empty where captions are not needed, or classes are."""
+    # Of the upright picture as it is stored, in pixels.
     width: int
-    """Of the upright picture as it is stored, in pixels."""
     height: int
     bucket: Bucket
+    # Class number, or name of the sub-folder until that has one; None in a set of captioned pictures.
     label: int | str | None = None
-    """Class number, or name of the sub-folder until that has one; None in a set of captioned pictures."""
 
 
 def make_entries(
@@ -50,6 +50,7 @@ def make_entries(
         except PictureRefused as error:
             return Refusal(error.name, error.reason, error.kind)
 
+    # Headers are read by several threads; the order stays.
     entries, refused = [], []
     for sample, entry in zip(samples.values(), in_threads(make, list(samples)), strict=True):
         first, *others = sample.pictures
@@ -75,6 +76,7 @@ def make_entry(
         reason = f"{width}x{height} pixels: smaller than {smallest}, and nothing is scaled up; bring a larger one"
         raise PictureRefused(picture.name, reason, "too small")
 
+    # A set has captions or classes; with classes a caption may be there or not.
     caption = read_caption(picture.name, sample)
     if folders is None:
         if caption is None and needs_caption:
@@ -82,6 +84,7 @@ def make_entry(
             raise PictureRefused(picture.name, reason, "no caption")
         return PictureEntry(key, picture, caption or "", width, height, bucket)
 
+    # A number beside the picture goes before its sub-folder.
     label: int | str | None = read_class(picture.name, sample)
     folder, slash, _ = key.partition("/")
     if label is None and slash and folder in folders:
@@ -107,6 +110,7 @@ def read_caption(name: str, sample: Sample) -> str | None:
 
     The first that is there of its `.txt`, its `.caption`, its `.json` and its row in a table.
     """
+    # A .json that is broken is refused even if another text has the caption.
     metadata = _read_metadata(name, sample)
     for suffix in (".txt", ".caption"):
         if suffix in sample.texts:
@@ -135,16 +139,17 @@ def folder_classes(samples: Mapping[str, Sample]) -> dict[str, int]:
     return {name: number for number, name in enumerate(sorted(names))}
 
 
-def number_classes(classes: Sequence[int | str], names: Mapping[str, int]) -> tuple[list[int], list[str]]:
-    """Class numbers of pictures whose classes are all numbers, or all names; and the names in the order of numbers."""
-    kinds = {type(label): label for label in classes}
+def number_classes(entries: Sequence[PictureEntry], names: Mapping[str, int]) -> tuple[list[PictureEntry], list[str]]:
+    """The entries with numbers in place of the names of sub-folders, and these names in the order of numbers."""
+    kinds = {type(entry.label): entry.label for entry in entries}
     if len(kinds) > 1:
         raise DataError(
             f"some pictures give their class as a number, like {kinds[int]}, and some only by their sub-folder, like "
             f"{kinds[str]!r}: do one or the other for all of them"
         )
-    numbers = [names[label] if isinstance(label, str) else label for label in classes]
-    return numbers, list(names) if str in kinds else []
+    if str not in kinds:
+        return list(entries), []
+    return [replace(entry, label=names[str(entry.label)]) for entry in entries], list(names)
 
 
 def _size(picture: StoredBytes) -> tuple[int, int]:

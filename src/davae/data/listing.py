@@ -14,11 +14,11 @@ from davae.data.shards import list_shards, remote_shards
 from davae.data.stored import PICTURE_SUFFIXES, FileBytes, LocalFile, Refusal, Sample, Samples
 from davae.errors import DataError, SettingsError
 
+# A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`.
 PictureSource = Path | str | Any
-"""A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`."""
 
+# Tables about the pictures of a folder, joined by their column "file_name", as Hugging Face `datasets` has them.
 METADATA = ("metadata.jsonl", "metadata.parquet")
-"""Tables about the pictures of a folder, joined by their column "file_name", as Hugging Face `datasets` has them."""
 MAX_LINE_BYTES = 1 << 20
 
 
@@ -28,8 +28,8 @@ class Listing:
 
     samples: Samples
     refused: list[Refusal] = field(default_factory=list)
+    # Whether the keys are paths in a folder of pictures, whose sub-folders may be classes.
     folders: bool = False
-    """Whether the keys are paths in a folder of pictures, whose sub-folders may be classes."""
 
 
 def list_source(source: PictureSource) -> Listing:
@@ -41,6 +41,7 @@ def list_source(source: PictureSource) -> Listing:
     if isinstance(source, str) and "://" in source:
         return Listing(list_shards(remote_shards(source)))
 
+    # Anything else is a path.
     path = Path(source)
     if path.is_dir():
         return _list_folder(path)
@@ -64,6 +65,7 @@ def _list_folder(folder: Path) -> Listing:
     if not shards and not tables:
         return list_pictures(folder)
 
+    # A folder with several kinds of content is more likely a mistake than a choice.
     loose = Counter(path.suffix.lower() for path in folder.iterdir())
     contents = {"shards": shards, "parquet files": tables, "pictures": loose.keys() & PICTURE_SUFFIXES}
     kinds = [kind for kind, files in contents.items() if files]
@@ -98,6 +100,7 @@ def list_pictures(folder: Path) -> Listing:
             if not name.startswith(".") and name not in METADATA:
                 _add_file(listing, Path(parent, name), folder)
 
+    # Tables come last: their rows belong to pictures that must be listed by then.
     for table in tables:
         listing.refused.extend(_join(listing.samples, table, PurePosixPath(table.parent.relative_to(folder))))
     return listing
@@ -116,6 +119,7 @@ def _add_file(listing: Listing, path: Path, folder: Path) -> None:
         listing.refused.append(Refusal(name, f"cannot be opened ({error.strerror}); mend or remove it"))
         return
 
+    # Texts and pictures of one name are one sample.
     if stat.S_ISREG(status.st_mode):
         sample = listing.samples.setdefault(relative.with_suffix("").as_posix(), Sample())
         sample.add(suffix, FileBytes(name, LocalFile(str(path)), 0, status.st_size))
@@ -131,6 +135,7 @@ def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refu
             yield Refusal(f"{folder / table.name}, {place}", 'no object with a "file_name"; mend it', "text")
             continue
 
+        # The picture of exactly this name, not one of another format beside it.
         path = folder / name
         sample = samples.get(path.with_suffix("").as_posix() if path.name else "")
         if sample is None or path.as_posix() not in [picture.name for picture in sample.pictures]:
@@ -151,6 +156,7 @@ def _read_rows(table: Path) -> Iterator[tuple[str, Any]]:
                     yield f"line {number}", _parse_line(line)
         return
 
+    # A parquet file is read a thousand rows at a time.
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:

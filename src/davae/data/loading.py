@@ -10,8 +10,8 @@ from davae.errors import SettingsError
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Threads that read and decode: one for each core that this process may use, up to 8. Pillow releases the GIL.
 WORKERS = min(8, len(os.sched_getaffinity(0)))
-"""Threads that read and decode: one for each core that this process may use, up to 8. Pillow releases the GIL."""
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:
@@ -48,6 +48,7 @@ class Ahead(Generic[T]):
 
     def __call__(self, number: int) -> T:
         """`make(number)`."""
+        # Forget what was skipped, ask for what comes next.
         needed = range(number, number + self._count + 1)
         for other in self._pending.keys() - needed:
             self._pending.pop(other).cancel()

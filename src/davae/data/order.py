@@ -26,6 +26,7 @@ def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: 
             f"count={count}, batch_size={batch_size}, step={step}: allowed are at least one picture, a batch of at "
             "least 1, and steps from 0"
         )
+    # Start inside the epoch that the step falls into, and go on into the next as far as needed.
     indices: list[int] = []
     epoch, start = divmod(step * batch_size, count)
     position = (bucket,) if bucket else ()
@@ -80,6 +81,7 @@ def random_crops(
     height, width = images.shape[-2:]
     if not 1 <= size <= min(height, width):
         raise SettingsError(f"size={size}: allowed are crops of side 1 to {min(height, width)} out of these images")
+    # The place of each crop depends on the sample alone, not on its batch or rank.
     crops = []
     for image, random in zip(images, sample_generators(seed, "crop", samples), strict=True):
         top = int(torch.randint(height - size + 1, (), generator=random))

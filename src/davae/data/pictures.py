@@ -14,26 +14,26 @@ from torch import Tensor
 from davae.errors import DataError
 from davae.run.storage import write_atomically
 
+# The formats that are decoded, by Pillow's names; the bytes decide, not the name of the file.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats that are decoded, by Pillow's names; the bytes decide, not the name of the file."""
 
 MAX_PIXELS = 64_000_000
 MIN_PICTURE_SIDE = 16
+# Most scans of a JPEG of `MAX_PIXELS`; smaller ones may have more. Each scan is a pass over all pixels, however few
+# bytes it has. Encoders write about ten.
 MAX_SCANS = 20
-"""Most scans of a JPEG of `MAX_PIXELS`; smaller ones may have more. Each scan is a pass over all pixels, however few
-bytes it has. Encoders write about ten."""
+# Colours are converted in strips of so many pixels, so that a large picture needs little more than its own memory.
 STRIP_PIXELS = 1 << 22
-"""Colours are converted in strips of so many pixels, so that a large picture needs little more than its own memory."""
+# Name of the text in a PNG file that says what the picture was made from.
 ORIGIN = "davae-origin"
-"""Name of the text in a PNG file that says what the picture was made from."""
 
 Stream = BytesIO | BufferedReader
 
 RefusalKind = Literal[
     "damaged", "format", "too large", "text", "missing", "too small", "no caption", "no class", "same name"
 ]
+# Refusals that any collection of pictures has; all others mean that a file is broken.
 LEFT_OUT: tuple[RefusalKind, ...] = ("too small", "no caption", "no class", "same name")
-"""Refusals that any collection of pictures has; all others mean that a file is broken."""
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -75,11 +75,13 @@ def read_picture(
             mode that is not read.
     """
     with _open(BytesIO(data), name, max_pixels=max_pixels, min_side=min_side) as image:
+        # Hostile scans cost time and have few bytes: counted before they are decoded.
         jpeg = image.format in ("JPEG", "MPO")
         scans, allowed = data.count(b"\xff\xda"), MAX_SCANS * max_pixels // (image.width * image.height)
         if jpeg and scans > allowed:
             raise PictureRefused(name, f"{scans} scans are more than the allowed {allowed}; save it again", "too large")
 
+        # Decode, at a smaller scale where that will do.
         try:
             if jpeg and enough is not None:
                 image.draft(None, (enough, enough))
@@ -164,6 +166,7 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
     except Exception as error:  # as above
         raise PictureRefused(name, f"its header is damaged ({error}); save or download it again") from error
 
+    # The header's size is known now, and nothing is decoded.
     size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > max_pixels:
         raise PictureRefused(name, f"{size} is more than the allowed {max_pixels}; scale it down", "too large")
@@ -207,6 +210,7 @@ def _strip_to_srgb(image: Image.Image, name: str) -> Image.Image:
         case mode:
             raise PictureRefused(name, f"its colour mode {mode} is not read; convert it to RGB", "format")
 
+    # Profiles are for colours: the alpha channel goes around them.
     colour = _apply_profile(rgba.convert("RGB"), image.info.get("icc_profile"))
     colour.putalpha(rgba.getchannel("A"))
     return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
@@ -220,6 +224,7 @@ def _scale_grey(image: Image.Image, name: str) -> np.ndarray:
             raise PictureRefused(name, "floating point values outside [0, 1], or no numbers; scale them and save again")
         return np.rint(values * 255).astype(np.uint8)
 
+    # 65535 is white.
     if values.min() < 0 or values.max() > 65535:
         raise PictureRefused(name, "integer values outside 0..65535; save it with 8 or 16 bits a channel")
     grey = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)

@@ -11,8 +11,8 @@ from davae.data.shards import MAX_UNPACKED_BYTES
 from davae.data.stored import PICTURE_SUFFIXES, CellBytes, Sample, Samples
 from davae.errors import DataError, SettingsError
 
+# Prefix of a source that `datasets.load_dataset` finds: `datasets:OWNER/NAME?split=train&streaming=true&take=1000`.
 SCHEME = "datasets:"
-"""Prefix of a source that `datasets.load_dataset` finds: `datasets:OWNER/NAME?split=train&streaming=true&take=1000`."""
 OPTIONS = ("split", "name", "revision", "streaming", "take")
 PICTURE_COLUMNS = ("image", "picture", *sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
 
@@ -32,6 +32,7 @@ def load_rows(source: str) -> Any:
             f"{source}: allowed after the ? are {', '.join(OPTIONS)}, streaming=true or false, take=a whole number"
         )
 
+    # The rest is for `datasets` to understand.
     load = partial(_datasets(source).load_dataset, path, streaming=streaming == "true", **options)
     rows = _loaded(load, source)
     return rows if take is None else rows.take(int(take))
@@ -79,6 +80,7 @@ def list_rows(rows: Any, name: str) -> Samples:
     streamed = isinstance(rows, datasets.IterableDataset)
     rows = rows.decode(False) if streamed else _without_decoding(rows, datasets)
 
+    # The first row shows which column holds the pictures.
     samples: Samples = {}
     column, held = "", 0
     for index, row in enumerate(rows if streamed else _without_pictures(rows, datasets)):
@@ -88,6 +90,7 @@ def list_rows(rows: Any, name: str) -> Samples:
         if key in samples:
             raise DataError(f"{name}: two rows have the key {key!r}; every key must be there once")
 
+        # A stream cannot be read again: its pictures stay in memory.
         if streamed:
             cell = row[column]
             held += len(_bytes(cell))
@@ -149,6 +152,7 @@ def _read_stored_cell(rows: Any, index: int, column: str, key: str) -> bytes:
 
 
 def _read_cell(cell: Any, key: str) -> bytes:
+    # A cell may name a file in place of its bytes.
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
         try:
             return Path(cell["path"]).read_bytes()

@@ -13,13 +13,13 @@ from davae.data.pictures import Stream
 from davae.data.stored import FileBytes, LocalFile, RemoteFile, Sample, Samples
 from davae.errors import DataError, DavaeError
 
+# Largest compressed shard once unpacked: it stays in memory while its set is in use.
 MAX_UNPACKED_BYTES = 1 << 30
-"""Largest compressed shard once unpacked: it stays in memory while its set is in use."""
+# Most members of one shard.
 MAX_MEMBERS = 1_000_000
-"""Most members of one shard."""
 MAX_NAME_BYTES = 1024
+# Longest extended header of a member, which is read into memory.
 MAX_HEADER_BYTES = 1 << 20
-"""Longest extended header of a member, which is read into memory."""
 
 
 def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
@@ -36,12 +36,14 @@ def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
 def list_shard(shard: LocalFile | RemoteFile) -> Samples:
     """The members of one shard, in its order, by WebDataset's key: the path up to the name's first dot.
 
-    A plain tar is not unpacked: each member is a place in the file. At a URL only the members' headers are fetched. A
-    `.tar.gz` is unpacked into memory, never to disk.
+    A plain tar is read in place; at a URL only the members' headers are fetched. A `.tar.gz` is unpacked into memory,
+    never to disk.
     """
     short = shard.name.rpartition("/")[2]
     file = _unpack(shard) if short.endswith(".gz") else shard
     samples: Samples = {}
+
+    # Every member is a place in the file.
     try:
         with file.open() as stream:
             for member in _members(stream, shard.name):
@@ -60,6 +62,7 @@ def list_shard(shard: LocalFile | RemoteFile) -> Samples:
 def remote_shards(url: str) -> list[RemoteFile]:
     """The shards of a URL: one, a range such as `train-{0000..0099}.tar`, a pattern with `*`, or a folder's."""
     span = re.search(r"\{(\d+)\.\.(\d+)\}", url)
+    # Numbers keep their leading zeros.
     if span is not None:
         first, last = span.groups()
         numbered: list[RemoteFile] = []
@@ -95,11 +98,12 @@ def _members(stream: Stream, shard: str) -> Iterator[tarfile.TarInfo]:
     """The files of a tar, each checked; the end of the tar is checked, too."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
+    # Members are not remembered, for there may be a million.
     headers: Any = _Headers(stream)
     seen: set[str] = set()
     with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
         for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            tar.members.clear()  # type: ignore[attr-defined]
             if not member.isdir():
                 _check_member(shard, member, seen, size)
                 yield member
@@ -134,12 +138,15 @@ def _check_member(shard: str, member: tarfile.TarInfo, seen: set[str], size: int
     """
     place = f"{shard}: member {member.name[:100]!r}"
     name = PurePosixPath(member.name)
+
+    # Nothing but plain files, at places inside the shard.
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise DataError(f"{place} is no plain file; only plain files are allowed, so make the shard again without it")
     if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
         raise DataError(f"{place} has a name that leads out of the shard; only relative names without .. are allowed")
     if len(member.name.encode()) > MAX_NAME_BYTES:
         raise DataError(f"{place} has a name of more than the allowed {MAX_NAME_BYTES} bytes; shorten it")
+    # Each once, and all of it there.
     if name.as_posix() in seen:
         raise DataError(f"{place} is there twice; every name must be there once, so make the shard again")
     if member.offset_data + member.size > size:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from davae.run.storage import write_json
 
 logger = logging.getLogger(__name__)
 
+# A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use.
 MEMORY_BYTES = 1 << 30
-"""A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use."""
 
 
 class PictureSet:
@@ -40,21 +39,23 @@ class PictureSet:
     def __init__(
         self, entries: Sequence[PictureEntry], *, size: int, refused: Sequence[Refusal], class_names: Sequence[str] = ()
     ) -> None:
-        self._entries = list(entries)
-        self.size = size
-        self.refused = list(refused)
-        self.keys = [entry.key for entry in entries]
-        self.captions = [entry.caption for entry in entries]
-        self.classes = [entry.label for entry in entries if isinstance(entry.label, int)]
-        self.class_names = list(class_names)
-
-        self.buckets = sorted({entry.bucket for entry in entries})
-        self.members: list[list[int]] = [[] for _ in self.buckets]
-        decoded_bytes = 0
+        self._entries, self.size = list(entries), size
+        self.refused, self.class_names = list(refused), list(class_names)
+        self.keys: list[str] = []
+        self.captions: list[str] = []
+        self.classes: list[int] = []
+        members: dict[Bucket, list[int]] = {}
         for index, entry in enumerate(entries):
-            self.members[self.buckets.index(entry.bucket)].append(index)
-            decoded_bytes += 3 * entry.bucket.height * entry.bucket.width
-        self._in_memory = decoded_bytes <= MEMORY_BYTES
+            self.keys.append(entry.key)
+            self.captions.append(entry.caption)
+            if isinstance(entry.label, int):
+                self.classes.append(entry.label)
+            members.setdefault(entry.bucket, []).append(index)
+        self.buckets = sorted(members)
+        self.members = list(map(members.__getitem__, self.buckets))
+
+        # Decoded pictures, if all of them are few enough.
+        self._in_memory = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
         self._memory: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -150,14 +151,21 @@ class PictureSet:
             DataError: none is left, or too many cannot be read.
             StorageError: `report` cannot be written.
         """
-        outcomes = in_threads(self._try_to_decode, range(len(self)))
-        usable = [index for index, refusal in enumerate(outcomes) if refusal is None]
-        refused = self.refused + [refusal for refusal in outcomes if refusal is not None]
+        usable: list[int] = []
+        refused = list(self.refused)
+        for index, refusal in enumerate(in_threads(self._try_to_decode, range(len(self)))):
+            if refusal is None:
+                usable.append(index)
+            else:
+                refused.append(refusal)
+
+        # The report of this run, in place of an earlier one's.
         if report is not None and refused:
             write_json(report, {refusal.name: refusal.reason for refusal in refused})
         elif report is not None:
-            report.unlink(missing_ok=True)  # of an earlier run
+            report.unlink(missing_ok=True)
 
+        # Too few of the source's pictures are a broken download, and no set.
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
         where = f"; all are in {report}" if report and refused else ""
@@ -173,9 +181,12 @@ class PictureSet:
         if len(usable) == len(self):
             return self
 
+        # The decoded pictures go along, under their new numbers.
         entries = [self._entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        rest._memory = {new: self._memory[old] for new, old in enumerate(usable) if old in self._memory}
+        for new, old in enumerate(usable):
+            if old in self._memory:
+                rest._memory[new] = self._memory[old]
         return rest
 
     def refusals_summary(self) -> str:
@@ -221,20 +232,16 @@ def open_pictures(
         DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or classes are numbers
             and sub-folders at once.
     """
-    if size < MIN_PICTURE_SIDE:
-        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
-    if split not in (None, "train", "heldout"):
-        raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
-    if limit is not None and limit < 1:
-        raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
+    _check_arguments(size, split, limit)
 
-    # In the order of keys; a split is decided by the key alone.
+    # In the order of keys; the key alone decides the split.
     listing = list_source(source)
     samples = {}
     for key, sample in sorted(listing.samples.items()):
         if sample.pictures and (split is None or heldout(key) == (split == "heldout")):
             samples[key] = sample
 
+    # Headers say which of them are usable.
     buckets = tuple(buckets) or (Bucket(size, size),)
     folders = folder_classes(listing.samples) if classes and listing.folders else {}
     entries, unusable = make_entries(samples, buckets, folders if classes else None, captions)
@@ -247,10 +254,10 @@ def open_pictures(
             f"{' '.join(sorted(PICTURE_SUFFIXES))} of at least {smallest_size(buckets)}{labels}; {summarise(refused)}"
         )
 
+    # Classes get their numbers before the limit, which takes pictures from all over the list.
     names: list[str] = []
     if classes:
-        numbers, names = number_classes([entry.label for entry in entries if entry.label is not None], folders)
-        entries = [replace(entry, label=number) for entry, number in zip(entries, numbers, strict=True)]
+        entries, names = number_classes(entries, folders)
     if limit is not None and limit < len(entries):
         entries = [entries[index * len(entries) // limit] for index in range(limit)]
     return PictureSet(entries, size=size, refused=refused, class_names=names)
@@ -259,3 +266,12 @@ def open_pictures(
 def heldout(key: str) -> bool:
     """Whether a picture is kept from training, by its key alone: SHA-256 of the key, as a number, divisible by ten."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
+
+
+def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
+    if size < MIN_PICTURE_SIDE:
+        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
+    if split not in (None, "train", "heldout"):
+        raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")

@@ -18,10 +18,10 @@ PICTURE_SUFFIXES = frozenset(
 )
 TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
 
+# Bytes that are fetched at once to see the header of a remote picture.
 HEADER_BYTES = 1 << 15
-"""Bytes that are fetched at once to see the header of a remote picture."""
+# How often a remote file is tried, with pauses of a second and then two, before it is an error.
 ATTEMPTS = 3
-"""How often a remote file is tried, with pauses of a second and then two, before it is an error."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def summarise(refused: Sequence[Refusal]) -> str:
 class LocalFile:
     """A file on this machine, or the content of a compressed one in memory."""
 
+    # Its path.
     name: str
-    """Its path."""
     unpacked: bytes | None = field(default=None, repr=False, compare=False)
 
     def open(self) -> Stream:
@@ -67,8 +67,8 @@ class LocalFile:
 class RemoteFile:
     """A file at any URL that fsspec knows: s3://, gs://, hf://, https://, file://, memory://, ..."""
 
+    # Its URL.
     name: str
-    """Its URL."""
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -150,8 +150,8 @@ class _Range(io.RawIOBase):
 class StoredBytes:
     """Bytes that can be read again and again."""
 
+    # The path inside the source, for messages.
     name: str
-    """The path inside the source, for messages."""
 
     @property
     def length(self) -> int:

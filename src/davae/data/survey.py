@@ -22,8 +22,8 @@ from davae.data.stored import Refusal
 from davae.method.metrics import half_size_psnr
 
 TIMED_PICTURES = 64
+# A picture of more dB of `half_size_psnr` says little about detail.
 SOFT_DB = 40.0
-"""A picture of more dB of `half_size_psnr` says little about detail."""
 QUANTILES = {"least": 0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "greatest": 1}
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, LINE = 8, 6, 128, 14
 
@@ -37,8 +37,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
     pictures and megapixels a second, decoded and fitted, by one thread and by `threads`, from files that were just
     read; not a benchmark (see benchmarks/loading.py).
     """
-    softness, damaged = _decode_all(pictures)
-    sound = list(softness)
+    sound, softness, damaged = _decode_all(pictures)
     sizes = np.array([pictures.original_size(index) for index in sound]).reshape(-1, 2)
     facts: dict[str, Any] = {
         "pictures": len(sound),
@@ -49,8 +48,8 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
             "megapixels": quantiles(sizes.prod(1) / 1e6),
         },
         "buckets": _describe_buckets(pictures, sound),
-        "half_size_psnr_db": quantiles(list(softness.values())),
-        "soft": sum(value > SOFT_DB for value in softness.values()),
+        "half_size_psnr_db": quantiles(softness),
+        "soft": int((np.array(softness) > SOFT_DB).sum()),
         "soft_db": SOFT_DB,
         "captions": _describe_captions([pictures.captions[index] for index in sound]),
     }
@@ -82,6 +81,7 @@ def contact_sheet(pictures: PictureSet) -> UInt8[Tensor, "3 height width"]:
         index = place * len(pictures) // count
         left, top = place % SHEET_COLUMNS * THUMBNAIL, place // SHEET_COLUMNS * (THUMBNAIL + LINE)
 
+        # The picture, in the middle of its field.
         try:
             image = Image.fromarray(pictures.decode(index).permute(1, 2, 0).contiguous().numpy())
         except PictureRefused:
@@ -89,6 +89,7 @@ def contact_sheet(pictures: PictureSet) -> UInt8[Tensor, "3 height width"]:
         image.thumbnail((THUMBNAIL - 4, THUMBNAIL - 4))
         sheet.paste(image, (left + (THUMBNAIL - image.width) // 2, top + (THUMBNAIL - image.height) // 2))
 
+        # The caption, cut until it fits in one line below.
         caption = " ".join((pictures.captions[index] or pictures.keys[index]).split())
         while draw.textlength(caption, font=font) > THUMBNAIL - 4:
             caption = caption[:22] if len(caption) > 22 else caption[:-1]
@@ -101,9 +102,10 @@ def source_name(source: Path | str) -> str:
     return Path(str(source).partition("?")[0].rstrip("/")).name.partition(".")[0] or "data"
 
 
-def _decode_all(pictures: PictureSet) -> tuple[dict[int, float], list[Refusal]]:
-    """The softness of each picture in dB, and the pictures that are damaged behind their headers."""
-    softness: dict[int, float] = {}
+def _decode_all(pictures: PictureSet) -> tuple[list[int], list[float], list[Refusal]]:
+    """The sound pictures, their softness in dB, and the pictures that are damaged behind their headers."""
+    sound: list[int] = []
+    softness: list[float] = []
     damaged: list[Refusal] = []
     for index in track(range(len(pictures)), "decoding pictures", console=Console(stderr=True), transient=True):
         try:
@@ -111,23 +113,26 @@ def _decode_all(pictures: PictureSet) -> tuple[dict[int, float], list[Refusal]]:
         except PictureRefused as error:
             damaged.append(Refusal(error.name, error.reason, error.kind))
         else:
-            softness[index] = half_size_psnr(image).item()
-    return softness, damaged
+            sound.append(index)
+            softness.append(half_size_psnr(image).item())
+    return sound, softness, damaged
 
 
 def _count_refused(refused: Sequence[Refusal]) -> dict[str, Any]:
-    return {
-        "pictures": len(refused),
-        "unreadable": sum(refusal.kind not in LEFT_OUT for refusal in refused),
-        "kinds": dict(Counter(refusal.kind for refusal in refused).most_common()),
-        "each": [{"name": refusal.name, "kind": refusal.kind, "reason": refusal.reason} for refusal in refused],
-    }
+    kinds: Counter[str] = Counter()
+    unreadable, each = 0, []
+    for refusal in refused:
+        kinds[refusal.kind] += 1
+        unreadable += refusal.kind not in LEFT_OUT
+        each.append({"name": refusal.name, "kind": refusal.kind, "reason": refusal.reason})
+    return {"pictures": len(refused), "unreadable": unreadable, "kinds": dict(kinds.most_common()), "each": each}
 
 
 def _describe_buckets(pictures: PictureSet, sound: Sequence[int]) -> list[dict[str, Any]]:
     usable = set(sound)
     rows = []
     for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
+        # The share of each picture that its crop keeps.
         shares = []
         for index in usable.intersection(members):
             crop, (width, height) = pictures.crop(index), pictures.original_size(index)
@@ -140,7 +145,7 @@ def _describe_buckets(pictures: PictureSet, sound: Sequence[int]) -> list[dict[s
 def _describe_captions(captions: Sequence[str]) -> dict[str, Any]:
     counts = Counter(captions)
     return {
-        "characters": quantiles([len(caption) for caption in captions]),
+        "characters": quantiles(list(map(len, captions))),
         "words": quantiles([len(caption.split()) for caption in captions]),
         "empty": counts[""],
         "repeated": sum(count for caption, count in counts.items() if count > 1 and caption),
@@ -148,7 +153,7 @@ def _describe_captions(captions: Sequence[str]) -> dict[str, Any]:
 
 
 def _time_loader(pictures: PictureSet, sound: Sequence[int]) -> dict[str, Any]:
-    """Rates of one thread and of several."""
+    """Rates of one thread and of several, on pictures from all over the set."""
     chosen = sound[:: -(-len(sound) // TIMED_PICTURES)] if sound else []
     megapixels = sum(math.prod(pictures.original_size(index)) for index in chosen) / 1e6
     rates = []

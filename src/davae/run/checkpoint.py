@@ -28,8 +28,8 @@ from davae.run.storage import fsync, read_json, remove, rename, share_as_umask_s
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+# Larger numbers are refused like those that are not finite: their squares, and so every norm, overflow float32.
 LARGEST = 1e19
-"""Larger numbers are refused like those that are not finite: their squares, and so every norm, overflow float32."""
 MANIFEST_TYPES = {"format_version": int, "step": int, "recipe_digest": str, "files": dict}
 
 
@@ -61,6 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
     temporary = folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
     needed = sum(t.numel() * t.element_size() for tensors in checkpoint.groups.values() for t in tensors.values())
     try:
+        # Refuse before anything is written.
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -70,6 +71,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
                 "learning rate and start a new run"
             )
 
+        # Only a complete checkpoint gets its name.
         faults.at("save.open", temporary)
         temporary.mkdir()
         _write_files(temporary, checkpoint, recipe_digest)
@@ -82,6 +84,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
+    # Old checkpoints go when the new one has been read back.
     verify_checkpoint(target)
     for old in _checkpoints(folder)[:-keep]:
         _remove(old)
@@ -131,6 +134,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     if path.name != f"step-{manifest['step']:08d}":
         raise DamagedCheckpointError(f"{path} is damaged: it holds step {manifest['step']}")
 
+    # Length and SHA-256 of each file.
     for name, expected in manifest["files"].items():
         try:
             actual = _fingerprint(path / name)
@@ -158,6 +162,7 @@ def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -
             f"{recipe_digest[:12]}. Give the old recipe to go on with it, or a new folder to start afresh"
         )
 
+    # Format 1 knew no loss spikes.
     values = read_json(path / "state.json")
     if manifest["format_version"] < 2:
         values |= {"recent": [], "spikes": 0}
@@ -186,6 +191,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
 
+    # The digest proves that nothing was damaged, not that the content makes sense.
     for key, kind in MANIFEST_TYPES.items():
         if not isinstance(manifest.get(key), kind):
             raise DamagedCheckpointError(f"{path} is damaged: {key} is {manifest.get(key)!r}")

@@ -12,8 +12,8 @@ from davae.run.markdown import markdown_table
 from davae.run.record import is_locked, read_metrics
 from davae.run.storage import read_json
 
+# Names in metrics.jsonl that are no results.
 HIDDEN = ("loss_hex", "learning_rate", "grad_norm", "detail_weight", "seconds", "step")
-"""Names in metrics.jsonl that are no results."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,28 @@ class RunSummary:
     """The state, the results and the settings of one run."""
 
     folder: str
+    # "finished", "running" (another process holds its lock) or "stopped".
     state: str
-    """"finished", "running" (another process holds its lock) or "stopped"."""
+    # Steps that are done, according to metrics.jsonl.
     step: int
-    """Steps that are done, according to metrics.jsonl."""
+    # Steps of the whole run.
     steps: int | None
-    """Steps of the whole run."""
+    # From result.json; before there is one, the last of each name in metrics.jsonl.
     values: dict[str, float]
-    """From result.json; before there is one, the last of each name in metrics.jsonl."""
+    # From recipe.toml; a key in a table is written with a dot.
     settings: dict[str, Any]
-    """From recipe.toml; a key in a table is written with a dot."""
+    # The commit that it was last started with, or "".
     started: str
-    """The commit that it was last started with, or ""."""
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
     """The runs in these folders, and in all folders below them, in the order of their paths."""
-    recipes = {path.parent for folder in folders for path in Path(folder).rglob("recipe.toml")}
-    runs = [read_run(folder) for folder in sorted(recipes) if (folder / "environment.json").is_file()]
+    run_folders: set[Path] = set()
+    for folder in folders:
+        for path in Path(folder).rglob("recipe.toml"):
+            if (path.parent / "environment.json").is_file():
+                run_folders.add(path.parent)
+    runs = [read_run(folder) for folder in sorted(run_folders)]
     if not runs:
         names = ", ".join(map(str, folders))
         raise CheckpointError(f"{names}: no run, which is a folder with recipe.toml and environment.json, is there")
@@ -53,6 +57,7 @@ def read_run(folder: Path) -> RunSummary:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: recipe.toml or metrics.jsonl cannot be read: {error}") from error
 
+    # The last of each value, until result.json has the final ones.
     finished = (folder / "result.json").is_file()
     values: dict[str, Any] = {}
     step = 0
@@ -89,12 +94,14 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
 def to_text(runs: Sequence[RunSummary]) -> str:
     """Markdown tables: the runs with their values, and the settings in which they differ."""
     names = _names(run.values for run in runs)
+    # How far the runs are, and what they measured.
     rows = []
     for run in runs:
         numbers = [f"{run.values[name]:.5g}" if name in run.values else "" for name in names]
         rows.append([run.folder, run.state, f"{run.step}/{run.steps}", *numbers])
     text = markdown_table(["run", "state", "steps", *names], rows)
 
+    # The settings, a column for each run.
     rows = []
     for key, values in differences(runs).items():
         rows.append([key, *("" if value is None else json.dumps(value) for value in values)])
@@ -120,7 +127,8 @@ def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, dict):
-            settings |= {f"{key}.{inner}": item for inner, item in value.items()}
+            for inner, item in value.items():
+                settings[f"{key}.{inner}"] = item
         else:
             settings[key] = value
     return settings

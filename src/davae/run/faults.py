@@ -14,18 +14,18 @@ from typing import Any
 
 from davae.errors import SettingsError
 
+# Pixels, latents, conditions, predictions, losses, one gradient, the discriminator's loss, one weight's EMA.
 TENSOR_SITES = ("data", "encode", "text", "forward", "loss", "grad", "discriminator", "ema")
-"""Pixels, latents, conditions, predictions, losses, one gradient, the discriminator's loss, one weight's EMA."""
+# Each just before the operation; `save` means all of them together.
 FILE_SITES = ("save.open", "save.write", "save.fsync", "save.rename", "save.unlink")
-"""Each just before the operation; `save` means all of them together."""
 OTHER_SITES = ("decode", "backward", "clip", "step", "load", "cache", "eval")
 SITES = (*TENSOR_SITES, *OTHER_SITES, "save", *FILE_SITES)
 
 NUMBERS = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}
 ERRNOS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+# Flip a bit of the file, halve it, or cut the power: writes since the last fsync are lost, then SIGKILL.
 FILE_ACTIONS = ("flip", "truncate", "cut")
-"""Flip a bit of the file, halve it, or cut the power: writes since the last fsync are lost, then SIGKILL."""
 DELAY_SECONDS = 1.0
 
 
@@ -35,8 +35,8 @@ class Fault:
 
     site: str
     action: str
+    # From 1; None is every visit.
     nth: int | None
-    """From 1; None is every visit."""
     visits: int = 0
     unsynced: set[Path] = field(default_factory=set)
 

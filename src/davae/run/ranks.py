@@ -27,15 +27,15 @@ from davae.errors import DavaeError, RankError, SettingsError
 Whole = TypeVar("Whole", Tensor, list[int])
 Result = TypeVar("Result")
 
+# Seconds that a rank waits for another before it gives up. Rank 0 may work alone for no longer, either.
 TIMEOUT = 1800.0
-"""Seconds that a rank waits for another before it gives up. Rank 0 may work alone for no longer, either."""
+# Seconds that a rank whose exchange failed waits for the others to sign the roll.
 ROLL_CALL = 3.0
-"""Seconds that a rank whose exchange failed waits for the others to sign the roll."""
+# Most numbers of gradients in one exchange.
 BUCKET = 1 << 26
-"""Most numbers of gradients in one exchange."""
 
+# Fallback key-value stores for the roll call after a failure, keyed by PID because forks inherit this dict.
 _stores: dict[int, dist.Store] = {}
-"""Fallback key-value stores for the roll call after a failure, keyed by PID because forks inherit this dict."""
 
 
 class Ranks:
@@ -94,6 +94,7 @@ class Ranks:
         if self.count == 1:
             return work()
 
+        # Rank 0 tells its result or its error to all.
         answer = ""
         if self.first:
             try:
@@ -159,6 +160,7 @@ class Ranks:
         if self.count == 1:
             return
 
+        # As many tensors at once as fit into one bucket.
         bucket: list[Tensor] = []
         for tensor in tensors:
             if bucket and sum(each.numel() for each in bucket) + tensor.numel() > BUCKET:
@@ -226,6 +228,7 @@ def join_ranks(timeout: float = TIMEOUT) -> None:
     if not several or dist.is_initialized():
         return
 
+    # Find the others.
     limit = timedelta(seconds=timeout)
     try:
         store, rank, count = next(iter(dist.rendezvous("env://", timeout=limit)))
@@ -234,6 +237,7 @@ def join_ranks(timeout: float = TIMEOUT) -> None:
         raise RankError(f"the processes of this run could not connect in {limit}: {error}") from error
     _stores[os.getpid()] = store
 
+    # Each rank has a GPU of its own; what stays on the CPU is exchanged by gloo.
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -16,10 +16,10 @@ import tomli_w
 
 from davae.errors import SettingsError
 
+# The tables of a file that holds the recipes of both stages.
 SECTIONS = ("autoencoder", "finetune")
-"""The tables of a file that holds the recipes of both stages."""
+# Keys that both stages have with the same meaning, and that may stand above the sections.
 SHARED = ("base", "pictures", "limit", "size", "seed")
-"""Keys that both stages have with the same meaning, and that may stand above the sections."""
 
 
 class Recipe(pydantic.BaseModel):
@@ -69,6 +69,7 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
     if has_sections(cls, values):
         values = _read_section(cls, values, path)
 
+    # Overrides go into their tables, which need not be in the file.
     for dotted, value in (overrides or {}).items():
         *tables, key = dotted.split(".")
         table = values
@@ -103,13 +104,14 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
 def run_folder(cls: type[Recipe], path: Path, out: Path | None = None) -> Path:
     """Where a run of the recipe in the file `path` goes: `out`, or else runs/NAME, and for a section runs/NAME/SECTION.
 
-    A run must not write its own recipe.toml over the file, unless the file is the recipe.toml of that same run.
+    A run that would write its own recipe.toml over the file is refused.
     """
     folder = Path("runs") / path.stem
     if has_sections(cls, read_toml(path)):
         folder /= cls.section
     folder = out or folder
 
+    # The recipe.toml of a run may be given to go on with it: its folder has environment.json, too.
     own = path.resolve() == (folder / "recipe.toml").resolve()
     if own and not (folder / "environment.json").is_file():
         raise SettingsError(f"the run in {folder} would write over {path}: give another --out, or rename the recipe")
@@ -147,6 +149,7 @@ def _read_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> d
             f"recipe {path} has no section [{cls.section}], only {_bracketed(sections)}: add it, or give another recipe"
         )
 
+    # Each key above the sections is shared by both, and given once.
     own = sections[cls.section]
     for name in shared:
         if name not in SHARED:

@@ -17,17 +17,17 @@ from typing import Any
 
 from davae.errors import SettingsError
 from davae.run.recipe import Recipe
-from davae.run.storage import finite, fsync, storage_error, write_atomically, write_json
+from davae.run.storage import change_leaves, finite, fsync, storage_error, write_atomically, write_json
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
+# The locks that are held, by PID and folder: a fork inherits the set, but not the locks.
 _held: set[tuple[int, Path]] = set()
-"""The locks that are held, by PID and folder: a fork inherits the set, but not the locks."""
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock, which the system drops when the process dies; within one process it nests.
+    """Make the folder and hold its lock; within one process it nests.
 
     Raises:
         SettingsError: another process holds it, or the folder is a file.
@@ -39,6 +39,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
 
+    # The system drops the lock when the process dies, however it dies.
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ class RunRecord:
         """
         where = environment()
         result = {
-            "values": _without_paths(dict(values)),
+            "values": change_leaves(dict(values), _without_paths),
             "recipe_digest": recipe.digest(),
             "device": device,
             "seed": seed,
@@ -133,9 +134,10 @@ class RunRecord:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl, in order, without a last line that a kill cut short."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
+    # Behind the last newline there is nothing, or a line that was cut short.
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def environment() -> dict[str, Any]:
@@ -146,7 +148,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *_without_paths(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *map(_without_paths, sys.argv[1:])],
     }
 
 
@@ -176,11 +178,7 @@ def _commit() -> str | None:
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with every absolute path inside made relative to the working folder, or cut to its last part."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
+    """Text with every absolute path made relative to the working folder, or cut to its last part."""
     if not isinstance(value, str | Path):
         return value
     return re.sub(r"(?<![\w.~:/])(?:[A-Za-z]:\\|/)[^\s'\",:;]+", _shorten, str(value))

@@ -1,10 +1,10 @@
 """Files and folders that are written whole or not at all."""
 
 import json
+import math
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
+        # The old folder leaves only when the new one is complete.
         partial.mkdir(parents=True)
         yield partial
         share_as_umask_says(partial)
@@ -160,8 +161,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def finite(value: Any) -> Any:
     """`value` with None in place of every non-finite float inside, which JSON cannot hold."""
+    return change_leaves(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
+
+
+def change_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A nest of dicts and lists with `change` applied to everything in it that is neither."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: change_leaves(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not -sys.float_info.max <= value <= sys.float_info.max else value
+        return [change_leaves(item, change) for item in value]
+    return change(value)
