@@ -17,7 +17,7 @@ import typer
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from davae.cost.timing import paired_ratios, spread
+from davae.cost.timing import compute_paired_ratios, compute_spread
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.training.stage_two_recipe import FinetuneRecipe
@@ -47,8 +47,10 @@ def main(
                 recipe = load_recipe(FinetuneRecipe, RECIPE, {**changes, "online": online})
                 found[online].append(seconds_a_step(recipe, Path(name) / f"{online}-{turn}"))
     for online, seconds in found.items():
-        typer.echo(f"{'online' if online else 'cached'}: {spread(seconds).median:.2f} s a step, batch {batch_size}")
-    ratio = paired_ratios(found[True], found[False])
+        typer.echo(
+            f"{'online' if online else 'cached'}: {compute_spread(seconds).median:.2f} s a step, batch {batch_size}"
+        )
+    ratio = compute_paired_ratios(found[True], found[False])
     typer.echo(f"cached {ratio.median:.2f}x as fast as online [{ratio.least:.2f}, {ratio.most:.2f}], {turns} pairs")
 
 

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from davae import AutoencoderDA, assets
-from davae.cost.timing import measure_interleaved, paired_ratios, spread
-from davae.cost.workload import decode_flops
+from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
+from davae.cost.workload import count_decode_flops
 from davae.models.slim_decoder import slimmed
 from davae.pipelines.loading import load_autoencoder, load_base_vae
 
@@ -58,11 +58,11 @@ def main(
         slim = slimmed(plain, *stages)
         thin = halved(slim)
         runs = {"full decoder": lambda: half.decode(last), "slim decoder": lambda: thin.decode(last)}
-        typer.echo(f"{decode_flops(plain, side) / decode_flops(slim, side):.2f}x fewer operations, counted")
+        typer.echo(f"{count_decode_flops(plain, side) / count_decode_flops(slim, side):.2f}x fewer operations, counted")
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
     for name, measured in found.items():
-        typer.echo(f"{name}: {1000 * spread(measured.seconds).median:.1f} ms")
-    ratio = paired_ratios(*(measured.seconds for measured in found.values()))
+        typer.echo(f"{name}: {1000 * compute_spread(measured.seconds).median:.1f} ms")
+    ratio = compute_paired_ratios(*(measured.seconds for measured in found.values()))
     typer.echo(f"{ratio.median:.2f}x [{ratio.least:.2f}, {ratio.most:.2f}]")
 
 

@@ -24,8 +24,8 @@ from torch import nn
 from davae import assets
 from davae.backbones import backbone_of
 from davae.cost.bench import load_pair
-from davae.cost.cases import Case, runs_of
-from davae.cost.timing import Run, measure_interleaved, paired_ratios, spread
+from davae.cost.cases import Case, make_runs
+from davae.cost.timing import Run, compute_paired_ratios, compute_spread, measure_interleaved
 from davae.errors import SettingsError
 from davae.models.slim_decoder import slimmed
 from davae.pipelines.loading import load_pipeline
@@ -45,7 +45,7 @@ def with_part(case: Case, **parts: nn.Module) -> Case:
 
 def against(case: Case, part: str, **parts: nn.Module) -> dict[str, Run]:
     """A part of the case, and that of the same pipeline with other parts."""
-    return {"plain": runs_of(case, [part])[part], "lever": runs_of(with_part(case, **parts), [part])[part]}
+    return {"plain": make_runs(case, [part])[part], "lever": make_runs(with_part(case, **parts), [part])[part]}
 
 
 def compiled(case: Case) -> dict[str, Run]:
@@ -178,10 +178,10 @@ def main(
         if name not in LEVERS | QUANTISED:
             raise SettingsError(f"lever {name!r}: allowed are {', '.join(LEVERS | QUANTISED)}")
         found = measure_interleaved((LEVERS | QUANTISED)[name](case), torch.device(device), repeats=repeats, warm_up=2)
-        ratio = paired_ratios(found["plain"].seconds, found["lever"].seconds)
+        ratio = compute_paired_ratios(found["plain"].seconds, found["lever"].seconds)
         typer.echo(f"{name}: {ratio.median:.3f}x [{ratio.least:.3f}, {ratio.most:.3f}]")
         cold = found["lever"].cold
-        milliseconds = {kind: 1000 * spread(measured.seconds).median for kind, measured in found.items()}
+        milliseconds = {kind: 1000 * compute_spread(measured.seconds).median for kind, measured in found.items()}
         values[name] = {**dataclasses.asdict(ratio), "cold_seconds": cold, "milliseconds": milliseconds}
     if out is not None:
         counts = {"repeats": repeats, "steps": steps, "size": side, "batch": batch}

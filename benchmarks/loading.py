@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 
 from davae import assets
-from davae.cost.timing import measure_interleaved, paired_ratios, spread
+from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
 from davae.data.buckets import Bucket, fit
 from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import read_picture
@@ -82,8 +82,8 @@ def main(
     }
     times = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
     for name, measured in times.items():
-        typer.echo(f"JPEG of 12 million pixels, {name}: {1000 * spread(measured.seconds).median:.0f} ms")
-    ratio = paired_ratios(times["whole"].seconds, times["small"].seconds)
+        typer.echo(f"JPEG of 12 million pixels, {name}: {1000 * compute_spread(measured.seconds).median:.0f} ms")
+    ratio = compute_paired_ratios(times["whole"].seconds, times["small"].seconds)
     typer.echo(f"{ratio.median:.2f}x [{ratio.least:.2f}, {ratio.most:.2f}]")
     error = (fit(read_picture(data, "a"), bucket).float() - runs["small"]().float()).square().mean()
     typer.echo(f"PSNR of small against whole: {10 * torch.log10(255**2 / error):.1f} dB")

@@ -22,9 +22,16 @@ import typer
 from diffusers import DiffusionPipeline
 from torch._dynamo.utils import counters
 
-from davae.cost.bench import CEILINGS, bench, cases_of, load_pair, quicken
-from davae.cost.cases import runs_of
-from davae.cost.timing import Ceilings, Run, measure_ceilings, measure_interleaved, paired_ratios, spread
+from davae.cost.bench import CEILINGS, bench, load_pair, make_cases, quicken
+from davae.cost.cases import make_runs
+from davae.cost.timing import (
+    Ceilings,
+    Run,
+    compute_paired_ratios,
+    compute_spread,
+    measure_ceilings,
+    measure_interleaved,
+)
 from davae.errors import SettingsError
 from davae.run.record import environment
 from davae.run.storage import write_json
@@ -62,7 +69,7 @@ def measure_round(
 ) -> str:
     """One round's table."""
     pixels = [round_.size] if round_.equal_pixels_only else []
-    cases = cases_of(pair, size=round_.size, against_sizes=pixels, batch=round_.batch, **settings)
+    cases = make_cases(pair, size=round_.size, against_sizes=pixels, batch=round_.batch, **settings)
     repeats = {"repeats": 7, "warm_up": 2, "whole_repeats": round_.whole_repeats}
     return bench(cases, out, parts=round_.parts, ceilings=ceilings, **repeats)
 
@@ -84,17 +91,17 @@ def captured(run: Run) -> Run:
 
 def measure_captured(pair: Mapping[str, DiffusionPipeline], size: int, out: Path) -> str:
     """A guided step of one picture at equal pixels, each model's as one CUDA graph, against its own launches."""
-    cases, runs = cases_of(pair, size=size, against_sizes=[size]), {}
+    cases, runs = make_cases(pair, size=size, against_sizes=[size]), {}
     for case in cases:
-        runs[f"{case.name}, launched"] = run = runs_of(case, ["step"])["step"]
+        runs[f"{case.name}, launched"] = run = make_runs(case, ["step"])["step"]
         runs[f"{case.name}, one graph"] = captured(run)
     found = measure_interleaved(runs, cases[0].pipeline.device, repeats=7, warm_up=2)
     launched, graph, base_launched, base_graph = runs
     ratios = {
-        f"{above} over {below}": asdict(paired_ratios(found[above].seconds, found[below].seconds))
+        f"{above} over {below}": asdict(compute_paired_ratios(found[above].seconds, found[below].seconds))
         for above, below in ((base_graph, graph), (base_launched, launched), (launched, graph))
     }
-    seconds = {name: asdict(spread(measured.seconds)) for name, measured in found.items()}
+    seconds = {name: asdict(compute_spread(measured.seconds)) for name, measured in found.items()}
     write_json(out / "captured.json", {"seconds": seconds, "ratios": ratios, "environment": environment()})
     lines = [f"{name}: {1000 * value['median']:.2f} ms" for name, value in seconds.items()]
     lines += [f"{name}: {v['median']:.3f} [{v['least']:.3f}, {v['most']:.3f}]" for name, v in ratios.items()]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from davae import AutoencoderDA, assets
-from davae.cost.timing import Run, measure_interleaved, paired_ratios, spread
-from davae.cost.workload import decode_flops
+from davae.cost.timing import Run, compute_paired_ratios, compute_spread, measure_interleaved
+from davae.cost.workload import count_decode_flops
 from davae.models.base_autoencoders import downsample_factor
 from davae.models.slim_decoder import slimmed
 from davae.run.record import environment
@@ -117,11 +117,11 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
     plain = found["upgrade, channels last"].seconds
     values: dict[str, Any] = {
         name: {
-            "seconds": asdict(spread(measured.seconds)),
-            "against channels last": asdict(paired_ratios(measured.seconds, plain)),
+            "seconds": asdict(compute_spread(measured.seconds)),
+            "against channels last": asdict(compute_paired_ratios(measured.seconds, plain)),
             "added_bytes": measured.added_bytes,
             "cold_seconds": measured.cold,
-            "flops": decode_flops(ways[name], inputs[name].shape[-1]),
+            "flops": count_decode_flops(ways[name], inputs[name].shape[-1]),
         }
         for name, measured in found.items()
     }

@@ -28,8 +28,8 @@ from davae import AutoencoderDA, assets
 from davae.backbones import backbone_of
 from davae.cost.geometry import META, Geometry
 from davae.cost.random_weights import build
-from davae.cost.timing import Run, dense_peak, measure_interleaved, paired_ratios, spread
-from davae.cost.workload import stage_one_work, transformer_work
+from davae.cost.timing import Run, compute_paired_ratios, compute_spread, find_dense_peak, measure_interleaved
+from davae.cost.workload import count_stage_one, transformer_work
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
 from davae.pipelines.upgrade import upgrade
@@ -150,7 +150,7 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
         vae = AutoencoderKL.from_config(base.config)
         counted = AutoencoderDA.from_base(vae, detail_channels=16)
     discriminator = PatchDiscriminator(torch.Generator()).to(META)
-    flops = stage_one_work(counted, discriminator, Geometry(str(SOURCE), vae, counted), recipe).flops
+    flops = count_stage_one(counted, discriminator, Geometry(str(SOURCE), vae, counted), recipe).flops
     image = 2 * torch.rand(batch, 3, size, size, device=device) - 1
     lpips = LPIPS.alex().to(device)
 
@@ -195,7 +195,7 @@ def main(
 ) -> None:
     """Measure, print and write."""
     device, values = Ranks().device, {}
-    peak = dense_peak(device, torch.bfloat16)
+    peak = find_dense_peak(device, torch.bfloat16)
     for name in part or ["lora", "full", "stage-1"]:
         pictures = max(1, batch // 2) if name == "full" else batch
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
@@ -206,7 +206,7 @@ def main(
             found = measure_interleaved(runs, device, repeats=repeats, warm_up=2, shortest=0.0)
         first, values[name] = next(iter(found.values())), {}
         for kind, measured in found.items():
-            seconds, ratio = spread(measured.seconds), paired_ratios(measured.seconds, first.seconds)
+            seconds, ratio = compute_spread(measured.seconds), compute_paired_ratios(measured.seconds, first.seconds)
             rate = flops * pictures / seconds.median
             values[name][kind] = {
                 "seconds": dataclasses.asdict(seconds),

@@ -23,8 +23,8 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
 from davae import assets, demo
-from davae.cost.cases import Case, runs_of
-from davae.cost.timing import measure_interleaved, spread
+from davae.cost.cases import Case, make_runs
+from davae.cost.timing import compute_spread, measure_interleaved
 from davae.data.pictures import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
@@ -114,10 +114,11 @@ def times(pipelines: dict[str, DiffusionPipeline], base: DiffusionPipeline) -> d
     cases["base at 512 px, untrained"] = Case("native", native, SIZE, **options)
     cases["base at 128 px"] = Case("base", base, SIZE // 4, **options)
     parts = ("step", "decode", "whole")
-    runs = {f"{name}: {part}": run for name, case in cases.items() for part, run in runs_of(case, parts).items()}
+    runs = {f"{name}: {part}": run for name, case in cases.items() for part, run in make_runs(case, parts).items()}
     found = measure_interleaved(runs, torch.device("cpu"), repeats=7, warm_up=1, shortest=0.2)
     return {
-        name: {"tokens": case.tokens} | {part: asdict(spread(found[f"{name}: {part}"].seconds)) for part in parts}
+        name: {"tokens": case.tokens}
+        | {part: asdict(compute_spread(found[f"{name}: {part}"].seconds)) for part in parts}
         for name, case in cases.items()
     }
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from davae import assets, demo
 from davae.backbones import sd3
-from davae.cost.cases import Case, runs_of
+from davae.cost.cases import Case, make_runs
 from davae.cost.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
@@ -75,7 +75,7 @@ def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> 
     runs = {
         f"{name}: {part}": run
         for name, pipeline in pipelines.items()
-        for part, run in runs_of(Case(name, pipeline, demo.SIZE, **settings), PARTS).items()
+        for part, run in make_runs(Case(name, pipeline, demo.SIZE, **settings), PARTS).items()
     }
     found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
     return {

@@ -17,7 +17,7 @@ import typer
 from diffusers import DiffusionPipeline
 
 from davae import assets, demo
-from davae.cost.timing import measure_interleaved, paired_ratios, spread
+from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import reconstruction
 from davae.evaluation.generation import repeat_captions, sample_many
@@ -82,8 +82,8 @@ def main(
     timed = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=2)
     seconds = [timed[name].seconds for name in (FULL, TRAINED)]
     speed = {
-        "milliseconds": [1000 * spread(each).median for each in seconds],
-        "ratio": dataclasses.asdict(paired_ratios(*seconds)),
+        "milliseconds": [1000 * compute_spread(each).median for each in seconds],
+        "ratio": dataclasses.asdict(compute_paired_ratios(*seconds)),
     }
     typer.echo(speed)
     kid = kid_of(pipelines[TRAINED], out / "pictures", kid_count)

@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 from davae import assets
-from davae.cost.cases import Case, parameters_of, runs_of
-from davae.cost.timing import measure_interleaved, spread
+from davae.cost.cases import Case, count_parameters, make_runs
+from davae.cost.timing import compute_spread, measure_interleaved
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
@@ -198,13 +198,13 @@ def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: i
     }
     seconds: dict[str, dict[str, float]] = {}
     for part in track(("step", "whole"), "timing", unit="parts"):
-        runs = {name: runs_of(case, [part])[part] for name, case in cases.items()}
+        runs = {name: make_runs(case, [part])[part] for name, case in cases.items()}
         found = measure_interleaved(runs, torch.device("cpu"), repeats=plan.repeats, warm_up=1)
-        seconds[part] = {name: spread(measured.seconds).median for name, measured in found.items()}
+        seconds[part] = {name: compute_spread(measured.seconds).median for name, measured in found.items()}
     return {
         name: {
             "tokens": case.tokens,
-            "parameters": parameters_of(case)["transformer"],
+            "parameters": count_parameters(case)["transformer"],
             "seconds_per_picture": seconds["whole"][name],
             "step_milliseconds": 1000 * seconds["step"][name],
         }

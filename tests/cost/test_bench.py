@@ -8,7 +8,7 @@ import torch
 
 from davae import AutoencoderDA, upgrade
 from davae.cli import main
-from davae.cost.bench import bench, cases_of, load_pair, markdown, quicken, ratios
+from davae.cost.bench import bench, compare_times, format_table, load_pair, make_cases, quicken
 from davae.cost.cases import PARTS
 from davae.cost.timing import Ceilings, Measured
 from davae.errors import SettingsError
@@ -34,20 +34,20 @@ def measured(*seconds: float) -> Measured:
 
 
 def test_the_candidate_is_compared_with_its_base_at_equal_pixels_and_equal_tokens() -> None:
-    cases = cases_of(pair(), size=None, batch=2, steps=3)
+    cases = make_cases(pair(), size=None, batch=2, steps=3)
     assert [(case.name, case.tokens) for case in cases] == [
         ("new, 64 px", 16),
         ("old, 64 px", 64),
         ("old, 32 px", 16),
     ]
     assert {(case.batch, case.steps) for case in cases} == {(2, 3)}
-    assert [case.size for case in cases_of(pair(), size=32, against_sizes=[16, 24])] == [32, 16, 24]
-    assert [case.name for case in cases_of({"alone": tiny_sd3_pipeline()}, size=16)] == ["alone, 16 px"]
+    assert [case.size for case in make_cases(pair(), size=32, against_sizes=[16, 24])] == [32, 16, 24]
+    assert [case.name for case in make_cases({"alone": tiny_sd3_pipeline()}, size=16)] == ["alone, 16 px"]
 
 
 def test_a_size_that_cannot_be_made_is_refused() -> None:
     with pytest.raises(SettingsError, match="size=36: allowed are multiples of 16"):
-        cases_of(pair(), size=36)
+        make_cases(pair(), size=36)
 
 
 # -------------------------------------------------------------------------------------------------------------- record
@@ -56,10 +56,10 @@ def test_a_size_that_cannot_be_made_is_refused() -> None:
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     out = tmp_path_factory.mktemp("bench")
-    cases = cases_of(pair(), size=None, batch=2, steps=2, prompt_tokens=8)
+    cases = make_cases(pair(), size=None, batch=2, steps=2, prompt_tokens=8)
     table = bench(cases, out, **QUICK)
     lines = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()]
-    assert table == (out / "bench.md").read_text() == markdown(lines)
+    assert table == (out / "bench.md").read_text() == format_table(lines)
     return lines
 
 
@@ -102,12 +102,12 @@ def test_comparisons_stand_with_the_others(lines: list[dict]) -> None:
 
 def test_ratios_are_of_neighbours_and_above_one_where_the_candidate_is_faster() -> None:
     found = {"step": {"new": measured(1.0, 2.0, 1.0), "old": measured(4.0, 8.0, 5.0)}}
-    ratio = ratios(found, "old", "new")["step"]
+    ratio = compare_times(found, "old", "new")["step"]
     assert (ratio["median"], ratio["least"], ratio["most"], ratio["count"]) == (4.0, 4.0, 5.0, 3)
 
 
 def test_the_table_has_a_row_for_each_case_and_each_comparison(lines: list[dict]) -> None:
-    text = markdown(lines)
+    text = format_table(lines)
     rows = [line for line in text.splitlines() if line.startswith(("| new", "| old"))]
     assert [row.split(" | ")[0] for row in rows] == [
         "| new, 64 px", "| old, 64 px", "| old, 32 px", "| old, 64 px", "| old, 32 px",
@@ -115,21 +115,21 @@ def test_the_table_has_a_row_for_each_case_and_each_comparison(lines: list[dict]
     assert rows[0].count("|") == next(line for line in text.splitlines() if "---:" in line).count("|")
     assert f"{lines[1]['counted_ratios']['step']:.3f} |" in rows[3]
     assert "products 2 TFLOP/s, copy 10 GB/s" in text
-    assert "Times over" not in markdown(lines[:1])
+    assert "Times over" not in format_table(lines[:1])
 
 
 def test_only_the_parts_that_are_asked_for_are_timed(tmp_path: Path) -> None:
-    table = bench(cases_of(pair(), size=None), tmp_path, parts=["decode", "step"], **QUICK)
+    table = bench(make_cases(pair(), size=None), tmp_path, parts=["decode", "step"], **QUICK)
     first = json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[0])
     assert list(first["parts"]) == ["step", "decode"]
     assert first["images_per_second"] is None
     assert "whole" not in table
     with pytest.raises(SettingsError, match="part 'train'"):
-        bench(cases_of(pair(), size=None), tmp_path, parts=["train"], **QUICK)
+        bench(make_cases(pair(), size=None), tmp_path, parts=["train"], **QUICK)
 
 
 def test_whole_pictures_may_be_timed_less_often(tmp_path: Path) -> None:
-    bench(cases_of(pair(), size=None, steps=1), tmp_path, parts=["step", "whole"], whole_repeats=1, **QUICK)
+    bench(make_cases(pair(), size=None, steps=1), tmp_path, parts=["step", "whole"], whole_repeats=1, **QUICK)
     for line in map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines()):
         assert {part: found["seconds"]["count"] for part, found in line["parts"].items()} == {"step": 2, "whole": 1}
 
@@ -150,7 +150,7 @@ def test_levers_are_applied_to_every_case() -> None:
 def test_a_class_conditional_pair_has_no_text(tmp_path: Path) -> None:
     base = tiny_class_pipeline()
     new = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=4))
-    bench(cases_of({"new": new, "old": base}, size=None, steps=1), tmp_path, **QUICK)
+    bench(make_cases({"new": new, "old": base}, size=None, steps=1), tmp_path, **QUICK)
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert [line["size"] for line in lines] == [64, 32]
     assert list(lines[0]["parts"]) == ["step", "decode", "to-cpu", "whole"]

@@ -13,9 +13,9 @@ from torch import nn
 from davae import assets
 from davae.backbones import BACKBONES, widen_transformer
 from davae.cli import main
-from davae.cost.budget import autoencoder_budget, finetune_budget, parameters, planned_autoencoder
-from davae.cost.geometry import META, Geometry, read_geometry, untrained_autoencoder
-from davae.cost.workload import condition_of, counting, in_half, meta, stage_one_work
+from davae.cost.budget import estimate_stage_one, estimate_stage_two, plan_autoencoder
+from davae.cost.geometry import META, Geometry, make_blank_autoencoder, read_geometry
+from davae.cost.workload import count_stage_one, counting, make_condition, meta, to_half
 from davae.errors import CheckpointError, SettingsError
 from davae.method.discriminator import PatchDiscriminator
 from davae.models.autoencoder_da import AutoencoderDA
@@ -39,7 +39,7 @@ def sd35m() -> Geometry:
 @pytest.fixture(scope="module")
 def finetune_figures(sd35m: Geometry) -> dict[str, float]:
     recipe = load_recipe(FinetuneRecipe, SD35M)
-    figures = finetune_budget(recipe, sd35m, planned_autoencoder(recipe, sd35m, SD35M))
+    figures = estimate_stage_two(recipe, sd35m, plan_autoencoder(recipe, sd35m, SD35M))
     return {f"{figure.name}, {figure.unit}": figure.value for figure in figures}
 
 
@@ -83,9 +83,9 @@ def test_a_forward_pass_costs_what_was_counted_before(sd35m, finetune_figures) -
     small = finetune_figures["transformer, one picture, forward, TFLOP"]
     assert small == pytest.approx(2.443, rel=0.01)
     assert small == pytest.approx(closed_form(32**2) / 1e12, rel=0.005)
-    backbone, transformer = BACKBONES["SD3Transformer2DModel"], in_half(sd35m.transformer)
+    backbone, transformer = BACKBONES["SD3Transformer2DModel"], to_half(sd35m.transformer)
     with torch.no_grad(), counting(transformer) as work:
-        backbone.velocity(transformer, meta(1, 16, 128, 128), meta(1), condition_of(transformer, backbone, 256))
+        backbone.velocity(transformer, meta(1, 16, 128, 128), meta(1), make_condition(transformer, backbone, 256))
     assert work.flops / 1e12 == pytest.approx(11.25, rel=0.01)
     assert work.flops == pytest.approx(closed_form(64**2), rel=0.005)
 
@@ -112,7 +112,7 @@ def test_the_budget_of_sd35m_at_1024_px(finetune_figures) -> None:
 
 def test_the_budget_of_stage_1_at_1024_px(sd35m) -> None:
     whole = load_recipe(AutoencoderRecipe, SD35M, {"loss.lpips_patch": 1024})
-    figures = {figure.name: figure.value for figure in autoencoder_budget(whole, sd35m)}
+    figures = {figure.name: figure.value for figure in estimate_stage_one(whole, sd35m)}
     # L1, VGG-LPIPS of the whole picture and a discriminator's two steps: counted before.
     assert figures["one crop of 1024 px, forward and backward"] == pytest.approx(50.6, rel=0.01)
     assert figures["activations kept for the backward pass, batch of 2"] / 2 == pytest.approx(18.2, rel=0.01)
@@ -122,15 +122,15 @@ def test_the_budget_of_stage_1_at_1024_px(sd35m) -> None:
 
 
 def test_imagenets_autoencoder_has_the_published_numbers_of_parameters() -> None:
-    autoencoder = untrained_autoencoder(va_vae(), detail_channels=96, linear_blocks=False)
-    assert parameters(autoencoder.base_encoder) == 28_413_248
-    assert parameters(autoencoder.base_quant_conv) == 4_160
-    assert parameters(autoencoder.detail_encoder) == 28_118_272
-    assert parameters(autoencoder.detail_downsample) == 221_232 + 393_216
-    assert parameters(autoencoder.joint_decoder) == 41_269_635
-    assert parameters(autoencoder.detail_upsample) == 2_361_344
+    autoencoder = make_blank_autoencoder(va_vae(), detail_channels=96, linear_blocks=False)
+    assert count_parameters(autoencoder.base_encoder) == 28_413_248
+    assert count_parameters(autoencoder.base_quant_conv) == 4_160
+    assert count_parameters(autoencoder.detail_encoder) == 28_118_272
+    assert count_parameters(autoencoder.detail_downsample) == 221_232 + 393_216
+    assert count_parameters(autoencoder.joint_decoder) == 41_269_635
+    assert count_parameters(autoencoder.detail_upsample) == 2_361_344
     assert autoencoder.detail_parameters() == [p for p in autoencoder.parameters() if p.requires_grad]
-    assert parameters(autoencoder, trained=True) == 28_118_272 + 614_448 + 41_269_635 + 2_361_344
+    assert count_parameters(autoencoder, trained=True) == 28_118_272 + 614_448 + 41_269_635 + 2_361_344
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_imagenets_autoencoder_has_the_published_numbers_of_parameters() -> None
 )
 def test_token_grids_of_the_two_set_ups(sd35m, vae: str, detail: int, size: int, patch: int, tokens: int) -> None:
     base = sd35m.vae if vae == "sd3" else va_vae()
-    autoencoder = untrained_autoencoder(base, detail_channels=detail, linear_blocks=False)
+    autoencoder = make_blank_autoencoder(base, detail_channels=detail, linear_blocks=False)
     with torch.no_grad():
-        latents = in_half(autoencoder).encode(meta(1, 3, size, size)).latent_dist.mode()
+        latents = to_half(autoencoder).encode(meta(1, 3, size, size)).latent_dist.mode()
     assert latents.shape == (1, base.config.latent_channels + detail, tokens * patch, tokens * patch)
 
 
@@ -205,10 +205,10 @@ def cost(tiny: Geometry, **changes: object) -> float:
     """TFLOP of one crop; without LPIPS unless `changes` has it."""
     settings = {"size": 64, "crop": 32, "start": "random", "loss": LossWeights(lpips=0.0)}
     recipe = AutoencoderRecipe(**(settings | changes))
-    autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
     choose_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
-    return stage_one_work(autoencoder, discriminator, tiny, recipe).flops / 1e12
+    return count_stage_one(autoencoder, discriminator, tiny, recipe).flops / 1e12
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_what_is_frozen_is_neither_trained_nor_paid_for(tiny, plain_cost) -> Non
     frozen, decoder = cost(tiny, frozen_trunk=True), cost(tiny, decoder_only=True)
     assert decoder < frozen < plain_cost
     recipe = AutoencoderRecipe(size=64, crop=32, start="random", loss=LossWeights(lpips=0.0), frozen_trunk=True)
-    figures = {figure.name: figure.value for figure in autoencoder_budget(recipe, tiny)}
+    figures = {figure.name: figure.value for figure in estimate_stage_one(recipe, tiny)}
     new = figures["new block of the detail encoder"] + figures["new block of the joint decoder"]
     assert figures["trained in this stage"] == new + figures["joint decoder without its new block"]
 
@@ -265,40 +265,42 @@ def test_a_step_is_batch_times_accumulation(tiny, plain_cost) -> None:
     recipe = AutoencoderRecipe(
         size=64, crop=32, start="random", loss=LossWeights(lpips=0.0), batch_size=3, gradient_accumulation=4, steps=7
     )
-    figures = {figure.name: figure.value for figure in autoencoder_budget(recipe, tiny)}
+    figures = {figure.name: figure.value for figure in estimate_stage_one(recipe, tiny)}
     assert figures["pictures a step: 3 x 4"] == 12
     assert figures["one step of the optimiser"] == pytest.approx(12 * plain_cost)
     assert figures["all 7 steps"] == pytest.approx(7 * 12 * plain_cost / 1e6)
-    autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-    work = stage_one_work(autoencoder, None, tiny, recipe)  # accumulation holds one batch at a time
+    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    work = count_stage_one(autoencoder, None, tiny, recipe)  # accumulation holds one batch at a time
     kept = figures["activations kept for the backward pass, batch of 3"]
     assert kept == pytest.approx(3 * work.kept_bytes / 2**30)
 
 
 def test_trained_layers_are_counted(tiny) -> None:
-    autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
     recipe = FinetuneRecipe(size=64, trained="layers", lora_targets=("attn.to_q",))
-    figures = {figure.name: figure.value for figure in finetune_budget(recipe, tiny, autoencoder)}
+    figures = {figure.name: figure.value for figure in estimate_stage_two(recipe, tiny, autoencoder)}
     assert "LoRA" not in figures
     assert figures["trained in this stage"] == figures["both latent ports"] + 2 * 16 * 16  # two blocks of width 16
 
 
 def test_a_budget_of_flux_is_counted_too(tiny) -> None:
-    autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
     channels = tiny.vae.config.latent_channels
     geometry = Geometry("x", tiny.vae, tiny_flux(channels).to(META))
     recipe = FinetuneRecipe(size=64, trained="full", prompt_tokens=24)
-    figures = {figure.name: figure.value for figure in finetune_budget(recipe, geometry, autoencoder)}
+    figures = {figure.name: figure.value for figure in estimate_stage_two(recipe, geometry, autoencoder)}
     assert figures["tokens, 4 x 4"] == 16
     assert figures["text tokens beside them"] == 24
     assert figures["transformer, one picture, forward and backward"] > 2 * figures["transformer, one picture, forward"]
 
 
 def test_a_backbone_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
-    autoencoder = untrained_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
     channels = tiny.vae.config.latent_channels
     with pytest.raises(SettingsError, match="budget of a Lumina2Transformer2DModel cannot be counted"):
-        finetune_budget(FinetuneRecipe(size=64), Geometry("x", tiny.vae, tiny_lumina2(channels).to(META)), autoencoder)
+        estimate_stage_two(
+            FinetuneRecipe(size=64), Geometry("x", tiny.vae, tiny_lumina2(channels).to(META)), autoencoder
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- where from
@@ -308,15 +310,15 @@ def test_the_planned_autoencoder_is_the_saved_one_or_that_of_the_files_stage_1(t
     path = tmp_path / "both.toml"
     path.write_text("[autoencoder]\ndetail_channels = 32\n[finetune]\n")
     recipe = FinetuneRecipe(autoencoder=str(tmp_path / "made"))
-    planned = planned_autoencoder(recipe, tiny, path)
+    planned = plan_autoencoder(recipe, tiny, path)
     assert (planned.config.detail_channels, planned.config.linear_blocks) == (32, True)
     AutoencoderDA.from_base(tiny_vae(), detail_channels=8).save_pretrained(tmp_path / "made")
-    assert planned_autoencoder(recipe, tiny, path).config.detail_channels == 8
+    assert plan_autoencoder(recipe, tiny, path).config.detail_channels == 8
     shipped = assets.upgrade()  # an adapter folder
-    assert planned_autoencoder(FinetuneRecipe(autoencoder=str(shipped)), tiny, path).config.detail_channels == 16
+    assert plan_autoencoder(FinetuneRecipe(autoencoder=str(shipped)), tiny, path).config.detail_channels == 16
     path.write_text("")
     with pytest.raises(SettingsError, match=r"no autoencoder in .*nowhere yet, and .* no section \[autoencoder\]"):
-        planned_autoencoder(FinetuneRecipe(autoencoder="nowhere"), tiny, path)
+        plan_autoencoder(FinetuneRecipe(autoencoder="nowhere"), tiny, path)
 
 
 @HUB_WARNS

@@ -14,12 +14,12 @@ from davae import AutoencoderDA, assets, upgrade
 from davae.cost.cases import (
     PARTS,
     Case,
-    flops_of,
-    parameters_of,
-    parts_of,
-    runs_of,
-    sizes_against,
-    weight_bytes,
+    choose_parts,
+    choose_sizes,
+    count_flops,
+    count_parameters,
+    count_weight_bytes,
+    make_runs,
 )
 from davae.cost.geometry import META, read_geometry
 from davae.errors import SettingsError
@@ -50,44 +50,44 @@ def test_tokens_are_those_that_the_transformer_sees() -> None:
     seen: list[int] = []
     base.transformer.pos_embed.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     for size in (16, 32):
-        runs_of(case(base, size), ["step"])["step"]()
+        make_runs(case(base, size), ["step"])["step"]()
     assert seen == [case(base, 16).tokens, case(base, 32).tokens] == [4, 16]
 
 
 def test_a_base_is_compared_at_equal_pixels_and_equal_tokens() -> None:
     base = tiny_sd3_pipeline()
     candidate = case(upgraded(base), 64)
-    assert sizes_against(candidate, base) == [64, 32]
+    assert choose_sizes(candidate, base) == [64, 32]
     assert case(base, 32).tokens == candidate.tokens
-    assert sizes_against(case(base, 32), base) == [32]
+    assert choose_sizes(case(base, 32), base) == [32]
 
 
 def test_where_positions_fit_one_grid_only_equal_tokens_are_left() -> None:
     base = tiny_class_pipeline()
-    assert sizes_against(case(upgraded(base), 64), base) == [32]
+    assert choose_sizes(case(upgraded(base), 64), base) == [32]
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
 def test_all_parts_that_a_pipeline_has_are_the_default() -> None:
-    assert parts_of(case(tiny_sd3_pipeline(), 32), []) == list(PARTS)
-    assert parts_of(case(tiny_sd3_pipeline(), 32), ["decode", "text"]) == ["text", "decode"]
-    assert parts_of(case(tiny_class_pipeline(), 32), []) == ["step", "decode", "to-cpu", "whole"]
+    assert choose_parts(case(tiny_sd3_pipeline(), 32), []) == list(PARTS)
+    assert choose_parts(case(tiny_sd3_pipeline(), 32), ["decode", "text"]) == ["text", "decode"]
+    assert choose_parts(case(tiny_class_pipeline(), 32), []) == ["step", "decode", "to-cpu", "whole"]
 
 
 def test_parts_and_sizes_that_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"part 'encode': allowed are text, step, decode, to-cpu, whole"):
-        parts_of(case(tiny_sd3_pipeline(), 32), ["encode"])
+        choose_parts(case(tiny_sd3_pipeline(), 32), ["encode"])
     with pytest.raises(SettingsError, match="tiny has no text encoders to time: leave out text"):
-        parts_of(case(tiny_class_pipeline(), 32), ["text"])
+        choose_parts(case(tiny_class_pipeline(), 32), ["text"])
     with pytest.raises(SettingsError, match="size=36: allowed are multiples of 8"):
-        parts_of(case(tiny_sd3_pipeline(), 36), ["step"])
+        choose_parts(case(tiny_sd3_pipeline(), 36), ["step"])
 
 
 @torch.no_grad()
 def test_each_part_does_its_work_on_a_whole_batch() -> None:
-    found = {name: run() for name, run in runs_of(case(upgraded(tiny_sd3_pipeline()), 64, batch=3), PARTS).items()}
+    found = {name: run() for name, run in make_runs(case(upgraded(tiny_sd3_pipeline()), 64, batch=3), PARTS).items()}
     assert list(found) == list(PARTS)
     assert found["text"]["encoder_hidden_states"].shape == (6, 77 + 8, 32)
     assert found["step"].shape == (6, 8, 8, 8)
@@ -102,7 +102,7 @@ def test_inputs_are_random_and_never_zero() -> None:
     base, seen = tiny_sd3_pipeline(), []
     base.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
     base.vae.decoder.register_forward_hook(lambda module, args, output: seen.append({"codes": args[0]}))
-    runs = runs_of(case(base, 32), ["step", "decode"])
+    runs = make_runs(case(base, 32), ["step", "decode"])
     runs["step"](), runs["decode"]()
     inputs = {name: value for call in seen for name, value in call.items() if isinstance(value, Tensor)}
     assert {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "codes"} <= inputs.keys()
@@ -122,22 +122,22 @@ def test_a_step_is_what_the_stock_pipeline_does_in_one(name: str) -> None:
         seen.append({name: tuple(given[name].shape) for name in names if given.get(name) is not None})
 
     base.transformer.register_forward_hook(see, with_kwargs=True)
-    runs = runs_of(case(base, 32, steps=2, batch=3), ["step", "whole"])
+    runs = make_runs(case(base, 32, steps=2, batch=3), ["step", "whole"])
     runs["step"](), runs["whole"]()
     step, *whole = seen
     assert whole == [step] * 2
     assert step["hidden_states"][0] == (3 if name == "flux" else 6)
-    counted = flops_of(case(base, 32, steps=2, batch=3))
+    counted = count_flops(case(base, 32, steps=2, batch=3))
     assert counted["step"] > 0
     assert counted["whole"] == counted["text"] + 2 * counted["step"] + counted["decode"]
 
 
 def test_text_encoders_whose_tokens_are_not_known_are_left_out() -> None:
     base = tiny_pipelines.sana()
-    assert parts_of(case(base, 32), []) == ["step", "decode", "to-cpu"]
+    assert choose_parts(case(base, 32), []) == ["step", "decode", "to-cpu"]
     with pytest.raises(SettingsError, match="tokens only its tokenizer knows, so none are counted: leave out text and"):
-        parts_of(case(base, 32), ["whole"])
-    assert flops_of(case(base, 32))["text"] == 0
+        choose_parts(case(base, 32), ["whole"])
+    assert count_flops(case(base, 32))["text"] == 0
 
 
 def test_clip_tokens_are_those_that_the_pipelines_tokenizers_pad_to() -> None:
@@ -146,7 +146,7 @@ def test_clip_tokens_are_those_that_the_pipelines_tokenizers_pad_to() -> None:
     hook = lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1])  # noqa: E731
     base.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
-        runs_of(case(base, 128, prompt_tokens=12), ["step"])["step"]()
+        make_runs(case(base, 128, prompt_tokens=12), ["step"])["step"]()
     assert seen == [base.tokenizer.model_max_length + 12] == [24]
 
 
@@ -154,7 +154,7 @@ def test_every_step_of_the_whole_is_guided() -> None:
     for base in (tiny_sd3_pipeline(), tiny_class_pipeline()):
         batches: list[int] = []
         base.transformer.register_forward_hook(lambda module, args, output, b=batches: b.append(len(output[0])))
-        runs_of(case(base, 32, steps=3, batch=2), ["whole"])["whole"]()
+        make_runs(case(base, 32, steps=3, batch=2), ["whole"])["whole"]()
         assert batches == [4, 4, 4]
 
 
@@ -163,7 +163,7 @@ def test_every_step_of_the_whole_is_guided() -> None:
 
 def test_the_whole_is_text_all_steps_and_decode_and_grows_with_the_batch() -> None:
     base = tiny_sd3_pipeline()
-    found, larger = flops_of(case(base, 32, steps=5)), flops_of(case(base, 32, steps=5, batch=3))
+    found, larger = count_flops(case(base, 32, steps=5)), count_flops(case(base, 32, steps=5, batch=3))
     assert found["whole"] == found["text"] + 5 * found["step"] + found["decode"]
     assert larger == {part: 3 * flops for part, flops in found.items()}
     assert min(found.values()) > 0
@@ -176,13 +176,13 @@ def test_an_upgrade_costs_a_step_at_equal_tokens_its_wider_ports_only() -> None:
     assert before.tokens == after.tokens
     ports = [(p.transformer.pos_embed.proj.weight.numel(), p.transformer.proj_out.weight.numel()) for p in (wide, base)]
     added = sum(ports[0]) - sum(ports[1])
-    assert flops_of(after)["step"] - flops_of(before)["step"] == 2 * 2 * before.tokens * added
+    assert count_flops(after)["step"] - count_flops(before)["step"] == 2 * 2 * before.tokens * added
 
 
 def test_counting_leaves_the_pipeline_alone() -> None:
     base = tiny_sd3_pipeline()
     before = {name: tensor.clone() for name, tensor in base.transformer.state_dict().items()}
-    flops_of(case(base, 32))
+    count_flops(case(base, 32))
     assert base.transformer.dtype == torch.float32
     assert all(torch.equal(before[name], tensor) for name, tensor in base.transformer.state_dict().items())
 
@@ -194,13 +194,13 @@ def test_attention_is_counted() -> None:
     linear = []
     for size, tokens in ((16, 4), (24, 9), (32, 16)):
         attention = 2 * 2 * 2 * 16 * (2 * (tokens + text) ** 2 + tokens**2)
-        linear.append(flops_of(case(base, size))["step"] - attention)
+        linear.append(count_flops(case(base, size))["step"] - attention)
     assert (linear[1] - linear[0]) / 5 == (linear[2] - linear[1]) / 7 > 0
 
 
 def test_weights_are_counted_by_the_part_that_reads_them() -> None:
     wide = case(upgraded(tiny_sd3_pipeline()), 64)
-    parameters, read = parameters_of(wide), weight_bytes(wide)
+    parameters, read = count_parameters(wide), count_weight_bytes(wide)
     assert parameters["transformer"] == wide.pipeline.transformer.num_parameters()
     assert read["step"] == 4 * parameters["transformer"]
     assert read["text"] == 4 * parameters["text encoders"]
@@ -223,7 +223,7 @@ def test_the_true_size_has_the_published_counts() -> None:
         geometry.transformer, FlowMatchEulerDiscreteScheduler(), geometry.vae, tokenizer=None, tokenizer_2=None,
         tokenizer_3=None, **encoders,
     )  # fmt: skip
-    found = {size: flops_of(Case("sd35m", base, size)) for size in (512, 1024)}
+    found = {size: count_flops(Case("sd35m", base, size)) for size in (512, 1024)}
     assert found[512]["text"] / 2 == pytest.approx(2.51e12, rel=0.005)
     assert [found[size]["step"] / 2 for size in (512, 1024)] == pytest.approx([2.443e12, 11.25e12], rel=0.005)
     assert [found[size]["decode"] for size in (512, 1024)] == pytest.approx([2.51e12, 10.47e12], rel=0.005)
@@ -232,5 +232,5 @@ def test_the_true_size_has_the_published_counts() -> None:
 def test_a_clip_with_few_positions_is_counted_at_those() -> None:
     base = load_pipeline(assets.base_pipeline())
     assert base.text_encoder.config.max_position_embeddings < 77
-    found = flops_of(case(base, 128))
+    found = count_flops(case(base, 128))
     assert 0 < found["text"] < found["step"]

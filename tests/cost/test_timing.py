@@ -9,36 +9,36 @@ import torch
 
 from davae.cost.timing import (
     Spread,
-    dense_peak,
-    interleaved,
+    compute_paired_ratios,
+    compute_spread,
+    find_dense_peak,
+    interleave,
     measure_ceilings,
     measure_interleaved,
-    paired_ratios,
-    spread,
 )
 
 CPU = torch.device("cpu")
 
 
 def test_a_spread_is_of_all_values_and_of_one() -> None:
-    assert spread([float(value) for value in range(10, -1, -1)]) == Spread(5.0, 1.0, 9.0, 0.0, 10.0, 11)
-    assert spread([2.5]) == Spread(2.5, 2.5, 2.5, 2.5, 2.5, 1)
+    assert compute_spread([float(value) for value in range(10, -1, -1)]) == Spread(5.0, 1.0, 9.0, 0.0, 10.0, 11)
+    assert compute_spread([2.5]) == Spread(2.5, 2.5, 2.5, 2.5, 2.5, 1)
     with pytest.raises(ValueError, match="no values"):
-        spread([])
+        compute_spread([])
 
 
 def test_ratios_are_of_pairs_not_of_medians() -> None:
     # The machine was three times slower in the second pair: that is no reason for another ratio.
-    ratios = paired_ratios([2.0, 6.0, 2.2], [1.0, 3.0, 1.0])
+    ratios = compute_paired_ratios([2.0, 6.0, 2.2], [1.0, 3.0, 1.0])
     assert (ratios.median, ratios.least, ratios.most) == (2.0, 2.0, 2.2)
     with pytest.raises(ValueError, match="shorter"):
-        paired_ratios([1.0, 2.0], [1.0])
+        compute_paired_ratios([1.0, 2.0], [1.0])
 
 
 def test_runs_are_interleaved_and_numbers_kept_apart() -> None:
     order, clock = [], itertools.count()
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    found = interleaved(runs, 3, lambda name, run: run() or float(next(clock)))
+    found = interleave(runs, 3, lambda name, run: run() or float(next(clock)))
     assert order == list("abcabcabc")
     assert found == {"a": [0, 3, 6], "b": [1, 4, 7], "c": [2, 5, 8]}
 
@@ -101,4 +101,4 @@ def test_ceilings_are_rates_of_what_was_done() -> None:
 
 
 def test_a_cpu_has_no_data_sheet() -> None:
-    assert dense_peak(CPU, torch.bfloat16) is None
+    assert find_dense_peak(CPU, torch.bfloat16) is None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tiny
 import tiny_pipelines
 from davae import AutoencoderDA, load_pipeline, upgrade
-from davae.cost.budget import autoencoder_budget
+from davae.cost.budget import estimate_stage_one
 from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
 from davae.method.slim_start import fit_slim_decoder
@@ -273,4 +273,4 @@ def test_the_recipes_decoder_has_a_fifth_of_the_work() -> None:
 
 
 def figures(recipe: AutoencoderRecipe, geometry) -> dict[str, float]:
-    return {figure.name: figure.value for figure in autoencoder_budget(recipe, geometry)}
+    return {figure.name: figure.value for figure in estimate_stage_one(recipe, geometry)}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from davae.cost.budget import autoencoder_budget
+from davae.cost.budget import estimate_stage_one
 from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
 from davae.method.stage_one_loss import last_convolution
@@ -109,7 +109,7 @@ def test_the_last_convolution_is_where_pixels_come_from(step: Step) -> None:
 def test_what_a_run_costs_is_counted_on_the_same_models(step: Step, many_pictures: Path, tmp_path: Path) -> None:
     recipe = stage_one(step, many_pictures)
     geometry = read_geometry(step[0], tmp_path / "recipe.toml")
-    figures = {figure.name: figure.value for figure in autoencoder_budget(recipe, geometry)}
+    figures = {figure.name: figure.value for figure in estimate_stage_one(recipe, geometry)}
     assert figures["tokens, 2 x 2"] == 4
     trained = sum(parameter.numel() for parameter in untrained_of(recipe).detail_parameters())
     assert figures["trained in this stage"] == trained

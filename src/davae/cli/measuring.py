@@ -136,9 +136,9 @@ def bench(
     if dry_run:
         return show({"pipeline": pipeline, **source, **case, **levers, **counts, "out": out})
     quiet_libraries()
-    from davae.cost.bench import bench, cases_of, load_pair, quicken
+    from davae.cost.bench import bench, make_cases, load_pair, quicken
 
     pair = load_pair(pipeline, device=choose_device(device), **source)
-    cases = cases_of(pair, **case)
+    cases = make_cases(pair, **case)
     quicken(pair.values(), **levers)
     say(bench(cases, out, parts=part, **counts))

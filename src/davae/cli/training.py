@@ -19,14 +19,14 @@ def train_autoencoder(
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
     quiet_libraries()
-    from davae.cost.budget import plan_of
+    from davae.cost.budget import describe_plan
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.stage_one_recipe import AutoencoderRecipe
     from davae.training.stage_one_run import train_autoencoder
 
     resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
     if dry_run:
-        return say(plan_of(resolved, recipe))
+        return say(describe_plan(resolved, recipe))
     folder = run_folder(AutoencoderRecipe, recipe, out)
     say(train_autoencoder(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout))
 
@@ -41,14 +41,14 @@ def finetune(
 ) -> None:
     """Stage 2: fine-tune the upgraded transformer for the detail latents: LoRA and ports, layers and ports, or all."""
     quiet_libraries()
-    from davae.cost.budget import plan_of
+    from davae.cost.budget import describe_plan
     from davae.run.recipe import load_recipe, parse_overrides, run_folder
     from davae.training.stage_two_recipe import FinetuneRecipe
     from davae.training.stage_two_run import finetune
 
     resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
     if dry_run:
-        return say(plan_of(resolved, recipe))
+        return say(describe_plan(resolved, recipe))
     folder = run_folder(FinetuneRecipe, recipe, out)
     say(finetune(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout))
 

@@ -1,4 +1,4 @@
-"""`davae bench`: cases against each other, one JSON line for each, and a table in Markdown."""
+"""`davae bench`: cases timed against each other, one JSON line for each, and a Markdown table."""
 
 import dataclasses
 import json
@@ -10,17 +10,25 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from davae.cost.cases import Case, flops_of, parameters_of, parts_of, runs_of, sizes_against, weight_bytes
+from davae.cost.cases import (
+    Case,
+    choose_parts,
+    choose_sizes,
+    count_flops,
+    count_parameters,
+    count_weight_bytes,
+    make_runs,
+)
 from davae.cost.random_weights import build
 from davae.cost.timing import (
     SHORTEST,
     Ceilings,
     Measured,
-    dense_peak,
+    compute_paired_ratios,
+    compute_spread,
+    find_dense_peak,
     measure_ceilings,
     measure_interleaved,
-    paired_ratios,
-    spread,
 )
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
@@ -34,7 +42,7 @@ from davae.training.stage_two_transformer import compile_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = {"cuda": {"side": 8192, "copied_bytes": 8 * 10**9}, "cpu": {"side": 1024, "copied_bytes": 256 * 2**20}}
-"""By the kind of device: the size of the matrix product and of the copy that the ceilings are measured with."""
+"""By the type of device: the sizes of the matrix product and of the copy that measure the ceilings."""
 
 RATED = ("step", "decode", "whole")
 """The parts whose share of the ceiling of products is in the table."""
@@ -51,17 +59,17 @@ def load_pair(
     dtype: str | None,
     device: str,
 ) -> dict[str, DiffusionPipeline]:
-    """The candidate, and behind it what it is compared with, if there is anything, by name.
+    """The candidate and, if there is a comparison, the pipeline that it is compared with, by name.
 
     Args:
         pipeline: folder or Hub name of the candidate; None with a `geometry`.
         against: folder or Hub name of the base; None for no comparison, or with a `geometry`.
-        adapter: those of the candidate, in their order.
-        geometry: a key of `random_weights.GEOMETRIES` or a folder of configs: that base with random weights, and the
-            same one upgraded for the candidate.
-        layers: how deep a `geometry` is built; all of it if None.
-        parts: what will be timed, all if none: the text encoders of a geometry are built for "text" and "whole" only.
-        dtype: a key of `DTYPES`; bfloat16 on a GPU and float32 on the CPU if None.
+        adapter: the candidate's adapters, in their order.
+        geometry: a key of `random_weights.GEOMETRIES` or a folder of configs: a base with random weights is compared
+            with its own upgrade.
+        layers: blocks that a `geometry` keeps; all of them if None.
+        parts: will be timed, all if none. A geometry has text encoders for "text" and "whole" only.
+        dtype: a key of `DTYPES`; if None, bfloat16 on a GPU and float32 on a CPU.
         device: where both go.
 
     Raises:
@@ -74,37 +82,36 @@ def load_pair(
         raise SettingsError(f"dtype={chosen}: allowed are {', '.join(DTYPES)}")
     if (pipeline is None) == (geometry is None):
         raise SettingsError("give a PIPELINE, or a --geometry to build one with random weights, and not both")
+
     if pipeline is not None:
         if layers is not None:
             raise SettingsError("--layers is for a --geometry: a loaded pipeline is as deep as it is")
-        given = {" + ".join([Path(pipeline).name, *(each.name for each in adapter)]): (pipeline, adapter)}
+        name = " + ".join([Path(pipeline).name, *(each.name for each in adapter)])
+        settings: dict[str, Any] = {"dtype": DTYPES[chosen], "device": where}
+        pair = {name: load_pipeline(pipeline, adapter=adapter, **settings)}
         if against is not None:
-            given |= {f"against {Path(against).name}": (against, ())}
-        return {
-            name: load_pipeline(path, adapter=extra, dtype=DTYPES[chosen], device=where)
-            for name, (path, extra) in given.items()
-        }
-    assert geometry is not None, "there is one of the two"
+            pair[f"against {Path(against).name}"] = load_pipeline(against, **settings)
+        return pair
+
+    assert geometry is not None, "one of the two is given"
     if against is not None or adapter:
-        raise SettingsError(
-            "a --geometry is compared with itself before the upgrade: leave out --against and --adapter"
-        )
+        raise SettingsError("a --geometry is compared with its own upgrade: leave out --against and --adapter")
     if layers is None and where.type == "cpu":
         raise SettingsError("a --geometry at its full depth is for a GPU: on a CPU give its depth, such as --layers 2")
-    text = not parts or bool({"text", "whole"} & set(parts))
+    text = not parts or "text" in parts or "whole" in parts
     base = build(geometry, layers=layers, text=text, dtype=DTYPES[chosen], device=where)
     autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels).eval()
     return {f"{geometry} upgraded": upgrade(base, autoencoder), f"against {geometry}": base}
 
 
-def cases_of(
+def make_cases(
     pair: Mapping[str, DiffusionPipeline], *, size: int | None, against_sizes: Sequence[int] = (), **settings: Any
 ) -> list[Case]:
-    """The candidate's case, and those of the other pipeline at `against_sizes`, or else at equal pixels and tokens.
+    """The candidate's case, then those of the other pipeline at `against_sizes` or at equal pixels and tokens.
 
     Args:
-        pair: of `load_pair`.
-        size: of the candidate's pictures; its default if None.
+        pair: from `load_pair`.
+        size: of the candidate's images; its default if None.
         against_sizes: of the other's.
         settings: the other fields of `Case`, the same for all.
 
@@ -114,20 +121,18 @@ def cases_of(
     (name, pipeline), *others = pair.items()
     side = Case(name, pipeline, 0).backbone.picture_side(pipeline, size)
     candidate = Case(f"{name}, {side} px", pipeline, side, **settings)
-    return [candidate] + [
-        Case(f"{other}, {each} px", base, each, **settings)
-        for other, base in others
-        for each in against_sizes or sizes_against(candidate, base)
-    ]
+
+    cases = [candidate]
+    for other, base in others:
+        for each in against_sizes or choose_sizes(candidate, base):
+            cases.append(Case(f"{other}, {each} px", base, each, **settings))
+    return cases
 
 
 def quicken(pipelines: Iterable[DiffusionPipeline], *, compiled: bool, channels_last: bool) -> None:
-    """Apply the levers that change a picture by rounding alone, in place: docs/speed.md.
+    """Compile the transformers' blocks, one graph for all sizes; lay the autoencoders' weights out channels last.
 
-    Args:
-        pipelines: all cases'.
-        compiled: compile the transformers' blocks, one graph for all sizes.
-        channels_last: lay the autoencoders' weights out so.
+    Both work in place and change an image by rounding only (docs/speed.md).
     """
     for pipeline in pipelines:
         if compiled:
@@ -147,15 +152,15 @@ def bench(
     shortest: float = SHORTEST,
     ceilings: Ceilings | None = None,
 ) -> str:
-    """Time the cases against each other; `out`/bench.jsonl has a line for each, `out`/bench.md the table.
+    """Time the cases against each other. `out`/bench.jsonl gets a line for each, `out`/bench.md the table.
 
     Args:
-        cases: the first is the candidate; ratios are of the others' times to its own.
+        cases: the candidate first; ratios are the others' times over its own.
         out: a folder; files of an earlier run are replaced.
-        parts: some of `cases.PARTS`; all that the cases have if none.
-        repeats: measurements of each part of each case, interleaved.
-        warm_up: calls of each before that.
-        whole_repeats: measurements of "whole" after a single call, for pictures that take long; as the others if None.
+        parts: names out of `cases.PARTS`; all that the cases have if none is named.
+        repeats: interleaved measurements of each part of each case.
+        warm_up: calls of each before the measurements.
+        whole_repeats: measurements of "whole" after a single call, for images that take long; None is like the others.
         shortest: see `measure_interleaved`.
         ceilings: of this machine; measured if None.
 
@@ -163,44 +168,62 @@ def bench(
         The table.
 
     Raises:
-        SettingsError: a part or a size that a case has not.
+        SettingsError: a part or a size that a case does not have.
     """
-    parts = [part for part in parts_of(cases[0], parts) if all(part in parts_of(case, parts) for case in cases)]
-    where, dtype = cases[0].pipeline.device, cases[0].pipeline.transformer.dtype
-    ceilings = ceilings or measure_ceilings(where, dtype, **CEILINGS[where.type])
-    runs = {case.name: runs_of(case, parts) for case in cases}
-    counts = dict.fromkeys(parts, (repeats, warm_up))
-    if whole_repeats is not None and "whole" in counts:
-        counts["whole"] = (whole_repeats, 1)
-    found = {
-        part: measure_interleaved(
-            {name: made[part] for name, made in runs.items()},
-            where,
-            repeats=times,
-            warm_up=first,
-            shortest=shortest,
-        )
-        for part, (times, first) in counts.items()
-    }
-    lines = [line_of(case, {part: found[part][case.name] for part in parts}, ceilings) for case in cases]
-    for line, case in zip(lines[1:], cases[1:], strict=True):
-        line["against"] = cases[0].name
-        line["ratios"] = ratios(found, case.name, cases[0].name)
+    of_each = [choose_parts(case, parts) for case in cases]
+    parts = [part for part in of_each[0] if all(part in own for own in of_each)]
+    device, dtype = cases[0].pipeline.device, cases[0].pipeline.transformer.dtype
+    ceilings = ceilings or measure_ceilings(device, dtype, **CEILINGS[device.type])
+    runs = {case.name: make_runs(case, parts) for case in cases}
+
+    measured: dict[str, dict[str, Measured]] = {}
+    for part in parts:
+        counts = {"repeats": repeats, "warm_up": warm_up}
+        if part == "whole" and whole_repeats is not None:
+            counts = {"repeats": whole_repeats, "warm_up": 1}
+        part_runs = {name: own[part] for name, own in runs.items()}
+        measured[part] = measure_interleaved(part_runs, device, shortest=shortest, **counts)
+
+    lines = [describe_case(case, measured, ceilings) for case in cases]
+    for line in lines[1:]:
+        line["against"] = lines[0]["case"]
+        line["ratios"] = compare_times(measured, line["case"], lines[0]["case"])
         line["counted_ratios"] = {
-            part: line["flops"][part] / flops for part, flops in lines[0]["flops"].items() if flops and part in found
+            part: line["flops"][part] / flops for part, flops in lines[0]["flops"].items() if flops and part in parts
         }
+
     text = "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
     write_atomically(out / "bench.jsonl", text.encode())
-    write_atomically(out / "bench.md", markdown(lines).encode())
-    return markdown(lines)
+    table = format_table(lines)
+    write_atomically(out / "bench.md", table.encode())
+    return table
 
 
-def line_of(case: Case, found: Mapping[str, Measured], ceilings: Ceilings) -> dict[str, Any]:
-    """What is known of a case, as plain JSON values; seconds, bytes and operations."""
+def describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ceilings: Ceilings) -> dict[str, Any]:
+    """One line of bench.jsonl: plain JSON values, in seconds, bytes and operations."""
     pipeline, device = case.pipeline, case.pipeline.device
     dtype = pipeline.transformer.dtype
-    peak, flops, weights = dense_peak(device, dtype), flops_of(case), weight_bytes(case)
-    where = environment()
+    peak, flops, weights = find_dense_peak(device, dtype), count_flops(case), count_weight_bytes(case)
+    is_gpu = device.type == "cuda"
+
+    parts = {}
+    for part, measurements in measured.items():
+        own = measurements[case.name]
+        spread = compute_spread(own.seconds)
+        rate = flops[part] / spread.median if part in flops else None
+        reading = weights[part] / spread.median if part in weights else None
+        parts[part] = {
+            "seconds": dataclasses.asdict(spread),
+            "calls": own.calls,
+            "cold_seconds": own.cold,
+            "peak_bytes": own.peak_bytes,
+            "added_bytes": own.added_bytes,
+            "flops_per_second": rate,
+            "mfu": rate / peak if rate and peak else None,
+            "of_product_ceiling": rate / ceilings.products if rate else None,
+            "weights_read_of_copy_ceiling": reading / ceilings.copy if reading else None,
+        }
+
     return {
         "case": case.name,
         "pipeline": type(pipeline).__name__,
@@ -208,66 +231,40 @@ def line_of(case: Case, found: Mapping[str, Measured], ceilings: Ceilings) -> di
         "layers": pipeline.transformer.config.get("num_layers"),
         **{name: getattr(case, name) for name in ("size", "tokens", "batch", "steps", "prompt_tokens", "seed")},
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": parameters_of(case),
+        "parameters": count_parameters(case),
         "flops": flops,
-        "parts": {part: _part(part, measured, flops, weights, ceilings, peak) for part, measured in found.items()},
-        "images_per_second": case.batch / spread(found["whole"].seconds).median if "whole" in found else None,
+        "parts": parts,
+        "images_per_second": case.batch / parts["whole"]["seconds"]["median"] if "whole" in parts else None,
         "ceilings": dataclasses.asdict(ceilings),
         "dense_peak": peak,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "environment": where,
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "environment": environment(),
     }
 
 
-def _part(
-    part: str,
-    measured: Measured,
-    flops: Mapping[str, int],
-    weights: Mapping[str, int],
-    ceilings: Ceilings,
-    peak: float | None,
-) -> dict[str, Any]:
-    seconds = spread(measured.seconds)
-    rate = flops[part] / seconds.median if part in flops else None
-    reading = weights[part] / seconds.median if part in weights else None
-    return {
-        "seconds": dataclasses.asdict(seconds),
-        "calls": measured.calls,
-        "cold_seconds": measured.cold,
-        "peak_bytes": measured.peak_bytes,
-        "added_bytes": measured.added_bytes,
-        "flops_per_second": rate,
-        "mfu": rate / peak if rate and peak else None,
-        "of_product_ceiling": rate / ceilings.products if rate else None,
-        "weights_read_of_copy_ceiling": reading / ceilings.copy if reading else None,
-    }
-
-
-def ratios(found: Mapping[str, Mapping[str, Measured]], name: str, candidate: str) -> dict[str, Any]:
+def compare_times(measured: Mapping[str, Mapping[str, Measured]], name: str, candidate: str) -> dict[str, Any]:
     """By part: the spread of a case's time over the candidate's, measurement by measurement."""
-    return {
-        part: dataclasses.asdict(paired_ratios(cases[name].seconds, cases[candidate].seconds))
-        for part, cases in found.items()
-    }
+    ratios = {}
+    for part, cases in measured.items():
+        ratios[part] = dataclasses.asdict(compute_paired_ratios(cases[name].seconds, cases[candidate].seconds))
+    return ratios
 
 
-def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """A row for each case, medians with p10 and p90; and a row for each comparison, medians with least and most."""
     first, parts = lines[0], list(lines[0]["parts"])
-    head = ["case", "tokens", "parameters, M", "TFLOP a picture", *(f"{part}, ms" for part in parts)]
-    head += [
-        "pictures a second",
-        "peak, GiB",
-        *(f"{part}, % of ceiling" for part in RATED if part in parts),
-        "step, MFU %",
-    ]
-    text = markdown_table(head, [_row(line, parts) for line in lines]) + "\n"
+    rated = [part for part in RATED if part in parts]
+    header = ["case", "tokens", "parameters, M", "TFLOP a picture", *(f"{part}, ms" for part in parts)]
+    header += ["pictures a second", "peak, GiB", *(f"{part}, % of ceiling" for part in rated), "step, MFU %"]
+    text = markdown_table(header, [_format_case(line, rated) for line in lines]) + "\n"
+
     if len(lines) > 1:
-        rows = [_ratio_row(line, parts) for line in lines[1:]]
         text += f"\nTimes over those of {first['case']}; in brackets least and most, then as counted:\n\n"
-        text += markdown_table(["case", *parts], rows) + "\n"
+        text += markdown_table(["case", *parts], [_format_ratios(line) for line in lines[1:]]) + "\n"
+
     where, limit = first["environment"], first["ceilings"]
     return text + (
         f"\n{first['device']}, {first['dtype']}, batch {first['batch']}, {first['steps']} guided steps, torch "
@@ -276,38 +273,39 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _row(line: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
-    found = line["parts"]
-    peaks = [found[part]["peak_bytes"] for part in parts]
-    shares = [found[part]["of_product_ceiling"] for part in RATED if part in parts]
+def _format_case(line: Mapping[str, Any], rated: Sequence[str]) -> list[str]:
+    parts = line["parts"]
+    peaks = [part["peak_bytes"] for part in parts.values()]
+    speed = line["images_per_second"]
     return [
         line["case"],
         f"{line['tokens']}",
         f"{sum(line['parameters'].values()) / 1e6:,.2f}",
         f"{line['flops']['whole'] / line['batch'] / 1e12:.3g}",
-        *(_milliseconds(found[part]["seconds"]) for part in parts),
-        "-" if line["images_per_second"] is None else f"{line['images_per_second']:.3g}",
+        *(_format_milliseconds(part["seconds"]) for part in parts.values()),
+        "-" if speed is None else f"{speed:.3g}",
         "-" if None in peaks else f"{max(peaks) / 2**30:.2f}",
-        *(_percent(share) for share in shares),
-        _percent(found.get("step", {}).get("mfu")),
+        *(_format_percent(parts[part]["of_product_ceiling"]) for part in rated),
+        _format_percent(parts.get("step", {}).get("mfu")),
     ]
 
 
-def _ratio_row(line: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
+def _format_ratios(line: Mapping[str, Any]) -> list[str]:
     cells = [line["case"]]
-    for part in parts:
-        ratio, counted = line["ratios"][part], line["counted_ratios"].get(part)
-        cells.append(f"{ratio['median']:.3f} [{ratio['least']:.3f}, {ratio['most']:.3f}]")
-        cells[-1] += "" if counted is None else f" {counted:.3f}"
+    for part, ratio in line["ratios"].items():
+        cell = f"{ratio['median']:.3f} [{ratio['least']:.3f}, {ratio['most']:.3f}]"
+        if part in line["counted_ratios"]:
+            cell += f" {line['counted_ratios'][part]:.3f}"
+        cells.append(cell)
     return cells
 
 
-def _milliseconds(seconds: Mapping[str, float]) -> str:
-    """Median, p10 and p90, with three significant digits of the first."""
-    median, *ends = (1000 * seconds[name] for name in ("median", "p10", "p90"))
+def _format_milliseconds(seconds: Mapping[str, float]) -> str:
+    """Median, p10 and p90, with three significant digits of the median."""
+    median, low, high = (1000 * seconds[name] for name in ("median", "p10", "p90"))
     digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 0
-    return f"{median:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _percent(share: float | None) -> str:
+def _format_percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"

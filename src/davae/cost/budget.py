@@ -1,7 +1,7 @@
-"""What a run would cost, from its recipe and the configs of its base: no weights are needed, nothing is trained.
+"""The cost of a run, from its recipe and its base's configs. No weights are read, nothing is trained.
 
-Each figure says how it was come by: *counted* on the models themselves, on the meta device (`davae.cost.workload`);
-*derived* from counted ones by plain arithmetic; or *assumed*, as the hardware is.
+Each figure says where it comes from: *counted* on the models themselves, on the meta device (`davae.cost.workload`);
+*derived* from counted ones by arithmetic; or *assumed*, like the hardware.
 """
 
 from collections.abc import Iterable
@@ -15,16 +15,17 @@ from torch import nn
 from davae import assets
 from davae.backbones import Backbone, backbone_of, widen_transformer
 from davae.backbones.sizes import checked_side
-from davae.cost.geometry import META, Geometry, read_geometry, untrained_autoencoder
+from davae.cost.geometry import META, Geometry, make_blank_autoencoder, read_geometry
 from davae.cost.workload import (
     Work,
-    condition_of,
+    count_decode_flops,
+    count_stage_one,
+    count_stage_two,
+    count_transformer_flops,
     counting,
-    decode_flops,
-    in_half,
+    make_condition,
     meta,
-    stage_one_work,
-    transformer_work,
+    to_half,
 )
 from davae.errors import DavaeError, SettingsError
 from davae.method.closed_form import BASE_CODES
@@ -38,16 +39,18 @@ from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one import choose_trained
 from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides
 from davae.training.stage_two_recipe import FinetuneRecipe
-from davae.training.stage_two_transformer import choose_parameters
+from davae.training.stage_two_transformer import choose_parameters, choose_targets
 
 PEAK_TFLOPS = 989
-"""An H100's dense bfloat16 products a second, in 10^12, as its data sheet says."""
+"""Dense bfloat16 products a second of an H100, in 10^12, from its data sheet."""
 UTILISATION = {"autoencoder": 0.25, "finetune": 0.40}
-"""The part of it that training is taken to reach: convolutions rarely do better than a quarter."""
-GRADIENT, EMA, WEIGHT = 4, 4, 4
-"""Bytes for each trained parameter, or for each at all (the last): `davae.training.state` keeps them in float32."""
+"""The share of the peak that training is assumed to reach; convolutions rarely reach more than a quarter."""
+BYTES = 4
+"""Of a weight, a gradient, an EMA weight: `davae.training.state` keeps them in float32."""
 SAMPLING_STEPS, SAMPLING_EVALUATIONS = 28, 249
-"""From captions: the stock pipeline's default. From classes: the reference's 250 points in time (METHOD section 6)."""
+"""From captions, the stock pipeline's default; from classes, the intervals of the reference's 250 points in time."""
+
+GIB = 2**30
 
 
 class Figure(NamedTuple):
@@ -59,40 +62,40 @@ class Figure(NamedTuple):
     how: Literal["counted", "derived", "assumed"]
 
 
-def plan_of(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str:
-    """The recipe and its budget as comments behind it; or why there is none: that need not stop the reader."""
+def describe_plan(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str:
+    """The recipe, followed by its budget as comments; or by the reason why it has none."""
     try:
         geometry = read_geometry(recipe.base, path)
-        budget = table(budget_of(recipe, geometry, path), geometry.source)
+        budget = format_budget(estimate_budget(recipe, geometry, path), geometry.source)
     except DavaeError as error:
         budget = "\n".join(f"# {line}" for line in f"No budget: {error}".splitlines())
     return f"{recipe.to_toml()}\n{budget}"
 
 
-def budget_of(recipe: OptimisationRecipe, geometry: Geometry, path: Path) -> list[Figure]:
+def estimate_budget(recipe: AutoencoderRecipe | FinetuneRecipe, geometry: Geometry, path: Path) -> list[Figure]:
     """The figures of a run of either stage.
 
     Args:
         recipe: of stage 1 or of stage 2.
-        geometry: of its base.
-        path: the recipe's file. For stage 2 its section for stage 1 says which autoencoder is meant, if none is there.
+        geometry: the models of its base.
+        path: the recipe's file. If stage 2's autoencoder is not there yet, the file's section for stage 1 says which
+            one it will be.
 
     Raises:
         SettingsError: the recipe does not fit its base, or the base's backbone cannot be trained.
     """
     if isinstance(recipe, AutoencoderRecipe):
-        return autoencoder_budget(recipe, geometry)
-    assert isinstance(recipe, FinetuneRecipe), "a budget is of stage 1 or of stage 2"
-    return finetune_budget(recipe, geometry, planned_autoencoder(recipe, geometry, path))
+        return estimate_stage_one(recipe, geometry)
+    return estimate_stage_two(recipe, geometry, plan_autoencoder(recipe, geometry, path))
 
 
-def table(figures: Iterable[Figure], source: str) -> str:
-    """The figures as comment lines, so that a recipe with its budget behind it is still TOML."""
-    rows = [f"# {f.name:<60}{_number(f.value):>18} {f.unit:<10} {f.how}" for f in figures]
+def format_budget(figures: Iterable[Figure], source: str) -> str:
+    """The figures as comment lines, so that a recipe followed by its budget is still TOML."""
+    rows = [f"# {f.name:<60}{_format_number(f.value):>18} {f.unit:<10} {f.how}" for f in figures]
     return "\n".join([f"# Budget, from the configs of {source}: no weights were read, nothing was trained.", *rows])
 
 
-def _number(value: int | float) -> str:
+def _format_number(value: int | float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.3f}" if value >= 0.1 else f"{value:.3g}"
@@ -101,44 +104,29 @@ def _number(value: int | float) -> str:
 # -------------------------------------------------------------------------------------------------------- stage 1
 
 
-def autoencoder_budget(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Figure]:
-    """Stage 1; see `budget_of`."""
+def estimate_stage_one(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Figure]:
+    """Stage 1; see `estimate_budget`."""
     check_choices(recipe)
-    autoencoder = _made_by(recipe, geometry)
+    autoencoder = make_autoencoder(recipe, geometry)
     check_sides(recipe, autoencoder.downsample_factor)
     choose_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
-    trained = parameters(autoencoder, discriminator, trained=True)
-    everything = parameters(autoencoder, discriminator)
-    figures = [*_parts(autoencoder, discriminator), Figure("trained in this stage", trained, "parameters", "counted")]
-    figures += _grid(autoencoder, geometry.transformer, recipe.size)
-    figures += _passes(autoencoder, recipe.size)
-    work = stage_one_work(autoencoder, discriminator, geometry, recipe)
+    weights = count_parameters(autoencoder, discriminator)
+    trained = count_parameters(autoencoder, discriminator, trained=True)
+
+    figures = _count_autoencoder(autoencoder, discriminator)
+    figures.append(Figure("trained in this stage", trained, "parameters", "counted"))
+    figures += _describe_tokens(autoencoder, geometry.transformer, recipe.size)
+    figures += _count_passes(autoencoder, recipe.size)
+
+    work = count_stage_one(autoencoder, discriminator, geometry, recipe)
     figures.append(_tflop(f"one crop of {recipe.crop} px, forward and backward", work.flops, "counted"))
-    return figures + _run(recipe, recipe.batch_size, work) + _memory(recipe, everything, trained, work)
+    return figures + _estimate_time(recipe, work) + _estimate_memory(recipe, weights, trained, work)
 
 
-# -------------------------------------------------------------------------------------------------------- stage 2
-
-
-def planned_autoencoder(recipe: FinetuneRecipe, geometry: Geometry, path: Path) -> AutoencoderDA:
-    """The autoencoder that stage 2 would use, without weights: as it was saved, or as the file's stage 1 would make it.
-
-    Raises:
-        SettingsError: it is not there, and the file has no section for stage 1.
-    """
-    folder = Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade()
-    folder = folder / "vae" if (folder / INDEX).is_file() else folder  # of an adapter
-    if (folder / "config.json").is_file():
-        with META:
-            return AutoencoderDA.from_config(AutoencoderDA.load_config(folder))
-    if not has_sections(AutoencoderRecipe, read_toml(path)):
-        raise SettingsError(f"there is no autoencoder in {folder} yet, and {path} has no section [autoencoder]")
-    return _made_by(load_recipe(AutoencoderRecipe, path), geometry)
-
-
-def _made_by(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
-    return untrained_autoencoder(
+def make_autoencoder(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
+    """The autoencoder of a recipe of stage 1, on the meta device."""
+    return make_blank_autoencoder(
         geometry.vae,
         detail_channels=recipe.detail_channels,
         resolution_factor=recipe.resolution_factor,
@@ -149,72 +137,106 @@ def _made_by(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
     )
 
 
-def finetune_budget(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> list[Figure]:
-    """Stage 2; see `budget_of`."""
+# -------------------------------------------------------------------------------------------------------- stage 2
+
+
+def plan_autoencoder(recipe: FinetuneRecipe, geometry: Geometry, path: Path) -> AutoencoderDA:
+    """The autoencoder of a recipe of stage 2 on the meta device: the saved one, or the one of the file's stage 1.
+
+    Raises:
+        SettingsError: there is neither.
+    """
+    folder = Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade()
+    if (folder / INDEX).is_file():
+        folder = folder / "vae"  # of an adapter
+    if (folder / "config.json").is_file():
+        with META:
+            return AutoencoderDA.from_config(AutoencoderDA.load_config(folder))
+    if not has_sections(AutoencoderRecipe, read_toml(path)):
+        raise SettingsError(f"there is no autoencoder in {folder} yet, and {path} has no section [autoencoder]")
+    return make_autoencoder(load_recipe(AutoencoderRecipe, path), geometry)
+
+
+def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> list[Figure]:
+    """Stage 2; see `estimate_budget`."""
     config, backbone = autoencoder.config, backbone_of(geometry.transformer)
     unit = autoencoder.downsample_factor * patch_side(geometry.transformer, backbone.ports)
     for side in recipe.sides:
         checked_side(side, unit=unit)
+    side = recipe.size // autoencoder.downsample_factor
+
+    # Sampling runs the transformer without LoRA, so its forward pass is counted first.
     with META:
         transformer = widen_transformer(
             geometry.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
         )
     figures = [
-        Figure("base transformer", parameters(geometry.transformer), "parameters", "counted"),
-        Figure("widened transformer", parameters(transformer), "parameters", "counted"),
+        Figure("base transformer", count_parameters(geometry.transformer), "parameters", "counted"),
+        Figure("widened transformer", count_parameters(transformer), "parameters", "counted"),
     ]
-    forward = transformer_work(transformer, autoencoder, recipe, backbone, trained=False)
-    targets = () if recipe.trained == "ports" else recipe.lora_targets or backbone.lora_targets
+    condition = make_condition(transformer, backbone, recipe.prompt_tokens)
+    forward = count_transformer_flops(
+        transformer, backbone, channels=config.latent_channels, side=side, condition=condition
+    )
+
+    # An adapter to start from changes no count.
     with META:
-        choose_parameters(transformer, recipe.model_copy(update={"adapter": ""}), targets, "")
-    work = transformer_work(transformer, autoencoder, recipe, backbone, trained=True)
-    trained = parameters(transformer, trained=True)
-    figures += [*_trained(transformer, backbone), *_parts(autoencoder, None)]
-    figures += _grid(autoencoder, transformer, recipe.size)
-    condition = condition_of(transformer, backbone, recipe.prompt_tokens)
+        fresh = recipe.model_copy(update={"adapter": ""})
+        choose_parameters(transformer, fresh, choose_targets(transformer, recipe), "")
+    figures += _count_trained(transformer, backbone)
+    figures += _count_autoencoder(autoencoder, None)
+    figures += _describe_tokens(autoencoder, transformer, recipe.size)
     if not backbone.classes:
         tokens = condition["encoder_hidden_states"].shape[1]
         figures.append(Figure("text tokens beside them", tokens, "", "derived"))
-    figures.append(_tflop("transformer, one picture, forward", forward.flops, "counted"))
-    passes = _passes(autoencoder, recipe.size)
+
+    figures.append(_tflop("transformer, one picture, forward", forward, "counted"))
+    encoding, decoding = _count_passes(autoencoder, recipe.size)
     evaluations = backbone.guided_rows * (SAMPLING_EVALUATIONS if backbone.classes else SAMPLING_STEPS)
-    sampling = evaluations * forward.flops / 1e12 + passes[1].value
+    sampling = evaluations * forward / 1e12 + decoding.value
     name = f"sampling a picture: {evaluations} forwards, all guided, and decoding"
-    figures += [*passes, Figure(name, sampling, "TFLOP", "derived")]
+    figures += [encoding, decoding, Figure(name, sampling, "TFLOP", "derived")]
+
+    work = count_stage_two(transformer, autoencoder, recipe, backbone)
     figures.append(_tflop("transformer, one picture, forward and backward", work.flops, "counted"))
-    figures += _run(recipe, recipe.batch_size, work)
-    figures += _memory(recipe, parameters(transformer), trained, work)
-    side = recipe.size // autoencoder.downsample_factor
+    figures += _estimate_time(recipe, work)
+    trained = count_parameters(transformer, trained=True)
+    figures += _estimate_memory(recipe, count_parameters(transformer), trained, work)
+
     numbers = config.latent_channels * side**2 + sum(tensor.numel() for tensor in condition.values())
     name = "inputs that are encoded once and kept, on the host, for a picture"
-    return [*figures, Figure(name, numbers * 4 / 2**20, "MiB", "derived")]
+    return [*figures, Figure(name, numbers * BYTES / 2**20, "MiB", "derived")]
 
 
-def _trained(transformer: ModelMixin, backbone: Backbone) -> list[Figure]:
-    """What of the transformer is trained: LoRA, latent ports, and all together."""
+def _count_trained(transformer: ModelMixin, backbone: Backbone) -> list[Figure]:
+    """The trained parameters of the transformer: LoRA if there is any, latent ports, all together."""
     lora = {name: p.numel() for name, p in transformer.named_parameters() if ".lora_" in name}
     ports = [transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
-    figures = [
-        Figure("LoRA", sum(".lora_A." in name for name in lora), "modules", "counted"),
-        Figure("LoRA", sum(lora.values()), "parameters", "counted"),
-    ]
+    figures = []
+    if lora:
+        figures.append(Figure("LoRA", sum(".lora_A." in name for name in lora), "modules", "counted"))
+        figures.append(Figure("LoRA", sum(lora.values()), "parameters", "counted"))
     return [
-        *(figures if lora else []),
-        Figure("both latent ports", parameters(*ports), "parameters", "counted"),
-        Figure("trained in this stage", parameters(transformer, trained=True), "parameters", "counted"),
+        *figures,
+        Figure("both latent ports", count_parameters(*ports), "parameters", "counted"),
+        Figure("trained in this stage", count_parameters(transformer, trained=True), "parameters", "counted"),
     ]
 
 
 # ----------------------------------------------------------------------------------------------------- both stages
 
 
-def parameters(*modules: nn.Module | None, trained: bool = False) -> int:
-    """How many parameters the modules have, or how many of them are trained."""
-    found = [parameter for module in modules if module is not None for parameter in module.parameters()]
-    return sum(parameter.numel() for parameter in found if parameter.requires_grad or not trained)
+def count_parameters(*modules: nn.Module | None, trained: bool = False) -> int:
+    """The number of parameters of all modules, or of those that are trained."""
+    count = 0
+    for module in modules:
+        if module is not None:
+            count += sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+    return count
 
 
-def _parts(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[Figure]:
+def _count_autoencoder(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[Figure]:
+    """The parameters of each part that there is."""
     a = autoencoder
     parts = {
         "base encoder, frozen": (a.base_encoder, a.base_quant_conv),
@@ -224,15 +246,15 @@ def _parts(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[
         "joint decoder without its new block": (a.joint_decoder, a.joint_post_quant_conv),
         "discriminator": (discriminator,),
     }
-    counts = {name: parameters(*modules) for name, modules in parts.items()}
+    counts = {name: count_parameters(*modules) for name, modules in parts.items()}
     return [Figure(name, count, "parameters", "counted") for name, count in counts.items() if count]
 
 
-def _grid(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> list[Figure]:
+def _describe_tokens(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> list[Figure]:
+    """The grid of latents and tokens of an image."""
     ports = backbone_of(transformer).ports
-    side = size // autoencoder.downsample_factor
-    patch, channels = patch_side(transformer, ports), autoencoder.config.latent_channels
-    width = measure_width(transformer, ports)
+    patch, width = patch_side(transformer, ports), measure_width(transformer, ports)
+    channels, side = autoencoder.config.latent_channels, size // autoencoder.downsample_factor
     return [
         Figure("latent channels, base and detail", channels, "", "derived"),
         Figure("side of the latents", side, "", "derived"),
@@ -241,26 +263,25 @@ def _grid(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> lis
     ]
 
 
-def _passes(autoencoder: AutoencoderDA, size: int) -> tuple[Figure, Figure]:
-    """Encoding and decoding one picture."""
-    in_half(autoencoder)
-    side = size // autoencoder.downsample_factor
+def _count_passes(autoencoder: AutoencoderDA, size: int) -> tuple[Figure, Figure]:
+    """Encoding and decoding of one image."""
+    to_half(autoencoder)
     with torch.no_grad(), counting(autoencoder) as encoding:
         autoencoder.encode(meta(1, 3, size, size))
+    decoding = count_decode_flops(autoencoder, size // autoencoder.downsample_factor)
     return (
         _tflop(f"encoding one picture of {size} px", encoding.flops, "counted"),
-        _tflop("decoding it", decode_flops(autoencoder, side), "counted"),
+        _tflop("decoding it", decoding, "counted"),
     )
 
 
-def _run(recipe: OptimisationRecipe, batch_size: int, work: Work) -> list[Figure]:
-    """From one picture's work to the days of a whole run, measuring and encoding not included."""
-    pictures = batch_size * recipe.gradient_accumulation
-    step = pictures * work.flops
-    utilisation = UTILISATION[recipe.section]
+def _estimate_time(recipe: OptimisationRecipe, work: Work) -> list[Figure]:
+    """From one image's work to the days of a whole run; evaluation and encoding are not in it."""
+    images = recipe.batch_size * recipe.gradient_accumulation
+    step, utilisation = images * work.flops, UTILISATION[recipe.section]
     days = recipe.steps * step / (PEAK_TFLOPS * 1e12 * utilisation) / 86_400
     return [
-        Figure(f"pictures a step: {batch_size} x {recipe.gradient_accumulation}", pictures, "", "derived"),
+        Figure(f"pictures a step: {recipe.batch_size} x {recipe.gradient_accumulation}", images, "", "derived"),
         _tflop("one step of the optimiser", step, "derived"),
         Figure(f"all {recipe.steps:,} steps", recipe.steps * step / 1e18, "EFLOP", "derived"),
         Figure("one H100, dense bfloat16 products", PEAK_TFLOPS, "TFLOP/s", "assumed"),
@@ -269,21 +290,21 @@ def _run(recipe: OptimisationRecipe, batch_size: int, work: Work) -> list[Figure
     ]
 
 
-def _memory(recipe: OptimisationRecipe, weights: int, trained: int, work: Work) -> list[Figure]:
-    """Of the device: state in float32; activations as autograd keeps them, the networks in bfloat16."""
+def _estimate_memory(recipe: OptimisationRecipe, weights: int, trained: int, work: Work) -> list[Figure]:
+    """Memory of the device: the state in float32, and the activations that autograd keeps of networks in bfloat16."""
     moments, batch_size = STATE_BYTES[recipe.optimizer], recipe.batch_size
     state = {
-        "weights, 4 bytes each": WEIGHT * weights,
-        "gradients, 4 bytes each that is trained": GRADIENT * trained,
+        "weights, 4 bytes each": BYTES * weights,
+        "gradients, 4 bytes each that is trained": BYTES * trained,
         f"the optimiser's moments, {moments:.3g} bytes each": moments * trained,
-        "EMA, 4 bytes each": EMA * trained,
+        "EMA, 4 bytes each": BYTES * trained,
     }
     activations = batch_size * work.kept_bytes
-    figures = [Figure(name, bytes_ / 2**30, "GiB", "derived") for name, bytes_ in state.items()]
+    total = sum(state.values()) + activations
     return [
-        *figures,
-        Figure(f"activations kept for the backward pass, batch of {batch_size}", activations / 2**30, "GiB", "counted"),
-        Figure("sum, without workspaces and fragments", (sum(state.values()) + activations) / 2**30, "GiB", "derived"),
+        *(Figure(name, size / GIB, "GiB", "derived") for name, size in state.items()),
+        Figure(f"activations kept for the backward pass, batch of {batch_size}", activations / GIB, "GiB", "counted"),
+        Figure("sum, without workspaces and fragments", total / GIB, "GiB", "derived"),
     ]
 
 

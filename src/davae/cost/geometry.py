@@ -1,4 +1,4 @@
-"""The models of a base pipeline as its configs describe them: on the meta device, without weights."""
+"""The models of a base pipeline from its configs: on the meta device, without weights."""
 
 import importlib
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Geometry:
     """A base pipeline's autoencoder and transformer on the meta device."""
 
     source: str
-    """Where the configs are from: a folder or a name on the Hub."""
+    """The folder or the Hub's name where the configs come from."""
     vae: ModelMixin
     transformer: ModelMixin
 
@@ -35,18 +35,19 @@ def read_geometry(base: str, beside: Path) -> Geometry:
 
     Args:
         base: folder or Hub name of the pipeline, as in a recipe; "" is the shipped one.
-        beside: a recipe's path. Where `base` is no folder, the configs are looked for in the folder of the same name
-            in `geometry/` there, then among the shipped ones, before the Hub is asked.
+        beside: a recipe's path. If `base` is no folder, its configs are looked for in the folder of the same name in
+            `geometry/` there, then among the shipped ones, then on the Hub.
 
     Raises:
         CheckpointError: there are no such configs here, or they are damaged.
-        SettingsError: the pipeline's classes are none that davae knows.
+        SettingsError: davae does not know the pipeline's classes.
     """
-    kept = beside.parent / "geometry" / Path(base).name
+    local = beside.parent / "geometry" / Path(base).name
     source = base or str(assets.base_pipeline())
     if not Path(source).is_dir():
         shipped = assets.geometry() / Path(base).name
-        source = str(next((folder for folder in (kept, shipped) if folder.is_dir()), source))
+        source = str(next((folder for folder in (local, shipped) if folder.is_dir()), source))
+
     try:
         index = DiffusionPipeline.load_config(source)
         (_, vae), (library, transformer) = index["vae"], index["transformer"]
@@ -57,47 +58,39 @@ def read_geometry(base: str, beside: Path) -> Geometry:
             )
         kind = getattr(importlib.import_module("davae" if library == "davae" else "diffusers"), transformer)
         vae_class = BASE_AUTOENCODERS[vae].load_class()
-        return Geometry(source, _without_weights(vae_class, source, "vae"), _without_weights(kind, source))
-    except SettingsError:  # also a ValueError, as what diffusers raises
+        return Geometry(source, _make_blank(vae_class, source, "vae"), _make_blank(kind, source, "transformer"))
+    except SettingsError:  # a ValueError, too, as diffusers' errors are
         raise
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"the configs of {source} cannot be read ({error}). Give a pipeline's folder, with or without weights "
-            f"(--set base=FOLDER), or lay its configs into {kept}"
+            f"(--set base=FOLDER), or put its configs into {local}"
         ) from error
 
 
-def _without_weights(kind: type[Any], source: str, subfolder: str = "transformer") -> Any:
+def _make_blank(kind: type[Any], source: str, subfolder: str) -> Any:
     config = kind.load_config(source, subfolder=subfolder)
     with META:
         return kind.from_config(config)
 
 
-def untrained_autoencoder(
-    vae: ModelMixin,
-    *,
-    detail_channels: int,
-    resolution_factor: int = 2,
-    linear_blocks: bool,
-    all_new: bool = False,
-    base_in_detail: bool = False,
-    decoder: tuple[Sequence[int], Sequence[int]] = ((), ()),
+def make_blank_autoencoder(
+    vae: ModelMixin, *, detail_channels: int, decoder: tuple[Sequence[int], Sequence[int]] = ((), ()), **settings: Any
 ) -> AutoencoderDA:
-    """An AutoencoderDA on that base, on the meta device; `decoder` has widths and depths of a slim one, () the base's.
+    """An AutoencoderDA on that base, on the meta device.
+
+    Args:
+        vae: of the base.
+        detail_channels: D.
+        decoder: widths and depths of a slim decoder; () is the base's.
+        settings: more arguments of `AutoencoderDA.from_base`.
 
     Raises:
         SettingsError: channels that do not fit the base.
     """
     try:
         with META:
-            autoencoder = AutoencoderDA.from_base(
-                vae,
-                detail_channels=detail_channels,
-                resolution_factor=resolution_factor,
-                linear_blocks=linear_blocks,
-                all_new=all_new,
-                base_in_detail=base_in_detail,
-            )
+            autoencoder = AutoencoderDA.from_base(vae, detail_channels=detail_channels, **settings)
             return slimmed(autoencoder, *decoder) if any(decoder) else autoencoder
-    except ValueError as error:  # that file knows no davae and its errors
+    except ValueError as error:  # that file does not know davae's errors
         raise SettingsError(str(error)) from error

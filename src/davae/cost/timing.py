@@ -1,4 +1,4 @@
-"""Timing that can be trusted: interleaved runs, warm-up apart, medians with their spread, measured ceilings."""
+"""Timing that can be trusted: interleaved runs, a warm-up, medians with their spread, measured ceilings."""
 
 import math
 import os
@@ -13,11 +13,11 @@ import torch
 Run = Callable[[], object]
 
 SHORTEST = 0.2
-"""Seconds that one measurement lasts at least: a shorter run is repeated within it, and the mean taken."""
+"""Least seconds of one measurement: a shorter run is repeated within it, and the mean counts."""
 MOST_CALLS = 100
-"""Of a run within one measurement."""
+"""Calls of a run within one measurement, at most."""
 DENSE_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations a second, as the data sheets say, by a part of the device's name."""
+"""Dense bfloat16 operations a second from the data sheets, by a part of the device's name."""
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -35,55 +35,55 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the measurements of one run found."""
+    """The measurements of one run."""
 
     cold: float
-    """Seconds of the very first call, compilation and caches included."""
+    """Seconds of the first call, compilation and caches included."""
     calls: int
     """Calls within one measurement."""
     seconds: tuple[float, ...]
-    """Of one call, by measurement; warm-up left out."""
+    """Of one call, for each measurement after the warm-up."""
     peak_bytes: int | None
-    """The most memory in use at any moment of a measurement, weights and all other cases included: allocated by torch
-    on a GPU, resident on the CPU. None where the system does not tell."""
+    """Peak memory during a measurement, with weights and all other cases: allocated by torch on a GPU, resident on the
+    CPU. None where the system does not report it."""
     added_bytes: int | None
-    """The same without what was in use when that measurement began."""
+    """The same above the memory in use when that measurement began."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine does at best, measured, not read off a data sheet."""
+    """The measured limits of the machine."""
 
     products: float
-    """Operations a second of a large matrix product, in the dtype that was asked for."""
+    """Operations a second of a large matrix product, in the requested precision."""
     copy: float
     """Bytes a second, read and written, of a large copy."""
 
 
-def spread(values: Sequence[float]) -> Spread:
+def compute_spread(values: Sequence[float]) -> Spread:
     """Median, tenths and extremes, linear between neighbours.
 
     Raises:
         ValueError: there are no values.
     """
     if not values:
-        raise ValueError("spread() was given no values")
+        raise ValueError("compute_spread() was given no values")
     p10, p90 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
     return Spread(statistics.median(values), p10.item(), p90.item(), min(values), max(values), len(values))
 
 
-def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+def compute_paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
     """The spread of ratios of numbers that were measured one right after the other."""
-    return spread([above / below for above, below in zip(numerators, denominators, strict=True)])
+    return compute_spread([above / below for above, below in zip(numerators, denominators, strict=True)])
 
 
-def interleaved(runs: Mapping[str, Run], repeats: int, measure: Callable[[str, Run], float]) -> dict[str, list[float]]:
-    """What `measure` says of each run, `repeats` times, in the order A B C A B C: what slows the machine slows all."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+def interleave(runs: Mapping[str, Run], repeats: int, measure: Callable[[str, Run], float]) -> dict[str, list[float]]:
+    """The results of `measure` for each run, in the order A B C A B C: what slows the machine down slows down all."""
+    results: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            found[name].append(measure(name, run))
-    return found
+            results[name].append(measure(name, run))
+    return results
 
 
 @torch.no_grad()
@@ -93,86 +93,91 @@ def measure_interleaved(
     """Time runs against each other.
 
     Args:
-        runs: by name; each is called without arguments, without gradients, and its result thrown away.
-        device: that the runs use. Its queue is emptied before the clock is read.
+        runs: by name; each is called without arguments and without gradients, and its result is thrown away.
+        device: where the runs work. Its queue is emptied before the clock is read.
         repeats: measurements of each run.
-        warm_up: calls of each run before that, 1 or more; the first is recorded as `cold`.
-        shortest: seconds that one measurement lasts at least; 0 for one call each.
+        warm_up: calls of each run before the measurements, 1 or more; the first is recorded as `cold`.
+        shortest: least seconds of one measurement; 0 makes one call each.
     """
-    warm = interleaved(runs, warm_up, lambda name, run: _seconds(run, 1, device))
-    calls = {name: min(MOST_CALLS, max(1, math.ceil(shortest / max(found[-1], 1e-9)))) for name, found in warm.items()}
+    warm = interleave(runs, warm_up, lambda name, run: _time(run, 1, device))
+    calls = {}
+    for name, seconds in warm.items():
+        calls[name] = min(MOST_CALLS, max(1, math.ceil(shortest / max(seconds[-1], 1e-9))))
+
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in runs}
 
     def measure(name: str, run: Run) -> float:
-        began = _reset_peak(device)
-        seconds = _seconds(run, calls[name], device)
-        if began is not None:
-            peaks[name].append((_peak(device), began))
+        before = _reset_peak(device)
+        seconds = _time(run, calls[name], device)
+        if before is not None:
+            peaks[name].append((_read_peak(device), before))
         return seconds
 
-    found = interleaved(runs, repeats, measure)
-    return {
-        name: Measured(
+    times = interleave(runs, repeats, measure)
+    measured = {}
+    for name in runs:
+        measured[name] = Measured(
             cold=warm[name][0],
             calls=calls[name],
-            seconds=tuple(found[name]),
+            seconds=tuple(times[name]),
             peak_bytes=max((peak for peak, _ in peaks[name]), default=None),
-            added_bytes=max((peak - began for peak, began in peaks[name]), default=None),
+            added_bytes=max((peak - before for peak, before in peaks[name]), default=None),
         )
-        for name in runs
-    }
+    return measured
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, *, side: int, copied_bytes: int) -> Ceilings:
-    """Time a product of two random `side` x `side` matrices and a copy of `copied_bytes`; the median of 5 each.
+    """Time a product of two `side` x `side` matrices and a copy of `copied_bytes`; the median of 5 each.
 
-    Random numbers, for products with zeros are faster than any real ones.
+    The numbers are random, because products with zeros are faster than real ones.
     """
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randint(0, 255, (copied_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}
-    found = measure_interleaved(runs, device, repeats=5, warm_up=2)
-    product, copy = (statistics.median(found[name].seconds) for name in ("product", "copy"))
+
+    measured = measure_interleaved(runs, device, repeats=5, warm_up=2)
+    product, copy = (statistics.median(measured[name].seconds) for name in ("product", "copy"))
     return Ceilings(products=2 * side**3 / product, copy=2 * copied_bytes / copy)
 
 
-def dense_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second of the data sheet; None for a device or a dtype that `DENSE_PEAKS` does not speak of."""
+def find_dense_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second from the data sheet; None for a device or precision that is not in `DENSE_PEAKS`."""
     if device.type != "cuda" or dtype not in {torch.bfloat16, torch.float16}:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in DENSE_PEAKS.items() if part in name), None)
 
 
-def _seconds(run: Run, calls: int, device: torch.device) -> float:
-    began = _now(device)
+def _time(run: Run, calls: int, device: torch.device) -> float:
+    """Seconds of one call, the mean of several."""
+    began = _read_clock(device)
     for _ in range(calls):
         run()
-    return (_now(device) - began) / calls
+    return (_read_clock(device) - began) / calls
 
 
-def _now(device: torch.device) -> float:
+def _read_clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Forget the peak of memory, and say how much is in use now; None where the system tells no peak."""
+    """Forget the peak of memory and return the memory in use; None where the system reports no peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if not os.access(_RESET, os.W_OK):
         return None
     _RESET.write_text("5")  # the peak of resident memory, see proc(5)
-    return _resident("VmRSS")
+    return _read_resident("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+def _read_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_resident("VmHWM")
 
 
-def _resident(field: str) -> int:
+def _read_resident(field: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])

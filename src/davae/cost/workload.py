@@ -1,9 +1,9 @@
-"""What the work of training and of sampling costs: FLOPs and kept activations, counted on the meta device.
+"""The work of training and sampling, counted on the meta device: FLOPs, and activations for the backward pass.
 
-A meta tensor has a shape and no values, so passes through models of any size take seconds and no memory.
+A meta tensor has a shape and no values, so a pass through a model of any size takes seconds and no memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,63 +18,74 @@ from torch.utils.flop_counter import FlopCounterMode
 from davae.backbones import BACKBONES, Backbone
 from davae.cost.geometry import META, Geometry
 from davae.errors import SettingsError
-from davae.method.losses import detail_alignment_loss, reconstruction_l1
-from davae.method.perceptual import LPIPS, patch_starts
+from davae.method.perceptual import LPIPS, alex_stages, vgg_stages
+from davae.method.stage_one_loss import stage_one_loss
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.training.stage_one_recipe import AutoencoderRecipe
-from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_one import base_reconstruction
+from davae.training.stage_one_recipe import AutoencoderRecipe, loss_settings
+from davae.training.stage_two_loss import FlowObjective, NoiseObjective, Objective
+from davae.training.stage_two_recipe import FinetuneRecipe, flow_settings
 
-VGG_STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
-"""Convolutions and their channels in the five stages of VGG16."""
+LAYERS = (torch.conv2d, F.linear)
+"""The functions whose inputs autocast brings to the precision of their weights."""
+ATTENTION = ("query", "key", "value")
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as one kernel, which the FLOP counter knows and which keeps no matrix of scores for the backward."""
+class _AsOnAGpu(TorchFunctionMode):
+    """What autocast and fused kernels do on a GPU, for models in bfloat16 on the meta device.
+
+    Attention is one kernel, which keeps no matrix of scores; a layer casts its input to the precision of its weights.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (args + tuple((kwargs or {}).get(name) for name in ("query", "key", "value")))[:3]
+            query, key, value = (args + tuple(kwargs.get(name) for name in ATTENTION))[:3]
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        return func(*args, **(kwargs or {}))
+        if func in LAYERS:
+            layer_input, weight, *others = args
+            return func(layer_input.to(weight.dtype), weight, *others, **kwargs)
+        return func(*args, **kwargs)
 
 
 @dataclass
 class Work:
-    """What was counted: of matrix products and convolutions (attention's, too) and of what the backward pass needs."""
+    """Counts of some work: matrix products, convolutions and attention; and what the backward pass needs."""
 
     flops: int = 0
-    """A multiplication and its addition are two."""
+    """A multiplication and its addition count as two."""
     kept_bytes: int = 0
-    """All tensors that autograd keeps, weights left out, each storage once."""
+    """All tensors that autograd keeps, each storage once, without weights."""
     _storages: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
 
 @contextmanager
-def counting(*weights: nn.Module) -> Iterator[Work]:
-    """Count what runs inside; `weights` are the modules whose parameters and buffers are not activations."""
+def counting(*models: nn.Module) -> Iterator[Work]:
+    """Count what runs inside. The parameters and buffers of `models` are not activations."""
     work = Work()
-    owned = {
-        tensor.untyped_storage()._cdata for module in weights for tensor in (*module.parameters(), *module.buffers())
-    }
+    weights = set()
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            weights.add(tensor.untyped_storage()._cdata)
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in owned and storage._cdata not in work._storages:
+        if storage._cdata not in weights and storage._cdata not in work._storages:
             work._storages[storage._cdata] = tensor  # held, so that its address is not used again
             work.kept_bytes += storage.nbytes()
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _FusedAttention(), FlopCounterMode(display=False) as counter, hooks:
+    with _AsOnAGpu(), FlopCounterMode(display=False) as counter, hooks:
         yield work
     work.flops = counter.get_total_flops()
     work._storages.clear()
 
 
-def in_half(module: nn.Module) -> nn.Module:
-    """The module in bfloat16, in place: what a network computes in under autocast."""
+def to_half(module: nn.Module) -> nn.Module:
+    """The module in bfloat16, in place: the precision of a network under autocast."""
     return nn.Module.to(module, dtype=torch.bfloat16)  # diffusers' own `to` warns without a reason
 
 
@@ -83,112 +94,77 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def decode_flops(vae: ModelMixin, side: int) -> int:
-    """Operations of decoding one picture, counted on a copy of an autoencoder on the meta device.
-
-    Args:
-        vae: of any device and dtype.
-        side: of its latents.
-    """
+def count_decode_flops(vae: ModelMixin, side: int) -> int:
+    """FLOPs of decoding one image from latents of this side, counted on a copy of the autoencoder."""
     with META:
-        counted: Any = in_half(type(vae).from_config(vae.config))
+        copy: Any = to_half(type(vae).from_config(vae.config))
     with torch.no_grad(), counting() as work:
-        counted.decode(meta(1, vae.config.latent_channels, side, side))
+        copy.decode(meta(1, vae.config.latent_channels, side, side))
     return work.flops
 
 
-def stage_one_work(
+def count_stage_one(
     autoencoder: AutoencoderDA, discriminator: nn.Module | None, geometry: Geometry, recipe: AutoencoderRecipe
 ) -> Work:
-    """What one crop costs: encoders, joint decoder, losses, and the backward passes of both optimisers."""
-    perceptual = _perceptual_stages(recipe)
-    modules = [m for m in (autoencoder, discriminator, perceptual, geometry.vae) if m is not None]
-    for module in modules:
-        in_half(module)
+    """One crop through stage 1's loss, with the backward passes of both optimisers."""
+    with META:
+        lpips = LPIPS(vgg_stages() if recipe.loss.lpips_weights else alex_stages(), None)
+    models: list[nn.Module] = [autoencoder, lpips, geometry.vae]
+    if discriminator is not None:
+        models.append(discriminator)
+    for model in models:
+        to_half(model)
+
     image = meta(1, 3, recipe.crop, recipe.crop)
-    with counting(*modules) as work:
+    with counting(*models) as work:
         target = image
         if recipe.target == "base reconstruction":
-            with torch.no_grad():
-                target = geometry.vae(image).sample
-        base = autoencoder.encode_base(image)
-        mean, log_variance = autoencoder.encode_detail(image, base)
-        detail = mean + (0.5 * log_variance).exp() * torch.empty_like(mean)
-        picture = autoencoder.reconstruct(base, detail)
-        reconstruction = reconstruction_l1(picture, target)
-        if perceptual is not None:
-            reconstruction = reconstruction + _perceptual(perceptual, picture, target, recipe)
-        alignment = detail_alignment_loss(detail, base) if base.shape[1] else reconstruction.new_zeros(())
-        adversarial = reconstruction.new_zeros(())
-        if recipe.loss.adaptive_alignment and not recipe.decoder_only:
-            _gradients((reconstruction, alignment), autoencoder.detail_downsample.conv.weight)
+            target = base_reconstruction(autoencoder, geometry.vae, image)
+        loss = stage_one_loss(
+            autoencoder, image, lpips, loss_settings(recipe), target=target, discriminator=discriminator
+        )
+        loss.total.backward()
         if discriminator is not None:
-            adversarial = discriminator(picture).float().mean()
-            if recipe.loss.adaptive_adversarial:
-                last = [p for p in autoencoder.joint_decoder.parameters() if p.ndim == 4][-1]
-                _gradients((reconstruction, adversarial), last)
-            for pictures in (target, picture.detach()):  # the discriminator's own step
-                discriminator(pictures).float().mean().backward()
-            discriminator.requires_grad_(False)  # the other step passes through it, and trains it not
-        (reconstruction + alignment + adversarial).backward()
+            loss.discriminator.backward()
     return work
 
 
-def _gradients(losses: Iterable[Tensor], weight: Tensor) -> None:
-    """The additional backward passes of an adaptive weight: both losses to one layer (METHOD sections 3 and 4)."""
-    for loss in losses:
-        torch.autograd.grad(loss, weight, retain_graph=True)
-
-
-def _perceptual_stages(recipe: AutoencoderRecipe) -> nn.ModuleList | None:
-    """The convolutions of LPIPS's network: AlexNet's, or VGG16's, whose file of weights need not be there."""
-    if not recipe.loss.lpips:
-        return None
-    if not recipe.loss.lpips_weights:
-        return LPIPS.alex().stages.to(META)
-    stages, width = nn.ModuleList(), 3
-    with META:
-        for depth, next_width in VGG_STAGES:
-            layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if len(stages) else []
-            for _ in range(depth):
-                layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU()]
-                width = next_width
-            stages.append(nn.Sequential(*layers))
-    return stages.requires_grad_(False)
-
-
-def _perceptual(stages: nn.ModuleList, picture: Tensor, target: Tensor, recipe: AutoencoderRecipe) -> Tensor:
-    """Both pictures through the network, as one or in patches; what follows it has no products worth counting."""
-    side, stride = recipe.loss.lpips_patch, recipe.loss.lpips_stride
-    loss = picture.new_zeros(())
-    for image in (picture, target):
-        hidden = image
-        if side is not None:
-            starts = patch_starts(recipe.crop, side, stride or max(1, side // 2))
-            corners = [(top, left) for top in starts for left in starts]
-            hidden = torch.cat([image[..., y : y + side, x : x + side] for y, x in corners])
-        for stage in stages:
-            hidden = stage(hidden)
-            loss = loss + hidden.mean()
-    return loss
-
-
-def transformer_work(
-    transformer: ModelMixin, autoencoder: AutoencoderDA, recipe: FinetuneRecipe, backbone: Backbone, *, trained: bool
+def count_stage_two(
+    transformer: ModelMixin, autoencoder: AutoencoderDA, recipe: FinetuneRecipe, backbone: Backbone
 ) -> Work:
-    """One picture's pass through the widened transformer, forward only or with its backward pass."""
-    in_half(transformer)
+    """One image through the widened transformer and stage 2's loss, with the backward pass."""
+    config = autoencoder.config
     side = recipe.size // autoencoder.downsample_factor
-    latents = meta(1, autoencoder.config.latent_channels, side, side)
-    condition = condition_of(transformer, backbone, recipe.prompt_tokens)
-    with torch.set_grad_enabled(trained), counting(transformer) as work:
-        prediction = backbone.predict(transformer, latents, meta(1), condition)
-        if trained:
-            prediction.float().square().mean().backward()
+    latents = meta(1, config.latent_channels, side, side)
+    noise = torch.empty_like(latents)
+
+    objective: Objective
+    if backbone.noise is None:
+        objective = FlowObjective(backbone, config.base_channels, shift=1.0, settings=flow_settings(recipe))
+        time = meta(1)
+    else:
+        objective = NoiseObjective(backbone, config.base_channels, torch.linspace(0.999, 0.001, 1000))
+        time = meta(1, dtype=torch.long)
+
+    condition = make_condition(transformer, backbone, recipe.prompt_tokens)
+    with counting(to_half(transformer)) as work:
+        prediction = objective.predict(transformer, latents, noise, time, condition)
+        loss, _ = objective.loss(prediction, latents, noise, time, detail_weight=1.0)
+        loss.backward()
     return work
 
 
-def condition_of(
+def count_transformer_flops(
+    transformer: ModelMixin, backbone: Backbone, *, channels: int, side: int, condition: dict[str, Tensor]
+) -> int:
+    """FLOPs of one image's pass through a transformer without weights, on latents [channels, side, side]."""
+    to_half(transformer)
+    with torch.no_grad(), counting(transformer) as work:
+        backbone.predict(transformer, meta(1, channels, side, side), meta(1), condition)
+    return work.flops
+
+
+def make_condition(
     transformer: ModelMixin, backbone: Backbone, prompt_tokens: int, clip_tokens: int | None = None
 ) -> dict[str, Tensor]:
     """One caption or class as the transformer is told it, without values; `clip_tokens` as published if None.

@@ -15,7 +15,7 @@ from davae.run.ranks import Ranks
 from davae.seeds import rand, randn, sample_generators
 from davae.training.devices import attention_on
 from davae.training.stage_two_loss import Objective, choose_objective
-from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_recipe import FinetuneRecipe, flow_settings
 from davae.training.state import TrainingState
 
 
@@ -66,16 +66,12 @@ def choose_objectives(
 ) -> dict[int, Objective]:
     """The objective for each number of latent positions h x w, which a timestep shift may depend on."""
     factor, channels = pipeline.vae.downsample_factor, pipeline.vae.config.base_channels
-    settings = {
-        "shift": recipe.shift,
-        "data_objective": recipe.objective == "data",
-        "min_snr": recipe.min_snr,
-        "cosine_weight": recipe.cosine_weight,
-    }
     objectives = {}
     for bucket in buckets:
         positions = (bucket.height // factor) * (bucket.width // factor)
-        objectives[positions] = choose_objective(pipeline, base_channels=channels, positions=positions, **settings)
+        objectives[positions] = choose_objective(
+            pipeline, base_channels=channels, positions=positions, shift=recipe.shift, **flow_settings(recipe)
+        )
     return objectives
 
 

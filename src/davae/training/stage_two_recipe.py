@@ -1,6 +1,6 @@
 """The settings of stage 2."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -78,3 +78,12 @@ class FinetuneRecipe(PicturesRecipe):
         if self.min_snr is not None and self.objective != "data":
             raise ValueError(f'min_snr = {self.min_snr} weights the error of objective = "data", and there is none')
         return self
+
+
+def flow_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The options of `davae.method.flow.flow_loss` that a recipe decides."""
+    return {
+        "data_objective": recipe.objective == "data",
+        "min_snr": recipe.min_snr,
+        "cosine_weight": recipe.cosine_weight,
+    }
