@@ -29,7 +29,7 @@ from davae.backbones import backbone_of
 from davae.cost.geometry import META, Geometry
 from davae.cost.random_weights import build
 from davae.cost.timing import Run, compute_paired_ratios, compute_spread, find_dense_peak, measure_interleaved
-from davae.cost.workload import count_stage_one, transformer_work
+from davae.cost.workload import count_stage_one, count_stage_two
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
 from davae.pipelines.upgrade import upgrade
@@ -86,7 +86,7 @@ def stage_two_flops(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> int:
         autoencoder = AutoencoderDA.from_config(pipeline.vae.config)
     backbone = backbone_of(transformer)
     choose_parameters(transformer, recipe, TARGETS, "")
-    return transformer_work(transformer, autoencoder, recipe, backbone, trained=True).flops
+    return count_stage_two(transformer, autoencoder, recipe, backbone).flops
 
 
 def stage_two(

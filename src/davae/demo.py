@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from davae import assets
-from davae.cost.cases import Case, count_parameters, make_runs
+from davae.cost.cases import Case, count_part_parameters, make_runs
 from davae.cost.timing import compute_spread, measure_interleaved
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
@@ -204,7 +204,7 @@ def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: i
     return {
         name: {
             "tokens": case.tokens,
-            "parameters": count_parameters(case)["transformer"],
+            "parameters": count_part_parameters(case)["transformer"],
             "seconds_per_picture": seconds["whole"][name],
             "step_milliseconds": 1000 * seconds["step"][name],
         }

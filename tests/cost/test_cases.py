@@ -17,7 +17,7 @@ from davae.cost.cases import (
     choose_parts,
     choose_sizes,
     count_flops,
-    count_parameters,
+    count_part_parameters,
     count_weight_bytes,
     make_runs,
 )
@@ -200,7 +200,7 @@ def test_attention_is_counted() -> None:
 
 def test_weights_are_counted_by_the_part_that_reads_them() -> None:
     wide = case(upgraded(tiny_sd3_pipeline()), 64)
-    parameters, read = count_parameters(wide), count_weight_bytes(wide)
+    parameters, read = count_part_parameters(wide), count_weight_bytes(wide)
     assert parameters["transformer"] == wide.pipeline.transformer.num_parameters()
     assert read["step"] == 4 * parameters["transformer"]
     assert read["text"] == 4 * parameters["text encoders"]

@@ -15,7 +15,7 @@ from davae.cost.cases import (
     choose_parts,
     choose_sizes,
     count_flops,
-    count_parameters,
+    count_part_parameters,
     count_weight_bytes,
     make_runs,
 )
@@ -206,7 +206,7 @@ def describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ce
     peak, flops, weights = find_dense_peak(device, dtype), count_flops(case), count_weight_bytes(case)
     is_gpu = device.type == "cuda"
 
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for part, measurements in measured.items():
         own = measurements[case.name]
         spread = compute_spread(own.seconds)
@@ -231,7 +231,7 @@ def describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ce
         "layers": pipeline.transformer.config.get("num_layers"),
         **{name: getattr(case, name) for name in ("size", "tokens", "batch", "steps", "prompt_tokens", "seed")},
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": count_parameters(case),
+        "parameters": count_part_parameters(case),
         "flops": flops,
         "parts": parts,
         "images_per_second": case.batch / parts["whole"]["seconds"]["median"] if "whole" in parts else None,

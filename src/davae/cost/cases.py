@@ -179,7 +179,7 @@ def _sample(case: Case) -> object:
     return pipeline(**arguments, **settings)
 
 
-def count_parameters(case: Case) -> dict[str, int]:
+def count_part_parameters(case: Case) -> dict[str, int]:
     """Parameters of transformer, autoencoder and all text encoders."""
     groups = {
         "transformer": [case.pipeline.transformer],
