@@ -237,7 +237,7 @@ def test_noise_on_the_latents_keeps_more_for_the_backward_pass(tiny) -> None:
             size=64, crop=32, start="random", loss=LossWeights(lpips=0.0), latent_noise=latent_noise
         )
         autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-        set_trained(autoencoder, recipe)
+        choose_trained(autoencoder, recipe)
         kept.append(count_stage_one(autoencoder, None, tiny, recipe).kept_bytes)
     assert kept[1] > kept[0]
 

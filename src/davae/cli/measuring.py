@@ -136,7 +136,7 @@ def bench(
     if dry_run:
         return show({"pipeline": pipeline, **source, **case, **levers, **counts, "out": out})
     quiet_libraries()
-    from davae.cost.bench import bench, make_cases, load_pair, quicken
+    from davae.cost.bench import bench, load_pair, make_cases, quicken
 
     pair = load_pair(pipeline, device=choose_device(device), **source)
     cases = make_cases(pair, **case)
