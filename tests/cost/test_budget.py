@@ -230,16 +230,8 @@ def test_what_a_recipe_switches_on_costs(tiny, plain_cost, more) -> None:
     assert cost(tiny, **more) > plain_cost
 
 
-def test_noise_on_the_latents_keeps_more_for_the_backward_pass(tiny) -> None:
-    kept = []
-    for latent_noise in (0.0, 0.5):
-        recipe = AutoencoderRecipe(
-            size=64, crop=32, start="random", loss=LossWeights(lpips=0.0), latent_noise=latent_noise
-        )
-        autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
-        choose_trained(autoencoder, recipe)
-        kept.append(count_stage_one(autoencoder, None, tiny, recipe).kept_bytes)
-    assert kept[1] > kept[0]
+def test_noise_and_dropout_of_the_latents_cost_no_products(tiny, plain_cost) -> None:
+    assert cost(tiny, latent_noise=0.5, detail_dropout=0.1) == plain_cost
 
 
 def test_adaptive_adversarial_weights_cost(tiny) -> None:
