@@ -13,9 +13,9 @@ from torch import nn
 from davae import assets
 from davae.backbones import BACKBONES, widen_transformer
 from davae.cli import main
-from davae.cost.budget import count_parameters, estimate_stage_one, estimate_stage_two, plan_autoencoder
+from davae.cost.budget import estimate_stage_one, estimate_stage_two, plan_autoencoder
 from davae.cost.geometry import META, Geometry, make_blank_autoencoder, read_geometry
-from davae.cost.workload import count_stage_one, counting, make_condition, meta, to_half
+from davae.cost.workload import count_parameters, count_stage_one, counting, make_condition, meta, to_half
 from davae.errors import CheckpointError, SettingsError
 from davae.method.discriminator import PatchDiscriminator
 from davae.models.autoencoder_da import AutoencoderDA

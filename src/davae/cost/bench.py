@@ -61,20 +61,8 @@ def load_pair(
 ) -> dict[str, DiffusionPipeline]:
     """The candidate and, if there is a comparison, the pipeline that it is compared with, by name.
 
-    Args:
-        pipeline: folder or Hub name of the candidate; None with a `geometry`.
-        against: folder or Hub name of the base; None for no comparison, or with a `geometry`.
-        adapter: the candidate's adapters, in their order.
-        geometry: a key of `random_weights.GEOMETRIES` or a folder of configs: a base with random weights is compared
-            with its own upgrade.
-        layers: blocks that a `geometry` keeps; all of them if None.
-        parts: will be timed, all if none. A geometry has text encoders for "text" and "whole" only.
-        dtype: a key of `DTYPES`; if None, bfloat16 on a GPU and float32 on a CPU.
-        device: where both go.
-
-    Raises:
-        SettingsError: neither pipeline nor geometry, or both; a depth without a geometry; no depth on a CPU.
-        CheckpointError: a pipeline cannot be loaded.
+    Either `pipeline` with its adapters and perhaps `against`, folders or names on the Hub; or a `geometry`, a base of
+    `layers` blocks with random weights (`random_weights.build`), which is compared with its own upgrade.
     """
     where = torch.device(device)
     chosen = dtype or ("float32" if where.type == "cpu" else "bfloat16")
@@ -86,13 +74,15 @@ def load_pair(
     if pipeline is not None:
         if layers is not None:
             raise SettingsError("--layers is for a --geometry: a loaded pipeline is as deep as it is")
-        name = " + ".join([Path(pipeline).name, *(each.name for each in adapter)])
+        # The candidate is named after its folder and its adapters' folders.
+        name = " + ".join(path.name for path in (Path(pipeline), *adapter))
         settings: dict[str, Any] = {"dtype": DTYPES[chosen], "device": where}
         pair = {name: load_pipeline(pipeline, adapter=adapter, **settings)}
         if against is not None:
             pair[f"against {Path(against).name}"] = load_pipeline(against, **settings)
         return pair
 
+    # A geometry has text encoders only if they are timed, because they may be its larger part.
     assert geometry is not None, "one of the two is given"
     if against is not None or adapter:
         raise SettingsError("a --geometry is compared with its own upgrade: leave out --against and --adapter")
@@ -109,14 +99,7 @@ def make_cases(
 ) -> list[Case]:
     """The candidate's case, then those of the other pipeline at `against_sizes` or at equal pixels and tokens.
 
-    Args:
-        pair: from `load_pair`.
-        size: of the candidate's images; its default if None.
-        against_sizes: of the other's.
-        settings: the other fields of `Case`, the same for all.
-
-    Raises:
-        SettingsError: a size that the candidate cannot make, or an unknown backbone.
+    `settings` are the other fields of `Case`, the same for all.
     """
     (name, pipeline), *others = pair.items()
     side = Case(name, pipeline, 0).backbone.picture_side(pipeline, size)
@@ -170,12 +153,14 @@ def bench(
     Raises:
         SettingsError: a part or a size that a case does not have.
     """
-    of_each = [choose_parts(case, parts) for case in cases]
-    parts = [part for part in of_each[0] if all(part in own for own in of_each)]
+    # The parts that all cases have, and their functions without arguments.
+    shared = set.intersection(*(set(choose_parts(case, parts)) for case in cases))
+    parts = [part for part in choose_parts(cases[0], parts) if part in shared]
     device, dtype = cases[0].pipeline.device, cases[0].pipeline.transformer.dtype
     ceilings = ceilings or measure_ceilings(device, dtype, **CEILINGS[device.type])
     runs = {case.name: make_runs(case, parts) for case in cases}
 
+    # Each part's runs take turns, so that a change of the machine's speed changes all alike.
     measured: dict[str, dict[str, Measured]] = {}
     for part in parts:
         counts = {"repeats": repeats, "warm_up": warm_up}
@@ -184,13 +169,16 @@ def bench(
         part_runs = {name: own[part] for name, own in runs.items()}
         measured[part] = measure_interleaved(part_runs, device, shortest=shortest, **counts)
 
+    # The others are compared with the candidate: measured times, and counted operations.
     lines = [describe_case(case, measured, ceilings) for case in cases]
+    candidate = lines[0]
     for line in lines[1:]:
-        line["against"] = lines[0]["case"]
-        line["ratios"] = compare_times(measured, line["case"], lines[0]["case"])
-        line["counted_ratios"] = {
-            part: line["flops"][part] / flops for part, flops in lines[0]["flops"].items() if flops and part in parts
-        }
+        line["against"] = candidate["case"]
+        line["ratios"] = compare_times(measured, line["case"], candidate["case"])
+        line["counted_ratios"] = {}
+        for part, flops in candidate["flops"].items():
+            if flops and part in parts:
+                line["counted_ratios"][part] = line["flops"][part] / flops
 
     text = "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
     write_atomically(out / "bench.jsonl", text.encode())
@@ -209,6 +197,7 @@ def describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ce
     parts: dict[str, dict[str, Any]] = {}
     for part, measurements in measured.items():
         own = measurements[case.name]
+        # Rates follow from the median time.
         spread = compute_spread(own.seconds)
         rate = flops[part] / spread.median if part in flops else None
         reading = weights[part] / spread.median if part in weights else None

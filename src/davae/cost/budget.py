@@ -19,6 +19,7 @@ from davae.cost.geometry import META, Geometry, make_blank_autoencoder, read_geo
 from davae.cost.workload import (
     Work,
     count_decode_flops,
+    count_parameters,
     count_stage_one,
     count_stage_two,
     count_transformer_flops,
@@ -73,17 +74,7 @@ def describe_plan(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str
 
 
 def estimate_budget(recipe: AutoencoderRecipe | FinetuneRecipe, geometry: Geometry, path: Path) -> list[Figure]:
-    """The figures of a run of either stage.
-
-    Args:
-        recipe: of stage 1 or of stage 2.
-        geometry: the models of its base.
-        path: the recipe's file. If stage 2's autoencoder is not there yet, the file's section for stage 1 says which
-            one it will be.
-
-    Raises:
-        SettingsError: the recipe does not fit its base, or the base's backbone cannot be trained.
-    """
+    """The figures of a run of either stage; the file says what stage 1 makes, if stage 2's autoencoder is missing."""
     if isinstance(recipe, AutoencoderRecipe):
         return estimate_stage_one(recipe, geometry)
     return estimate_stage_two(recipe, geometry, plan_autoencoder(recipe, geometry, path))
@@ -114,6 +105,7 @@ def estimate_stage_one(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Fi
     weights = count_parameters(autoencoder, discriminator)
     trained = count_parameters(autoencoder, discriminator, trained=True)
 
+    # The figures come in the order of a reader's questions: size, tokens, passes, one step, time, memory.
     figures = _count_autoencoder(autoencoder, discriminator)
     figures.append(Figure("trained in this stage", trained, "parameters", "counted"))
     figures += _describe_tokens(autoencoder, geometry.transformer, recipe.size)
@@ -141,11 +133,7 @@ def make_autoencoder(recipe: AutoencoderRecipe, geometry: Geometry) -> Autoencod
 
 
 def plan_autoencoder(recipe: FinetuneRecipe, geometry: Geometry, path: Path) -> AutoencoderDA:
-    """The autoencoder of a recipe of stage 2 on the meta device: the saved one, or the one of the file's stage 1.
-
-    Raises:
-        SettingsError: there is neither.
-    """
+    """The autoencoder of a recipe of stage 2 on the meta device: the saved one, or the one of the file's stage 1."""
     folder = Path(recipe.autoencoder) if recipe.autoencoder else assets.upgrade()
     if (folder / INDEX).is_file():
         folder = folder / "vae"  # of an adapter
@@ -190,6 +178,7 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
         tokens = condition["encoder_hidden_states"].shape[1]
         figures.append(Figure("text tokens beside them", tokens, "", "derived"))
 
+    # Sampling an image: guided steps, then decoding.
     figures.append(_tflop("transformer, one picture, forward", forward, "counted"))
     encoding, decoding = _count_passes(autoencoder, recipe.size)
     evaluations = backbone.guided_rows * (SAMPLING_EVALUATIONS if backbone.classes else SAMPLING_STEPS)
@@ -197,12 +186,14 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
     name = f"sampling a picture: {evaluations} forwards, all guided, and decoding"
     figures += [encoding, decoding, Figure(name, sampling, "TFLOP", "derived")]
 
+    # A training step, and the whole run.
     work = count_stage_two(transformer, autoencoder, recipe, backbone)
     figures.append(_tflop("transformer, one picture, forward and backward", work.flops, "counted"))
     figures += _estimate_time(recipe, work)
     trained = count_parameters(transformer, trained=True)
     figures += _estimate_memory(recipe, count_parameters(transformer), trained, work)
 
+    # Latents and conditions are kept in float32.
     numbers = config.latent_channels * side**2 + sum(tensor.numel() for tensor in condition.values())
     name = "inputs that are encoded once and kept, on the host, for a picture"
     return [*figures, Figure(name, numbers * BYTES / 2**20, "MiB", "derived")]
@@ -210,12 +201,17 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
 
 def _count_trained(transformer: ModelMixin, backbone: Backbone) -> list[Figure]:
     """The trained parameters of the transformer: LoRA if there is any, latent ports, all together."""
-    lora = {name: p.numel() for name, p in transformer.named_parameters() if ".lora_" in name}
-    ports = [transformer.get_submodule(name) for name in (backbone.ports.input, backbone.ports.output)]
+    modules = parameters = 0
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            modules += ".lora_A." in name
+            parameters += parameter.numel()
+
     figures = []
-    if lora:
-        figures.append(Figure("LoRA", sum(".lora_A." in name for name in lora), "modules", "counted"))
-        figures.append(Figure("LoRA", sum(lora.values()), "parameters", "counted"))
+    if modules:
+        figures.append(Figure("LoRA", modules, "modules", "counted"))
+        figures.append(Figure("LoRA", parameters, "parameters", "counted"))
+    ports = map(transformer.get_submodule, (backbone.ports.input, backbone.ports.output))
     return [
         *figures,
         Figure("both latent ports", count_parameters(*ports), "parameters", "counted"),
@@ -224,15 +220,6 @@ def _count_trained(transformer: ModelMixin, backbone: Backbone) -> list[Figure]:
 
 
 # ----------------------------------------------------------------------------------------------------- both stages
-
-
-def count_parameters(*modules: nn.Module | None, trained: bool = False) -> int:
-    """The number of parameters of all modules, or of those that are trained."""
-    count = 0
-    for module in modules:
-        if module is not None:
-            count += sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-    return count
 
 
 def _count_autoencoder(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[Figure]:
@@ -246,8 +233,11 @@ def _count_autoencoder(autoencoder: AutoencoderDA, discriminator: nn.Module | No
         "joint decoder without its new block": (a.joint_decoder, a.joint_post_quant_conv),
         "discriminator": (discriminator,),
     }
-    counts = {name: count_parameters(*modules) for name, modules in parts.items()}
-    return [Figure(name, count, "parameters", "counted") for name, count in counts.items() if count]
+    figures = []
+    for name, modules in parts.items():
+        if count := count_parameters(*modules):
+            figures.append(Figure(name, count, "parameters", "counted"))
+    return figures
 
 
 def _describe_tokens(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> list[Figure]:

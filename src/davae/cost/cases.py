@@ -12,6 +12,7 @@ from davae.backbones import Backbone, backbone_of
 from davae.cost.geometry import META
 from davae.cost.workload import (
     count_decode_flops,
+    count_parameters,
     count_transformer_flops,
     counting,
     make_condition,
@@ -81,24 +82,20 @@ class Case:
 
 def choose_sizes(candidate: Case, base: DiffusionPipeline) -> list[int]:
     """The sizes at which a base is compared: at equal pixels, if its positions allow that, and at equal tokens."""
-    factor, base_factor = (downsample_factor(pipeline.vae.config) for pipeline in (candidate.pipeline, base))
-    equal_tokens = candidate.size * base_factor // factor
+    factor = downsample_factor(candidate.pipeline.vae.config)
+    equal_tokens = candidate.size * downsample_factor(base.vae.config) // factor
     if candidate.backbone.one_size or equal_tokens == candidate.size:
         return [equal_tokens]
     return [candidate.size, equal_tokens]
 
 
 def choose_parts(case: Case, names: Sequence[str]) -> list[str]:
-    """The named parts in the order of `PARTS`, or all parts of the case if none is named.
-
-    Raises:
-        SettingsError: an unknown part, a part that needs text encoders that are not there or cannot be counted, or a
-            size that the pipeline cannot make.
-    """
+    """The named parts in the order of `PARTS`, or all parts of the case if none is named."""
     case.backbone.picture_side(case.pipeline, case.size)
     if unknown := [part for part in names if part not in PARTS]:
         raise SettingsError(f"part {unknown[0]!r}: allowed are {', '.join(PARTS)}")
 
+    # Without text encoders, or with some that cannot be counted, only the other parts are left.
     missing, reason = set(), "has no text encoders to time"
     if not case.text_encoders:
         missing = {"text"} if case.backbone.classes else {"text", "whole"}
@@ -186,7 +183,7 @@ def count_part_parameters(case: Case) -> dict[str, int]:
         "autoencoder": [case.pipeline.vae],
         "text encoders": list(case.text_encoders.values()),
     }
-    return {name: sum(p.numel() for part in parts for p in part.parameters()) for name, parts in groups.items()}
+    return {name: count_parameters(*parts) for name, parts in groups.items()}
 
 
 def count_weight_bytes(case: Case) -> dict[str, int]:
@@ -194,7 +191,11 @@ def count_weight_bytes(case: Case) -> dict[str, int]:
     vae = case.pipeline.vae
     decoder = [part for name, part in vae.named_children() if name.startswith(DECODING)]
     groups = {"text": list(case.text_encoders.values()), "step": [case.pipeline.transformer], "decode": decoder}
-    return {name: sum(p.nbytes for part in parts for p in part.parameters()) for name, parts in groups.items()}
+    sizes = dict.fromkeys(groups, 0)
+    for name, parts in groups.items():
+        for part in parts:
+            sizes[name] += sum(parameter.nbytes for parameter in part.parameters())
+    return sizes
 
 
 def count_flops(case: Case) -> dict[str, int]:
@@ -213,6 +214,7 @@ def count_flops(case: Case) -> dict[str, int]:
         condition=_make_condition(case, transformer),
     )
 
+    # Text encoders that pad, each for one prompt.
     text = 0
     for encoder in case.text_encoders.values() if backbone.padded_text else []:
         with META:

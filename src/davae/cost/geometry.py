@@ -31,16 +31,10 @@ class Geometry:
 
 
 def read_geometry(base: str, beside: Path) -> Geometry:
-    """The models of a base pipeline from its configs alone.
+    """The models of a base pipeline from its configs; `base` is a folder or a name on the Hub, "" the shipped one.
 
-    Args:
-        base: folder or Hub name of the pipeline, as in a recipe; "" is the shipped one.
-        beside: a recipe's path. If `base` is no folder, its configs are looked for in the folder of the same name in
-            `geometry/` there, then among the shipped ones, then on the Hub.
-
-    Raises:
-        CheckpointError: there are no such configs here, or they are damaged.
-        SettingsError: davae does not know the pipeline's classes.
+    If it is no folder, its configs are looked for in the folder of the same name in `geometry/` beside the recipe, then
+    among the shipped ones, then on the Hub.
     """
     local = beside.parent / "geometry" / Path(base).name
     source = base or str(assets.base_pipeline())
@@ -77,17 +71,7 @@ def _make_blank(kind: type[Any], source: str, subfolder: str) -> Any:
 def make_blank_autoencoder(
     vae: ModelMixin, *, detail_channels: int, decoder: tuple[Sequence[int], Sequence[int]] = ((), ()), **settings: Any
 ) -> AutoencoderDA:
-    """An AutoencoderDA on that base, on the meta device.
-
-    Args:
-        vae: of the base.
-        detail_channels: D.
-        decoder: widths and depths of a slim decoder; () is the base's.
-        settings: more arguments of `AutoencoderDA.from_base`.
-
-    Raises:
-        SettingsError: channels that do not fit the base.
-    """
+    """An AutoencoderDA on the meta device; `decoder` has widths and depths of a slim decoder, () the base's."""
     try:
         with META:
             autoencoder = AutoencoderDA.from_base(vae, detail_channels=detail_channels, **settings)

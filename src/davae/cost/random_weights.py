@@ -27,17 +27,10 @@ DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers")
 
 
 def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """The base pipeline that a folder of configs describes, with random weights, none of them all zero.
+    """The base pipeline of a key of `GEOMETRIES` or a folder of configs, with random weights, none of them all zero.
 
-    Args:
-        name: a key of `GEOMETRIES`, or a folder of configs as `save_pretrained` lays them out, without weights.
-        layers: blocks of each kind that the transformer and each text encoder keep; all of them if None.
-        text: whether to build the text encoders, which may be the larger part.
-        dtype: of the weights.
-        device: where they are made.
-
-    Raises:
-        SettingsError: an unknown name, or a number of layers that the models do not have.
+    The transformer and each text encoder keep `layers` blocks of each kind, or all; without `text` there are no text
+    encoders, which may be the larger part.
     """
     folder = assets.geometry() / GEOMETRIES[name] if name in GEOMETRIES else Path(name)
     if not (folder / "model_index.json").is_file():
@@ -45,6 +38,7 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
             f"geometry {name!r}: allowed are {', '.join(GEOMETRIES)}, or a folder of a pipeline's configs"
         )
 
+    # Tokenizers need files that configs lack, so stand-ins take their place.
     index = DiffusionPipeline.load_config(folder)
     parts: dict[str, Any] = {}
     for part, entry in index.items():

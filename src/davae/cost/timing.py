@@ -61,11 +61,7 @@ class Ceilings:
 
 
 def compute_spread(values: Sequence[float]) -> Spread:
-    """Median, tenths and extremes, linear between neighbours.
-
-    Raises:
-        ValueError: there are no values.
-    """
+    """Median, tenths and extremes, linear between neighbours."""
     if not values:
         raise ValueError("compute_spread() was given no values")
     p10, p90 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
@@ -90,20 +86,14 @@ def interleave(runs: Mapping[str, Run], repeats: int, measure: Callable[[str, Ru
 def measure_interleaved(
     runs: Mapping[str, Run], device: torch.device, *, repeats: int, warm_up: int, shortest: float = SHORTEST
 ) -> dict[str, Measured]:
-    """Time runs against each other.
-
-    Args:
-        runs: by name; each is called without arguments and without gradients, and its result is thrown away.
-        device: where the runs work. Its queue is emptied before the clock is read.
-        repeats: measurements of each run.
-        warm_up: calls of each run before the measurements, 1 or more; the first is recorded as `cold`.
-        shortest: least seconds of one measurement; 0 makes one call each.
-    """
+    """Time runs against each other, without gradients: `repeats` measurements of at least `shortest` seconds each."""
+    # The warm-up says how many calls a measurement needs; its first call is recorded as `cold`.
     warm = interleave(runs, warm_up, lambda name, run: _time(run, 1, device))
     calls = {}
     for name, seconds in warm.items():
         calls[name] = min(MOST_CALLS, max(1, math.ceil(shortest / max(seconds[-1], 1e-9))))
 
+    # A measurement also tells the peak of memory, and how much was in use before.
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in runs}
 
     def measure(name: str, run: Run) -> float:

@@ -84,6 +84,15 @@ def counting(*models: nn.Module) -> Iterator[Work]:
     work._storages.clear()
 
 
+def count_parameters(*modules: nn.Module | None, trained: bool = False) -> int:
+    """The number of parameters of all modules, or of those that are trained."""
+    count = 0
+    for module in modules:
+        if module is not None:
+            count += sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+    return count
+
+
 def to_half(module: nn.Module) -> nn.Module:
     """The module in bfloat16, in place: the precision of a network under autocast."""
     return nn.Module.to(module, dtype=torch.bfloat16)  # diffusers' own `to` warns without a reason
@@ -115,6 +124,7 @@ def count_stage_one(
     for model in models:
         to_half(model)
 
+    # What the trainer does with one crop: see `davae.training.stage_one`.
     image = meta(1, 3, recipe.crop, recipe.crop)
     with counting(*models) as work:
         target = image
@@ -146,6 +156,7 @@ def count_stage_two(
         objective = NoiseObjective(backbone, config.base_channels, torch.linspace(0.999, 0.001, 1000))
         time = meta(1, dtype=torch.long)
 
+    # What the trainer does with one sample: see `davae.training.stage_two`.
     condition = make_condition(transformer, backbone, recipe.prompt_tokens)
     with counting(to_half(transformer)) as work:
         prediction = objective.predict(transformer, latents, noise, time, condition)
@@ -167,11 +178,7 @@ def count_transformer_flops(
 def make_condition(
     transformer: ModelMixin, backbone: Backbone, prompt_tokens: int, clip_tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """One caption or class as the transformer is told it, without values; `clip_tokens` as published if None.
-
-    Raises:
-        SettingsError: davae does not know the shapes.
-    """
+    """One caption or class as the transformer is told it, without values; `clip_tokens` as published if None."""
     if backbone.condition_shapes is None:
         known = [name for name, row in BACKBONES.items() if row.condition_shapes is not None]
         raise SettingsError(

@@ -67,7 +67,7 @@ def finetune(
     ranks.check_divides("batch_size", recipe.batch_size)
     if recipe.compile and ranks.sharded:
         raise SettingsError(
-            "compile = true with FSDP2: this combination is untested. Leave it out, or launch with recipes/launch/ddp.yaml"
+            "compile = true with FSDP2: untested together. Leave it out, or launch with recipes/launch/ddp.yaml"
         )
     with claim_folder(recipe, folder, ranks):
         for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
