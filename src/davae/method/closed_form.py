@@ -69,14 +69,7 @@ def fit_closed_form(
     U = the first k eigenvectors of W E[R R^T] W. The code is linear in U^T W Zf (and in Zb, see `Code`); the decoder
     reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (U^T W Zf). All of it in float64, M from `metric_pictures` images.
 
-    Returns:
-        The spectrum of W E[R R^T] W as "eigenvalues", and "unexplained": the part of its trace that is left out.
-
-    Raises:
-        SettingsError: the autoencoder has no linear blocks, too many detail channels, or too few for the code; or the
-            code needs base latents, and all latents are new.
-        DataError: fewer positions than four for each channel of the full latents.
-        NumericsError: latents that are not finite.
+    Returns the spectrum of W E[R R^T] W as "eigenvalues", and the part of its trace that is left out as "unexplained".
     """
     components = _count_components(autoencoder, code)
     base, full = _encode_positions(autoencoder, pictures, batch_size)

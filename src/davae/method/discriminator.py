@@ -50,12 +50,9 @@ class PatchDiscriminator(nn.Module):
     BatchNorm before it after all but the first and the last, and there the convolution has no bias. Give a real and a
     made batch separately, as in the reference: each is then normalised with its own statistics.
 
-    The layers are called `main.0` to `main.11`, as in the reference's checkpoints (`loss.discriminator.main.*`).
-
-    Args:
-        generator: of the start: weights of convolutions N(0, 0.02), of BatchNorm N(1, 0.02), BatchNorm's biases 0, the
-            two convolutions' biases uniform within 1 / sqrt(inputs).
-        width: channels after the first convolution; twice as many after each of the next ones, at most 8 times.
+    The layers are called `main.0` to `main.11`, as in the reference's checkpoints (`loss.discriminator.main.*`). They
+    start from `generator`: weights of convolutions N(0, 0.02), of BatchNorm N(1, 0.02); BatchNorm's biases 0, the two
+    convolutions' biases uniform within 1 / sqrt(inputs).
     """
 
     def __init__(self, generator: torch.Generator, *, width: int = 64) -> None:

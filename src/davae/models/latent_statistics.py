@@ -83,11 +83,7 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def measure_channels(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over batches of latents [B, D, h, w], in float64.
-
-    Raises:
-        ValueError: no batches, or a channel that does not vary or is not finite.
-    """
+    """Mean and deviation of each channel over batches of latents [B, D, h, w], in float64."""
     # Sums of all positions, so that the batches do not matter.
     count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for batch in batches:

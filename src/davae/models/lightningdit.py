@@ -28,9 +28,7 @@ NORM_EPSILON = 1e-6
 class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts data - noise at x_t = t data + (1 - t) noise: t = 0 is noise and t = 1 data, LightningDiT's convention.
 
-    (davae's own runs the other way; `davae.backbones.lightningdit` turns time and sign at its border.)
-
-    A label dropped in training is the trainer's business: it passes `num_classes`, the null class.
+    davae's own convention runs the other way; `davae.backbones.lightningdit` turns time and sign at its border.
 
     Args:
         sample_size: side of the latents; positions are fixed, so this is the only size.
@@ -89,16 +87,9 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity data - noise, [B, C, H, W].
+        """Velocity data - noise of latents x_t, both [B, C, H, W].
 
-        Args:
-            hidden_states: latents x_t [B, C, H, W], H and W `sample_size`.
-            timestep: t [B] in [0, 1], 0 = noise; not multiplied by 1000.
-            class_labels: [B] integers; `num_classes` is the null class.
-            return_dict: whether to wrap the result as diffusers does.
-
-        Raises:
-            ValueError: latents of another shape.
+        `timestep` is t [B] in [0, 1], 0 = noise, not multiplied by 1000; the label `num_classes` is the null class.
         """
         config = self.config
         expected = (config.in_channels, config.sample_size, config.sample_size)
@@ -215,9 +206,8 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Turns neighbouring pairs of a head's channels by angles that grow with the position (arXiv 2104.09864).
 
-    In two dimensions, as in EVA-02 (arXiv 2303.11331): the first half of the channels turns with the token's row, the
-    second with its column; head_dim / 4 frequencies each. The tables [tokens, head_dim] hold each frequency twice and
-    are no part of a state dict.
+    In two dimensions, as in EVA-02 (arXiv 2303.11331), with head_dim / 4 frequencies each. The tables
+    [tokens, head_dim] are no part of a state dict.
     """
 
     freqs_cos: Tensor
@@ -252,15 +242,14 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, tokens, width], in one memory layout, for convolutions choose theirs by their channels.
-
-        Sums over the width would otherwise run in another order in a widened model than in its base.
-        """
+        """[B, C, H, W] -> [B, tokens, width]."""
+        # One memory layout, because convolutions choose theirs by their channels: sums over the width would otherwise
+        # run in another order in a widened model than in its base.
         return self.proj(latents).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedding(nn.Module):
-    """Cosines and sines of t in [0, 1], as it is, through two linear layers; DiT's, there for t up to 1000."""
+    """Cosines and sines of t in [0, 1] through two linear layers: DiT's embedding, without its factor of 1000."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -314,14 +303,7 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of the LightningDiT that a state dict in the reference's names belongs to.
-
-    The width of a head is that of `q_norm`, or of the rotary tables, which the reference's checkpoints hold.
-
-    Raises:
-        ValueError: it belongs to no LightningDiT, or to a variant that this class does not have (a plain MLP,
-            modulation without shifts, LayerNorm, a predicted variance), or nothing tells the width of a head.
-    """
+    """The settings of the LightningDiT that a state dict in the reference's names belongs to; ValueError if none."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         (width,) = shapes["blocks.0.norm1.weight"]
@@ -343,7 +325,7 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if swiglu_width(width, mlp_ratio) != mlp_width:
         raise ValueError(f"a SwiGLU of width {mlp_width} is 2/3 of no mlp_ratio (two decimals) times {width}.")
 
-    # The width of a head: without q_norm, only the rotary tables tell it.
+    # The width of a head: without q_norm, only the rotary tables tell it, which the reference's checkpoints hold.
     q_norm = shapes.get("blocks.0.attn.q_norm.weight")
     head = q_norm or shapes.get("feat_rope.freqs_cos")
     if head is None:

@@ -24,9 +24,6 @@ def slim_decoder(
 
     A group of a norm keeps its number of channels. If the number of groups stayed, narrow layers would have groups of
     one channel, an instance norm, which removes all brightness.
-
-    Raises:
-        ValueError: the base has another kind of decoder, or does not have these stages.
     """
     if block_out_channels is None and layers_per_block is None:
         return decoder
@@ -65,11 +62,7 @@ def slim_decoder(
 def choose_stages(
     base_config: Mapping[str, Any], block_out_channels: Sequence[int] | None, layers_per_block: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and depths of a slim decoder's stages, the base's own where None is given.
-
-    Raises:
-        ValueError: the base does not have these stages.
-    """
+    """Widths and depths of a slim decoder's stages, the base's own where None is given."""
     # FLUX.2's decoder has widths of its own.
     widest = base_config.get("decoder_block_out_channels") or base_config["block_out_channels"]
     deepest = base_config["layers_per_block"]
@@ -98,17 +91,9 @@ def slimmed(
 ) -> ModelMixin:
     """An AutoencoderDA of the same encoders, latents and statistics, its joint decoder narrower and not trained.
 
-    Weights that both decoders have in the same shape are copied, the rest is random. `davae.method.slim_start` has a
-    better start.
-
-    Args:
-        autoencoder: of an AutoencoderKL or AutoencoderKLFlux2, with its full joint decoder; left as it is.
-        block_out_channels: channels of the decoder's stages, the outermost first: none above the base's, in multiples
-            of the channels in a group of its norms; () for the base's.
-        layers_per_block: residual blocks of each stage less one, none above the base's; () for the base's.
-
-    Raises:
-        ValueError: the base has another kind of decoder, or does not have these stages; or it is slim already.
+    Weights that both decoders have in the same shape are copied, the rest is random; `davae.method.slim_start` has a
+    better start. The settings are diffusers', the outermost stage first; () for the base's. ValueError if the base does
+    not have these stages, or the decoder is slim already.
     """
     # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
     config = {name: value for name, value in autoencoder.config.items() if name != "_use_default_values"}

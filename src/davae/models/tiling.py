@@ -2,8 +2,7 @@
 
 Tiles that are decoded on their own differ from the whole, because every group norm sees the statistics of one tile. So
 `decode_tiles` takes all tiles through one layer at a time: a layer's output for the whole image lies in a storage, with
-mean and variance of each channel, and the next layer reads a tile of it and one position around. The middle block,
-whose attention sees the whole image, runs at once: it is at the latents' resolution.
+mean and variance of each channel, and the next layer reads a tile of it and one position around.
 """
 
 from collections.abc import Callable
@@ -68,15 +67,12 @@ def can_decode_tiles(decoder: nn.Module) -> bool:
 
 
 def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.device | str) -> Tensor:
-    """`decoder(hidden)` but for rounding, [B, Ci, h, w] -> [B, 3, H, W].
+    """`decoder(hidden)` but for rounding, [B, Ci, h, w] -> [B, 3, H, W]; `tile` is a side in positions of `hidden`.
 
-    Args:
-        decoder: one that `can_decode_tiles`.
-        hidden: its input.
-        tile: side of a tile in positions of `hidden`; twice that behind each doubling.
-        storage: where the layers of the whole image lie. With "cpu" for a model on a GPU, the GPU holds one tile of one
-            layer, and moving tiles takes longer than decoding them.
+    The layers of the whole image lie in `storage`. With "cpu" for a model on a GPU, the GPU holds one tile of a layer,
+    and moving tiles takes longer than decoding them.
     """
+    # The middle block's attention sees the whole image, at the latents' resolution.
     middle = decoder.mid_block(decoder.conv_in(hidden), None)
     layer = _Layer(torch.empty_like(middle, device=storage), hidden.device)
     layer.write(middle)
@@ -201,16 +197,10 @@ def blend_tiles(
 ) -> Tensor:
     """`run` on overlapping tiles, averaged: [B, any, H, W] -> [B, `channels`, H / `down` * `up`, W / `down` * `up`].
 
-    Args:
-        run: works on `x`, and on any part of it whose sides are multiples of `down`.
-        x: one of its sides is larger than a tile.
-        tile: side of a tile, in `down` positions of `x`.
-        overlap: part of it that neighbours share at least.
-        channels: of the output.
-        up: positions of the output for `down` of `x`.
-        down: see `up`.
+    Neighbours share at least the part `overlap` of a tile.
     """
-    height, width = x.shape[-2] // down, x.shape[-1] // down  # these and all below in `down` positions of `x`
+    # Lengths, here and below, in `down` positions of `x`, the unit that `run` needs.
+    height, width = x.shape[-2] // down, x.shape[-1] // down
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = torch.zeros(len(x), channels, height * up, width * up, dtype=dtype, device=x.device)
     weights = torch.zeros_like(total[:1, :1])
