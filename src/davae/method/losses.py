@@ -98,12 +98,9 @@ def adaptive_weight(
     """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that gives a loss the gradient norm of another.
 
     VQGAN's rule (arXiv 2012.09841, Eq. 7), for two losses (docs/method.md 2.3). g_ref is the gradient of the
-    reconstruction loss (L1, LPIPS, and the gradient loss if it has a weight) at the same parameter:
-
-    - the adversarial loss: at the weight of the decoder's last convolution, maximum 1e4;
-    - the alignment loss: at the weight of the 3x3 convolution in the detail encoder's last block, not at the 1x1
-      shortcut beside it, maximum 1e8. With the closed-form start that convolution is zero at first; its gradient is
-      not, because it depends on what the convolution reads.
+    reconstruction loss at the same parameter: the weight of the decoder's last convolution for the adversarial loss,
+    of the 3x3 convolution in the detail encoder's last block for the alignment loss. With the closed-form start that
+    convolution is zero at first; its gradient is not, because it depends on what the convolution reads.
     """
     # 1e-4 keeps the weight finite where the loss has no gradient.
     reference = torch.linalg.vector_norm(at_least_float32(reference_gradient.detach()))

@@ -1,8 +1,8 @@
 """LPIPS v0.1 (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features") in plain torch.
 
-An image runs through an ImageNet classifier; at five depths the feature vectors of each position are scaled to unit
-length, and the distance is the squared difference of two images' vectors, weighted per channel by a trained head,
-averaged over positions and summed over depths. Large images are compared patch by patch (`patchwise_lpips`).
+Images run through an ImageNet classifier. At five depths the feature vectors of each position are scaled to unit
+length; the distance is their squared difference, weighted per channel by a trained head, averaged over positions and
+summed over depths.
 """
 
 from collections.abc import Sequence
@@ -137,10 +137,7 @@ def vgg_stages() -> list[nn.Sequential]:
 
 
 def patch_starts(side: int, patch: int, stride: int) -> list[int]:
-    """Where patches begin along a side, in px: every `stride`, and one flush with the end (docs/method.md 4).
-
-    A side of 1024 has 7 patches of 256 at a stride of 128; one of 1000 has 7, too, the last one from 744 on.
-    """
+    """Where patches begin along a side, in px: every `stride`, and one flush with the end (docs/method.md 4)."""
     return [*range(0, side - patch, stride), side - patch]
 
 
@@ -149,9 +146,8 @@ def patchwise_lpips(
 ) -> Float[Tensor, "b"]:
     """The mean of LPIPS over a grid of overlapping square patches, for images larger than LPIPS was made for.
 
-    LPIPS's weights were trained on patches of 64 px, and its networks on images of 224 px; the paper's SD3 set-up has
-    patches of 256 px at a stride of 128, 7 x 7 of them in 1024 px. Every patch weighs the same, so positions under more
-    patches weigh more.
+    LPIPS was trained on patches of 64 px; the paper's SD3 set-up has patches of 256 px at a stride of 128. Every patch
+    weighs the same, so positions under more patches weigh more.
     """
     height, width = image.shape[-2:]
     if not LPIPS_MIN_SIDE <= patch <= min(height, width) or not 1 <= stride <= patch:

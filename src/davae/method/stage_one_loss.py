@@ -103,24 +103,15 @@ def stage_one_loss(
     gather: Callable[[Tensor], Tensor] = keep_part,
     average_: Callable[[Iterable[Tensor]], None] = keep_gradients,
 ) -> StageOneLoss:
-    """L = L_rec + lambda_align L_align of one batch (Sec. 3.1, Table S1).
+    """L = L_rec + lambda_align L_align of one batch of images [B, 3, H, W] in [-1, 1] (Sec. 3.1, Table S1).
 
-    Args:
-        autoencoder: the one that is trained.
-        image: [B, 3, H, W] in [-1, 1].
-        lpips: the network of the perceptual loss.
-        settings: weights and noise; None is the paper's settings.
-        target: the image that the reconstruction is compared with; None is `image`.
-        discriminator: what the adversarial term asks; None leaves that term out.
-        ramp: a factor of the adversarial term, see `adversarial_ramp`.
-        draws: the random generators; None is torch's global generator.
-        autocast: the context of the networks' forward pass; the losses are float32 in any case.
-        gather: joins the parts of a batch that several processes share.
-        average_: averages gradients over these processes, in place.
+    Without `settings` the weights are the paper's; without a `target` the reconstruction is compared with `image`. A
+    `discriminator` adds the adversarial term, times `ramp`. `draws` are the random generators; None is torch's global
+    one. `autocast` is for the networks alone. Where processes share a batch, `gather` joins its parts, and `average_`
+    averages gradients in place.
     """
     settings, draws = settings or StageOneSettings(), draws or StageOneDraws()
     target = image if target is None else target
-
     with autocast or nullcontext():
         # Encode: base latents from the small image, a sample of the detail posterior from the full one (Sec. 3.1).
         base = autoencoder.encode_base(image)
@@ -133,22 +124,20 @@ def stage_one_loss(
             noisy_detail, settings.detail_dropout, draws.detail_dropout, inverted=settings.inverted_dropout
         )
         reconstruction = autoencoder.reconstruct(noisy_base, noisy_detail)
-
         perceptual = perceptual_loss(lpips, reconstruction, target, settings)
         adversarial, discriminator_loss = None, image.new_zeros(())
         if discriminator is not None:
             adversarial, discriminator_loss = adversarial_losses(discriminator, reconstruction, target)
 
-    # Reconstruction and KL (Table S1).
     terms = {
+        # Reconstruction and KL (Table S1).
         "l1": reconstruction_l1(reconstruction, target),
         "gradient": gradient_l1(reconstruction, target),
         "lpips": perceptual,
         "kl": KL_LOSSES[settings.kl_reduction](mean, log_variance),
+        # Alignment: the mean of each group of detail channels stays close to its base channel (Eq. 3-4).
+        "alignment": detail_alignment_loss(detail, base) if base.shape[1] else image.new_zeros(()),
     }
-
-    # Alignment: the mean of each group of detail channels stays close to its base channel (Eq. 3-4).
-    terms["alignment"] = detail_alignment_loss(detail, base) if base.shape[1] else image.new_zeros(())
     if adversarial is not None:
         terms["adversarial"] = adversarial
 
@@ -160,9 +149,6 @@ def stage_one_loss(
     if discriminator is not None:
         logs["discriminator"] = discriminator_loss
     return StageOneLoss(weighted_sum(terms, settings.weights, factors), logs, discriminator_loss)
-
-
-# ------------------------------------------------------------------------------------------ noise on the latents
 
 
 def draw_normal(shape: Sequence[int], generators: Generators) -> Tensor:
@@ -206,9 +192,6 @@ def drop_details(detail: Tensor, probability: float, generators: Generators, *, 
     return detail * (mask / (1 - probability) if inverted else mask)
 
 
-# ------------------------------------------------------------------------------------------ losses by networks
-
-
 def perceptual_loss(lpips: LPIPS, reconstruction: Tensor, target: Tensor, settings: StageOneSettings) -> Tensor:
     """The mean LPIPS of a batch [B, 3, H, W], by patches if the settings say so; 0 if it has no weight."""
     if not settings.weights.get("lpips"):
@@ -239,9 +222,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.requires_grad_(True)
-
-
-# ------------------------------------------------------------------------------------------ weights of the terms
 
 
 def adversarial_ramp(step: int, *, start: int, ramp_steps: int) -> float:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -197,8 +197,6 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         refuse_newer(cls, config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    # ------------------------------------------------------------------------------------------ the method
-
     def base_picture(self, sample: Tensor) -> Tensor:
         """The image at 1/s of its size, [B, 3, H/s, W/s], in [-1, 1] except with the filter "bicubic-unclamped"."""
         small = F.interpolate(
@@ -214,10 +212,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
 
     @torch.no_grad()
     def encode_base(self, sample: Tensor) -> Tensor:
-        """Base latents z = E(downsample(image)) before standardisation, [B, C, h, w]: the mode, no gradient.
-
-        They are (z - shift_factor) * scaling_factor: units, unless the base has statistics of its own.
-        """
+        """Base latents of the small image before standardisation, [B, C, h, w]: the posterior's mode, no gradient."""
         if self.base_encoder is None:
             height, width = (side // self.downsample_factor for side in sample.shape[-2:])
             return sample.new_zeros(len(sample), 0, height, width)
@@ -260,8 +255,6 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         """
         return decode_pixels(self, self.base.saturate(self.from_units(latents)), self.joint_post_quant_conv)
 
-    # ------------------------------------------------------------------------------------------ the diffusers contract
-
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Posterior over the C + D latents; the base half is deterministic.
@@ -269,8 +262,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         Raises:
             ValueError: several frames, no batch of floats, or a side that is no multiple of the downsample factor.
         """
-        frames, x = x.ndim == 5, _single_frame(x)
-        self._check_sample(x)
+        frames, x = x.ndim == 5, self._check_sample(_single_frame(x))
         channels = 2 * self.config.latent_channels
         moments = run_in_pieces(self, self._encode_moments, x, channels=channels, up=1, down=self.downsample_factor)
         posterior = DiagonalGaussianDistribution(moments.unsqueeze(2) if frames else moments)
@@ -316,13 +308,8 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         Raises:
             ValueError: no batches, images that `encode` refuses, or a channel that does not vary or is not finite.
         """
-
-        def encode_means() -> Iterator[Tensor]:
-            for batch in batches:
-                self._check_sample(batch)
-                yield self.encode_detail(batch.to(self.device, self.dtype))[0]
-
-        mean, deviation = measure_channels(encode_means())
+        images = (self._check_sample(batch).to(self.device, self.dtype) for batch in batches)
+        mean, deviation = measure_channels(self.encode_detail(image)[0] for image in images)
         self.detail_mean.copy_(mean)
         self.detail_std.copy_(deviation)
 
@@ -374,7 +361,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         half._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         return half
 
-    def _check_sample(self, sample: Tensor) -> None:
+    def _check_sample(self, sample: Tensor) -> Tensor:
         if sample.ndim != 4 or not sample.is_floating_point():
             raise ValueError(f"images {list(sample.shape)} of {sample.dtype}: give floats [B, 3, H, W] in [-1, 1].")
         height, width = sample.shape[-2:]
@@ -383,6 +370,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
                 f"an image of {width}x{height} px: both sides must be multiples of {self.downsample_factor}, the "
                 "downsample factor. Crop or resize it."
             )
+        return sample
 
 
 def _single_frame(tensor: Tensor) -> Tensor:

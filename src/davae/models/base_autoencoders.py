@@ -5,7 +5,7 @@ Another class needs a row of `BASE_AUTOENCODERS`, and nothing else: no other fil
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -146,18 +146,14 @@ def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     return image.squeeze(2) if frames else image
 
 
-@dataclass(frozen=True)
-class BaseFacts:
-    """What every base autoencoder has, though configs call it differently."""
+class BaseFacts(NamedTuple):
+    """What every base autoencoder has, though configs call it differently; factor 1 and shift 0 where it has none."""
 
     latent_channels: int
-    """C."""
     stages: tuple[int, ...]
     """Channels of the encoder's stages; all but the last one halve the image."""
     scaling_factor: float
-    """1 where the config has none."""
     shift_factor: float
-    """0 where the config has none."""
 
 
 def base_facts(config: Config) -> BaseFacts:

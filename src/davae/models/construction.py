@@ -12,10 +12,7 @@ from torch import nn
 from davae.models.base_autoencoders import base_facts, find_base
 
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
-"""`base_downsample` of the config -> torch's `antialias`.
-
-The reference code for SD3 uses "bicubic"; its code for ImageNet "bicubic-unclamped", whose image may leave [-1, 1].
-"""
+"""`base_downsample` of the config -> torch's `antialias`; the reference has the first on SD3, the last on ImageNet."""
 RESOLUTION_FACTORS = (2, 4)
 FIRST_LOG_VARIANCE = -5.0
 """Of the detail latents, before any fit or training."""

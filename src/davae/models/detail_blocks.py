@@ -7,9 +7,7 @@ from torch import Tensor, nn
 class DetailDownsample(nn.Module):
     """Space to channel at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (docs/method.md 2.1).
 
-    A 3x3 convolution and a pixel unshuffle by s = `factor`, beside a shortcut that unshuffles and averages groups of
-    consecutive channels. Where s^2 Ci is no multiple of Co, the shortcut is a 1x1 convolution without bias that starts
-    at zero. With `linear_shortcut` it is a 1x1 convolution with bias: the place of the closed-form start.
+    With `linear_shortcut` the shortcut is a 1x1 convolution with bias: the place of the closed-form start.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int = 2, linear_shortcut: bool = False) -> None:
@@ -23,6 +21,7 @@ class DetailDownsample(nn.Module):
 
         self.factor = factor
         self.conv = nn.Conv2d(in_channels, out_channels // places, 3, padding=1)
+        # Without weights, the shortcut averages groups of consecutive channels, if they are of one size.
         self.shortcut: nn.Conv2d | None = None
         if linear_shortcut:
             self.shortcut = nn.Conv2d(places * in_channels, out_channels, 1)
@@ -42,8 +41,7 @@ class DetailDownsample(nn.Module):
 class DetailUpsample(nn.Module):
     """Channel to space before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (docs/method.md 2.1).
 
-    A 3x3 convolution and a pixel shuffle by s = `factor`, beside a shortcut that repeats each channel s^2 Co / Ci times
-    and shuffles. With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
+    With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int = 2, linear_shortcut: bool = False) -> None:
@@ -64,5 +62,6 @@ class DetailUpsample(nn.Module):
         main = self.conv(hidden)
         if self.shortcut is not None:
             return F.pixel_shuffle(main + self.shortcut(hidden), self.factor)
+        # Without weights, the shortcut repeats channels.
         repeats = main.shape[1] // hidden.shape[1]
         return F.pixel_shuffle(main + hidden.repeat_interleave(repeats, dim=1), self.factor)

@@ -11,10 +11,8 @@ from torch import Tensor
 class LatentStatistics:
     """The part of AutoencoderDA that knows three scales of latents.
 
-    Networks and losses work before standardisation. `encode` and `decode` give and take what a stock pipeline turns
-    into units with two scalars, (latents - shift_factor) * scaling_factor. In units each detail channel has mean 0 and
-    deviation 1, by the buffers `detail_mean` and `detail_std`; base channels are standardised where the base has
-    statistics.
+    Networks and losses work *inside*, before standardisation. `encode` and `decode` work *outside*: stock pipelines
+    turn their latents into *units*, at which the transformer works, with two scalars.
     """
 
     config: Any
@@ -31,14 +29,14 @@ class LatentStatistics:
         return latents / self.config.scaling_factor + self.config.shift_factor
 
     def standardise(self, latents: Tensor) -> Tensor:
-        """Latents as `encode` gives them -> as the transformer sees them, by what stock pipelines do in between."""
+        """Latents of `encode` -> units, as stock pipelines do it."""
         if self.bn is None:
             return self.to_units(latents)
         mean, variance = _per_channel(self.bn.running_mean), _per_channel(self.bn.running_var)
         return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / (variance + self.bn.eps).sqrt(), 2)
 
     def _detail_outside(self, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of the detail latents before standardisation -> as `encode` gives them."""
+        """Moments of the detail latents, inside -> outside."""
         shift, scale = self._detail_affine(mean)
         # Twice the logarithm, because a variance scales with the square.
         log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
@@ -50,7 +48,7 @@ class LatentStatistics:
         return self.to_units(detail) * scale + shift
 
     def _base_outside(self, base: Tensor) -> Tensor:
-        """Base latents before standardisation -> as `encode` gives them."""
+        """Base latents, inside -> outside."""
         raw, statistics = self.from_units(base), self._base_affine(base)
         if statistics is None:
             return raw

@@ -6,6 +6,7 @@ mean and variance of each channel, and the next layer reads a tile of it and one
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 
 from davae.models.precision import at_least_float32
 
-Window = tuple[slice, slice]
-"""Rows and columns of a layer."""
+Window = tuple[slice, slice]  # rows and columns of a layer
 
 
 def run_in_pieces(
@@ -82,12 +82,10 @@ def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.
         for resnet in block.resnets:
             layer = _run_resnet(resnet, layer, tile)
         for upsampler in block.upsamplers or ():
-            layer = _double(upsampler.conv, layer, tile)
+            layer = _convolve(layer, partial(_double, layer), upsampler.conv, tile, up=2)
             tile *= 2
 
-    def before(window: Window) -> Tensor:
-        return decoder.conv_act(layer.normalise(decoder.conv_norm_out, window))
-
+    before = partial(layer.normalise, decoder.conv_norm_out, decoder.conv_act)
     return _convolve(layer, before, decoder.conv_out, tile).values.to(hidden.device)
 
 
@@ -117,8 +115,8 @@ class _Layer:
     def read(self, window: Window) -> Tensor:
         return self.values[(..., *window)].to(self.device)
 
-    def normalise(self, norm: nn.GroupNorm, window: Window) -> Tensor:
-        """A piece after a group norm with the statistics of the whole."""
+    def normalise(self, norm: nn.GroupNorm, activation: nn.Module, window: Window) -> Tensor:
+        """A piece after a group norm with the statistics of the whole, and an activation."""
         piece = self.read(window)
         wide = torch.promote_types(piece.dtype, torch.float32)
 
@@ -138,31 +136,25 @@ class _Layer:
         # One scale and one shift for each channel.
         scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1).to(self.device, wide) * weight
         shift = bias - mean.expand_as(means).flatten(1).to(scale) * scale
-        return torch.addcmul(shift[..., None, None], piece, scale[..., None, None]).to(piece.dtype)
+        return activation(torch.addcmul(shift[..., None, None], piece, scale[..., None, None]).to(piece.dtype))
 
 
 def _run_resnet(block: ResnetBlock2D, source: _Layer, tile: int) -> _Layer:
     """Norm, activation and convolution, twice, beside a shortcut."""
-
-    def before_first(window: Window) -> Tensor:
-        return block.nonlinearity(source.normalise(block.norm1, window))
-
-    middle = _convolve(source, before_first, block.conv1, tile)
-
-    def before_second(window: Window) -> Tensor:
-        return block.nonlinearity(middle.normalise(block.norm2, window))
+    before = partial(source.normalise, block.norm1, block.nonlinearity)
+    middle = _convolve(source, before, block.conv1, tile)
 
     def add_shortcut(piece: Tensor, window: Window) -> Tensor:
         shortcut = source.read(window)
         shortcut = shortcut if block.conv_shortcut is None else block.conv_shortcut(shortcut)
         return (piece + shortcut) / block.output_scale_factor
 
-    return _convolve(middle, before_second, block.conv2, tile, after=add_shortcut)
+    before = partial(middle.normalise, block.norm2, block.nonlinearity)
+    return _convolve(middle, before, block.conv2, tile, after=add_shortcut)
 
 
-def _double(conv: nn.Conv2d, source: _Layer, tile: int) -> _Layer:
-    """Each position becomes 2x2 of them, before a convolution."""
-    return _convolve(source, lambda window: F.interpolate(source.read(window), scale_factor=2.0), conv, tile, up=2)
+def _double(source: _Layer, window: Window) -> Tensor:
+    return F.interpolate(source.read(window), scale_factor=2.0)
 
 
 def _convolve(
