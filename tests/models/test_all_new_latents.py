@@ -120,7 +120,7 @@ def test_calibrated_and_saved_it_is_the_same_picture_of_standard_latents(base: s
 def test_it_has_no_warm_start() -> None:
     pipeline = tiny.tiny_sd3_pipeline()
     autoencoder = AutoencoderDA.from_base(pipeline.vae, detail_channels=8, all_new=True)
-    with pytest.raises(SettingsError, match="no warm start"):
+    with pytest.raises(SettingsError, match="pretrained transformer cannot start from them"):
         upgrade(pipeline, autoencoder)
 
 

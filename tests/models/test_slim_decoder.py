@@ -126,7 +126,7 @@ def test_an_upgrade_of_an_upgrade_keeps_the_slim_decoder_inside() -> None:
     again = twice.decode(torch.cat([z, torch.zeros_like(z)], dim=1)).sample
     once = slim.decode(z.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)).sample
     assert torch.allclose(again, once, atol=1e-4)
-    with pytest.raises(ValueError, match="slim the first one"):
+    with pytest.raises(ValueError, match="Slim the first upgrade"):
         slimmed(twice, WIDTHS)
 
 
