@@ -16,14 +16,10 @@ from davae.models.precision import at_least_float32
 def channel_group_mean(
     detail: Float[Tensor, "b detail h w"], base_channels: int
 ) -> Float[Tensor, "b {base_channels} h w"]:
-    """The mean of each group of r = D/C consecutive channels: output channel i averages channels i*r to i*r + r - 1.
-
-    Args:
-        detail: detail latents, D channels.
-        base_channels: C, the number of groups.
+    """The mean of each group of r = D/C consecutive channels (Eq. 3): output i averages channels i*r to i*r + r - 1.
 
     Raises:
-        SettingsError: D is no multiple of C.
+        SettingsError: D, the channels of `detail`, is no multiple of C, `base_channels`.
     """
     channels = detail.shape[1]
     if base_channels < 1 or channels < base_channels or channels % base_channels:

@@ -28,18 +28,14 @@ INPUT_SCALE = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Perceptual distance of two batches of images; frozen, and differentiable with respect to both.
 
-    Build it with `LPIPS.alex()` or `LPIPS.vgg(path)`. It computes in float32; under autocast the convolutions run in
-    the caller's precision and everything after them stays in float32.
+    Build it with `LPIPS.alex()` or `LPIPS.vgg(path)`. Under autocast only the convolutions are not in float32.
     """
 
     shift: Tensor
     scale: Tensor
 
     def __init__(self, stages: Sequence[nn.Sequential], weights: Path | None) -> None:
-        """Loads `weights` (see recipes/small_pair/build_lpips.py) into five stages, each [B,C,h,w] -> [B,C',h',w'].
-
-        Without weights, the network only shows what a comparison costs.
-        """
+        """Five stages, each [B,C,h,w] -> [B,C',h',w']; without `weights` they only show what a comparison costs."""
         super().__init__()
         self.stages = nn.ModuleList(stages)
         for index, stage in enumerate(stages):

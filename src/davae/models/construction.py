@@ -13,7 +13,6 @@ from davae.models.base_autoencoders import base_facts, find_base
 
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
 """`base_downsample` of the config -> torch's `antialias`; the reference has the first on SD3, the last on ImageNet."""
-RESOLUTION_FACTORS = (2, 4)
 FIRST_LOG_VARIANCE = -5.0
 """Of the detail latents, before any fit or training."""
 
@@ -26,7 +25,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
 
     # The two new blocks and the groups of the alignment loss have to divide.
     s = config["resolution_factor"]
-    if s not in RESOLUTION_FACTORS:
+    if s not in (2, 4):
         raise ValueError(f"resolution_factor={s}: allowed are 2 and 4. For more, upgrade the upgraded again.")
 
     # An unshuffle makes s^2 channels of one; mean and log-variance are two for each detail channel.

@@ -34,7 +34,6 @@ def slim_decoder(
             "of an upgrade"
         )
 
-    # At first as deep as the base, and with as many groups in every norm as all widths allow.
     widths, depths = choose_stages(base_config, block_out_channels, layers_per_block)
     slim = Decoder(
         in_channels=base_config["latent_channels"],
