@@ -102,7 +102,7 @@ def test_an_upgrade_wants_the_statistics_of_its_pipeline() -> None:
     ] == pytest.approx(MEAN)
     others = [vae_of(None, None), vae_of([0.3, -1.2, 0.05, 2.1]), vae_of(std=[0.5, 2.5, 1.25, 0.02])]
     for other in others:
-        with pytest.raises(SettingsError, match="its latents_(mean|std) is"):
+        with pytest.raises(SettingsError, match=r"its latents_(mean|std) is"):
             upgrade(base, AutoencoderDA.from_base(other, detail_channels=4))
 
 
