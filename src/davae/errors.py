@@ -2,7 +2,7 @@
 
 
 class DavaeError(Exception):
-    """A mistake or mishap that the message explains: what was given, what is allowed, how to mend it."""
+    """A mistake or mishap; the message says what was given, what is allowed and how to mend it."""
 
     exit_code = 1
 
@@ -14,7 +14,7 @@ class SettingsError(DavaeError, ValueError):
 
 
 class DataError(DavaeError, ValueError):
-    """A picture, a caption or a folder of them that cannot be used."""
+    """An image, a caption or a folder of them that cannot be used."""
 
     exit_code = 3
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """A CPU generator keyed by `seed`, by what the numbers are for, and by where in the run they are drawn.
+    """A CPU generator keyed by `seed`, the purpose of its numbers, and the place in the run where they are drawn.
 
     Two keys that differ in any part give independent streams; equal keys give equal streams on every machine.
     """
@@ -22,7 +22,7 @@ def sample_generators(seed: int, purpose: str, samples: Iterable[int]) -> list[t
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Normal numbers of `shape` [B, ...], those of each sample from its own one of B generators."""
+    """Normal numbers of `shape` [B, ...]; each sample draws from its own one of B generators."""
     numbers = torch.empty(*shape)
     for sample, own in zip(numbers, generators, strict=True):
         sample.normal_(generator=own)
@@ -30,5 +30,5 @@ def randn(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor
 
 
 def rand(generators: Sequence[torch.Generator]) -> Tensor:
-    """Numbers [B], uniform in [0, 1), each from its own one of B generators."""
+    """Uniform numbers [B] in [0, 1); each sample draws from its own one of B generators."""
     return torch.cat([torch.rand(1, generator=own) for own in generators])

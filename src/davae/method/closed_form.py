@@ -35,7 +35,8 @@ Code = Literal["aligned", "unit variance", "residual", "base added", "zero sum"]
 - "zero sum": "base added" with D - C components, which sum to zero in each group: the group mean is the base latent.
   Needs r >= 2.
 
-The decoder's map undoes all of them: the first four start with the same image, the last one with that of D - C.
+The decoder's map undoes all of them: the first four start with the same image, the last one with the image of D - C
+components.
 """
 BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
 """Codes that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""
@@ -47,7 +48,7 @@ class _Maps(NamedTuple):
     encoder: tuple[Tensor, Tensor]
     """Full latents -> code."""
     base: Tensor
-    """Base latents -> what is added to the code."""
+    """Base latents -> a term of the code."""
     decoder: tuple[Tensor, Tensor]
     """Base latents and code -> full latents."""
 

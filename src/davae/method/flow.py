@@ -22,7 +22,7 @@ def interpolate(
 def velocity_target(
     latents: Float[Tensor, "b latent h w"], noise: Float[Tensor, "b latent h w"]
 ) -> Float[Tensor, "b latent h w"]:
-    """The derivative of `interpolate` by sigma, noise - latents: what the transformer learns to predict."""
+    """The derivative of `interpolate` by sigma, noise - latents: the transformer learns to predict it."""
     return noise - latents
 
 

@@ -1,4 +1,4 @@
-"""Diffusion that predicts noise and its own variance, with a scheduled loss: what DiT and PixArt are trained on.
+"""Diffusion that predicts noise and its own variance, with a scheduled loss: DiT and PixArt are trained so.
 
 A noisy latent is x_t = sqrt(a_t) x + sqrt(1 - a_t) noise, a the schedule's cumulative product, t = 0 .. T - 1.
 """

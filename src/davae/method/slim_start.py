@@ -1,6 +1,6 @@
 """A start for a slim joint decoder without training: some of the full one's channels, each layer by least squares.
 
-No start of a narrower decoder is exact: fewer channels cannot hold what more of them do. The best one takes one layer
+No start of a narrower decoder is exact: fewer channels cannot hold the output of more. The best one takes one layer
 at a time, from the latents outwards. The target of a slim layer is a choice of the full layer's channels, those from
 which the others are predicted best. Its input is the output of the slim layers before it for the same images, errors
 included, so that the fit corrects them where it can (He, Zhang and Sun, arXiv 1707.06168, prune so). Channels are

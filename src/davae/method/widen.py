@@ -175,7 +175,7 @@ def _port_layouts(
 
 
 def bracket_sizes(layout: str, *, patch: int, predictions: int) -> dict[str, int]:
-    """The sizes of the axes in a layout's brackets, but for the channels': what `pad_channels` has to be told."""
+    """The sizes of the axes in a layout's brackets, without the channels, as `pad_channels` takes them."""
     sizes = {"p": patch, "q": patch, "k": predictions}
     return {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout}
 

@@ -116,7 +116,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
             self.temperal_downsample = [False] * (len(block_out_channels) - 1)  # stock pipelines count it
 
     def _build_from_base(self, vae: ModelMixin) -> None:
-        """The parts with weights; their order is that of the state dict and of an optimiser's states."""
+        """The parts with weights, in the order of the state dict and of an optimiser's states."""
         config, linear = self.config, self.config.linear_blocks
         s, base_channels, detail_channels = config.resolution_factor, config.base_channels, config.detail_channels
         quant_conv = getattr(vae, "quant_conv", None)

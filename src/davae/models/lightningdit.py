@@ -1,6 +1,6 @@
 """LightningDiT2DModel: the class-conditional flow transformer of LightningDiT as a diffusers model.
 
-Architecture and parameter names are those of LightningDiT (arXiv 2501.01423): a DiT (arXiv 2212.09748) with RMSNorm,
+Architecture and parameter names follow LightningDiT (arXiv 2501.01423): a DiT (arXiv 2212.09748) with RMSNorm,
 SwiGLU and two-dimensional rotary embeddings.
 """
 

@@ -90,7 +90,7 @@ def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.
 
 
 class _Layer:
-    """A layer's output for the whole image, and mean and variance of what was written of each channel, in float64."""
+    """A layer's output for the whole image, and mean and variance of each channel so far, in float64."""
 
     def __init__(self, values: Tensor, device: torch.device) -> None:
         self.values = values
@@ -166,7 +166,7 @@ def _convolve(
     up: int = 1,
     after: Callable[[Tensor, Window], Tensor] | None = None,
 ) -> _Layer:
-    """A 3x3 convolution of what `before` makes of each window of the source; `after` sees each piece of it."""
+    """A 3x3 convolution of `before(window)` for each tile of the source, whose result `after` may change."""
     batch, _, height, width = source.values.shape
     target = _Layer(source.values.new_empty(batch, conv.out_channels, up * height, up * width), source.device)
     for top in range(0, height, tile):
