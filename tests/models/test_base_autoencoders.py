@@ -11,7 +11,7 @@ from davae.errors import SettingsError
 from davae.evaluation.tokenizers import stock
 from davae.method.closed_form import fit_closed_form
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import base_facts, decode_latents
+from davae.models.base_autoencoders import BASE_AUTOENCODERS, base_facts, decode_latents
 from davae.pipelines.loading import load_autoencoder, load_base_vae
 from davae.pipelines.upgrade import upgrade
 
@@ -133,3 +133,8 @@ def test_patch_statistics_of_another_base_are_refused():
     pipeline.vae.bn.running_mean.add_(1)
     with pytest.raises(SettingsError, match="running_mean of 2x2 patches"):
         upgrade(pipeline, autoencoder)
+
+
+@pytest.mark.parametrize("name", BASE_AUTOENCODERS)
+def test_a_row_is_found_by_the_name_of_its_class(name: str) -> None:
+    assert BASE_AUTOENCODERS[name].load_class().__name__ == name
