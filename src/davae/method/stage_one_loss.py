@@ -8,7 +8,7 @@ for image in images:
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from davae.method.losses import (
     reconstruction_l1,
 )
 from davae.method.perceptual import LPIPS, patchwise_lpips
-from davae.models.autoencoder_da import AutoencoderDA
 from davae.seeds import rand, randn, sample_generators
 
 KL_LOSSES = {"mean": kl_loss_mean, "sum": kl_loss_sum}
@@ -33,6 +32,23 @@ LARGEST_FACTOR = {"alignment": 1e8, "adversarial": 1e4}
 
 Generators = Sequence[torch.Generator] | None
 """One random generator for each sample of a batch; None is torch's global generator."""
+
+
+@runtime_checkable
+class JointAutoencoder(Protocol):
+    """What the loss asks of an autoencoder, such as `davae.AutoencoderDA`."""
+
+    detail_downsample: nn.Module
+    joint_decoder: nn.Module
+
+    def encode_base(self, sample: Tensor) -> Tensor:
+        """Base latents [B, C, h, w] in units."""
+
+    def encode_detail(self, sample: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the detail latents, each [B, D, h, w]."""
+
+    def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
+        """Images [B, 3, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def keep_gradients(_gradients: Iterable[Tensor]) -> None:
 
 
 def stage_one_loss(
-    autoencoder: AutoencoderDA,
+    autoencoder: JointAutoencoder,
     image: Tensor,
     lpips: LPIPS,
     settings: StageOneSettings | None = None,
@@ -231,10 +247,10 @@ def adversarial_ramp(step: int, *, start: int, ramp_steps: int) -> float:
     return min(1.0, (step - start + 1) / max(1, ramp_steps))
 
 
-def compared_weights(autoencoder: AutoencoderDA) -> dict[str, Tensor]:
+def compared_weights(autoencoder: JointAutoencoder) -> dict[str, Tensor]:
     """The parameter at which an adaptive term's gradients are measured, by the name of the term."""
     return {
-        "alignment": autoencoder.detail_downsample.conv.weight,
+        "alignment": autoencoder.detail_downsample.get_parameter("conv.weight"),
         "adversarial": last_convolution(autoencoder.joint_decoder),
     }
 
