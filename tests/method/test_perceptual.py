@@ -234,7 +234,7 @@ def test_one_patch_is_the_whole_picture(alex):
 @pytest.mark.parametrize(("patch", "stride"), [(65, 32), (31, 16), (32, 33), (32, 0)])
 def test_patches_that_do_not_fit_are_refused(alex, patch, stride):
     images = patchwork(1)
-    with pytest.raises(SettingsError, match=rf"patches of {patch} px every {stride} px on pictures of 64x64 px"):
+    with pytest.raises(SettingsError, match=rf"patches of {patch} px every {stride} px on images of 64x64 px"):
         patchwise_lpips(alex, images, images, patch=patch, stride=stride)
 
 
