@@ -31,7 +31,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
 
     # Sizes to count tokens at, by name.
-    sizes = {str(each): (each, each) for each in (side // 2, side, 2 * side)}
+    sizes = {str(side // 2): (side // 2, side // 2), str(side): (side, side), str(2 * side): (2 * side, 2 * side)}
     if size is not None:
         width, height = size if isinstance(size, tuple) else (size, size)
         unit = factor * patch
@@ -75,7 +75,7 @@ def _describe_port(transformer: Any, layer: str, layout: str) -> dict[str, Any]:
 def _describe_upgrade(pipeline: DiffusionPipeline, facts: dict[str, Any]) -> dict[str, Any]:
     """The effect of the default upgrade on a base pipeline with these facts."""
     channels, factor, side = facts["latent_channels"], facts["downsample_factor"], facts["default_size"]
-    layers = [port["layer"] for port in facts["ports"].values()]
+    layers = [facts["ports"]["input"]["layer"], facts["ports"]["output"]["layer"]]
 
     # Both weights double, and so does the output port's bias.
     output = pipeline.transformer.get_submodule(layers[1])

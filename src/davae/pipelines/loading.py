@@ -72,7 +72,7 @@ def load_pipeline(
     dtypes = {"vae": torch.float32, "transformer": torch.float32, "default": dtype} if exact else dtype
 
     names = [without] if isinstance(without, str) else list(without)
-    pipeline = _load_stock(path_or_base, names, dtypes, vae_dtype=torch.float32 if exact else dtype)
+    pipeline = _load_stock(path_or_base, names, dtypes)
     for number, place in enumerate(adapters, 1):
         folder, is_last = Path(place), number == len(adapters)
         check_parts(pipeline)
@@ -87,9 +87,7 @@ def load_pipeline(
     return pipeline if device is None else pipeline.to(device)
 
 
-def _load_stock(
-    path_or_base: str | Path, without: Sequence[str], dtypes: Any, *, vae_dtype: torch.dtype
-) -> DiffusionPipeline:
+def _load_stock(path_or_base: str | Path, without: Sequence[str], dtypes: Any) -> DiffusionPipeline:
     """A pipeline as it was saved, without adapters; all of its weights are there."""
     folder = Path(path_or_base)
     absent, pipeline_class, portable = set(without), DiffusionPipeline, False
@@ -98,7 +96,10 @@ def _load_stock(
             raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
         index = read_json(folder / "model_index.json")
         absent.update(name for name, entry in index.items() if entry == [None, None])
-        pipeline_class = _find_pipeline_class(index.get("_class_name"))
+        if index.get("_class_name") == "ClassConditionalFlowPipeline":  # diffusers would look for it in itself
+            from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
+
+            pipeline_class = ClassConditionalFlowPipeline
 
         # The code in a portable folder is never run: the autoencoder is loaded with ours, below.
         portable = index.get("vae") == PORTABLE_ENTRY and "vae" not in absent
@@ -116,20 +117,12 @@ def _load_stock(
         raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")
 
     if portable:
+        vae_dtype = dtypes["vae"] if isinstance(dtypes, dict) else dtypes
         pipeline = replace_parts(pipeline, vae=load_autoencoder(folder / VAE_FOLDER, dtype=vae_dtype))
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             _check_whole(module, f"{name} of {path_or_base}")
     return pipeline
-
-
-def _find_pipeline_class(name: Any) -> type[DiffusionPipeline]:
-    """The class for a `_class_name` of model_index.json: davae's own, or the one that finds any class of diffusers."""
-    if name == "ClassConditionalFlowPipeline":
-        from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
-
-        return ClassConditionalFlowPipeline
-    return DiffusionPipeline
 
 
 def load_autoencoder(

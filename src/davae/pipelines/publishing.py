@@ -63,7 +63,9 @@ def make_model_card(
     settings = recipe.model_copy(update=shortened).to_toml().strip()
 
     made_in = environment()
-    rows = [[name.replace("_", " "), _format(value)] for name, value in metrics.items()]
+    rows = []
+    for name, value in metrics.items():
+        rows.append([name.replace("_", " "), "-" if value is None else f"{value:.4g}"])
     amounts = ", ".join(f"{name} {count:,}" for name, count in counts.items()).replace("_", " ")
     details = [
         markdown_table(["metric, of the last step", ""], rows),
@@ -99,12 +101,6 @@ def _make_card(base: str, *, data: str, usage: str, details: str) -> str:
 def _describe_versions(made_in: Mapping[str, Any]) -> str:
     versions = [f"{package} {version}" for package, version in made_in["versions"].items() if version]
     return f"commit {made_in['commit'] or 'unknown'}; {', '.join(versions)}."
-
-
-def _format(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def read_licence(folder: Path) -> str | None:

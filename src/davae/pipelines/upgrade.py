@@ -101,7 +101,7 @@ def digest_encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
             digests[name] = json.dumps(value)
 
     weights = {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith(DECODING_PARTS)}
-    statistics = {name: weights.pop(name) for name in ("detail_mean", "detail_std")}
+    statistics = {"detail_mean": weights.pop("detail_mean"), "detail_std": weights.pop("detail_std")}
     return digests | {
         "weights of the encoders": digest_tensors(weights),
         "latent statistics": digest_tensors(statistics),

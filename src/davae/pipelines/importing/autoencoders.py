@@ -18,8 +18,11 @@ from davae.pipelines.importing.spelling import Spelling, find_source, read_kl_co
 from davae.pipelines.loading import load_base_vae
 from davae.pipelines.upgrade import check_base_encoder
 
-# Reasons why keys are left, by the start of their names.
-TRAINING_ONLY = {
+# Reasons why keys are left, by the start of their names in any of these layouts.
+REASONS = {
+    r"(d[ac]|vae)\.encoder\.conv_out\.": "the detail encoder ends before it",
+    r"(d[ac]|vae)\.decoder\.conv_in\.": "the up block takes its place",
+    r"original_vae_model\.vae\.decoder\.": "the base's decoder; the joint decoder takes its place",
     r"(loss|discriminator)\.": "of the loss",
     r"(d[ac]\.)?(foundation_model|linear_proj|align_proj|pe_student|encoder_alignment_proj)\b": "of the alignment loss",
     r"(model_ema|ema)\b": "another copy of the weights",
@@ -79,7 +82,7 @@ def convert_va_vae(checkpoint: ForeignCheckpoint, options: Options, report: Impo
     sources = {name: find_source(tensor, spell(name)) for name, tensor in targets.items()}
     model.load_state_dict(match(checkpoint, targets, sources, report), assign=True)
 
-    leave_rest(checkpoint, report, TRAINING_ONLY, owned=("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    leave_rest(checkpoint, report, REASONS, owned=("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
     if options.stats is None:
         report.missing.append({"target": "latents_mean, latents_std", "reason": "none given: units are its own scale"})
     return model.save_pretrained
@@ -106,13 +109,13 @@ def convert_imagenet_da_vae(checkpoint: ForeignCheckpoint, options: Options, rep
         detail_statistics = Statistics(mean[channels:], std[channels:])
 
     # The reference does not clamp its base image, and its latents have their own scale.
-    config = _make_da_config(base_config, total, base_downsample="bicubic-unclamped")
-    model = _build_da_vae(checkpoint, config, replace_prefix(names, ldm), detail_statistics, report)
-
-    leave_rest(checkpoint, report, _explain_unused(f"{da}.") | TRAINING_ONLY, owned=("base_", f"{da}."))
-    report.notes.append(
-        "the reference's training targets add N(0, 1) to the detail latents: detail_noise = 1.0 in stage 2"
+    spell = replace_prefix(names, ldm)
+    model = _build_da_vae(
+        checkpoint, base_config, total, spell, detail_statistics, report, base_downsample="bicubic-unclamped"
     )
+
+    leave_rest(checkpoint, report, REASONS, owned=("base_", f"{da}."))
+    report.notes.append("the reference trains on detail latents plus N(0, 1): detail_noise = 1.0 in stage 2")
     return model.save_pretrained
 
 
@@ -121,10 +124,10 @@ def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options, report: 
     total, detail_channels = checkpoint.shape("dc_up.conv.weight")[1], 2 * checkpoint.shape("dc_down.conv.weight")[0]
     if detail_channels == total:
         raise CheckpointError(
-            f"{checkpoint.path} is of the reference's 'full' mode: the new encoder makes all {total} latent channels "
-            "(dc_down.conv.weight makes as many as dc_up.conv.weight reads), and a frozen base none. There is no base "
-            "half that a pretrained transformer could start from, so it is not imported"
+            f"{checkpoint.path} is of the reference's 'full' mode: dc_down.conv.weight makes all {total} channels that "
+            "dc_up.conv.weight reads. There is no base half that a pretrained transformer could start from"
         )
+
     # Below its prefixes the file has diffusers' names.
     parts = {"encoder.": SD3["base_encoder."], "decoder.": SD3["joint_decoder."], "quant_conv.": "quant_conv."}
     base_config = read_kl_config(checkpoint, replace_prefix(parts), sample_size=1024)
@@ -136,18 +139,19 @@ def convert_sd3_da_vae(checkpoint: ForeignCheckpoint, options: Options, report: 
     if options.base is not None:
         vae = load_base_vae(options.base)
         scalars = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor or 0.0}
-    config = _make_da_config(base_config | scalars, total, base_downsample="bicubic")
-    model = _build_da_vae(checkpoint, config, replace_prefix(SD3), options.stats, report, detail_first=True)
+    base_config |= scalars
+
+    spell = replace_prefix(SD3)
+    model = _build_da_vae(
+        checkpoint, base_config, total, spell, options.stats, report, base_downsample="bicubic", detail_first=True
+    )
     if vae is not None:
         check_base_encoder(model, vae)
 
-    unused = {r"original_vae_model\.vae\.decoder\.": "the base's decoder; the joint decoder takes its place"}
-    unused |= _explain_unused("vae.") | TRAINING_ONLY
-    leave_rest(checkpoint, report, unused, owned=("vae.", "dc_", "original_vae_model."))
+    leave_rest(checkpoint, report, REASONS, owned=("vae.", "dc_", "original_vae_model."))
     report.notes += [
         "the reference gives images in [0, 1], clamped; this gives (2 x - 1), not clamped, as diffusers' VAEs do",
-        f"scaling_factor {scalars['scaling_factor']} and shift_factor {scalars['shift_factor']} are not in the file: "
-        f"{options.base or 'SD3'}'s",
+        f"the file has no scale of the base latents; it is {options.base or 'SD3'}'s: {scalars}",
     ]
     return model.save_pretrained
 
@@ -176,9 +180,20 @@ def convert_lightningdit(checkpoint: ForeignCheckpoint, options: Options, report
     return model.save_pretrained
 
 
-def _make_da_config(base_config: dict[str, Any], total: int, *, base_downsample: str) -> dict[str, Any]:
+def _build_da_vae(
+    checkpoint: ForeignCheckpoint,
+    base_config: dict[str, Any],
+    total: int,
+    spell: Spelling,
+    statistics: Statistics | None,
+    report: ImportReport,
+    *,
+    base_downsample: str,
+    detail_first: bool = False,
+) -> AutoencoderDA:
+    """The model with `total` latent channels, the file's weights and these statistics of the detail latents."""
     widths, channels = base_config["block_out_channels"], base_config["latent_channels"]
-    return {
+    config = {
         "base_config": base_config,
         "base_channels": channels,
         "detail_channels": total - channels,
@@ -189,18 +204,6 @@ def _make_da_config(base_config: dict[str, Any], total: int, *, base_downsample:
         "shift_factor": base_config["shift_factor"] or 0.0,
         "linear_blocks": False,
     }
-
-
-def _build_da_vae(
-    checkpoint: ForeignCheckpoint,
-    config: Mapping[str, Any],
-    spell: Spelling,
-    statistics: Statistics | None,
-    report: ImportReport,
-    *,
-    detail_first: bool = False,
-) -> AutoencoderDA:
-    """The model of this config with the file's weights, and with these statistics of the detail latents."""
     model = build_empty(AutoencoderDA, config, checkpoint)
     targets = model.state_dict()
     for name in ("detail_mean", "detail_std"):
@@ -214,21 +217,12 @@ def _build_da_vae(
     if statistics is None:
         reason = "none given: 0 and 1; AutoencoderDA.calibrate measures"
         report.missing.append({"target": "detail_mean, detail_std", "reason": reason})
-        channels = config["detail_channels"]
-        statistics = Statistics((0.0,) * channels, (1.0,) * channels)
+        statistics = Statistics((0.0,) * (total - channels), (1.0,) * (total - channels))
     dtype = torch.promote_types(torch.float32, tensors["detail_upsample.conv.weight"].dtype)
     tensors["detail_mean"] = torch.tensor(statistics.mean, dtype=dtype)
     tensors["detail_std"] = torch.tensor(statistics.std, dtype=dtype)
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-def _explain_unused(prefix: str) -> dict[str, str]:
-    """Why the reference's autoencoder under this prefix has two layers that AutoencoderDA lacks."""
-    return {
-        re.escape(f"{prefix}encoder.conv_out."): "the detail encoder ends before it",
-        re.escape(f"{prefix}decoder.conv_in."): "the up block takes its place",
-    }
 
 
 def _put_base_first(

@@ -19,36 +19,28 @@ class Kind:
     """A layout of a checkpoint."""
 
     convert: Callable[[ForeignCheckpoint, Options, ImportReport], Save]
-    # Regular expressions; a file of this kind has a key for each.
-    marks: tuple[str, ...]
-    # The fields of `Options` that it takes.
-    options: tuple[str, ...] = ()
+    marks: tuple[str, ...]  # regular expressions; a file of this kind has a key for each
+    options: tuple[str, ...] = ()  # the fields of `Options` that it takes
 
 
 # The kinds by their names on the command line.
 KINDS: dict[str, Kind] = {
     "va-vae": Kind(
         autoencoders.convert_va_vae,
-        marks=(r"encoder\.down\.0\.block\.0\.conv1\.weight", r"decoder\.conv_in\.weight"),
-        options=("stats",),
+        (r"encoder\.down\.0\.block\.0\.conv1\.weight", r"decoder\.conv_in\.weight"),
+        ("stats",),
     ),
     "lightningdit": Kind(
-        autoencoders.convert_lightningdit, marks=(r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")
+        autoencoders.convert_lightningdit, (r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")
     ),
-    "imagenet-da-vae": Kind(
-        autoencoders.convert_imagenet_da_vae,
-        marks=(r"da\.da_up\.conv\.weight|dc\.dc_up\.conv\.weight",),
-        options=("stats",),
-    ),
+    "imagenet-da-vae": Kind(autoencoders.convert_imagenet_da_vae, (r"d([ac])\.d\1_up\.conv\.weight",), ("stats",)),
     "sd3-da-vae": Kind(
-        autoencoders.convert_sd3_da_vae,
-        marks=(r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"),
-        options=("stats", "base"),
+        autoencoders.convert_sd3_da_vae, (r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"), ("stats", "base")
     ),
     "sd35-stage-two": Kind(
         stage_two.convert_sd35_stage_two,
-        marks=(r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",),
-        options=("base", "autoencoder", "lora"),
+        (r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",),
+        ("base", "autoencoder", "lora"),
     ),
 }
 
@@ -67,13 +59,8 @@ def import_checkpoint(
 ) -> ImportReport:
     """Convert a checkpoint of another program into a folder, with `import.json`, the account of every key.
 
-    The arguments are those of `davae import`. `kind` is a key of `KINDS`, found by the file's keys if None; `stats` is
-    a file of latent statistics, `base` a pipeline's folder or Hub name, `autoencoder` the folder of an AutoencoderDA,
-    and `lora` the file of the LoRA tensors where they are not in `file`.
-
-    Raises:
-        SettingsError: an unknown kind, an option that the kind does not take, or an `out` that holds something else.
-        CheckpointError: a file that cannot be read or is not of the kind; it names the first mismatch.
+    The arguments are those of `davae import`: `kind` is a key of `KINDS`, found by the file's keys if None; `stats` a
+    file of latent statistics, `base` a pipeline's folder or Hub name, `autoencoder` the folder of an AutoencoderDA.
     """
     # Nothing is read that would be replaced.
     paths = {"stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}

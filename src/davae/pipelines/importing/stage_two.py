@@ -104,8 +104,8 @@ def _fill_ports(
     tensors = match(checkpoint, targets, sources, report)
 
     def find_parts(prefix: str, suffix: str) -> list[Tensor]:
-        names = (f"{prefix}.{half}_{suffix}" for half in ("base", "extra"))
-        return [tensors[PORT_TARGETS[name]].to(transformer.dtype) for name in names]
+        base_part, detail_part = PORT_TARGETS[f"{prefix}.base_{suffix}"], PORT_TARGETS[f"{prefix}.extra_{suffix}"]
+        return [tensors[base_part].to(transformer.dtype), tensors[detail_part].to(transformer.dtype)]
 
     # Input port: the convolutions side by side.
     projection = transformer.pos_embed.proj
@@ -114,10 +114,8 @@ def _fill_ports(
 
     # Output port: rows interleaved in each patch position.
     for parameter, suffix in ((transformer.proj_out.weight, "weight"), (transformer.proj_out.bias, "bias")):
-        rows = [
-            rearrange(part, "(p q c) ... -> p q c ...", p=patch, q=patch)
-            for part in find_parts("project_out", f"linear.{suffix}")
-        ]
+        parts = find_parts("project_out", f"linear.{suffix}")
+        rows = [rearrange(part, "(p q c) ... -> p q c ...", p=patch, q=patch) for part in parts]
         parameter.copy_(rearrange(torch.cat(rows, dim=2), "p q c ... -> (p q c) ..."))
 
 

@@ -42,7 +42,7 @@ def convert(source: Path, target: Path, wrappers: Sequence[str]) -> None:
         raise TypeError(f"it holds a {type(entries).__name__}, not a dictionary of tensors")
     opened, tensors = open_wrappers(entries, wrappers)
     if not tensors:
-        raise TypeError(f"it holds no tensors by name, but {[str(name) for name in entries][:6]}")
+        raise TypeError(f"it holds no tensors by name, but {list(entries)[:6]}")
 
     beside = [str(name) for name in entries if name not in opened[:1] and (opened or name not in tensors)]
     facts = {"opened": json.dumps(opened), "beside": json.dumps(beside)}
