@@ -178,15 +178,9 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
         tokens = condition["encoder_hidden_states"].shape[1]
         figures.append(Figure("text tokens beside them", tokens, "", "derived"))
 
-    # Sampling an image: guided steps, then decoding.
+    # Sampling, a training step, the whole run.
     figures.append(_tflop("transformer, one picture, forward", forward, "counted"))
-    encoding, decoding = _count_passes(autoencoder, recipe.size)
-    evaluations = backbone.guided_rows * (SAMPLING_EVALUATIONS if backbone.classes else SAMPLING_STEPS)
-    sampling = evaluations * forward / 1e12 + decoding.value
-    name = f"sampling a picture: {evaluations} forwards, all guided, and decoding"
-    figures += [encoding, decoding, Figure(name, sampling, "TFLOP", "derived")]
-
-    # A training step, and the whole run.
+    figures += _estimate_sampling(autoencoder, backbone, recipe.size, forward)
     work = count_stage_two(transformer, autoencoder, recipe, backbone)
     figures.append(_tflop("transformer, one picture, forward and backward", work.flops, "counted"))
     figures += _estimate_time(recipe, work)
@@ -197,6 +191,15 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
     numbers = config.latent_channels * side**2 + sum(tensor.numel() for tensor in condition.values())
     name = "inputs that are encoded once and kept, on the host, for a picture"
     return [*figures, Figure(name, numbers * BYTES / 2**20, "MiB", "derived")]
+
+
+def _estimate_sampling(autoencoder: AutoencoderDA, backbone: Backbone, size: int, forward: int) -> list[Figure]:
+    """Encoding, decoding, and sampling of one image with guidance in all steps."""
+    encoding, decoding = _count_passes(autoencoder, size)
+    evaluations = backbone.guided_rows * (SAMPLING_EVALUATIONS if backbone.classes else SAMPLING_STEPS)
+    sampling = evaluations * forward / 1e12 + decoding.value
+    name = f"sampling a picture: {evaluations} forwards, all guided, and decoding"
+    return [encoding, decoding, Figure(name, sampling, "TFLOP", "derived")]
 
 
 def _count_trained(transformer: ModelMixin, backbone: Backbone) -> list[Figure]:

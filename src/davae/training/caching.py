@@ -32,6 +32,7 @@ def fill_cache(
     bits of an entry depend neither on kills and restarts nor on the number of ranks. Equal keys have the first place's
     entry. `unit` is a plural noun for the progress bar.
     """
+    # Damaged shards are renamed by all ranks before any rank looks for entries.
     cache.set_damaged_aside(process=ranks.rank, processes=ranks.count)
     ranks.wait("encoding")
     cache.find()
@@ -56,6 +57,7 @@ def fill_cache(
                     cache.write(pending)
                     pending, pending_bytes, began = {}, 0, time.monotonic()
 
+    # The ranks' shards together must hold all entries now.
     ranks.wait("encoding")
     cache.find()
     if gone := {key for key in keys if key not in cache}:
@@ -67,10 +69,12 @@ def fill_cache(
 
 def find_missing(cache: TensorCache, keys: Sequence[str], block: int, ranks: Ranks) -> dict[int, list[int]]:
     """The places whose entries this rank has to compute, by the number of their block."""
+    # Equal keys share the entry of the first place.
     first: dict[str, int] = {}
     for place, key in enumerate(keys):
         first.setdefault(key, place)
 
+    # Block by block in turn, the ranks share the work.
     missing: dict[int, list[int]] = {}
     for key, place in first.items():
         if key not in cache and place // block % ranks.count == ranks.rank:

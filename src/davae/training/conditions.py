@@ -47,12 +47,18 @@ def cache_conditions(
 
     def encode_block(rows: list[int]) -> list[Entry]:
         encoded = encode_captions(pipeline, backbone, [captions[row] for row in rows], tokens)
-        return [trim_repeats({name: values[place] for name, values in encoded.items()}) for place in range(len(rows))]
+        entries = []
+        for place in range(len(rows)):
+            entries.append(trim_repeats({name: values[place] for name, values in encoded.items()}))
+        return entries
 
     fill_cache(cache, keys, encode_block, block=BLOCK, unit="captions", ranks=ranks or Ranks())
 
     def read(rows: Sequence[int]) -> dict[str, Tensor]:
-        entries = {key: restore_repeats(cache[key]) for key in {keys[row] for row in rows}}
+        # Several rows may have one caption, which is read once.
+        entries: dict[str, Entry] = {}
+        for key in {keys[row] for row in rows}:
+            entries[key] = restore_repeats(cache[key])
         names = entries[keys[rows[0]]]
         return {name: torch.stack([entries[keys[row]][name] for row in rows]) for name in names}
 
@@ -109,6 +115,7 @@ def encode_captions(
 
     Rows of `encoder_hidden_states` that its mask hides from the transformer are zero.
     """
+    # In blocks, so that memory does not depend on how many there are.
     batches = []
     for start in range(0, len(captions), BLOCK):
         block = list(captions[start : start + BLOCK])
@@ -116,6 +123,7 @@ def encode_captions(
 
     condition = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
     if "encoder_attention_mask" in condition:
+        # The transformer does not see them; as zeros they take no room in a cache.
         is_seen = condition["encoder_attention_mask"].bool()[..., None]
         condition["encoder_hidden_states"] = condition["encoder_hidden_states"].masked_fill(~is_seen, 0)
     return condition

@@ -40,6 +40,7 @@ def digest_text_encoding(pipeline: DiffusionPipeline) -> str:
 
     The versions count because the pipelines' templates and instructions are code.
     """
+    # All parts but those that see no text.
     parts: list[Any] = [type(pipeline).__name__]
     parts += [importlib.metadata.version(name) for name in ("diffusers", "transformers")]
     for name, component in sorted(pipeline.components.items()):
@@ -47,6 +48,7 @@ def digest_text_encoding(pipeline: DiffusionPipeline) -> str:
             continue
         is_model = isinstance(component, nn.Module)
         parts += [name, digest_model(component) if is_model else _describe_tokenizer(component)]
+    # Attributes such as an instruction before each caption.
     parts += [getattr(pipeline, name) for name in backbone_of(pipeline.transformer).text_settings] or [None]
     return hashlib.sha256(_encode(parts)).hexdigest()
 

@@ -60,10 +60,12 @@ def cache_latents(
     autoencoder.eval()
 
     def encode_block(indices: list[int]) -> list[Entry]:
+        # A block may hold several sizes; images of one size are encoded together.
         entries: dict[int, Entry] = {}
-        for chosen in pictures.batches(indices, BLOCK):  # of one size each
+        for chosen in pictures.batches(indices, BLOCK):
             latents = encode_latents(autoencoder, pictures.batch(chosen)).cpu()
-            entries |= {index: {"latents": own} for index, own in zip(chosen, latents, strict=True)}
+            for index, own in zip(chosen, latents, strict=True):
+                entries[index] = {"latents": own}
         return [entries[index] for index in indices]
 
     fill_cache(cache, keys, encode_block, block=BLOCK, unit="pictures", ranks=ranks or Ranks(), shard_bytes=shard_bytes)
@@ -92,6 +94,7 @@ def encode_online(
     def read(indices: Sequence[int], batch: int) -> Tensor:
         image = pictures.batch(indices)
         if flips:
+            # Drawn anew for every sample of the run, the same for any number of ranks.
             samples = ranks.sample_numbers(batch, len(indices))
             mirrored = rand(sample_generators(seed, "flips", samples)) < 0.5
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
@@ -108,6 +111,7 @@ def fix_detail_noise(autoencoder: AutoencoderDA, noise: float, seed: int) -> Cal
     def add(latents: Tensor, indices: Sequence[int]) -> Tensor:
         if not noise:
             return latents
+        # The latents are standardised, so the noise is, too.
         base, detail = latents[:, :base_channels], latents[:, base_channels:]
         drawn = randn(detail.shape, sample_generators(seed, "noise on detail latents", indices))
         return torch.cat([base, detail + noise * drawn / std], dim=1)

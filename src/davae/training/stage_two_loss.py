@@ -94,11 +94,14 @@ def choose_objective(
         tokens = positions // patch_side(pipeline.transformer, backbone.ports) ** 2
         return FlowObjective(backbone, base_channels, shift or backbone.shift(pipeline, tokens), settings)
 
+    # Options of flow models make no sense for the noise's error.
     if foreign := [name for name, value in {"shift": shift, **settings}.items() if value]:
         raise SettingsError(
             f"{', '.join(foreign)}: a {type(pipeline.transformer).__name__} predicts noise, and these settings are for "
             "flow models. Leave them out"
         )
+
+    # The noise schedule is the pipeline's own.
     alphas, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
     if alphas is None or kind != "epsilon":
         raise SettingsError(

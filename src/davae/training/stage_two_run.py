@@ -69,6 +69,8 @@ def finetune(
         raise SettingsError(
             "compile = true with FSDP2: untested together. Leave it out, or launch with recipes/launch/ddp.yaml"
         )
+
+    # Nothing is replaced that another program made.
     with claim_folder(recipe, folder, ranks):
         for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
             ranks.on_first(partial(check_replaceable, folder / name, holds=index))
@@ -103,6 +105,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
     prompts = choose_prompts(recipe, transformer, pictures)
 
+    # Encode what the caches lack, then train.
     read_latents, read_conditions = prepare_inputs(recipe, pipeline, pictures, folder, ranks)
     loader = Loader(
         names=pictures.keys,
@@ -119,8 +122,8 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     base = recipe.base or str(assets.base_pipeline())
     with state.ema_weights():
         pipeline.register_modules(transformer=state.whole("transformer"))
-        save = partial(save_upgrade, folder=folder, recipe=recipe, targets=targets, base=base, base_sha256=base_sha256)
-        ranks.on_first(lambda: save(pipeline.to("cpu")))
+        names = {"base": base, "base_sha256": base_sha256}
+        ranks.on_first(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, **names))
     ranks.on_first(lambda: finish_record(state, folder, recipe, base=base, pictures=len(pictures)))
     return folder / "pipeline"
 
@@ -151,6 +154,7 @@ def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
         warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)
     expect_noise(autoencoder, recipe.detail_noise)
 
+    # A size that the pipeline cannot make is refused here.
     pipeline = upgrade(pipeline, autoencoder)
     for side in recipe.sides:
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
@@ -197,10 +201,12 @@ def prepare_inputs(
     move_frozen(pipeline, ranks.device)
     read_told = read_classes(pipeline, backbone, pictures) if backbone.classes else None
 
+    # Every step encodes.
     if recipe.online:
         latents = encode_online(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed, ranks=ranks)
         return latents, read_told or encode_captions_online(pipeline, backbone, pictures, tokens)
 
+    # All is encoded once, and then the frozen parts make room for training.
     caches = find_cache_folder(recipe, folder)
     latents = cache_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, ranks=ranks)
     if read_told is None:

@@ -28,6 +28,7 @@ def save_upgrade(
         layers = targets if recipe.trained == "layers" else ()
         save_adapter(folder / "adapter", pipeline, base=name_base(base), base_sha256=base_sha256, layers=layers)
 
+    # A stock pipeline has no LoRA layers.
     if recipe.trained == "lora":
         pipeline.transformer.fuse_lora(safe_fusing=True)
         pipeline.transformer.unload_lora()
@@ -64,6 +65,7 @@ def write_cards(
     source = Path(recipe.pictures).name or "the set that davae ships (Fluent Emoji 3D, MIT)"
     data = f"{counts['pictures']:,} pictures of {source}"
 
+    # Both cards show the same facts and their own line of Python.
     for result, call in calls.items():
         if (folder / result).is_dir():
             usage = f"from davae import load_pipeline\n\npipe = {call}"

@@ -33,11 +33,13 @@ def choose_parameters(
             'in lora_targets; without any, allowed are trained="full" and "ports"'
         )
 
+    # LoRA layers come first, so that an adapter's tensors have a place.
     if recipe.trained == "lora":
         add_lora(transformer, recipe.lora_rank, recipe.lora_alpha, targets, seed=recipe.seed)
     if recipe.adapter:
         start_from_adapter(transformer, Path(recipe.adapter), recipe, targets, base_sha256)
 
+    # With LoRA, `add_lora` has chosen already.
     if recipe.trained == "full":
         transformer.requires_grad_(True)
     if recipe.trained in ("layers", "ports"):
@@ -69,6 +71,7 @@ def start_from_adapter(
             if name not in trained:
                 base_weights[name] = layer.weight.data
 
+    # Without LoRA layers to train, the adapter's LoRA is added to the weights.
     load_adapter(transformer, adapter, fuse=recipe.trained != "lora")
     for name, weight in base_weights.items():
         transformer.get_submodule(name).weight = nn.Parameter(weight)

@@ -36,6 +36,7 @@ def draw_pictures(
 
     Training goes on as if no picture had been drawn: modes, devices and random state are restored.
     """
+    # The frozen parts may rest on the CPU; they go back there.
     transformer = pipeline.transformer
     was_training = transformer.training
     places = {name: module.device for name, module in pipeline.components.items() if hasattr(module, "device")}
@@ -64,6 +65,7 @@ def draw_pictures(
         if name != "transformer":
             pipeline.components[name].to(device)
 
+    # A column for each prompt.
     grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
     path = folder / "pictures" / f"{state.step:08d}.png"
     state.ranks.on_first(lambda: write_png(path, grid))
