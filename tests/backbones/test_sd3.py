@@ -29,7 +29,7 @@ def test_condition_has_a_gradient_for_text_encoders_that_are_trained(pipeline):
 
 
 def test_lora_is_on_the_layers_that_the_reference_names(pipeline):
-    """METHOD 5.3: to_q, to_k, to_v, to_out.0, ff.net.2, norm1.linear of the image stream, attn2 included."""
+    """All named layers of the image stream, attn2 included (docs/method.md 10)."""
     transformer = tiny.tiny_sd3(4)  # two blocks, the first with dual attention
     add_lora(transformer, 2, 2.0, backbone_of(transformer).lora_targets)
     attentions = [f"transformer_blocks.{name}" for name in ("0.attn", "0.attn2", "1.attn")]

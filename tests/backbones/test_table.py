@@ -17,22 +17,6 @@ WIDE_CAPTION = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 TIMESTEP = torch.tensor([250.0, 900.0])
 
 
-def run_flux(model, latents):
-    ids = torch.zeros(16, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    return unpack(
-        model(
-            hidden_states=pack(latents),
-            encoder_hidden_states=WIDE_CAPTION,
-            pooled_projections=WIDE_CAPTION[:, 0],
-            timestep=TIMESTEP / 1000,
-            img_ids=ids,
-            txt_ids=torch.zeros(5, 3),
-            return_dict=False,
-        )[0]
-    )
-
-
 def run_qwen(model, latents):
     return unpack(
         model(
@@ -67,22 +51,29 @@ def run_sd3(model, latents):
     return model(latents, caption, caption[:, 0], TIMESTEP, return_dict=False)[0]
 
 
-def run_flux_like(model, latents, *, text_place=1, start=0, **told):
-    """Models with FLUX.1's layout; text token i is at (i, i) times `text_place`."""
-    ids, text_ids = torch.zeros(16, 3), torch.zeros(5, 3)
-    ids[:, 0] = float(start > 0)
-    ids[:, 1], ids[:, 2] = torch.arange(16) // 4 + start, torch.arange(16) % 4 + start
-    text_ids[:, 1:] = text_place * torch.arange(5.0)[:, None]
-    told |= {"timestep": TIMESTEP / 1000, "img_ids": ids, "txt_ids": text_ids, "return_dict": False}
-    return unpack(model(hidden_states=pack(latents), encoder_hidden_states=WIDE_CAPTION, **told)[0])
+def run_flux_like(model, latents, *, text_step, first=(0, 0, 0), **settings):
+    """FLUX.1's layout: text token i is at (i, i) times `text_step`, the first image token at `first`."""
+    rows, columns = torch.arange(16) // 4, torch.arange(16) % 4
+    image_ids = torch.stack([torch.zeros(16), rows, columns], dim=1) + torch.tensor(first)
+    text_ids = torch.arange(5.0)[:, None] * torch.tensor([0, text_step, text_step])
+    settings |= {"timestep": TIMESTEP / 1000, "img_ids": image_ids, "txt_ids": text_ids, "return_dict": False}
+    return unpack(model(hidden_states=pack(latents), encoder_hidden_states=WIDE_CAPTION, **settings)[0])
+
+
+def run_flux(model, latents):
+    return run_flux_like(model, latents, text_step=0, pooled_projections=WIDE_CAPTION[:, 0])
 
 
 def run_chroma(model, latents):
-    return run_flux_like(model, latents, text_place=0, attention_mask=torch.ones(2, 5 + 16))
+    return run_flux_like(model, latents, text_step=0, attention_mask=torch.ones(2, 5 + 16))
+
+
+def run_ovis(model, latents):
+    return run_flux_like(model, latents, text_step=1)
 
 
 def run_longcat(model, latents):
-    return run_flux_like(model, latents, start=512)
+    return run_flux_like(model, latents, text_step=1, first=(1, 512, 512))
 
 
 def run_krea2(model, latents):
@@ -149,8 +140,8 @@ def run_lumina2(model, latents):
 
 
 def run_zimage(model, latents):
-    pictures = list(latents.unsqueeze(2).unbind(dim=0))  # one frame each
-    return torch.stack(model(pictures, 1 - TIMESTEP / 1000, list(WIDE_CAPTION), return_dict=False)[0]).squeeze(2)
+    frames = list(latents.unsqueeze(2).unbind(dim=0))
+    return torch.stack(model(frames, 1 - TIMESTEP / 1000, list(WIDE_CAPTION), return_dict=False)[0]).squeeze(2)
 
 
 def pack(latents):
@@ -172,7 +163,7 @@ CASES = {
     "qwen": (tiny.tiny_qwen, run_qwen),
     "flux2": (tiny_backbones.tiny_flux2, run_flux2),
     "chroma": (tiny_backbones.tiny_chroma, run_chroma),
-    "ovis": (tiny_backbones.tiny_ovis_image, run_flux_like),
+    "ovis": (tiny_backbones.tiny_ovis_image, run_ovis),
     "longcat": (tiny_backbones.tiny_longcat_image, run_longcat),
     "krea2": (tiny_backbones.tiny_krea2, run_krea2),
     "qwen21": (tiny_backbones.tiny_qwen_image21, run_qwen21),
@@ -270,8 +261,8 @@ def test_the_widened_model_is_a_stock_one_that_saves_and_loads_strictly(case, tm
     widened.save_pretrained(tmp_path)
     kind = type(widened)
     kind.from_config(kind.load_config(tmp_path)).load_state_dict(widened.state_dict(), strict=True)
-    loaded, found = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(found.values())
+    loaded, problems = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(problems.values())
     tensors = widened.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
 
