@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 
 from davae import assets
 from davae.backbones import BACKBONES, widen_transformer
 from davae.cli import main
 from davae.cost.budget import estimate_stage_one, estimate_stage_two, plan_autoencoder
-from davae.cost.geometry import META, Geometry, make_blank_autoencoder, read_geometry
+from davae.cost.geometry import META, Geometry, read_geometry
 from davae.cost.workload import count_parameters, count_stage_one, counting, make_condition, meta, to_half
 from davae.errors import CheckpointError, SettingsError
 from davae.method.discriminator import PatchDiscriminator
@@ -41,6 +41,11 @@ def finetune_figures(sd35m: Geometry) -> dict[str, float]:
     recipe = load_recipe(FinetuneRecipe, SD35M)
     figures = estimate_stage_two(recipe, sd35m, plan_autoencoder(recipe, sd35m, SD35M))
     return {f"{figure.name}, {figure.unit}": figure.value for figure in figures}
+
+
+def blank_autoencoder(vae: ModelMixin, detail_channels: int) -> AutoencoderDA:
+    with META:
+        return AutoencoderDA.from_base(vae, detail_channels=detail_channels, linear_blocks=False)
 
 
 def va_vae() -> AutoencoderKL:
@@ -122,7 +127,7 @@ def test_the_budget_of_stage_1_at_1024_px(sd35m) -> None:
 
 
 def test_imagenets_autoencoder_has_the_published_numbers_of_parameters() -> None:
-    autoencoder = make_blank_autoencoder(va_vae(), detail_channels=96, linear_blocks=False)
+    autoencoder = blank_autoencoder(va_vae(), 96)
     assert count_parameters(autoencoder.base_encoder) == 28_413_248
     assert count_parameters(autoencoder.base_quant_conv) == 4_160
     assert count_parameters(autoencoder.detail_encoder) == 28_118_272
@@ -139,7 +144,7 @@ def test_imagenets_autoencoder_has_the_published_numbers_of_parameters() -> None
 )
 def test_token_grids_of_the_two_set_ups(sd35m, vae: str, detail: int, size: int, patch: int, tokens: int) -> None:
     base = sd35m.vae if vae == "sd3" else va_vae()
-    autoencoder = make_blank_autoencoder(base, detail_channels=detail, linear_blocks=False)
+    autoencoder = blank_autoencoder(base, detail)
     with torch.no_grad():
         latents = to_half(autoencoder).encode(meta(1, 3, size, size)).latent_dist.mode()
     assert latents.shape == (1, base.config.latent_channels + detail, tokens * patch, tokens * patch)
@@ -205,7 +210,7 @@ def cost(tiny: Geometry, **changes: object) -> float:
     """TFLOP of one crop; without LPIPS unless `changes` has it."""
     settings = {"size": 64, "crop": 32, "start": "random", "loss": LossWeights(lpips=0.0)}
     recipe = AutoencoderRecipe(**(settings | changes))
-    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = blank_autoencoder(tiny.vae, 16)
     choose_trained(autoencoder, recipe)
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
     return count_stage_one(autoencoder, discriminator, tiny, recipe).flops / 1e12
@@ -273,14 +278,14 @@ def test_a_step_is_batch_times_accumulation(tiny, plain_cost) -> None:
     assert figures["pictures a step: 3 x 4"] == 12
     assert figures["one step of the optimiser"] == pytest.approx(12 * plain_cost)
     assert figures["all 7 steps"] == pytest.approx(7 * 12 * plain_cost / 1e6)
-    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = blank_autoencoder(tiny.vae, 16)
     work = count_stage_one(autoencoder, None, tiny, recipe)  # accumulation holds one batch at a time
     kept = figures["activations kept for the backward pass, batch of 3"]
     assert kept == pytest.approx(3 * work.kept_bytes / 2**30)
 
 
 def test_trained_layers_are_counted(tiny) -> None:
-    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = blank_autoencoder(tiny.vae, 16)
     recipe = FinetuneRecipe(size=64, trained="layers", lora_targets=("attn.to_q",))
     figures = {figure.name: figure.value for figure in estimate_stage_two(recipe, tiny, autoencoder)}
     assert "LoRA" not in figures
@@ -288,7 +293,7 @@ def test_trained_layers_are_counted(tiny) -> None:
 
 
 def test_a_budget_of_flux_is_counted_too(tiny) -> None:
-    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = blank_autoencoder(tiny.vae, 16)
     channels = tiny.vae.config.latent_channels
     geometry = Geometry("x", tiny.vae, tiny_flux(channels).to(META))
     recipe = FinetuneRecipe(size=64, trained="full", prompt_tokens=24)
@@ -299,7 +304,7 @@ def test_a_budget_of_flux_is_counted_too(tiny) -> None:
 
 
 def test_a_backbone_whose_captions_have_unknown_shapes_is_refused(tiny) -> None:
-    autoencoder = make_blank_autoencoder(tiny.vae, detail_channels=16, linear_blocks=False)
+    autoencoder = blank_autoencoder(tiny.vae, 16)
     channels = tiny.vae.config.latent_channels
     with pytest.raises(SettingsError, match="budget of a Lumina2Transformer2DModel cannot be counted"):
         estimate_stage_two(

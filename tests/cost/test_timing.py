@@ -66,8 +66,8 @@ def test_short_runs_are_repeated_within_a_measurement_and_long_ones_are_not() ->
         called[name] += 1
         time.sleep(seconds)
 
-    runs = {"short": lambda: run("short", 0.002), "long": lambda: run("long", 0.05)}
-    found = measure_interleaved(runs, CPU, repeats=2, warm_up=1, shortest=0.02)
+    runs = {"short": lambda: run("short", 0.01), "long": lambda: run("long", 0.15)}
+    found = measure_interleaved(runs, CPU, repeats=2, warm_up=1, shortest=0.1)
     assert found["long"].calls == 1
     assert 1 < found["short"].calls <= 10
     assert called == {name: 1 + 2 * found[name].calls for name in called}

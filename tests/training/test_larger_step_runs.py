@@ -17,7 +17,7 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
-from davae.training.stage_one_start import make_untrained as untrained_of
+from davae.training.stage_one_start import find_base, make_untrained
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from scenes import fill_with_scenes
@@ -111,7 +111,9 @@ def test_what_a_run_costs_is_counted_on_the_same_models(step: Step, many_picture
     geometry = read_geometry(step[0], tmp_path / "recipe.toml")
     figures = {figure.name: figure.value for figure in estimate_stage_one(recipe, geometry)}
     assert figures["tokens, 2 x 2"] == 4
-    trained = sum(parameter.numel() for parameter in untrained_of(recipe).detail_parameters())
+    trained = sum(
+        parameter.numel() for parameter in make_untrained(recipe, load_base_vae(find_base(recipe))).detail_parameters()
+    )
     assert figures["trained in this stage"] == trained
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from davae import assets
 from davae.backbones import Backbone, backbone_of, widen_transformer
 from davae.backbones.sizes import checked_side
-from davae.cost.geometry import META, Geometry, make_blank_autoencoder, read_geometry
+from davae.cost.geometry import META, Geometry, read_geometry
 from davae.cost.workload import (
     Work,
     count_decode_flops,
@@ -29,7 +29,6 @@ from davae.cost.workload import (
     to_half,
 )
 from davae.errors import DavaeError, SettingsError
-from davae.method.closed_form import BASE_CODES
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.widen import measure_width, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
@@ -39,6 +38,7 @@ from davae.training.optimizers import STATE_BYTES
 from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one import choose_trained
 from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides
+from davae.training.stage_one_start import make_slim, make_untrained
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_transformer import choose_parameters, choose_targets
 
@@ -118,15 +118,8 @@ def estimate_stage_one(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Fi
 
 def make_autoencoder(recipe: AutoencoderRecipe, geometry: Geometry) -> AutoencoderDA:
     """The autoencoder of a recipe of stage 1, on the meta device."""
-    return make_blank_autoencoder(
-        geometry.vae,
-        detail_channels=recipe.detail_channels,
-        resolution_factor=recipe.resolution_factor,
-        linear_blocks=recipe.start == "closed form",
-        all_new=recipe.latents == "full",
-        base_in_detail=recipe.start == "closed form" and recipe.code in BASE_CODES,
-        decoder=(recipe.decoder_block_out_channels, recipe.decoder_layers_per_block),
-    )
+    with META:
+        return make_slim(make_untrained(recipe, geometry.vae), recipe)
 
 
 # -------------------------------------------------------------------------------------------------------- stage 2

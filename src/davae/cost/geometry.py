@@ -1,7 +1,6 @@
 """The models of a base pipeline from its configs: on the meta device, without weights."""
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
-from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import BASE_AUTOENCODERS
-from davae.models.slim_decoder import slimmed
 from davae.pipelines.loading import LOADING_ERRORS
 
 META = torch.device("meta")
@@ -66,15 +63,3 @@ def _make_blank(kind: type[Any], source: str, subfolder: str) -> Any:
     config = kind.load_config(source, subfolder=subfolder)
     with META:
         return kind.from_config(config)
-
-
-def make_blank_autoencoder(
-    vae: ModelMixin, *, detail_channels: int, decoder: tuple[Sequence[int], Sequence[int]] = ((), ()), **settings: Any
-) -> AutoencoderDA:
-    """An AutoencoderDA on the meta device; `decoder` has widths and depths of a slim decoder, () the base's."""
-    try:
-        with META:
-            autoencoder = AutoencoderDA.from_base(vae, detail_channels=detail_channels, **settings)
-            return slimmed(autoencoder, *decoder) if any(decoder) else autoencoder
-    except ValueError as error:  # that file does not know davae's errors
-        raise SettingsError(str(error)) from error

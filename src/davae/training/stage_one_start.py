@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from davae import assets
@@ -34,7 +35,10 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         return load_autoencoder(folder)
 
     check_choices(recipe)
-    autoencoder = load_previous(recipe) if recipe.autoencoder else make_untrained(recipe)
+    if recipe.autoencoder:
+        autoencoder = load_previous(recipe)
+    else:
+        autoencoder = make_untrained(recipe, load_base_vae(find_base(recipe)))
     lay_out(autoencoder, torch.channels_last)
     check_sides(recipe, autoencoder.downsample_factor)
 
@@ -56,13 +60,12 @@ def find_base(recipe: AutoencoderRecipe) -> str:
     return recipe.base or str(assets.base_pipeline())
 
 
-def make_untrained(recipe: AutoencoderRecipe) -> AutoencoderDA:
-    """A new AutoencoderDA of the base.
+def make_untrained(recipe: AutoencoderRecipe, vae: ModelMixin) -> AutoencoderDA:
+    """A new AutoencoderDA of the base autoencoder `vae`.
 
     Raises:
         SettingsError: its channels do not fit the base's.
     """
-    vae = load_base_vae(find_base(recipe))
     closed_form = recipe.start == "closed form"
     try:
         with torch.random.fork_rng(devices=[]):
@@ -100,8 +103,8 @@ def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
     return autoencoder
 
 
-def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pictures: PictureSet) -> AutoencoderDA:
-    """A copy with the recipe's slim decoder, fitted to the full one; the autoencoder itself if nothing changes.
+def make_slim(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> AutoencoderDA:
+    """A copy with the recipe's slim decoder, untrained; the autoencoder itself if nothing changes.
 
     Raises:
         SettingsError: widths or depths that the base's decoder does not allow, or another slim decoder is there.
@@ -113,9 +116,17 @@ def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pict
         return autoencoder
 
     try:
-        slim = slimmed(autoencoder, widths, depths)
+        return slimmed(autoencoder, widths, depths)
     except ValueError as error:  # the models know no errors of davae
         raise SettingsError(str(error)) from error
+
+
+def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pictures: PictureSet) -> AutoencoderDA:
+    """The same as `make_slim`, the slim decoder fitted to the full one."""
+    slim = make_slim(autoencoder, recipe)
+    if slim is autoencoder:
+        return autoencoder
+
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
     crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
     squared_error = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed)
