@@ -1,15 +1,29 @@
 """The PatchGAN of pix2pix (Isola et al. 2017, arXiv 1611.07004) at VQGAN's settings (arXiv 2012.09841), for stage 1."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 DISCRIMINATOR_MIN_SIDE = 24
 """Pixels; below this no position of the logits map is left."""
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors, whose gradient goes back to each of them."""
+
+    @staticmethod
+    def forward(_context: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.apply(gradient)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -26,11 +40,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
 
-        # The sums' gradients go back to every rank's part.
+        # Mean and variance of all ranks' parts.
         wide, ranks = input.float(), dist.get_world_size()
-        mean = all_reduce(wide.mean(dim=(0, 2, 3))) / ranks
+        mean = _SumOverRanks.apply(wide.mean(dim=(0, 2, 3))) / ranks
         centred = wide - mean[:, None, None]
-        variance = all_reduce(centred.square().mean(dim=(0, 2, 3))) / ranks
+        variance = _SumOverRanks.apply(centred.square().mean(dim=(0, 2, 3))) / ranks
 
         # Running statistics, with the unbiased variance, as torch keeps them.
         with torch.no_grad():
