@@ -1,9 +1,8 @@
 """A start for the detail half without training: least squares and principal components in the decoder's metric.
 
-The pretrained autoencoder already knows how to encode the full image: its full-size latents, unshuffled onto the base
-grid, are s^2 C channels (s the resolution factor). The base latents predict a part of them; the rest is projected on
-the D directions that cost the decoder most pixels. Encoder and decoder maps are the 1x1 shortcuts of `AutoencoderDA`
-(docs/method.md 5).
+The latents of the full image, unshuffled onto the base grid, are s^2 C channels. The base latents predict a part of
+them; the rest is projected on the D directions that cost the decoder most pixels. Both maps are the 1x1 shortcuts of
+`AutoencoderDA` (docs/method.md 5).
 """
 
 from typing import Literal, NamedTuple
@@ -23,20 +22,9 @@ PROBES = 2
 """Random directions in pixels for each image of the decoder's metric."""
 
 Code = Literal["aligned", "unit variance", "residual", "base added", "zero sum"]
-"""What the detail latents are at the start. c are the first components U^T W Zf, k of the residual's principal ones.
+"""What the detail latents are at the start: docs/method.md 5 defines each code.
 
-- "aligned": c turned to where its channels are nearest to their group's base latents, and scaled as a whole, so that
-  distances in it are distances in pixels.
-- "unit variance": c, each component with unit variance.
-- "residual": U^T W R, each with unit variance: nothing of the base is in it. Zero detail is the image that the base
-  predicts.
-- "base added": the same, and the base latent in each of its r channels; the group mean is the base latent and the
-  code's own group mean.
-- "zero sum": "base added" with D - C components, which sum to zero in each group: the group mean is the base latent.
-  Needs r >= 2.
-
-The decoder's map undoes all of them: the first four start with the same image, the last one with the image of D - C
-components.
+The decoder's map undoes all of them, so the first four start with the same image. "zero sum" holds D - C components.
 """
 BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
 """Codes that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""

@@ -194,14 +194,9 @@ def start_ports(
 ) -> None:
     """Start the new half of a widened transformer's ports in place, otherwise than at zero (docs/method.md 9).
 
-    With r = D / C detail channels to each base channel, and consecutive channels in a group:
-
-    - "zero": as `widen_ports` leaves them, the warm start of the method; nothing is changed.
-    - "random": the new weights and biases as torch starts a layer of the widened size, uniform in +-1/sqrt(fan in).
-      The base's own stay, so its prediction is disturbed by what the detail channels add to the tokens.
-    - "repeat": the input weights of base channel i, divided by 1 + r, for it and for each channel of its group, and the
-      output weights of channel i for each channel of its group. The sum over the input is kept: where the group mean
-      of the detail channels is the base latent, the base prediction is the base's, and so is each detail channel's.
+    "zero" changes nothing: it is the warm start of the method. "random" starts the new weights as torch starts a layer
+    of the widened size. "repeat" gives the base's weights to each channel of its group, and keeps the sum over the
+    input: where the group mean of the detail channels is the base latent, the base prediction is the base's.
     """
     if start == "zero":
         return
