@@ -91,6 +91,7 @@ def least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     source_mean, target_mean = source.mean(dim=1, keepdim=True), target.mean(dim=1, keepdim=True)
     centred = source - source_mean
     gram = centred @ centred.T
+    # A small ridge, for channels that depend on each other.
     gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram)).double()
     weights = torch.linalg.solve(gram, centred @ (target - target_mean).T).T
     return weights, target_mean - weights @ source_mean
@@ -170,6 +171,7 @@ def _to_columns(latents: Tensor) -> Tensor:
 
 def _square_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """M^(1/2) and its inverse, eigenvalues floored at 1e-6 of the largest."""
+    # The floor keeps the inverse finite in directions that cost no pixels.
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(1e-6 * values.max()).sqrt()
     return vectors * values @ vectors.T, vectors / values @ vectors.T

@@ -59,6 +59,7 @@ def detail_weight(step: int, warmup_steps: int) -> float:
     """
     if step < 0 or warmup_steps < 0:
         raise SettingsError(f"step={step} and warmup_steps={warmup_steps} must not be negative")
+    # Also without a ramp, where warmup_steps is 0.
     if step >= warmup_steps:
         return 1.0
     return (1 - math.cos(math.pi * step / warmup_steps)) / 2
