@@ -59,7 +59,7 @@ def tiny_taesd(latent_channels: int = 4) -> AutoencoderTiny:
 
 
 def tiny_taef2(latent_channels: int = 4) -> AutoencoderTAEF2:
-    """An f4 `AutoencoderTAEF2` with two middle parts on either side, their normalisation's weights random."""
+    """An f4 `AutoencoderTAEF2` with two middle parts on either side, and random weights in their normalisation."""
     torch.manual_seed(0)
     vae = AutoencoderTAEF2(
         encoder_block_out_channels=(8, 8, 8),

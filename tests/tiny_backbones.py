@@ -16,7 +16,7 @@ from tiny import ports_alive
 
 
 def stock_class(name: str) -> type:
-    """A class of diffusers; the test that asks for one that the installed version lacks is skipped."""
+    """A class of diffusers; if the installed version lacks it, the test is skipped."""
     if not hasattr(diffusers, name):
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     return getattr(diffusers, name)

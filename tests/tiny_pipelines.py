@@ -44,7 +44,7 @@ from tiny import LETTERS
 from tiny_backbones import stock_class
 
 CHANNELS = 16
-"""Of the base latents; with fewer, kernels may sum the base and the widened model in different orders."""
+"""Channels of the base latents. With fewer, kernels may sum the base and the widened model in different orders."""
 
 
 def quiet(pipeline):
@@ -61,7 +61,7 @@ def t5(width: int) -> dict:
 
 
 def flux() -> FluxPipeline:
-    """Dynamic shifting, as the published ones have it."""
+    """With dynamic shifting, as published."""
     texts = t5(16)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -79,7 +79,7 @@ def pixart_sigma() -> PixArtSigmaPipeline:
 
 
 def pixart_alpha() -> PixArtAlphaPipeline:
-    """As published for 1024 px: its sample size, by which pipeline and transformer know that sizes are conditions."""
+    """Its sample size is that of 1024 px, which makes pipeline and transformer take sizes as conditions."""
     return _pixart(PixArtAlphaPipeline, sample_size=128, heads=3)
 
 
@@ -108,7 +108,7 @@ def lightningdit():
 
 
 def gemma(width: int) -> dict:
-    """A language model and its tokenizer, which knows letters; of two layers, for some read the last but one."""
+    """A language model and its tokenizer, which knows letters. Lumina2 reads the last layer but one, so it has two."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
     text = Gemma2Config(
         vocab_size=len(tokens),
@@ -125,7 +125,7 @@ def gemma(width: int) -> dict:
 
 
 def sana() -> SanaPipeline:
-    """With the deep-compression autoencoder that SANA has, and a DPM solver for flow models."""
+    """With a deep-compression autoencoder and a DPM solver for flow models."""
     torch.manual_seed(6)
     vae = AutoencoderDC(
         latent_channels=CHANNELS,
@@ -159,7 +159,7 @@ QWEN_WORDS = (
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Bytes, the marks of a conversation, and the words of Qwen-Image's template."""
+    """It knows letters, the marks of a conversation, and the words of Qwen-Image's template."""
     letters = [*LETTERS, "\u0120", "\u010a", ".", ",", ":"]  # with a space and a line's end, as byte-level BPE has them
     tokens = ["<|endoftext|>", *letters]
     tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
@@ -223,7 +223,7 @@ def _qwen3(layers: int) -> Qwen3Config:
 
 
 def flux2() -> Flux2KleinPipeline:
-    """Its text encoder has the 27 layers whose middle and last are read, its autoencoder statistics of its patches."""
+    """The pipeline reads up to layer 27 of its text encoder; its autoencoder has statistics of 2x2 patches."""
     torch.manual_seed(8)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 3,

@@ -1,3 +1,5 @@
+"""LightningDiT: class numbers as conditions, time and sign, positions of a widened model."""
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def test_a_condition_is_class_numbers(pipeline):
 
 
 @pytest.mark.parametrize("label", [-1, 11])
-def test_what_is_no_class_is_refused(pipeline, label):
+def test_a_number_that_is_no_class_is_refused(pipeline, label):
     with pytest.raises(SettingsError, match="allowed are 0 to 9, and 10 for none"):
         backbone_of(pipeline.transformer).condition(pipeline, [1, label])
 

@@ -1,3 +1,5 @@
+"""Stable Diffusion 3: its conditions, LoRA targets and velocity are those of the stock pipeline and the reference."""
+
 import pytest
 import torch
 

@@ -186,7 +186,7 @@ CASES = {
 
 
 INTERLEAVED = ("lumina2", "zimage")
-"""Linear input ports whose new columns lie between the old: kernels split sums of more than 192 terms in two."""
+"""Linear input ports whose new columns lie between the old ones. Kernels split sums of more than 192 terms in two."""
 PAIRS = [(case, 16) for case in CASES] + [(case, 32 if case in INTERLEAVED else 48) for case in CASES]
 
 
@@ -237,7 +237,7 @@ TRIVIAL = ("sd3-1", "sana-1", "lightningdit-1", "qwen21")
 @pytest.mark.parametrize("case", [case for case in CASES if case not in TRIVIAL])
 @torch.no_grad()
 def test_a_wrong_layout_of_the_right_size_is_no_warm_start(case, port):
-    """So the test above fails for one row, and for no other, if a string of it is wrong."""
+    """If a string of a row is wrong, the test above fails for this row."""
     build, run = CASES[case]
     base = build()
     ports = backbone_of(base).ports

@@ -1,4 +1,4 @@
-"""What docs/backbones.md says of single backbones."""
+"""Single backbones and their traps, as docs/backbones.md names them."""
 
 import math
 
