@@ -19,11 +19,11 @@ from davae.demo import (
     SHIPPED,
     SIZE,
     THIS_RUN,
-    _kept,
-    _same_settings,
-    demo_page,
-    enlarged,
-    main_figure,
+    _check_settings,
+    _once,
+    enlarge,
+    make_figure,
+    make_page,
     run_demo,
     stage_one_recipe,
     stage_two_recipe,
@@ -75,12 +75,12 @@ def test_an_unknown_budget_is_refused_before_anything_is_written(tmp_path: Path)
 
 def test_a_folder_goes_on_with_its_own_settings_and_refuses_others(tmp_path: Path) -> None:
     settings = {"budget": "tiny", **asdict(PLAN), "seed": 0}
-    _same_settings(tmp_path / "run", settings)
+    _check_settings(tmp_path / "run", settings)
     before = (tmp_path / "run" / "settings.json").read_bytes()
-    _same_settings(tmp_path / "run", dict(settings))
+    _check_settings(tmp_path / "run", dict(settings))
     for changes in ({"seed": 1}, {"budget": "short"}, {"generated": 9}):
         with pytest.raises(SettingsError, match="remove it or give another --out") as caught:
-            _same_settings(tmp_path / "run", settings | changes)
+            _check_settings(tmp_path / "run", settings | changes)
         assert all(repr(value) in str(caught.value) for value in changes.values())
     with pytest.raises(SettingsError):
         run_demo(tmp_path / "run", "tiny", seed=1)
@@ -94,8 +94,8 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
         calls.append(1)
         return {"n": len(calls)}
 
-    assert _kept(tmp_path / "a.json", make) == {"n": 1}
-    assert _kept(tmp_path / "a.json", make) == {"n": 1}
+    assert _once(tmp_path / "a.json", make) == {"n": 1}
+    assert _once(tmp_path / "a.json", make) == {"n": 1}
     assert len(calls) == 1
 
 
@@ -104,10 +104,10 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
 
 def test_a_base_picture_is_enlarged_smoothly() -> None:
     flat = torch.full((3, 4, 4), 77, dtype=torch.uint8)
-    assert torch.equal(enlarged(flat), torch.full((3, 8, 8), 77, dtype=torch.uint8))
+    assert torch.equal(enlarge(flat), torch.full((3, 8, 8), 77, dtype=torch.uint8))
     steep = torch.zeros(3, 4, 4, dtype=torch.uint8)
     steep[..., 2:] = 255
-    row = enlarged(steep)[0, 4].int()
+    row = enlarge(steep)[0, 4].int()
     assert (row.shape, row.min(), row.max()) == ((8,), 0, 255)
     assert len(set(row.tolist())) > 2, "no nearest neighbours"
 
@@ -115,8 +115,8 @@ def test_a_base_picture_is_enlarged_smoothly() -> None:
 def test_the_figure_has_one_row_for_each_prompt(tmp_path: Path) -> None:
     real = open_pictures(fill_with_scenes(tmp_path, train=6, held=2), size=64)
     made = {name: [shade(10 * index + place) for index in range(8)] for place, name in enumerate(MADE)}
-    figure = main_figure(made, real, 4)
-    assert list(figure.columns) == [ENLARGED, THIS_RUN, SHIPPED, "real picture"]
+    figure = make_figure(made, real, 4)
+    assert list(figure.columns) == [ENLARGED, THIS_RUN, SHIPPED, "real image"]
     assert list(figure.rows) == [real.captions[index] for index in (0, 2, 4, 6)]
     for row, index in zip(figure.cells, (0, 2, 4, 6), strict=True):
         assert [int(cell[0, 0, 0]) for cell in row[:3]] == [
@@ -169,7 +169,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def page_of(folder: Path, known: dict[str, dict]) -> str:
-    write_page(folder / "index.html", demo_page(known, grid("red ball"), grid(NASTY), folder, PLAN, 7))
+    write_page(folder / "index.html", make_page(known, grid("red ball"), grid(NASTY), folder, PLAN, 7))
     return (folder / "index.html").read_text()
 
 
@@ -182,11 +182,11 @@ def test_the_page_says_every_number_with_its_count_and_seed(folder: Path) -> Non
         assert expected in text
     for expected in ("14.02 M", "256</td>", "133</td>", "6.00</td>", "30.3 +- 1.1", "10.1 +- 1.1"):  # cost
         assert expected in text
-    assert f"Means over {PLAN.heldout} held-out pictures at 256 px" in text
-    assert f"KID (EfficientNet-Lite0) of {PLAN.generated} pictures" in text
+    assert f"Means over {PLAN.heldout} held-out images at 256 px" in text
+    assert f"KID (EfficientNet-Lite0) of {PLAN.generated} images" in text
     assert "seed 7" in text
     assert text.count("<svg") == 2  # one for each stage
-    assert text.count("<table class=pictures") == 2
+    assert text.count('<table class="images"') == 2
 
 
 def test_the_page_escapes_captions_and_runs_nothing(folder: Path) -> None:

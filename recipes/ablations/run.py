@@ -227,7 +227,7 @@ def measured_base(folder: Path, seed: int, real: PictureSet, references: Tensor)
     prompts = evaluation_captions(real)
     made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=seed, **SAMPLING)
     return {
-        "kid": 1000 * kid(extract_features([demo.enlarged(picture) for picture in made], side=demo.SIZE), references)
+        "kid": 1000 * kid(extract_features([demo.enlarge(picture) for picture in made], side=demo.SIZE), references)
     }
 
 

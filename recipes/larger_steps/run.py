@@ -29,7 +29,7 @@ from davae.data.pictures import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure
-from davae.evaluation.tokenizers import base_at_full_size, base_enlarged, stock, upgraded
+from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.pipelines.saving import save_pipeline
@@ -62,16 +62,16 @@ def reconstruct(autoencoders: dict[str, Path], pictures: Path, once: Path, count
     made = {name: load_autoencoder(folder) for name, folder in autoencoders.items()}
     heldout = open_pictures(pictures, size=SIZE, split="heldout", limit=count)
     ways = {
-        "base + bicubic": base_enlarged(vae, made[ONE_GO]),
-        "shipped upgrade at 256 px + bicubic": base_enlarged(first, made[TWICE]),
-        **{name: upgraded(autoencoder) for name, autoencoder in made.items()},
-        "base at full size": base_at_full_size(vae),
+        "base + bicubic": enlarge_base(vae, made[ONE_GO]),
+        "shipped upgrade at 256 px + bicubic": enlarge_base(first, made[TWICE]),
+        **{name: make_tokenizer(autoencoder) for name, autoencoder in made.items()},
+        "base at full size": make_tokenizer(vae),
     }
     small = open_pictures(pictures, size=SIZE // 4, split="heldout", limit=count)
     lpips = LPIPS.alex()
     return {
         "reconstruction_512": measure(heldout, ways, lpips=lpips),
-        "base_reconstruction_128": measure(small, {"base": stock(vae)}, lpips=lpips),
+        "base_reconstruction_128": measure(small, {"base": make_tokenizer(vae)}, lpips=lpips),
         "heldout": len(heldout),
     }
 

@@ -15,7 +15,7 @@ import typer
 from davae import assets, demo
 from davae.data.pictures import write_png
 from davae.data.sources import open_pictures
-from davae.evaluation import generation, reconstruction
+from davae.evaluation import generation, reconstruction, tokenizers
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
 from davae.run.record import environment
@@ -48,14 +48,14 @@ def main(
     shown = [made[demo.BASE][count * position // GRID[0] // GRID[1]] for position in range(GRID[0] * GRID[1])]
     rows = [torch.cat(shown[start : start + GRID[1]], dim=2) for start in range(0, len(shown), GRID[1])]
     write_png(run / "samples.png", torch.cat(rows, dim=1))
-    made[demo.ENLARGED] = [demo.enlarged(picture) for picture in made.pop(demo.BASE)]
+    made[demo.ENLARGED] = [demo.enlarge(picture) for picture in made.pop(demo.BASE)]
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
     vae = load_base_vae(str(assets.base_pipeline()))
     autoencoder = load_autoencoder(assets.upgrade(), base=vae)
     ways = {
-        demo.ENLARGED: reconstruction.base_enlarged(vae, autoencoder),
-        demo.SHIPPED: reconstruction.upgraded(autoencoder),
-        demo.FULL: reconstruction.base_at_full_size(vae),
+        demo.ENLARGED: tokenizers.enlarge_base(vae, autoencoder),
+        demo.SHIPPED: tokenizers.make_tokenizer(autoencoder),
+        demo.FULL: tokenizers.make_tokenizer(vae),
     }
     small = open_pictures(assets.pictures(), size=demo.SIZE // 2, split="heldout")
     lpips = LPIPS.alex()

@@ -21,7 +21,7 @@ from davae import assets, demo
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
 from davae.evaluation.generation import extract_features
-from davae.evaluation.reconstruction import base_enlarged
+from davae.evaluation.tokenizers import enlarge_base
 from davae.method.metrics import EfficientNetLite0Features, kid, psnr, ssim
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
@@ -95,7 +95,7 @@ def measured(kept: Path, folder: Path, pictures: PictureSet, real: Tensor, lpips
 def measured_base(pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, dict[str, float]]:
     """The numbers of the base autoencoder at half the size, enlarged with bicubic."""
     vae = load_base_vae(str(assets.base_pipeline()))
-    way = base_enlarged(vae, load_autoencoder(SHIPPED, base=vae))
+    way = enlarge_base(vae, load_autoencoder(SHIPPED, base=vae))
     batches = [pictures.batch(indices.tolist()) for indices in torch.arange(len(pictures)).split(8)]
     return {"": numbers(torch.cat([way(batch).clamp(-1, 1) for batch in batches]), pictures, real, lpips)}
 

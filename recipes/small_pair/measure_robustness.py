@@ -45,7 +45,7 @@ def main(
         made: list[Tensor] = []
         for batch in latents.split(16):
             decoded = ours.decode(batch).sample if joint else vae.decode(batch[:, :channels]).sample
-            made += list(to_bytes(decoded)) if joint else [demo.enlarged(picture) for picture in to_bytes(decoded)]
+            made += list(to_bytes(decoded)) if joint else [demo.enlarge(picture) for picture in to_bytes(decoded)]
         return 1000 * kid(extract_features(made, side=demo.SIZE), real)
 
     for level in (0.0, 0.15, 0.3):

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from davae import assets, demo
 from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
 from davae.data.sources import open_pictures
-from davae.evaluation import reconstruction
+from davae.evaluation import reconstruction, tokenizers
 from davae.evaluation.generation import repeat_captions, sample_many
 from davae.method.metrics import EfficientNetLite0Features, psnr
 from davae.method.perceptual import LPIPS
@@ -57,10 +57,10 @@ def main(
     decoders = {name: each.vae for name, each in pipelines.items()}
     lpips = LPIPS.alex()
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
-    ways = {name: reconstruction.upgraded(vae) for name, vae in decoders.items()}
+    ways = {name: tokenizers.make_tokenizer(vae) for name, vae in decoders.items()}
     quality = reconstruction.measure(heldout, ways, lpips=lpips)
     features = EfficientNetLite0Features()
-    for name, value in reconstruction.reconstruction_kid(heldout, ways, features, device=torch.device("cpu")).items():
+    for name, value in reconstruction.measure_kid(heldout, ways, features, device=torch.device("cpu")).items():
         quality[name]["kid"] = value
     typer.echo(quality)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from davae.data.pictures import to_bytes
 from davae.data.sources import PictureSet, open_pictures
-from davae.evaluation.reconstruction import base_at_full_size, base_enlarged, measure, upgraded
+from davae.evaluation.reconstruction import measure
+from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_autoencoder, load_base_vae
@@ -61,9 +62,9 @@ def main(base: Path, pictures: Path, output: Path, autoencoders: list[str] | Non
         model.to(memory_format=torch.channels_last)
     untrained = AutoencoderDA.from_base(vae, detail_channels=vae.config.latent_channels)
     ways = {
-        "base at half size, bicubic": base_enlarged(vae, untrained),
-        **{name: upgraded(model) for name, model in models.items()},
-        "base at full size": base_at_full_size(vae),
+        "base at half size, bicubic": enlarge_base(vae, untrained),
+        **{name: make_tokenizer(model) for name, model in models.items()},
+        "base at full size": make_tokenizer(vae),
     }
     path = output / "results.json"
     facts = json.loads(path.read_text()) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""The whole main job on the shipped pair and pictures: train, upgrade, fine-tune, generate, measure, show."""
+"""The demo on the shipped pair and images: train, upgrade, fine-tune, generate, measure, show."""
 
 import importlib.util
 import json
@@ -21,6 +21,7 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.evaluation import generation, reconstruction
 from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, Table, write_figure, write_page
+from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.metrics import EfficientNetLite0Features
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
@@ -39,7 +40,7 @@ SIZE = 256
 PROMPT_TOKENS = 12
 """Length that the small base was trained with, most of the time."""
 SAMPLING: dict[str, Any] = {"steps": 20, "guidance_scale": 2.5, "prompt_tokens": PROMPT_TOKENS}
-"""How the small pair's pictures are made where they are measured; the demo itself takes fewer steps."""
+"""How the small pair's images are made where they are measured; the demo itself takes fewer steps."""
 SMALL_PAIR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
 
 
@@ -50,13 +51,13 @@ class Budget:
     stage_one_steps: int
     stage_two_steps: int
     pictures: int
-    """Training pictures."""
+    """Training images."""
     heldout: int
-    """Held-out pictures that are reconstructed."""
+    """Held-out images that are reconstructed."""
     shown: int
     """Prompts in the figure."""
     generated: int
-    """Images made for KID, of each pipeline."""
+    """Images of each pipeline, for KID."""
     sampling_steps: int
     repeats: int
     """Of each timing."""
@@ -69,7 +70,7 @@ BUDGETS = {
 
 
 def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
-    """The demo's stage 1: from the closed-form start, detail latents what the base cannot say (recipes/ablations)."""
+    """The demo's stage 1: the closed-form start, with detail latents for the base's residual (recipes/ablations)."""
     return AutoencoderRecipe(
         code="residual",
         limit=budget.pictures,
@@ -90,7 +91,7 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
 
 
 def stage_two_recipe(budget: Budget, seed: int, autoencoder: Path) -> FinetuneRecipe:
-    """The demo's stage 2: the image stream's own weights and both ports."""
+    """The demo's stage 2: the weights of the image stream and both ports."""
     return FinetuneRecipe(
         limit=budget.pictures,
         autoencoder=str(autoencoder),
@@ -109,7 +110,7 @@ def stage_two_recipe(budget: Budget, seed: int, autoencoder: Path) -> FinetuneRe
 
 
 def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
-    """Do the main job in `folder`; run again, it goes on where it stopped.
+    """Run the demo in `folder`; a second call resumes it.
 
     Returns:
         The path of the page; its main figure lies beside it as figure.png.
@@ -121,193 +122,211 @@ def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
     if budget not in BUDGETS:
         raise SettingsError(f"budget={budget!r}: allowed are {', '.join(BUDGETS)}")
     plan = BUDGETS[budget]
-    _same_settings(folder, {"budget": budget, **asdict(plan), "seed": seed})
+    _check_settings(folder, {"budget": budget, **asdict(plan), "seed": seed})
     console = Console(stderr=True)
-    source = assets.pictures()
-    heldout = open_pictures(source, size=SIZE, split="heldout", limit=plan.heldout)
+
     console.rule("1 of 5: the detail-aligned autoencoder (stage 1)")
     autoencoder = train_autoencoder(stage_one_recipe(plan, seed), folder / "stage1")
+
     console.rule("2 of 5: upgrade and fine-tuning (stage 2)")
     finetuned = finetune(stage_two_recipe(plan, seed, autoencoder), folder / "stage2")
-    console.rule("3 of 5: reconstruction of held-out pictures")
-    ways = reconstruction_ways(folder / "stage1" / "start", autoencoder)
-    quality = _kept(folder / "reconstruction.json", lambda: reconstruction.measure(heldout, ways, lpips=LPIPS.alex()))
-    console.rule("4 of 5: pictures from prompts")
+
+    console.rule("3 of 5: reconstruction of held-out images")
+    heldout = open_pictures(assets.pictures(), size=SIZE, split="heldout", limit=plan.heldout)
+    ways = load_ways(folder / "stage1" / "start", autoencoder)
+    quality = _once(folder / "reconstruction.json", lambda: reconstruction.measure(heldout, ways, lpips=LPIPS.alex()))
+
+    console.rule("4 of 5: images from prompts")
+    real = open_pictures(assets.pictures(), size=SIZE, limit=plan.generated)
     pipelines = {
         BASE: load_pipeline(assets.base_pipeline()),
         THIS_RUN: load_pipeline(finetuned),
         SHIPPED: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
     }
-    real = open_pictures(source, size=SIZE, limit=plan.generated)
-    settings = {"steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS, "seed": seed}
-    made = {
-        name: generation.sample_many(pipeline, real.captions, folder / "pictures" / _slug(name), label=name, **settings)
-        for name, pipeline in pipelines.items()
-    }
-    made[ENLARGED] = [enlarged(picture) for picture in made.pop(BASE)]
-    kid = _kept(folder / "kid.json", lambda: measure_kid(made, real, seed))
+    images = generate_images(pipelines, real.captions, folder / "pictures", plan, seed)
+    kid = _once(folder / "kid.json", lambda: measure_kid(images, real, seed))
+
     console.rule("5 of 5: speed")
-    speed = _kept(folder / "speed.json", lambda: measure_speed(pipelines, plan, seed))
+    speed = _once(folder / "speed.json", lambda: measure_speed(pipelines, plan, seed))
+
     facts = {"reconstruction": quality, "kid": kid, "speed": speed}
     write_json(folder / "result.json", {**facts, "budget": asdict(plan), "seed": seed, "environment": environment()})
-    figure = main_figure(made, real, plan.shown)
+    figure = make_figure(images, real, plan.shown)
     write_figure(folder / "figure.png", figure, title="Same prompts, same noise, 64 tokens everywhere")
     rows = range(0, plan.heldout, plan.heldout // 4)
-    gallery = reconstruction.gallery(heldout, rows, ways, differences=[ENLARGED, THIS_RUN])
-    write_page(folder / "index.html", demo_page(facts, figure, gallery, folder, plan, seed))
+    gallery = reconstruction.make_gallery(heldout, rows, ways, differences=[ENLARGED, THIS_RUN])
+    write_page(folder / "index.html", make_page(facts, figure, gallery, folder, plan, seed))
     return folder / "index.html"
 
 
-def reconstruction_ways(start: Path, trained: Path) -> dict[str, reconstruction.Way]:
-    """By name: the base's two bounds, the closed-form start, what this run trained, and what is shipped."""
+def load_ways(start: Path, trained: Path) -> dict[str, reconstruction.Way]:
+    """The base's two bounds, the closed-form start, this run's autoencoder and the shipped one, by name."""
     vae = load_base_vae(str(assets.base_pipeline()))
     shipped = load_autoencoder(assets.upgrade(), base=vae)
     return {
-        ENLARGED: reconstruction.base_enlarged(vae, shipped),
-        CLOSED_FORM: reconstruction.upgraded(load_autoencoder(start)),
-        THIS_RUN: reconstruction.upgraded(load_autoencoder(trained)),
-        SHIPPED: reconstruction.upgraded(shipped),
-        FULL: reconstruction.base_at_full_size(vae),
+        ENLARGED: enlarge_base(vae, shipped),
+        CLOSED_FORM: make_tokenizer(load_autoencoder(start)),
+        THIS_RUN: make_tokenizer(load_autoencoder(trained)),
+        SHIPPED: make_tokenizer(shipped),
+        FULL: make_tokenizer(vae),
     }
 
 
-def enlarged(picture: Tensor) -> Tensor:
-    """A picture of half the size, uint8 [3, H, W], enlarged with bicubic."""
-    image = F.interpolate(picture[None].float() / 127.5 - 1, scale_factor=2, mode="bicubic")
-    return to_bytes(image[0])
+def generate_images(
+    pipelines: dict[str, DiffusionPipeline], captions: Sequence[str], folder: Path, plan: Budget, seed: int
+) -> dict[str, list[Tensor]]:
+    """Images of each pipeline at 256 px, by name; the base's are enlarged."""
+    settings = {"steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS, "seed": seed}
+    images = {}
+    for name, pipeline in pipelines.items():
+        place = folder / name.replace(",", "").replace(" ", "-")
+        images[name] = generation.sample_many(pipeline, captions, place, label=name, **settings)
+    images[ENLARGED] = [enlarge(image) for image in images.pop(BASE)]
+    return images
 
 
-def measure_kid(made: dict[str, list[Tensor]], real: PictureSet, seed: int) -> dict[str, list[float]]:
-    """KID and its error of every set of made pictures against the real ones; empty without the `eval` extra."""
+def enlarge(image: Tensor) -> Tensor:
+    """An image of half the size, uint8 [3, H, W], enlarged with bicubic."""
+    pixels = F.interpolate(image[None].float() / 127.5 - 1, scale_factor=2, mode="bicubic")
+    return to_bytes(pixels[0])
+
+
+def measure_kid(images: dict[str, list[Tensor]], real: PictureSet, seed: int) -> dict[str, list[float]]:
+    """KID and its error of each set of images against the real ones; empty without the `eval` extra."""
     if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         return {}
     references = generation.extract_features([real.image(index) for index in range(len(real))], side=SIZE)
-    return {
-        name: list(generation.kid_with_error(generation.extract_features(pictures, side=SIZE), references, seed=seed))
-        for name, pictures in track(list(made.items()), "features for KID", unit="sets")
-    }
+    distances = {}
+    for name in track(list(images), "features for KID", unit="sets"):
+        features = generation.extract_features(images[name], side=SIZE)
+        distances[name] = list(generation.kid_with_error(features, references, seed=seed))
+    return distances
 
 
 def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: int) -> dict[str, dict[str, float]]:
-    """Tokens, parameters, seconds per picture and milliseconds per transformer step: medians of interleaved runs."""
+    """Tokens, parameters, seconds per image and milliseconds per transformer step: medians of interleaved runs."""
     settings = {"seed": seed, "steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS}
     cases = {
         BASE: Case(BASE, pipelines[BASE], SIZE // 2, **settings),
         SHIPPED: Case(SHIPPED, pipelines[SHIPPED], SIZE, **settings),
         NATIVE: Case(NATIVE, pipelines[BASE], SIZE, **settings),
     }
-    seconds: dict[str, dict[str, float]] = {}
+
+    medians: dict[tuple[str, str], float] = {}
     for part in track(("step", "whole"), "timing", unit="parts"):
         runs = {name: make_runs(case, [part])[part] for name, case in cases.items()}
-        found = measure_interleaved(runs, torch.device("cpu"), repeats=plan.repeats, warm_up=1)
-        seconds[part] = {name: compute_spread(measured.seconds).median for name, measured in found.items()}
-    return {
-        name: {
+        times = measure_interleaved(runs, torch.device("cpu"), repeats=plan.repeats, warm_up=1)
+        for name, measured in times.items():
+            medians[name, part] = compute_spread(measured.seconds).median
+
+    speed = {}
+    for name, case in cases.items():
+        speed[name] = {
             "tokens": case.tokens,
             "parameters": count_part_parameters(case)["transformer"],
-            "seconds_per_picture": seconds["whole"][name],
-            "step_milliseconds": 1000 * seconds["step"][name],
+            "seconds_per_picture": medians[name, "whole"],
+            "step_milliseconds": 1000 * medians[name, "step"],
         }
-        for name, case in cases.items()
-    }
+    return speed
 
 
-def main_figure(made: dict[str, list[Tensor]], real: PictureSet, shown: int) -> ImageGrid:
-    """The prompts' pictures side by side."""
-    indices = [len(real) * position // shown for position in range(shown)]
-    columns = {name: made[name] for name in (ENLARGED, THIS_RUN, SHIPPED)}
-    return ImageGrid(
-        columns=[*columns, "real picture"],
-        rows=[real.captions[index] for index in indices],
-        cells=[[*(pictures[index] for pictures in columns.values()), real.image(index)] for index in indices],
-        notes=["128 px, enlarged; 64 tokens", "256 px; 64 tokens", "256 px; 64 tokens", "256 px"],
-        caption="Same prompts, and the same noise on the base channels.",
-    )
+def make_figure(images: dict[str, list[Tensor]], real: PictureSet, shown: int) -> ImageGrid:
+    """The images of some prompts side by side."""
+    columns = (ENLARGED, THIS_RUN, SHIPPED)
+    rows, cells = [], []
+    for position in range(shown):
+        index = len(real) * position // shown
+        rows.append(real.captions[index])
+        cells.append([*(images[name][index] for name in columns), real.image(index)])
+    notes = ["128 px, enlarged; 64 tokens", "256 px; 64 tokens", "256 px; 64 tokens", "256 px"]
+    caption = "Same prompts, and the same noise on the base channels."
+    return ImageGrid([*columns, "real image"], rows, cells, notes=notes, caption=caption)
 
 
-def demo_page(
+def make_page(
     facts: dict[str, Any], figure: ImageGrid, gallery: ImageGrid, folder: Path, plan: Budget, seed: int
 ) -> Report:
     """The page: figure, reconstruction, numbers, curves."""
     quality, speed = facts["reconstruction"], facts["speed"]
     gain = quality[THIS_RUN]["psnr"] - quality[ENLARGED]["psnr"]
-    native = speed[NATIVE]["seconds_per_picture"] / speed[SHIPPED]["seconds_per_picture"]
-    stage_one, stage_two = (read_metrics(folder / stage / "metrics.jsonl") for stage in ("stage1", "stage2"))
-    where = environment()
-    return Report(
-        "davae demo: 256 px from a 128 px model, at the same 64 tokens",
+    speedup = speed[NATIVE]["seconds_per_picture"] / speed[SHIPPED]["seconds_per_picture"]
+    lead = (
         f"{plan.stage_one_steps} steps of stage 1 and {plan.stage_two_steps} of stage 2 on this machine: held-out "
-        f"reconstruction {gain:+.2f} dB over base + bicubic, and {native:.1f} times the speed of the base at 256 px.",
-        [
-            Section("Images from prompts", "", figure),
-            Section(
-                "Reconstruction of held-out pictures",
-                "What is lost between a picture and its latents, on pictures that no training saw. The closed-form "
-                "start is the autoencoder before any training.",
-                reconstruction.table(quality, caption=f"Means over {plan.heldout} held-out pictures at {SIZE} px."),
-            ),
-            Section("Reconstructions", "", gallery),
-            Section("Cost and distance to real pictures", "", _cost_table(facts, plan, seed)),
-            Section("Stage 1", "", Curves(_series(stage_one, ("l1", "lpips", "alignment")), logarithmic=True)),
-            Section("Stage 2", "", Curves(_series(stage_two, ("base_loss", "detail_loss")), smoothing=5)),
-        ],
-        footer=f"davae {where['versions']['davae']}, commit {where['commit']}, torch {where['versions']['torch']}, "
-        f"diffusers {where['versions']['diffusers']}, {where['cpu_count']} CPU cores, seed {seed}.",
+        f"reconstruction {gain:+.2f} dB over base + bicubic, and {speedup:.1f} times the speed of the base at 256 px."
+    )
+    explanation = (
+        "The difference between an image and its reconstruction from latents, on images that no training saw. The "
+        "closed-form start is the autoencoder before any training."
     )
 
+    caption = f"Means over {plan.heldout} held-out images at {SIZE} px."
+    table = reconstruction.make_table(quality, caption=caption)
+    stage_one = _read_series(folder / "stage1", ("l1", "lpips", "alignment"))
+    stage_two = _read_series(folder / "stage2", ("base_loss", "detail_loss"))
+    sections = [
+        Section("Images from prompts", "", figure),
+        Section("Reconstruction of held-out images", explanation, table),
+        Section("Reconstructions", "", gallery),
+        Section("Cost and distance to real images", "", make_cost_table(facts, plan, seed)),
+        Section("Stage 1", "", Curves(stage_one, logarithmic=True)),
+        Section("Stage 2", "", Curves(stage_two, smoothing=5)),
+    ]
 
-def _cost_table(facts: dict[str, Any], plan: Budget, seed: int) -> Table:
-    speed, kid = facts["speed"], facts["kid"]
-
-    def distance(name: str) -> str:
-        return f"{1000 * kid[name][0]:.1f} +- {1000 * kid[name][1]:.1f}" if name in kid else "-"
-
-    def row(title: str, cost: str, distance_of: str) -> list[str]:
-        case = speed[cost]
-        return [
-            title,
-            f"{case['tokens']}",
-            f"{case['parameters'] / 1e6:.2f} M",
-            f"{case['step_milliseconds']:.0f}",
-            f"{case['seconds_per_picture']:.2f}",
-            distance(distance_of),
-        ]
-
-    return Table(
-        ["", "tokens", "transformer", "ms a step", "s a picture", "KID x 1000"],
-        [
-            row(ENLARGED, BASE, ENLARGED),
-            row(f"{THIS_RUN}, 256 px", SHIPPED, THIS_RUN),
-            row(f"{SHIPPED}, 256 px", SHIPPED, SHIPPED),
-            row(NATIVE, NATIVE, ""),
-        ],
-        caption=f"Times: medians of {plan.repeats} interleaved runs, {plan.sampling_steps} steps with guidance; both "
-        f"upgraded pipelines have one shape and one time. KID ({EfficientNetLite0Features.name}) of {plan.generated} "
-        f"pictures against {plan.generated} real ones, seed {seed}, with its standard error.",
+    where = environment()
+    versions = where["versions"]
+    footer = (
+        f"davae {versions['davae']}, commit {where['commit']}, torch {versions['torch']}, diffusers "
+        f"{versions['diffusers']}, {where['cpu_count']} CPU cores, seed {seed}."
     )
+    return Report("davae demo: 256 px from a 128 px model, at the same 64 tokens", lead, sections, footer)
 
 
-def _series(metrics: list[dict[str, Any]], names: Sequence[str]) -> list[Series]:
-    lines = [line for line in metrics if names[0] in line]
+def make_cost_table(facts: dict[str, Any], plan: Budget, seed: int) -> Table:
+    """Tokens, parameters, times and KID of each pipeline."""
+    rows = []
+    for title, timed, generated in (
+        (ENLARGED, BASE, ENLARGED),
+        (f"{THIS_RUN}, 256 px", SHIPPED, THIS_RUN),
+        (f"{SHIPPED}, 256 px", SHIPPED, SHIPPED),
+        (NATIVE, NATIVE, None),
+    ):
+        speed = facts["speed"][timed]
+        row = [title, f"{speed['tokens']}", f"{speed['parameters'] / 1e6:.2f} M"]
+        row += [f"{speed['step_milliseconds']:.0f}", f"{speed['seconds_per_picture']:.2f}"]
+        if generated in facts["kid"]:
+            value, error = facts["kid"][generated]
+            row.append(f"{1000 * value:.1f} +- {1000 * error:.1f}")
+        else:
+            row.append("-")
+        rows.append(row)
+
+    caption = (
+        f"Times: medians of {plan.repeats} interleaved runs, {plan.sampling_steps} steps with guidance; both upgraded "
+        f"pipelines have one shape and one time. KID ({EfficientNetLite0Features.name}) of {plan.generated} images "
+        f"against {plan.generated} real ones, seed {seed}, with its standard error."
+    )
+    return Table(["", "tokens", "transformer", "ms a step", "s an image", "KID x 1000"], rows, caption)
+
+
+def _read_series(run: Path, names: Sequence[str]) -> list[Series]:
+    """Curves of the losses in a run's log, in which held-out values have lines of their own."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if names[0] in line]
     steps = [line["step"] for line in lines]
     return [Series(name.replace("_", " "), steps, [line[name] for line in lines]) for name in names]
 
 
-def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, out of `path` if an earlier run has written it there; nothing is not kept."""
+def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `make`, which an earlier run may have written to `path`; an empty one is not written."""
     if not path.is_file():
-        found = make()
-        if not found:
-            return found
-        write_json(path, found)
+        result = make()
+        if not result:
+            return result
+        write_json(path, result)
     return json.loads(path.read_bytes())
 
 
-def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    given = _kept(folder / "settings.json", lambda: settings)
-    if given != settings:
-        raise SettingsError(f"{folder} holds a demo with {given}, not {settings}: remove it or give another --out")
-
-
-def _slug(name: str) -> str:
-    return name.replace(",", "").replace(" ", "-")
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds a demo with other settings."""
+    written = _once(folder / "settings.json", lambda: settings)
+    if written != settings:
+        raise SettingsError(f"{folder} holds a demo with {written}, not {settings}: remove it or give another --out")

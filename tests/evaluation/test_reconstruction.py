@@ -10,15 +10,8 @@ from torch import Tensor
 
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.evaluation.reconstruction import (
-    base_at_full_size,
-    base_enlarged,
-    gallery,
-    measure,
-    reconstruct,
-    table,
-    upgraded,
-)
+from davae.evaluation.reconstruction import make_gallery, make_table, measure, reconstruct
+from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
@@ -79,12 +72,12 @@ def test_what_overshoots_is_clamped_as_a_picture_is(pictures, lpips) -> None:
 def test_the_bounds_are_the_bases_own(pictures, vae, autoencoder) -> None:
     image = pictures.batch([0, 1])
     at_full = vae.decode(vae.encode(image).latent_dist.mode()).sample
-    torch.testing.assert_close(base_at_full_size(vae)(image), at_full)
+    torch.testing.assert_close(make_tokenizer(vae)(image), at_full)
     half = F.interpolate(image, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
     small = vae.decode(vae.encode(half).latent_dist.mode()).sample.clamp(-1, 1)
     assert small.shape[-1] == 32
     large = F.interpolate(small, size=(64, 64), mode="bicubic")
-    torch.testing.assert_close(base_enlarged(vae, autoencoder)(image), large)
+    torch.testing.assert_close(enlarge_base(vae, autoencoder)(image), large)
 
 
 @torch.no_grad()
@@ -92,11 +85,11 @@ def test_ours_is_encode_and_decode(pictures, autoencoder) -> None:
     image = pictures.batch([0, 1])
     latents = autoencoder.encode(image).latent_dist.mode()
     assert latents.shape == (2, 12, 8, 8)
-    torch.testing.assert_close(upgraded(autoencoder)(image), autoencoder.decode(latents).sample)
+    torch.testing.assert_close(make_tokenizer(autoencoder)(image), autoencoder.decode(latents).sample)
 
 
 def test_a_gallery_shows_originals_ways_and_errors(pictures) -> None:
-    shown = gallery(pictures, [3, 1], {"darker": lambda image: image - 0.1}, differences=["darker"])
+    shown = make_gallery(pictures, [3, 1], {"darker": lambda image: image - 0.1}, differences=["darker"])
     assert shown.columns == ["original", "darker", "4 x error, darker"]
     assert shown.rows == [pictures.captions[3], pictures.captions[1]]
     assert torch.equal(shown.cells[0][0], pictures.image(3))
@@ -105,7 +98,9 @@ def test_a_gallery_shows_originals_ways_and_errors(pictures) -> None:
 
 
 def test_a_table_has_a_row_for_each_way() -> None:
-    made = table({"a": {"psnr": 30.123, "ssim": 0.5, "lpips": 0.25}, "b": {"psnr": math.inf, "ssim": 1.0, "lpips": 0}})
+    made = make_table(
+        {"a": {"psnr": 30.123, "ssim": 0.5, "lpips": 0.25}, "b": {"psnr": math.inf, "ssim": 1.0, "lpips": 0}}
+    )
     assert [list(row) for row in made.rows] == [["a", "30.12", "0.5000", "0.2500"], ["b", "inf", "1.0000", "0.0000"]]
 
 
@@ -121,10 +116,12 @@ def test_reconstruct_writes_numbers_and_a_page(autoencoder, vae, picture_folder,
     bounds = ["base at full size", "base at full size, unshuffled"]
     assert list(result["values"]) == ["base at half size, bicubic", "davae", *bounds]
     heldout = open_pictures(picture_folder, size=64, split="heldout")
-    assert result["values"]["davae"] == pytest.approx(measure(heldout, {"a": upgraded(autoencoder)}, lpips=lpips)["a"])
+    assert result["values"]["davae"] == pytest.approx(
+        measure(heldout, {"a": make_tokenizer(autoencoder)}, lpips=lpips)["a"]
+    )
     text = unescape(page.read_text())
     assert all(caption in text for caption in heldout.captions)
-    assert "4 held-out pictures at 64 px through f8 latents" in text
+    assert "4 held-out images at 64 px through f8 latents" in text
     for row in result["values"].values():
         assert f"{row['psnr']:.2f}" in text
 

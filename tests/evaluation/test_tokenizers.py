@@ -15,19 +15,17 @@ import tiny
 from davae import AutoencoderDA
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
-from davae.evaluation.reconstruction import measure, reconstruct, reconstruction_kid, tokenizer_table
+from davae.evaluation.reconstruction import make_tokenizer_table, measure, measure_kid, reconstruct
 from davae.evaluation.tokenizers import (
-    base_at_full_size,
-    base_enlarged,
-    base_unshuffled,
-    detail_randomised,
-    detail_zeroed,
-    facts,
+    count_cost,
+    enlarge_base,
     load_tokenizer,
     load_tokenizers,
+    make_tokenizer,
     name_folders,
-    stock,
-    upgraded,
+    randomise_detail,
+    unshuffle_base,
+    zero_detail,
 )
 from davae.method.metrics import kid
 from davae.method.perceptual import LPIPS
@@ -90,29 +88,29 @@ def test_every_tokenizer_makes_latents_of_its_factor_and_channels(image, vae, au
     with torch.random.fork_rng(devices=[]):
         full = AutoencoderDA.from_base(vae, detail_channels=8, linear_blocks=False, all_new=True)
     made = {
-        "f4c4p2": base_at_full_size(vae),
-        "f8c4p2": base_enlarged(vae, autoencoder),
-        "f8c16p2": base_unshuffled(vae),
-        "f8c12p2": upgraded(autoencoder),
-        "f8c8p2": upgraded(full),
-        "f8c2p2": stock(tiny_dc()),
+        "f4c4p2": make_tokenizer(vae),
+        "f8c4p2": enlarge_base(vae, autoencoder),
+        "f8c16p2": unshuffle_base(vae),
+        "f8c12p2": make_tokenizer(autoencoder),
+        "f8c8p2": make_tokenizer(full),
+        "f8c2p2": make_tokenizer(tiny_dc()),
     }
-    tokenizers = [*made.items(), ("f4c4p2", stock(tiny.tiny_taesd()))]
+    tokenizers = [*made.items(), ("f4c4p2", make_tokenizer(tiny.tiny_taesd()))]
     for brief, tokenizer in tokenizers:
-        assert tokenizer.brief(2) == brief
+        assert tokenizer.describe(2) == brief
         latents = tokenizer.encode(image)
         assert latents.shape == (2, tokenizer.channels, 64 // tokenizer.factor, 64 // tokenizer.factor), brief
         assert tokenizer.decode(latents).shape == image.shape
         assert torch.equal(tokenizer(image), tokenizer.decode(latents))
         assert not torch.allclose(tokenizer.decode(latents + 1), tokenizer(image)), brief  # it reads them
-        cost = facts(tokenizer, size=64, patch=2, tokens=16)
+        cost = count_cost(tokenizer, size=64, patch=2, equal_tokens=16)
         assert cost["numbers_per_picture"] == latents[0].numel()
         assert cost["numbers_per_pixel"] == latents[0].numel() / 64**2
 
 
 @torch.no_grad()
 def test_unshuffled_latents_give_the_pictures_of_the_base_at_full_size(image, vae) -> None:
-    full, simple = base_at_full_size(vae), base_unshuffled(vae)
+    full, simple = make_tokenizer(vae), unshuffle_base(vae)
     assert torch.equal(simple(image), full(image))
     latents, unshuffled = full.encode(image), simple.encode(image)
     for channel, row, column in ((0, 0, 0), (1, 0, 1), (3, 1, 0), (2, 1, 1)):  # channel order of a pixel unshuffle
@@ -123,7 +121,7 @@ def test_unshuffled_latents_give_the_pictures_of_the_base_at_full_size(image, va
 def test_no_latent_is_rounded_on_the_way(image) -> None:
     vae = tiny.tiny_taesd()
     expected = vae.decode(vae.encode(image).latents).sample
-    assert torch.equal(base_at_full_size(vae)(image), expected)
+    assert torch.equal(make_tokenizer(vae)(image), expected)
     assert not torch.equal(vae(image).sample, expected)  # its forward rounds them to bytes
 
 
@@ -131,10 +129,10 @@ def test_no_latent_is_rounded_on_the_way(image) -> None:
 def test_zeroed_and_randomised_detail_leave_the_base(image, autoencoder) -> None:
     base, detail = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
     expected = autoencoder.reconstruct(base, torch.zeros_like(detail))
-    torch.testing.assert_close(detail_zeroed(autoencoder)(image), expected, atol=1e-5, rtol=1e-4)
-    noisy = detail_randomised(autoencoder)
+    torch.testing.assert_close(zero_detail(autoencoder)(image), expected, atol=1e-5, rtol=1e-4)
+    noisy = randomise_detail(autoencoder)
     assert torch.equal(noisy(image), noisy(image))
-    assert not torch.allclose(noisy(image), detail_randomised(autoencoder, seed=1)(image))
+    assert not torch.allclose(noisy(image), randomise_detail(autoencoder, seed=1)(image))
     seen = []
     autoencoder.reconstruct, reconstruct_ = (
         lambda *halves: seen.append(halves) or reconstruct_(*halves),
@@ -154,19 +152,19 @@ def test_zeroed_and_randomised_detail_leave_the_base(image, autoencoder) -> None
 
 
 def test_costs_by_hand(vae) -> None:
-    full = base_at_full_size(vae)  # f4 c4
-    cost = facts(full, size=64, patch=2, tokens=16)
+    full = make_tokenizer(vae)  # f4 c4
+    cost = count_cost(full, size=64, patch=2, equal_tokens=16)
     assert cost == {
         "brief": "f4c4p2", "downsample_factor": 4, "channels": 4, "numbers_per_picture": 4 * 16 * 16,
         "numbers_per_pixel": 0.25, "tokens": 8 * 8, "patch_at_equal_tokens": 4,
     }  # fmt: skip
-    assert facts(full, size=64, patch=3, tokens=16)["tokens"] is None
-    assert facts(full, size=64, patch=2, tokens=25)["patch_at_equal_tokens"] is None
+    assert count_cost(full, size=64, patch=3, equal_tokens=16)["tokens"] is None
+    assert count_cost(full, size=64, patch=2, equal_tokens=25)["patch_at_equal_tokens"] is None
 
 
 def test_patches_of_equal_tokens_are_those_of_the_papers_table_2() -> None:
     # 512 px, 16 x 16 tokens: SD-VAE f8c4p4, DC-AE f32c32p1, VA-VAE f16c32p2, DA-VAE f32c128p1
-    identity = stock(tiny_dc())
+    identity = make_tokenizer(tiny_dc())
     for factor, channels, brief in (
         (8, 4, "f8c4p4"),
         (32, 32, "f32c32p1"),
@@ -174,9 +172,9 @@ def test_patches_of_equal_tokens_are_those_of_the_papers_table_2() -> None:
         (32, 128, "f32c128p1"),
     ):
         tokenizer = type(identity)(identity.encode, identity.decode, factor, channels)
-        cost = facts(tokenizer, size=512, patch=1, tokens=16 * 16)
-        assert tokenizer.brief(cost["patch_at_equal_tokens"]) == brief
-        assert tokenizer.tokens(512, cost["patch_at_equal_tokens"]) == 256
+        cost = count_cost(tokenizer, size=512, patch=1, equal_tokens=16 * 16)
+        assert tokenizer.describe(cost["patch_at_equal_tokens"]) == brief
+        assert tokenizer.count_tokens(512, cost["patch_at_equal_tokens"]) == 256
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -186,11 +184,11 @@ def test_patches_of_equal_tokens_are_those_of_the_papers_table_2() -> None:
 def test_each_folder_is_recognised_by_its_class(image, base_folder, autoencoder_folder, dc_folder, tmp_path) -> None:
     tiny.tiny_taesd().save_pretrained(tmp_path / "taesd")
     expected = {
-        base_folder / "vae": stock(load_base_vae(str(base_folder))),
-        base_folder: stock(load_base_vae(str(base_folder))),  # a whole pipeline
-        autoencoder_folder: stock(load_autoencoder(autoencoder_folder)),
-        dc_folder: stock(tiny_dc()),
-        tmp_path / "taesd": stock(tiny.tiny_taesd()),
+        base_folder / "vae": make_tokenizer(load_base_vae(str(base_folder))),
+        base_folder: make_tokenizer(load_base_vae(str(base_folder))),  # a whole pipeline
+        autoencoder_folder: make_tokenizer(load_autoencoder(autoencoder_folder)),
+        dc_folder: make_tokenizer(tiny_dc()),
+        tmp_path / "taesd": make_tokenizer(tiny.tiny_taesd()),
     }
     for folder, tokenizer in expected.items():
         loaded = load_tokenizer(folder)
@@ -254,7 +252,7 @@ def test_one_command_makes_the_table(
     assert {costs[name]["tokens"] for name in briefs} == {64, 256}
     assert costs["base at full size"]["patch_at_equal_tokens"] == 2
     heldout = open_pictures(picture_folder, size=64, split="heldout", limit=2)
-    alone = measure(heldout, {dc: stock(tiny_dc())}, lpips=LPIPS.alex())
+    alone = measure(heldout, {dc: make_tokenizer(tiny_dc())}, lpips=LPIPS.alex())
     assert result["values"][dc] == pytest.approx(alone[dc])
     text = unescape(page.read_text())
     assert all(brief in text for brief in briefs.values())
@@ -272,7 +270,7 @@ def test_ours_may_have_all_new_latents(all_new_folder, vae, picture_folder, tmp_
 
 
 def test_a_size_that_another_factor_does_not_divide_is_refused(autoencoder, picture_folder, tmp_path) -> None:
-    coarse = type(upgraded(autoencoder))(lambda image: image, lambda latents: latents, 128, 3)
+    coarse = type(make_tokenizer(autoencoder))(lambda image: image, lambda latents: latents, 128, 3)
     with pytest.raises(SettingsError, match="size=64 must be a multiple of 128, the downsample factor of coarse"):
         reconstruct(autoencoder, picture_folder, tmp_path / "out", compare={"coarse": coarse}, size=64)
     assert not (tmp_path / "out").exists()
@@ -285,14 +283,14 @@ def test_kid_is_that_of_the_reconstructions_features(picture_folder) -> None:
         return F.avg_pool2d(image, 16).flatten(1)
 
     ways = {"same": lambda image: image, "dull": lambda image: 0.2 * image}
-    found = reconstruction_kid(pictures, ways, extract, device=torch.device("cpu"))
+    found = measure_kid(pictures, ways, extract, device=torch.device("cpu"))
     image = pictures.batch(range(len(pictures)))
     assert found["dull"] == pytest.approx(kid(extract(0.2 * image), extract(image)), rel=1e-3)
     assert found["same"] <= 0 < found["dull"]
     values = {name: {"psnr": 1.0, "ssim": 0.5, "lpips": 0.1} for name in ways}
     costs = {name: {"brief": "f1c3p1", "numbers_per_pixel": 3.0, "tokens": None, "patch_at_equal_tokens": 1}
              for name in ways}  # fmt: skip
-    shown = tokenizer_table(values, costs, found, patch=3)
+    shown = make_tokenizer_table(values, costs, found, patch=3)
     assert shown.header[-1] == "KID x 1000 (EfficientNet-Lite0)"
     assert list(shown.rows[1]) == [
         "dull", "f1c3p1", "3", "-", "1", "1.00", "0.5000", "0.1000", f"{1000 * found['dull']:.2f}"

@@ -1,1 +1,1 @@
-"""Measurements on pictures, reconstructions and generated sets."""
+"""Measurements on images, reconstructions and generated sets."""

@@ -134,23 +134,9 @@ def evaluate(
     prompt_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Generate from a set's captions and measure KID against its images; write result.json and a page to `out`.
+    """Generate `count` images from a set's captions and measure KID against its images; the path of a page in `out`.
 
-    The other settings are those of `sample`.
-
-    Args:
-        pipeline: the pipeline to measure.
-        pictures: a folder of captioned images or shards.
-        out: folder of the results.
-        count: images to generate.
-        steps: of the sampler.
-        guidance_scale: as the stock pipeline understands it.
-        size: of both sets, the real images cropped to its shape; the pipeline's own square if None.
-        prompt_tokens: length that the longest text encoder pads or cuts to.
-        seed: of the noise.
-
-    Returns:
-        The path of the page.
+    The settings are those of `sample`. Real images are cropped to the shape of the generated ones.
 
     Raises:
         SettingsError: `count` is below 4, `sample` refuses the pipeline, or `davae[eval]` is not installed.
@@ -160,7 +146,6 @@ def evaluate(
         raise SettingsError(f"count={count}: allowed is 4 or more, because the error of KID comes from halves")
     EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
 
-    # The real images, cropped to the shape of the generated ones.
     ranks = Ranks()
     width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
     shape = Bucket(height, width, width / height)

@@ -1,4 +1,4 @@
-"""How well pictures survive an autoencoder: PSNR, SSIM and LPIPS, beside the base's bounds and other tokenizers."""
+"""How well images survive an autoencoder: PSNR, SSIM and LPIPS, beside the base's bounds and other tokenizers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,13 +15,12 @@ from davae.errors import SettingsError
 from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
 from davae.evaluation.tokenizers import (
     Tokenizer,
-    base_at_full_size,
-    base_enlarged,
-    base_unshuffled,
-    detail_randomised,
-    detail_zeroed,
-    facts,
-    upgraded,
+    count_cost,
+    enlarge_base,
+    make_tokenizer,
+    randomise_detail,
+    unshuffle_base,
+    zero_detail,
 )
 from davae.method.metrics import METRICS, EfficientNetLite0Features, compare_images, describe_directions, kid
 from davae.method.perceptual import LPIPS
@@ -33,47 +32,48 @@ from davae.run.storage import write_json
 
 Way = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] -> reconstructions of the same shape and range."""
-BATCH = 8
+BATCH_SIZE = 8
+
+# Names in the numbers of `reconstruct`.
 OURS, ZEROED, RANDOMISED = "davae", "davae, detail zeroed", "davae, detail randomised"
 SMALL = {2: "base at half size, bicubic", 4: "base at a quarter of the size, bicubic"}
 FULL, UNSHUFFLED = "base at full size", "base at full size, unshuffled"
-"""Names in the numbers of `reconstruct`."""
 
 
 @torch.no_grad()
 def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> dict[str, dict[str, float]]:
-    """Means over all pictures of PSNR (dB), SSIM and LPIPS, by the name of the way; the ranks share the pictures."""
+    """Means of `METRICS` over all images, by the name of the way; the ranks share the images."""
 
-    def of_chunk(indices: Tensor) -> Tensor:
+    def measure_chunk(indices: Tensor) -> Tensor:
         image = pictures.batch(indices.tolist()).to(lpips.shift.device)
-        made = [way(image).float().clamp(-1, 1) for way in ways.values()]
-        return torch.stack([compare_images(each, image, lpips) for each in made])
+        return torch.stack([compare_images(_apply(way, image), image, lpips) for way in ways.values()])
 
-    values = torch.cat(Ranks().map_chunks(torch.arange(len(pictures)).split(BATCH), of_chunk), dim=-1).mean(dim=-1)
-    return {name: dict(zip(METRICS, row, strict=True)) for name, row in zip(ways, values.tolist(), strict=True)}
+    chunks = torch.arange(len(pictures)).split(BATCH_SIZE)
+    means = torch.cat(Ranks().map_chunks(chunks, measure_chunk), dim=-1).mean(dim=-1).tolist()
+    return {name: dict(zip(METRICS, row, strict=True)) for name, row in zip(ways, means, strict=True)}
 
 
 @torch.no_grad()
-def reconstruction_kid(
+def measure_kid(
     pictures: PictureSet, ways: Mapping[str, Way], extract: Callable[[Tensor], Tensor], *, device: torch.device
 ) -> dict[str, float]:
-    """KID of each way's reconstructions against the pictures that they are of; name the features beside it.
+    """KID of each way's reconstructions against their originals; name the features beside it.
 
-    It stands where others give rFID, which needs the features of InceptionV3 and far more pictures. Of a way that
-    changes nothing it is a little below 0, since it is unbiased.
+    It takes the place of rFID, which needs the features of InceptionV3 and far more images. KID is unbiased: for a way
+    that changes nothing it is a little below 0.
     """
-    rows: dict[str, list[Tensor]] = {name: [] for name in ["", *ways]}
-    for indices in torch.arange(len(pictures)).split(BATCH):
+    real: list[Tensor] = []
+    features: dict[str, list[Tensor]] = {name: [] for name in ways}
+    for indices in torch.arange(len(pictures)).split(BATCH_SIZE):
         image = pictures.batch(indices.tolist()).to(device)
-        rows[""].append(extract(image))
+        real.append(extract(image))
         for name, way in ways.items():
-            rows[name].append(extract(way(image).float().clamp(-1, 1)))
-    real = torch.cat(rows.pop(""))
-    return {name: kid(torch.cat(features), real) for name, features in rows.items()}
+            features[name].append(extract(_apply(way, image)))
+    return {name: kid(torch.cat(rows), torch.cat(real)) for name, rows in features.items()}
 
 
 @torch.no_grad()
-def gallery(
+def make_gallery(
     pictures: PictureSet,
     indices: Iterable[int],
     ways: Mapping[str, Way],
@@ -81,52 +81,57 @@ def gallery(
     differences: Iterable[str] = (),
     device: torch.device | str = "cpu",
 ) -> ImageGrid:
-    """Originals, their reconstructions by every way, and for the ways in `differences` 4 times the error on grey."""
+    """Originals, their reconstructions, and for the ways in `differences` 4 times the error on grey."""
     indices = list(indices)
     image = pictures.batch(indices).to(device)
-    columns = {"original": image} | {name: way(image).float().clamp(-1, 1) for name, way in ways.items()}
+    columns = {"original": image}
+    for name, way in ways.items():
+        columns[name] = _apply(way, image)
     for name in differences:
         columns[f"4 x error, {name}"] = (2 * (columns[name] - image)).clamp(-1, 1)
-    return ImageGrid(
-        columns=list(columns),
-        rows=[pictures.captions[index] for index in indices],
-        cells=[[to_bytes(column[row]).cpu() for column in columns.values()] for row in range(len(indices))],
-        caption=f"Held-out pictures at {pictures.size} px.",
-    )
+
+    cells = []
+    for row in range(len(indices)):
+        cells.append([to_bytes(column[row]).cpu() for column in columns.values()])
+    labels = [pictures.captions[index] for index in indices]
+    return ImageGrid(list(columns), labels, cells, caption=f"Held-out images at {pictures.size} px.")
 
 
-def table(values: Mapping[str, Mapping[str, float]], *, caption: str = "") -> Table:
+def make_table(values: Mapping[str, Mapping[str, float]], *, caption: str = "") -> Table:
     """The numbers of `measure` as a table."""
-    return Table(
-        ["", *(metric.title for metric in METRICS.values())],
-        [
-            [name, *(f"{row[key]:.{metric.decimals}f}" for key, metric in METRICS.items())]
-            for name, row in values.items()
-        ],
-        caption=caption,
-    )
+    rows = []
+    for name, row in values.items():
+        rows.append([name, *(f"{row[key]:.{metric.decimals}f}" for key, metric in METRICS.items())])
+    return Table(["", *(metric.title for metric in METRICS.values())], rows, caption=caption)
 
 
-def tokenizer_table(
+def make_tokenizer_table(
     values: Mapping[str, Mapping[str, float]],
     costs: Mapping[str, Mapping[str, Any]],
     kids: Mapping[str, float],
     *,
     patch: int,
 ) -> Table:
-    """What each tokenizer costs, and the numbers of `measure`, as a table; `kids` may be empty."""
-    quality = table(values)
+    """The cost of each tokenizer beside the numbers of `measure`; `kids` may be empty."""
+    quality = make_table(values)
     header = ["", "as", "numbers / pixel", f"tokens, p = {patch}", "p of equal tokens", *quality.header[1:]]
+    if kids:
+        header.append(f"KID x 1000 ({EfficientNetLite0Features.name})")
+
     rows = []
-    for (name, cost), row in zip(costs.items(), quality.rows, strict=True):
-        shown = ["-" if cost[key] is None else str(cost[key]) for key in ("tokens", "patch_at_equal_tokens")]
-        extra = [f"{1000 * kids[name]:.2f}"] if kids else []
-        rows.append([name, cost["brief"], f"{cost['numbers_per_pixel']:.4g}", *shown, *row[1:], *extra])
+    for (name, cost), numbers in zip(costs.items(), quality.rows, strict=True):
+        row = [name, cost["brief"], f"{cost['numbers_per_pixel']:.4g}"]
+        row += ["-" if cost[key] is None else str(cost[key]) for key in ("tokens", "patch_at_equal_tokens")]
+        row += numbers[1:]
+        if kids:
+            row.append(f"{1000 * kids[name]:.2f}")
+        rows.append(row)
+
     caption = (
-        "fXcYpZ: downsample factor of the pictures measured here, latent channels, patch of a transformer. "
+        "fXcYpZ: downsample factor of the measured images, latent channels, patch of a transformer. "
         f"The patch of equal tokens gives as many tokens as {OURS} has. {describe_directions()}"
     )
-    return Table([*header, *(["KID x 1000 (EfficientNet-Lite0)"] if kids else [])], rows, caption=caption)
+    return Table(header, rows, caption=caption)
 
 
 def reconstruct(
@@ -142,79 +147,86 @@ def reconstruct(
     ablate_detail: bool = False,
     with_kid: bool = False,
 ) -> Path:
-    """Encode and decode the held-out pictures of a set; numbers in `out`/result.json, and a page.
+    """Encode and decode held-out images; write result.json and a page to `out`.
 
-    One table of the kind of the paper's Table 2: what each tokenizer costs, and what it keeps.
+    The table is like the paper's Table 2: the cost of each tokenizer, and the quality of its reconstructions.
 
     Args:
-        autoencoder: the autoencoder to look at.
-        pictures: a folder of captioned pictures or shards.
-        out: where the results go.
-        base: the base pipeline's VAE, for the bounds that it sets: at 1/s of the size and enlarged, at full size, and
-            at full size with its latents unshuffled onto the grid of `autoencoder`; left out, they are not shown.
+        autoencoder: the autoencoder to measure.
+        pictures: a folder of images or shards.
+        out: folder of the results.
+        base: the base pipeline's VAE, for three bounds: at 1/s of the size and enlarged, at full size, and at full
+            size with its latents unshuffled onto the grid of `autoencoder`. None leaves them out.
         compare: other tokenizers by name, see `tokenizers.load_tokenizer`.
-        size: side of the pictures in pixels.
-        limit: at most so many pictures.
-        patch: patch size of a transformer, for the numbers of tokens.
-        ablate_detail: show what is left with the detail latents zeroed, and randomised (the paper's Fig. S2).
-        with_kid: measure KID of the reconstructions as well.
+        size: side of the images in pixels.
+        limit: at most this many images.
+        patch: patch size of a transformer, to count tokens.
+        ablate_detail: also measure with the detail latents zeroed, and randomised (the paper's Fig. S2).
+        with_kid: also measure KID of the reconstructions.
 
     Returns:
         The path of the page.
 
     Raises:
-        SettingsError: a factor does not divide `size`, `base` is another autoencoder's, or there is no extra
-            `davae[eval]` for KID, or `ablate_detail` of an autoencoder all of whose latents are new.
-        DataError: no usable pictures.
+        SettingsError: a factor does not divide `size`, `base` is another autoencoder's, KID is asked for without
+            `davae[eval]`, or `ablate_detail` for an autoencoder whose latents are all new.
+        DataError: there are no usable images.
     """
-    tokenizers = compared(autoencoder, base, compare or {}, ablate_detail=ablate_detail)
+    tokenizers = choose_tokenizers(autoencoder, base, compare or {}, ablate_detail=ablate_detail)
     for name in sorted(tokenizers, key=lambda name: name != OURS):
-        if size % tokenizers[name].factor:
-            factor = tokenizers[name].factor
+        factor = tokenizers[name].factor
+        if size % factor:
             raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
     features = EfficientNetLite0Features(autoencoder.device) if with_kid else None
+
     ranks = Ranks()
     heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False)
     heldout = heldout.sound(out / "refused.json" if ranks.first else None)
     values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(autoencoder.device))
-    kids = {} if features is None else reconstruction_kid(heldout, tokenizers, features, device=autoencoder.device)
-    tokens = tokenizers[OURS].tokens(size, patch)
-    costs = {name: facts(tokenizer, size=size, patch=patch, tokens=tokens) for name, tokenizer in tokenizers.items()}
+    kids = {} if features is None else measure_kid(heldout, tokenizers, features, device=autoencoder.device)
+
+    tokens = tokenizers[OURS].count_tokens(size, patch)
+    costs = {}
+    for name, tokenizer in tokenizers.items():
+        costs[name] = count_cost(tokenizer, size=size, patch=patch, equal_tokens=tokens)
     result = {"values": values, "tokenizers": costs, "count": len(heldout), "size": size, "patch": patch}
     if features is not None:
         result |= {"kid": kids, "features": features.name}
-    where, numbers = {"device": str(autoencoder.device)}, tokenizer_table(values, costs, kids, patch=patch)
-    ranks.on_first(lambda: write_json(out / "result.json", {**result, **where, "environment": environment()}))
-    ranks.on_first(lambda: _write_page(out / "index.html", heldout, tokenizers, numbers, autoencoder))
+    result |= {"device": str(autoencoder.device), "environment": environment()}
+    ranks.on_first(lambda: write_json(out / "result.json", result))
+
+    table = make_tokenizer_table(values, costs, kids, patch=patch)
+    ranks.on_first(lambda: _write_page(out / "index.html", heldout, tokenizers, table, device=autoencoder.device))
     return out / "index.html"
 
 
-def compared(
+def choose_tokenizers(
     autoencoder: AutoencoderDA, base: ModelMixin | None, others: Mapping[str, Tokenizer], *, ablate_detail: bool
 ) -> dict[str, Tokenizer]:
-    """What stands in the table of `reconstruct`, whose arguments these are, by name and in order.
-
-    Raises:
-        SettingsError: `base` is another autoencoder's, or `ablate_detail` of one all of whose latents are new.
-    """
+    """The rows of the table of `reconstruct`, whose arguments these are, by name and in order."""
     if base is not None and autoencoder.config.base_channels:
         check_base_encoder(autoencoder, base)
-    tokenizers = {OURS: upgraded(autoencoder)}
+    tokenizers = {OURS: make_tokenizer(autoencoder)}
     if ablate_detail:
-        tokenizers |= {ZEROED: detail_zeroed(autoencoder), RANDOMISED: detail_randomised(autoencoder)}
+        tokenizers |= {ZEROED: zero_detail(autoencoder), RANDOMISED: randomise_detail(autoencoder)}
     tokenizers |= others
     if base is None:
         return tokenizers
+
     factor = autoencoder.config.resolution_factor
-    bounds = {FULL: base_at_full_size(base), UNSHUFFLED: base_unshuffled(base, factor=factor)}
-    return {SMALL[factor]: base_enlarged(base, autoencoder), **tokenizers, **bounds}
+    bounds = {FULL: make_tokenizer(base), UNSHUFFLED: unshuffle_base(base, factor=factor)}
+    return {SMALL[factor]: enlarge_base(base, autoencoder), **tokenizers, **bounds}
 
 
 def _write_page(
-    path: Path, heldout: PictureSet, ways: Mapping[str, Way], numbers: Table, autoencoder: AutoencoderDA
+    path: Path, heldout: PictureSet, tokenizers: Mapping[str, Tokenizer], table: Table, *, device: torch.device
 ) -> None:
     shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
-    drawn = gallery(heldout, shown, ways, differences=[OURS], device=autoencoder.device)
-    lead = f"{len(heldout)} held-out pictures at {heldout.size} px through f{autoencoder.downsample_factor} latents."
-    sections = [Section("Numbers", heldout.refusals_summary(), numbers), Section("Images", "", drawn)]
+    grid = make_gallery(heldout, shown, tokenizers, differences=[OURS], device=device)
+    lead = f"{len(heldout)} held-out images at {heldout.size} px through f{tokenizers[OURS].factor} latents."
+    sections = [Section("Numbers", heldout.refusals_summary(), table), Section("Images", "", grid)]
     write_page(path, Report("Reconstruction", lead, sections))
+
+
+def _apply(way: Way, image: Tensor) -> Tensor:
+    return way(image).float().clamp(-1, 1)

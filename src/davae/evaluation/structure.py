@@ -41,7 +41,7 @@ def _nearest(vectors: Tensor, neighbours: int) -> Bool[Tensor, "n n"]:
 def channel_correlation(
     base: Float[Tensor, "n base h w"], detail: Float[Tensor, "n detail h w"]
 ) -> Float[Tensor, "base detail"]:
-    """Pearson's correlation of every base channel with every detail channel over pictures and positions, in float64."""
+    """Pearson's correlation of every base channel with every detail channel over images and positions, in float64."""
     standard = []
     for half in (base, detail):
         vectors = at_positions(half).double()
@@ -53,7 +53,7 @@ def channel_correlation(
 def radial_spectrum(latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "k"]:
     """Power of latents by spatial frequency: k = 1 .. min(h, w) / 2 cycles across them, in float64.
 
-    |FFT2|^2 / (h w), averaged over pictures, channels, and the frequencies whose length rounds to k. White noise of
+    |FFT2|^2 / (h w), averaged over images, channels, and the frequencies whose length rounds to k. White noise of
     unit variance has 1 at every k. No window: what wraps around at the borders adds to all.
     """
     height, width = latents.shape[-2:]
