@@ -1,6 +1,6 @@
-"""What holds for every test: no network. And what takes a moment to make: a tiny pair and its pictures, on disk.
+"""Settings of all tests (no network), and fixtures that take a moment to make: a tiny pair and its pictures, on disk.
 
-And trials, which some tests repeat with other random numbers: few in CI, many in `make soak`.
+Also `trials`, which some tests repeat with other random numbers: few in CI, many in `make soak`.
 """
 
 import os
@@ -18,11 +18,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--trials", type=int, default=None, help="Trials of each soak test, instead of its CI count.")
-    parser.addoption("--part", type=float, default=1.0, help="Only this part of the trials of each soak test.")
-    parser.addoption("--trial", type=int, default=None, help="Run the trial of this number only, to replay it.")
-    parser.addoption("--seed", type=int, default=0, help="Of all random choices of the trials.")
-    parser.addoption("--soak", type=Path, default=None, help="Full counts, a table at the end, and that as JSON.")
+    parser.addoption("--trials", type=int, default=None, help="Trials of each soak test, in place of its CI count.")
+    parser.addoption("--part", type=float, default=1.0, help="Share of the trials of each soak test that is run.")
+    parser.addoption("--trial", type=int, default=None, help="Replay the trial of this number alone.")
+    parser.addoption("--seed", type=int, default=0, help="Seed of the trials' random choices.")
+    parser.addoption("--soak", type=Path, default=None, help="Run the full counts, and write their table to this file.")
 
 
 def pytest_configure(config: pytest.Config) -> None:

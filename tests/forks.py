@@ -16,6 +16,8 @@ from davae.errors import DavaeError
 def forked(program: Callable[[], object]) -> int:
     """Run `program` in a fork of this process; returns its process id."""
     pid = os.fork()
+
+    # In the fork: its exit code is what the command line would give.
     if pid == 0:
         code = 99
         try:
@@ -37,7 +39,7 @@ def forked(program: Callable[[], object]) -> int:
 
 
 def _own_progress_locks() -> None:
-    """Else one for all forks, which one that was killed may hold for ever; a subclass of tqdm may have its own."""
+    """Give this fork locks of its own: another fork, once killed, may hold the shared ones for ever."""
     lock, classes = threading.RLock(), [tqdm]
     while classes:
         each = classes.pop()
@@ -46,7 +48,7 @@ def _own_progress_locks() -> None:
 
 
 def print_to(output: Path, errors: Path) -> None:
-    """Let this process, a fork, and what it starts add what they print to files; pytest has streams of its own."""
+    """Append the output of this fork and of its children to files; pytest has redirected its own streams."""
     for stream, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from forks import exit_code, forked
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What `accelerate launch` puts into the environment for it."""
+"""Environment variables that `accelerate launch` sets for FSDP2."""
 
 
 def start_ranks(program: Callable[[], object], count: int, settings: dict[str, str] | None = None) -> list[int]:

@@ -30,11 +30,14 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.ModuleList([nn.Linear(16, 16)])[0], nn.Linear(16, 1))
+
     settings = {"optimizer": optimizer, "betas": (0.9, 0.999), "ema_decay": 0.9, "precision": "float32"}
     settings |= {"learning_rate": 1e-3, "warmup_steps": 5}
     settings |= {"final_learning_rate": 1e-4} if optimizer == "AdamW" else {}
     recipe = OptimisationRecipe(**settings, steps=STEPS, seed=7, checkpoint_every=3, log_every=1)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # What a rank says when another is missing is kept for the test.
     try:
         with ranks.together("a step"):
             models, console = {"mlp": model}, Console(quiet=True)

@@ -11,17 +11,17 @@ import pytest
 class Trials:
     """The random numbers of one trial after the other, until enough are done.
 
-    A loop's turn that held more than one trial, or none, says so in `done`. A trial's numbers are a function of seed
-    and its number, so that any one can be replayed by itself.
+    A turn of the loop that holds several trials, or none, corrects `done`. Seed and number of a trial decide its random
+    numbers, so that any trial can be replayed alone.
     """
 
     def __init__(self, item: pytest.Item) -> None:
         marker = item.get_closest_marker("soak")
         assert marker, "trials are for tests that are marked soak"
         usual = marker.kwargs["full" if item.config.getoption("--soak") else "ci"]
-        given = item.config.getoption("--trials")
+        chosen = item.config.getoption("--trials")
         self.only = item.config.getoption("--trial")
-        self.count = max(1, round(item.config.getoption("--part") * (usual if given is None else given)))
+        self.count = max(1, round(item.config.getoption("--part") * (usual if chosen is None else chosen)))
         self.seed = item.config.getoption("--seed")
         self.number = self.done = 0
         self._id = item.nodeid
@@ -69,6 +69,7 @@ class SoakTable:
         from davae.run.record import environment
         from davae.run.storage import write_json
 
+        # One row for each promise and test.
         table = Table("promise", "test", "trials", "failures", "seconds", "seed", title="soak")
         rows = [{"promise": key[0], "test": key[1], **row} for key, row in sorted(self.rows.items())]
         for row in rows:
@@ -77,6 +78,8 @@ class SoakTable:
         with console.capture() as capture:
             console.print(table)
         terminalreporter.write(capture.get())
+
+        # What failed, and the file of the numbers.
         for row in rows:
             for command in row["replay"]:
                 terminalreporter.write_line(f"replay: {command}")

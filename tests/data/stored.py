@@ -1,12 +1,17 @@
-"""Pictures and captions as files and as shards, for the tests of this folder."""
+"""Pictures and captions as files and as shards, and what came of them, for the tests of this folder."""
 
 import io
+import re
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from davae.data.sources import PictureSet
 
 
 def picture(seed: int, width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
@@ -27,6 +32,25 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
 def captioned(count: int) -> dict[str, bytes]:
     files = {f"{index:03d}.png": picture(index) for index in range(count)}
     return files | {f"{index:03d}.txt": f"picture {index}\n".encode() for index in range(count)}
+
+
+def reasons(pictures: PictureSet) -> dict[str, str]:
+    """Why pictures were refused, by name."""
+    return {refusal.name: refusal.reason for refusal in pictures.refused}
+
+
+@contextmanager
+def peak_memory_below(limit: int) -> Iterator[None]:
+    """The process may take so many bytes more than it has now."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    yield
+    assert resident("VmHWM") - before < limit
+
+
+def resident(name: str) -> int:
+    (kilobytes,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
 
 
 def tar(path: Path, files: dict[str, bytes], *odd: tarfile.TarInfo) -> Path:

@@ -103,11 +103,14 @@ def test_a_set_knows_the_buckets_and_crops_of_its_pictures(bucketed):
     assert all(
         refusal.kind == "too small" and "smaller than 56x40 pixels" in refusal.reason for refusal in bucketed.refused
     )
+
     for bucket, members in zip(bucketed.buckets, bucketed.members, strict=True):
         assert bucketed.batch(members).shape == (len(members), 3, *bucket[:2])
         for index in members:
             width, height = bucketed.original_size(index)
             assert bucketed.crop(index) == central_crop(width, height, bucket)
+
+    # Pictures of several buckets are no batch, but squares of one size.
     with pytest.raises(SettingsError, match="several buckets"):
         bucketed.batch([0, 1])
     assert bucketed.squares(range(5)).shape == (5, 3, 40, 40)

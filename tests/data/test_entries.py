@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.stored import fill, picture, tar
+from data.stored import fill, picture, reasons, tar
 from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError
 
@@ -10,10 +10,6 @@ from davae.errors import DataError
 def numbered(*numbers: str) -> dict[str, bytes]:
     files = {f"{index:03d}.png": picture(index) for index in range(len(numbers))}
     return files | {f"{index:03d}.cls": number.encode() for index, number in enumerate(numbers)}
-
-
-def reasons(pictures) -> dict[str, str]:
-    return {refusal.name: refusal.reason for refusal in pictures.refused}
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])
@@ -47,18 +43,18 @@ def test_sub_folders_are_classes_in_sorted_order_whatever_the_split(tmp_path):
 
 
 def test_what_has_no_class_is_refused_with_a_reason(tmp_path):
-    given = {"a": "3", "b": "-1", "c": "two", "d": "", "e": "\u0664", "f": "1.0"}
-    files = {f"{key}.png": picture(0) for key in [*given, *"ghijk"]}
-    files |= {f"{key}.cls": number.encode() for key, number in given.items()}
+    numbers = {"a": "3", "b": "-1", "c": "two", "d": "", "e": "\u0664", "f": "1.0"}
+    files = {f"{key}.png": picture(0) for key in [*numbers, *"ghijk"]}
+    files |= {f"{key}.cls": number.encode() for key, number in numbers.items()}
     files |= {"g.json": b'{"class": "3"}', "h.json": b'{"class": true}', "i.json": b'{"class": -2}', "j.txt": b"a cat"}
     pictures = open_pictures(fill(tmp_path, files), size=32, classes=True)
     assert (pictures.keys, pictures.classes) == (["a"], [3])
-    given = reasons(pictures)
-    assert given.keys() == {f"{key}.png" for key in "bcdefghijk"}
-    assert all("whole number from 0" in given[f"{key}.png"] for key in "bcdefghi")
-    assert "b.cls is '-1'" in given["b.png"]
-    assert 'the "class" of g.json' in given["g.png"]
-    assert all("no class; put its number beside" in given[f"{key}.png"] for key in "jk")
+    refused = reasons(pictures)
+    assert refused.keys() == {f"{key}.png" for key in "bcdefghijk"}
+    assert all("whole number from 0" in refused[f"{key}.png"] for key in "bcdefghi")
+    assert "b.cls is '-1'" in refused["b.png"]
+    assert 'the "class" of g.json' in refused["g.png"]
+    assert all("no class; put its number beside" in refused[f"{key}.png"] for key in "jk")
 
 
 def test_folders_of_a_shard_are_no_classes(tmp_path):

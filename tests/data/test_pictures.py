@@ -1,9 +1,7 @@
 """Odd pictures: each gives the pixels that a person sees, or a refusal that names the reason."""
 
 import os
-import re
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +25,22 @@ from data.corpus import (
     profile,
     rgb,
 )
-from data.stored import fill, tar
+from data.stored import fill, peak_memory_below, tar
 from davae.data.buckets import Bucket, fit
-from davae.data.pictures import FORMATS, MAX_PIXELS, MAX_SCANS, PictureRefused, check_picture, read_picture
+from davae.data.pictures import (
+    FORMATS,
+    MAX_PIXELS,
+    MAX_SCANS,
+    PictureRefused,
+    check_picture,
+    read_picture,
+    read_png,
+    to_bytes,
+    write_png,
+)
 from davae.data.sources import open_pictures
+from davae.errors import StorageError
+from davae.seeds import generator
 from forks import exit_code, forked
 
 
@@ -40,8 +50,8 @@ def pixels(data: bytes) -> np.ndarray:
     return picture.permute(1, 2, 0).numpy()
 
 
-def close(given: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> bool:
-    return given.shape == expected.shape and np.abs(given.astype(int) - expected.astype(int)).max() <= tolerance
+def close(actual: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> bool:
+    return actual.shape == expected.shape and np.abs(actual.astype(int) - expected.astype(int)).max() <= tolerance
 
 
 @pytest.mark.soak("R9")
@@ -92,6 +102,8 @@ def test_display_p3_becomes_srgb():
     # the colorants of both spaces in the profiles' white, D50
     p3 = np.array([[0.51512, 0.29198, 0.1571], [0.2412, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
     srgb = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.7141]])
+
+    # sRGB's profile with P3's colorants in it.
     data = profile()
     for name, old, new in zip((b"rXYZ", b"gXYZ", b"bXYZ"), srgb.T, p3.T, strict=True):
         entry = data.index(name, 128)
@@ -99,11 +111,14 @@ def test_display_p3_becomes_srgb():
         stored = np.frombuffer(data[offset : offset + 12], ">i4") / 65536
         assert np.allclose(stored, old, atol=1e-3)
         data = data[:offset] + np.rint(new * 65536).astype(">i4").tobytes() + data[offset + 12 :]
+
+    # The same by hand: linear light, the other space's colorants, sRGB's curve.
     values = PATTERN / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     linear = (linear @ (np.linalg.inv(srgb) @ p3).T).clip(0, 1)
     expected = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     expected = np.rint(255 * expected).astype(np.uint8)
+
     assert not close(PATTERN, expected, tolerance=10)
     for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
         assert close(pixels(encode(rgb(), kind, icc_profile=data, **options)), expected, tolerance=1)
@@ -112,11 +127,11 @@ def test_display_p3_becomes_srgb():
 def test_a_profile_changes_the_colours():
     red = np.zeros_like(PATTERN)
     red[..., 0] = 255
-    given = pixels(encode(rgb(red), "PNG", icc_profile=profile(turned=True)))
-    assert close(given, red[..., [1, 0, 2]], tolerance=2)
+    actual = pixels(encode(rgb(red), "PNG", icc_profile=profile(turned=True)))
+    assert close(actual, red[..., [1, 0, 2]], tolerance=2)
     alpha = np.dstack([red, ALPHA])
-    given = pixels(encode(rgb(alpha), "PNG", icc_profile=profile(turned=True)))
-    assert close(given, np.where(HALF[..., None], red[..., [1, 0, 2]], 255), tolerance=2)
+    actual = pixels(encode(rgb(alpha), "PNG", icc_profile=profile(turned=True)))
+    assert close(actual, np.where(HALF[..., None], red[..., [1, 0, 2]], 255), tolerance=2)
 
 
 @pytest.mark.soak("R9")
@@ -176,21 +191,27 @@ def test_every_allowed_format_is_in_the_corpus():
 def test_a_set_of_the_whole_corpus_uses_or_counts_every_file(tmp_path):
     good = {name: data for name, (data, _) in EXACT.items()} | LOSSY
     good |= {f"orientation {number}": encode(rgb(), "PNG", exif=exif(number)) for number in range(1, 9)}
+
     bad = {name: data for name, (data, _) in REFUSED.items()}
     whole = encode(rgb(), "PNG")
     bad |= {f"cut at {part}/13": whole[: len(whole) * part // 13] for part in range(1, 11)}
     files = {f"{index:03d}": data for index, data in enumerate([*good.values(), *bad.values()])}
     assert len(files) >= 60
+
+    # As files whose suffix says nothing, beside things that are no files.
     folder = tmp_path / "set"
-    fill(folder, {f"{name}.jpg": data for name, data in files.items()})  # whatever it is: the bytes decide
+    fill(folder, {f"{name}.jpg": data for name, data in files.items()})
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "gone.png").symlink_to("nowhere.png")
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "pipe.png")
+
     small = open_pictures(folder, size=16, captions=False).sound()
     assert small.keys == list(files)[: len(good)]
     assert len(small.refused) == len(bad) + 3  # a folder is none of its pictures
     assert all(refusal.reason for refusal in small.refused)
+
+    # In a shard they are the same.
     tar(tmp_path / "set.tar", {f"{name}.jpg": data for name, data in files.items()})
     shard = open_pictures(tmp_path / "set.tar", size=16, captions=False).sound()
     assert shard.keys == small.keys
@@ -205,16 +226,10 @@ def test_a_large_picture_takes_few_times_its_own_memory():
     del rgba
 
     def read() -> None:
-        def resident(name: str) -> int:
-            found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            return 1024 * int(found.group(1))
-
         for data in (flat, progressive):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            before = resident("VmRSS")
-            read_picture(data, "large", max_pixels=side * side)
-            # so a picture of MAX_PIXELS stays under 1 GiB
-            assert resident("VmHWM") - before < side * side * (1 << 30) / MAX_PIXELS
+            # A picture of MAX_PIXELS may take 1 GiB, this one its part of it.
+            with peak_memory_below(side * side * (1 << 30) // MAX_PIXELS):
+                read_picture(data, "large", max_pixels=side * side)
 
     assert exit_code(forked(read)) == 0
 
@@ -234,3 +249,27 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(orientation):
     assert (fast - slow).square().mean().sqrt() < 2  # of 255: more than 42 dB
     check = check_picture(BytesIO(data), "large")
     assert check == (whole.shape[2], whole.shape[1])
+
+
+# PNG files
+
+
+def test_bytes_and_back() -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1)
+    assert torch.equal(to_bytes(every.float() / 127.5 - 1), every)
+    assert to_bytes(torch.tensor([-7.0, 0.0, 7.0]).expand(2, 3, 1, 3))[0, 0, 0].tolist() == [0, 128, 255]
+
+
+def test_a_picture_survives_the_disk(tmp_path) -> None:
+    picture = torch.randint(256, (3, 5, 7), dtype=torch.uint8, generator=generator(0, "test"))
+    write_png(tmp_path / "deep" / "a.png", picture, origin="here")
+    assert torch.equal(read_png(tmp_path / "deep" / "a.png"), picture)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
+    with Image.open(tmp_path / "deep" / "a.png") as image:
+        assert image.size == (7, 5)
+
+
+def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError):
+        write_png(tmp_path / "file" / "a.png", torch.zeros(3, 4, 4, dtype=torch.uint8))

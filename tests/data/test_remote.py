@@ -58,11 +58,14 @@ def test_listing_fetches_headers_and_not_the_pictures(tmp_path, memory, monkeypa
     files |= {f"{index}.txt": b"noise" for index in range(4)}
     shard = tar(tmp_path / "a.tar", files)
     memory.pipe("/a.tar", shard.read_bytes())
+
+    # Every fetch is counted.
     fetched = []
     read = stored.RemoteFile.read
     monkeypatch.setattr(
         stored.RemoteFile, "read", lambda self, start, end: fetched.append(end - start) or read(self, start, end)
     )
+
     pictures = open_pictures("memory://a.tar", size=32)
     assert sum(fetched) < shard.stat().st_size / 5
     assert sum(fetched) > 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.stored import captioned, fill, picture, tar
+from data.stored import captioned, fill, picture, reasons, tar
 from davae import assets
 from davae.data.buckets import Bucket, fit
 from davae.data.sources import heldout, open_pictures
@@ -22,10 +22,6 @@ from davae.errors import DataError, SettingsError
 from forks import exit_code, forked
 
 HELDOUT_OF_FORTY = ["017", "023", "035"]
-
-
-def reasons(pictures) -> dict[str, str]:
-    return {refusal.name: refusal.reason for refusal in pictures.refused}
 
 
 # folders
@@ -46,11 +42,13 @@ def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
         ".hidden.png": b"",
         ".git/e.png": b"",
     }
+
     pictures = open_pictures(fill(tmp_path, files), size=32)
     assert pictures.keys == ["a", "b", "d", "sub/c"]
     assert pictures.captions == ["a caf\u00e9", "two words", "from txt", "from json"]
     assert pictures.refused == []
     assert pictures.refusals_summary() == "0 refused"
+
     batch = pictures.batch([1, 0, 3])
     assert (batch.shape, batch.dtype) == ((3, 3, 32, 32), torch.float32)
     assert torch.equal(((batch[0] + 1) * 127.5).round().to(torch.uint8), pictures.image(1))
@@ -84,11 +82,14 @@ def test_what_is_left_out_is_listed_with_its_reason(tmp_path):
         "long.txt": b"a" * ((1 << 20) + 1),
     }
     fill(tmp_path, files)
+
+    # Links to files are files; other things are not.
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "good.png").symlink_to("000.png")
     (tmp_path / "good.txt").write_text("a link to a file")
+
     pictures = open_pictures(tmp_path, size=32)
     assert pictures.keys == ["000", "good", "twice"]
     expected = {
@@ -107,10 +108,10 @@ def test_what_is_left_out_is_listed_with_its_reason(tmp_path):
         "loop.png": "opened",
         "gone.png": "opened",
     }
-    given = reasons(pictures)
-    assert given.keys() == expected.keys()
+    refused = reasons(pictures)
+    assert refused.keys() == expected.keys()
     for name, reason in expected.items():
-        assert reason in given[name], name
+        assert reason in refused[name], name
     assert pictures.refusals_summary().startswith(f"{len(expected)} refused: ")
 
 
@@ -163,8 +164,8 @@ def test_a_folder_that_cannot_be_listed_is_refused():
         def look() -> None:
             if os.geteuid() == 0:  # root may list everything
                 os.setuid(65534)
-            found = reasons(open_pictures(folder, size=32))
-            assert found == {"locked": "a folder that cannot be listed (Permission denied); mend its rights"}
+            refused = reasons(open_pictures(folder, size=32))
+            assert refused == {"locked": "a folder that cannot be listed (Permission denied); mend its rights"}
 
         assert exit_code(forked(look)) == 0
 
@@ -176,17 +177,21 @@ def test_damage_behind_the_header_is_found_by_sound(tmp_path, caplog):
     assert len(pictures) == 3
     with pytest.raises(DataError, match=r"001\.png: damaged"):
         pictures.batch([0, 1])
+
     sound = pictures.sound()
     assert (sound.keys, sound.captions) == (["000", "002"], ["picture 0", "picture 2"])
     assert list(reasons(sound)) == ["001.png"]
     assert torch.equal(sound.image(1), pictures.image(2))
     assert caplog.messages == [f"2 pictures are used, {sound.refusals_summary()}"]
+
+    # The report is of this set; one without refusals leaves none.
     assert sound.sound(tmp_path / "out" / "refused.json") is sound
     assert json.loads((tmp_path / "out" / "refused.json").read_text()) == reasons(sound)
     assert caplog.messages[1:] == [f"{caplog.messages[0]}; all are in {tmp_path / 'out' / 'refused.json'}"]
     assert sound.digest != pictures.digest
     open_pictures(tmp_path, size=32, limit=1).sound(tmp_path / "out" / "refused.json")
     assert not (tmp_path / "out" / "refused.json").exists()
+
     (tmp_path / "000.png").write_bytes(files["000.png"][:-200])
     (tmp_path / "002.png").write_bytes(files["002.png"][:-200])
     with pytest.raises(DataError, match="every picture is damaged"):
@@ -205,12 +210,12 @@ def test_a_file_that_changes_after_it_was_listed_is_named(tmp_path):
 def test_pictures_are_decoded_once_and_never_shared(tmp_path):
     pictures = open_pictures(fill(tmp_path, captioned(1)), size=32)
     first = pictures.image(0)
-    kept = first.clone()
+    original = first.clone()
     (tmp_path / "000.png").unlink()
     first.zero_()
-    assert torch.equal(pictures.image(0), kept)
+    assert torch.equal(pictures.image(0), original)
     pictures.image(0).zero_()
-    assert torch.equal(pictures.image(0), kept)
+    assert torch.equal(pictures.image(0), original)
 
 
 def test_a_set_above_the_memory_limit_is_decoded_at_every_use(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.stored import captioned, fill, picture, tar
+from data.stored import captioned, fill, picture, reasons, tar
 from davae.data import rows
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
@@ -21,10 +21,6 @@ def own_cache(tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     datasets.disable_progress_bars()
-
-
-def reasons(pictures) -> dict[str, str]:
-    return {refusal.name: refusal.reason for refusal in pictures.refused}
 
 
 def table(path, **columns):
@@ -47,9 +43,12 @@ def test_captions_of_every_sort_and_which_of_them_wins(tmp_path):
     files |= {"sub/f.png": picture(9)}
     files |= {"a.txt": b"txt", "a.caption": b"caption", "b.caption": b" caption\n", "b.json": b'{"caption": "json"}'}
     files |= {"c.json": b'{"text": "json"}'}
+
+    # A table has rows for all of them but one.
     names = ("a.png", "b.png", "c.png", "d.png", "e.png", "sub/f.png")
     table_rows = [{"file_name": name, "text": f"row of {name}"} for name in names]
     files |= {"metadata.jsonl": b"\xef\xbb\xbf" + lines(*table_rows[:4], "", *table_rows[5:])}
+
     pictures = open_pictures(fill(tmp_path, files), size=32)
     assert dict(zip(pictures.keys, pictures.captions, strict=True)) == {
         "a": "txt",
@@ -73,9 +72,9 @@ def test_a_parquet_table_reads_like_the_lines(tmp_path):
     fill(tmp_path / "jsonl", files | {"metadata.jsonl": lines({"file_name": "a.png", "text": "A"}, {"file_name": 3})})
     fill(tmp_path / "parquet", files)
     table(tmp_path / "parquet/metadata.parquet", file_name=["a.png", None], text=["A", "B"])
-    found = [open_pictures(tmp_path / name, size=32) for name in ("jsonl", "parquet")]
-    assert found[0].digest == found[1].digest
-    assert all(len(pictures.refused) == 2 for pictures in found)
+    sets = [open_pictures(tmp_path / name, size=32) for name in ("jsonl", "parquet")]
+    assert sets[0].digest == sets[1].digest
+    assert all(len(pictures.refused) == 2 for pictures in sets)
     (tmp_path / "parquet/metadata.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match=r"metadata\.parquet: no sound parquet"):
         open_pictures(tmp_path / "parquet", size=32)
@@ -97,6 +96,7 @@ def test_rows_without_a_picture_are_refused_by_name(tmp_path):
         "no JSON",
         "x" * ((1 << 20) + 5),
     ]
+
     pictures = open_pictures(fill(tmp_path, captioned(2) | {"metadata.jsonl": lines(*odd)}), size=32)
     assert pictures.keys == ["000", "001"]
     assert pictures.captions == ["picture 0", "picture 1"]
@@ -110,8 +110,8 @@ def test_rows_without_a_picture_are_refused_by_name(tmp_path):
 
 def dataset(count: int = 4, **columns):
     cells = [{"bytes": picture(index), "path": f"{index}.png"} for index in range(count)]
-    given = {"image": cells, "text": [f"picture {index}" for index in range(count)], **columns}
-    return datasets.Dataset.from_dict(given).cast_column("image", datasets.Image())
+    table_ = {"image": cells, "text": [f"picture {index}" for index in range(count)], **columns}
+    return datasets.Dataset.from_dict(table_).cast_column("image", datasets.Image())
 
 
 @pytest.fixture
@@ -120,12 +120,12 @@ def folder(tmp_path):
     return open_pictures(fill(tmp_path / "folder", {f"000000{name}": data for name, data in files.items()}), size=32)
 
 
-def same(found, folder) -> None:
-    assert found.keys == folder.keys
-    assert found.captions == folder.captions
-    assert found.digest == folder.digest
-    assert torch.equal(found.batch(range(4)), folder.batch(range(4)))
-    assert found.refused == []
+def same(pictures, folder) -> None:
+    assert pictures.keys == folder.keys
+    assert pictures.captions == folder.captions
+    assert pictures.digest == folder.digest
+    assert torch.equal(pictures.batch(range(4)), folder.batch(range(4)))
+    assert pictures.refused == []
 
 
 def test_a_dataset_itself_saved_and_streamed_reads_like_the_folder(tmp_path, folder):
@@ -180,8 +180,9 @@ def test_a_cell_that_is_no_picture_is_refused(tmp_path):
             "text": ["a caption"] * 5,
         }
     )
-    for given in (rows_, rows_.to_iterable_dataset()):
-        pictures = open_pictures(given, size=32)
+
+    for rows_or_stream in (rows_, rows_.to_iterable_dataset()):
+        pictures = open_pictures(rows_or_stream, size=32)
         assert pictures.keys == ["000000000"]
         kinds = {refusal.name: refusal.kind for refusal in pictures.refused}
         assert list(kinds.values()) == ["format", "damaged", "damaged", "too small"]
@@ -192,12 +193,16 @@ def test_what_is_no_set_of_pictures_is_a_typed_error(tmp_path, monkeypatch):
         open_pictures(datasets.Dataset.from_dict({"text": ["a"]}), size=32)
     with pytest.raises(DataError, match="two rows have the key 'a'"):
         open_pictures(dataset(2, __key__=["a", "a"]), size=32)
+
+    # A dataset with splits, in memory and saved.
     splits = datasets.DatasetDict({"one": dataset(), "two": dataset()})
     with pytest.raises(SettingsError, match="give one of one, two"):
         open_pictures(splits, size=32)
     splits.save_to_disk(tmp_path / "splits")
     with pytest.raises(SettingsError, match="splits/one"):
         open_pictures(tmp_path / "splits", size=32)
+
+    # Names that cannot be loaded, and options that do not exist.
     with pytest.raises(DataError, match="cannot be loaded"):
         open_pictures(f"datasets:{tmp_path}/nowhere", size=32)
     for query in ("shuffle=1", "streaming=yes", "take=-1"):
@@ -206,6 +211,8 @@ def test_what_is_no_set_of_pictures_is_a_typed_error(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"a\.parquet cannot be loaded"):
         open_pictures(tmp_path / "a.parquet", size=32)
+
+    # A stream that would fill the memory.
     monkeypatch.setattr(rows, "MAX_UNPACKED_BYTES", 5000)
     with pytest.raises(DataError, match="more than 5000 bytes of pictures in 2 rows"):
         open_pictures(dataset().to_iterable_dataset(), size=32)

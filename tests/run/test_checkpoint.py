@@ -167,6 +167,7 @@ def test_every_damage_is_found_and_an_older_checkpoint_is_used(tmp_path, caplog,
         shutil.copytree(source, folder)
         victim, damage = folder / "step-00000002" / chance.choice(files), chance.choice(DAMAGES)
         damage(victim, chance)
+
         caplog.clear()
         assert latest_checkpoint(folder) == folder / "step-00000001", damage
         message = caplog.records[0].getMessage()
@@ -174,8 +175,10 @@ def test_every_damage_is_found_and_an_older_checkpoint_is_used(tmp_path, caplog,
         assert "step-00000002" in message
         if damage not in (swap, foreign, not_finite):  # a foreign manifest shows in the first file it does not fit
             assert victim.name in message
-        kept = next(folder.glob("damaged-step-00000002-*"))
-        assert set(names(kept)) >= set(files) - {victim.name}
+
+        # Nothing of the damaged one is lost.
+        aside = next(folder.glob("damaged-step-00000002-*"))
+        assert set(names(aside)) >= set(files) - {victim.name}
         shutil.rmtree(folder)
 
 
@@ -207,19 +210,20 @@ def test_a_save_that_dies_at_any_operation_leaves_the_old_or_the_new(tmp_path, t
                     faults.arm(fault)
                     save_checkpoint(folder, checkpoint(2), recipe_digest=DIGEST, keep=1)
 
+                # Either checkpoint is whole, whatever the operation was.
                 code = exit_code(forked(dies))
                 assert code in (0, -signal.SIGKILL)
                 newest = latest_checkpoint(folder)
-                found = load_checkpoint(newest, recipe_digest=DIGEST)
-                expected = checkpoint(found.step)
-                assert found.values == expected.values
-                assert all(torch.equal(found.groups[g]["weight"], expected.groups[g]["weight"]) for g in layout)
+                restored = load_checkpoint(newest, recipe_digest=DIGEST)
+                expected = checkpoint(restored.step)
+                assert restored.values == expected.values
+                assert all(torch.equal(restored.groups[g]["weight"], expected.groups[g]["weight"]) for g in layout)
                 assert not list(folder.glob("damaged-*")), "half a checkpoint had a name"
                 remove_litter(folder)
                 assert names(folder)[-1] == newest.name
                 if code == 0:
                     break
-            assert found.step == 2
+            assert restored.step == 2
             assert nth > 12 + 2 * len(layout), f"a save has only {nth - 1} operations?"
 
 

@@ -38,7 +38,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_runs_are_found_below_the_folders_and_say_how_far_they_are(runs: Path) -> None:
     one, two, three = find_runs([runs, runs / "b"])
-    assert [Path(found.folder).name for found in (one, two, three)] == ["one", "b", "c"]
+    assert [Path(run.folder).name for run in (one, two, three)] == ["one", "b", "c"]
     assert (one.state, one.step, one.steps, one.values) == ("stopped", 11, 40, {"loss": pytest.approx(1 / 11)})
     assert (two.state, two.step, two.steps, two.values) == ("finished", 11, 11, {"loss": 0.0625})
     assert (three.step, three.values) == (4, {"loss": 2.0, "heldout_psnr": 21.123456})
@@ -76,9 +76,9 @@ def test_the_verb_prints_the_table_or_json(runs: Path, capsys) -> None:
     assert len([line for line in capsys.readouterr().out.splitlines() if "| stopped " in line]) == 2
     with pytest.raises(SystemExit):
         main(["runs", str(runs / "b"), "--json"])
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["values"] == {"loss": 0.0625}
-    assert found["settings"]["lora_targets"] == ["to_q"]
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert facts["values"] == {"loss": 0.0625}
+    assert facts["settings"]["lora_targets"] == ["to_q"]
 
 
 def test_a_damaged_run_is_named(runs: Path) -> None:

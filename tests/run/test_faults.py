@@ -53,10 +53,10 @@ def test_a_number_is_put_into_the_nth_visits_first_element_and_its_gradient(acti
     weight = torch.ones(2, 3, requires_grad=True)
     assert faults.at("loss", weight) is weight
     assert faults.at("data", weight) is weight
-    found = faults.at("loss", weight)
-    torch.testing.assert_close(found.flatten()[0].item(), torch.tensor(number).item(), equal_nan=True)
-    assert torch.equal(found.flatten()[1:], weight.flatten()[1:])
-    found.sum().backward()
+    changed = faults.at("loss", weight)
+    torch.testing.assert_close(changed.flatten()[0].item(), torch.tensor(number).item(), equal_nan=True)
+    assert torch.equal(changed.flatten()[1:], weight.flatten()[1:])
+    changed.sum().backward()
     assert not weight.grad[0, 0].abs() < 1e29
     assert faults.at("loss", weight) is weight
     assert torch.equal(weight, torch.ones(2, 3))

@@ -22,10 +22,10 @@ def test_start_writes_the_recipe_and_the_environment(tmp_path):
     record = RunRecord(tmp_path / "runs" / "one")
     record.start(Sample(steps=5), device="cpu", precision="bf16")
     assert load_recipe(Sample, record.folder / "recipe.toml") == Sample(steps=5)
-    found = json.loads((record.folder / "environment.json").read_text())
-    assert (found["device"], found["precision"]) == ("cpu", "bf16")
-    assert found["cpu_count"] >= 1
-    assert found["versions"]["torch"].startswith("2.")
+    where = json.loads((record.folder / "environment.json").read_text())
+    assert (where["device"], where["precision"]) == ("cpu", "bf16")
+    assert where["cpu_count"] >= 1
+    assert where["versions"]["torch"].startswith("2.")
     assert sorted(path.name for path in record.folder.iterdir()) == ["environment.json", "recipe.toml"]
 
 

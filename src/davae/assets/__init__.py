@@ -1,4 +1,4 @@
-"""Where the files that ship with the package lie: pictures, the pretrained pair, LPIPS, configs of full-size bases."""
+"""Folders of the files that ship with the package: pictures, the pretrained pair, LPIPS, configs of full-size bases."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,31 +7,27 @@ from davae.errors import DataError
 
 
 def pictures() -> Path:
-    """Folder of the WebDataset shards of the shipped picture set (Fluent Emoji 3D, 256 px, captioned).
-
-    Raises:
-        DataError: the installation lacks it, as it may for all the functions of this module.
-    """
+    """The WebDataset shards of the shipped picture set (Fluent Emoji 3D, 256 px, captioned)."""
     return _folder("pictures")
 
 
 def base_pipeline() -> Path:
-    """Folder of the shipped base pipeline, which `DiffusionPipeline.from_pretrained` loads with diffusers alone."""
+    """The shipped base pipeline, which `DiffusionPipeline.from_pretrained` loads with diffusers alone."""
     return _folder("base_pipeline")
 
 
 def upgrade() -> Path:
-    """Adapter folder of the shipped upgrade: `load_pipeline(base_pipeline(), adapter=upgrade())`."""
+    """The adapter of the shipped upgrade: `load_pipeline(base_pipeline(), adapter=upgrade())`."""
     return _folder("upgrade")
 
 
 def geometry() -> Path:
-    """Folder of full-size base pipelines' configs, without weights, by the last part of their names on the Hub."""
+    """Configs of full-size base pipelines, without weights, by the last part of their names on the Hub."""
     return _folder("geometry")
 
 
 def lpips() -> Path:
-    """Folder of the weights of LPIPS."""
+    """The weights of LPIPS."""
     return _folder("lpips")
 
 

@@ -56,23 +56,14 @@ class TensorCache:
         return key in self._shards
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
-        """The tensors of one entry, by name, on the CPU.
-
-        Raises:
-            CheckpointError: its shard was removed since.
-        """
+        """The tensors of one entry, by name, on the CPU."""
         names, shard = self._opened(self._shards[key])
         return {name: shard.get_tensor(f"{key}/{name}") for name in names[key]}
 
     def set_damaged_aside(self, *, process: int = 0, processes: int = 1) -> None:
-        """Read every shard and rename those that are not what was written, with a warning that names file and reason.
+        """Read every shard and rename those that are damaged or foreign, with a warning that names file and reason.
 
-        Args:
-            process: which of `processes` this is; each checks its share of the names.
-            processes: how many there are.
-
-        Raises:
-            StorageError: a damaged shard cannot be renamed.
+        Of several processes each checks its share of the names.
         """
         for path in shard_paths(self.folder):
             if zlib.crc32(path.name.encode()) % processes != process:
@@ -102,7 +93,7 @@ class TensorCache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the cache open for `write`; without another writer, remove the litter of writers that were killed."""
+        """Hold the cache open for `write`; without another writer, remove the remains of writers that were killed."""
         with ExitStack() as stack:
             # Writers share the lock; whoever gets it alone may tidy up before sharing it.
             try:
@@ -145,7 +136,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def find_damage(path: Path) -> str:
-    """Read a shard in full; returns why its content is not what was written, or ""."""
+    """Read a shard in full; returns how its content is damaged, or ""."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -193,7 +184,7 @@ def read_caches(folder: Path) -> list[CacheContents]:
 
 
 def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = False) -> int:
-    """Remove what no run will read: damaged shards, and the litter of killed writers. Returns the bytes that are freed.
+    """Remove damaged shards and remains of killed writers, which no run reads. Returns the bytes that are freed.
 
     Args:
         folder: of caches.
@@ -201,7 +192,6 @@ def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = Fal
         dry_run: only count the bytes.
 
     Raises:
-        CheckpointError: there is no cache.
         SettingsError: a process is writing there; nothing of that cache is removed.
         StorageError: something cannot be removed.
     """
@@ -210,7 +200,7 @@ def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = Fal
         try:
             with (path / ".lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Of a cache in use only what is damaged or was never finished.
+                # In a cache that is in use, only damaged and unfinished files are useless.
                 shards = shard_paths(path)
                 newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
                 old = days is not None and time.time() - newest > days * 86400

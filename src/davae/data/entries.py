@@ -37,12 +37,9 @@ class PictureEntry:
 
 
 def make_entries(
-    samples: Mapping[str, Sample],
-    buckets: Sequence[Bucket],
-    folders: Mapping[str, int] | None,
-    needs_caption: bool,
+    samples: Mapping[str, Sample], buckets: Sequence[Bucket], folders: Mapping[str, int] | None, needs_caption: bool
 ) -> tuple[list[PictureEntry], list[Refusal]]:
-    """`make_entry` of each sample by its key, and what it refuses; of pictures of one name the first is taken."""
+    """`make_entry` of each sample by its key, and the refusals; of pictures of one name the first is taken."""
 
     def make(key: str) -> PictureEntry | Refusal:
         try:

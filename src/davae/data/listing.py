@@ -1,4 +1,4 @@
-"""What a source holds, listed without decoding: a folder, shards, a table of rows; on this machine or elsewhere."""
+"""The content of a source, listed without decoding: a folder, shards, a table of rows; on this machine or elsewhere."""
 
 import json
 import os
@@ -24,7 +24,7 @@ MAX_LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Listing:
-    """The samples of a source by their keys, and what is refused already."""
+    """The samples of a source by their keys, and the files that are refused already."""
 
     samples: Samples
     refused: list[Refusal] = field(default_factory=list)
@@ -82,7 +82,7 @@ def _list_folder(folder: Path) -> Listing:
 def list_pictures(folder: Path) -> Listing:
     """Everything below `folder` that is not hidden; the key is the path without its suffix, as in "cats/tabby".
 
-    Links to files are followed, links to folders are not. What is not a regular file is refused.
+    Links to files are followed, links to folders are not. Pictures that are no regular files are refused.
     """
     listing = Listing({}, folders=True)
     tables: list[Path] = []
@@ -146,7 +146,7 @@ def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refu
 
 
 def _read_rows(table: Path) -> Iterator[tuple[str, Any]]:
-    """Rows with their places; None for what is no row."""
+    """Rows with their places; None in place of a line that is no row."""
     if table.suffix == ".jsonl":
         with table.open("rb") as stream:
             number = 0

@@ -24,7 +24,7 @@ MIN_PICTURE_SIDE = 16
 MAX_SCANS = 20
 # Colours are converted in strips of so many pixels, so that a large picture needs little more than its own memory.
 STRIP_PIXELS = 1 << 22
-# Name of the text in a PNG file that says what the picture was made from.
+# Name of the text in a PNG file that says where the picture comes from.
 ORIGIN = "davae-origin"
 
 Stream = BytesIO | BufferedReader
@@ -87,7 +87,7 @@ def read_picture(
                 image.draft(None, (enough, enough))
             pixels = image.width * image.height
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # notes on metadata; what is wrong with the pixels is raised
+                warnings.simplefilter("ignore")  # notes on metadata; errors in the pixels are raised
                 image.load()
         except Exception as error:  # decoders have many kinds for damaged and hostile bytes
             raise PictureRefused(name, f"damaged or truncated ({error}); save or download it again") from error

@@ -33,7 +33,7 @@ class PictureSet:
 
     `keys`, `captions` and `classes` run in step with the pictures; `classes` is empty if the set was opened without.
     `class_names` are in the order of class numbers, if the classes are sub-folders. `buckets` are the sizes that the
-    pictures have, and `members` the pictures of each. `refused` lists with reasons what the source holds besides.
+    pictures have, and `members` the pictures of each. `refused` lists the source's other pictures.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class PictureSet:
         elif report is not None:
             report.unlink(missing_ok=True)
 
-        # Too few of the source's pictures are a broken download, and no set.
+        # A set that lost many pictures is a broken download.
         if not usable:
             raise DataError(f"every picture is damaged; {summarise(refused)}")
         where = f"; all are in {report}" if report and refused else ""

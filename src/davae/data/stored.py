@@ -218,7 +218,7 @@ class Sample:
     row: dict[str, Any] = field(default_factory=dict)
 
     def add(self, suffix: str, content: StoredBytes) -> None:
-        """Take one file in, by its suffix; what is neither a picture nor one of the texts is passed over."""
+        """Take one file in, by its suffix; files that are neither pictures nor texts are passed over."""
         if suffix in PICTURE_SUFFIXES:
             self.pictures.append(content)
         elif suffix in TEXT_SUFFIXES:

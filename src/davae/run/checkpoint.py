@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose files are not what its manifest says."""
+    """A checkpoint whose files do not fit its manifest."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str, keep: int) -> None:
@@ -170,7 +170,7 @@ def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -
 
 
 def remove_litter(folder: Path) -> None:
-    """Remove what killed saves and deletions left below `folder`; only the one run that writes there may call it."""
+    """Remove remains of killed saves and deletions below `folder`; only the one run that writes there may call this."""
     for path in folder.glob("step-*.tmp-*"):
         try:
             shutil.rmtree(path)
@@ -211,7 +211,7 @@ def _load_groups(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def _find_bad_tensor(groups: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """What is wrong with the first tensor that no checkpoint may hold, or ""."""
+    """The fault of the first tensor that no checkpoint may hold, or ""."""
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
             if tensor.numel() and not tensor.abs().amax() <= LARGEST:  # false for NaN, too
@@ -225,7 +225,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> No
         save_file(dict(tensors), folder / f"{group}.safetensors")
     write(folder / "state.json", _canonical(checkpoint.values))
 
-    # Fingerprints before the fsync: of what was written, not of what a disk made of it.
+    # Fingerprints before the fsync, so that damage by the disk shows.
     files = sorted(folder.iterdir())
     manifest = {
         "format_version": FORMAT_VERSION,

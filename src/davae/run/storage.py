@@ -22,12 +22,12 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
     If `folder` is a symbolic link, the folder that it leads to is replaced; the link stays.
 
     Raises:
-        StorageError: something in it could not be written; `folder` is what it was before.
+        StorageError: something in it could not be written; `folder` stays as it was.
     """
     folder = folder.resolve()
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     try:
-        # What a process left that died between the two renames below, or before them.
+        # A process may have died between the two renames below, or before them.
         _put_back(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -60,7 +60,7 @@ def _put_back(old: Path, folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds all of it or what it held before, even after a power cut; make its folder.
+    """Write `content` so that `path` holds all of it or its old content, even after a power cut; make its folder.
 
     Raises:
         StorageError: the disk is full, read-only or failing; no temporary file stays.
@@ -89,7 +89,7 @@ def check_replaceable(folder: Path, *, holds: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed calls of `write_atomically` left below `folder`; only its one writer may call this."""
+    """Remove temporary files of killed writers below `folder`; only the one process that writes there may call this."""
     for path in folder.rglob(".*.tmp-*"):
         try:
             path.unlink()
