@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from davae.data.pictures import PictureRefused
 from davae.errors import DataError, RankError, SettingsError
 from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
@@ -85,20 +86,25 @@ def test_means_largest_and_work_over_chunks(tmp_path: Path) -> None:
 def test_what_rank_0_says_or_raises_all_hear(tmp_path: Path) -> None:
     def program(ranks: Ranks) -> list:
         heard = [ranks.on_first(lambda: f"from {ranks.rank}")]
-        for error in (DataError("no pictures"), ZeroDivisionError("nought")):
+        for error in (DataError("no pictures"), PictureRefused("a.png", "empty"), ZeroDivisionError("nought")):
 
             def fail(error: Exception = error) -> None:
                 raise error
 
             try:
                 ranks.on_first(fail)
-            except (DataError, RankError, ZeroDivisionError) as found:
-                heard.append(f"{type(found).__name__} {found}")
+            except (DataError, RankError, ZeroDivisionError) as raised:
+                heard.append(f"{type(raised).__name__} {raised}")
         return heard
 
     first, second = told(program, 2, tmp_path)
-    assert first == ["from 0", "DataError no pictures", "ZeroDivisionError nought"]
-    assert second == ["from 0", "DataError on rank 0: no pictures", "RankError on rank 0: nought"]
+    assert first == ["from 0", "DataError no pictures", "PictureRefused a.png: empty", "ZeroDivisionError nought"]
+    assert second == [
+        "from 0",
+        "DataError on rank 0: no pictures",
+        "DataError on rank 0: a.png: empty",
+        "RankError on rank 0: nought",
+    ]
 
 
 def test_ranks_of_one_start_meet_whatever_an_earlier_one_has_left() -> None:
@@ -173,17 +179,17 @@ def test_the_shipped_settings_shard_as_they_say(name: str, reshards: bool, tmp_p
     """By the environment that accelerate makes of them for the processes that it starts."""
     config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
     arguments = launch_command_parser().parse_args(["script.py"])
-    given = {**vars(arguments), **config.fsdp_config, "use_fsdp": True, "num_processes": 2, "num_machines": 1}
-    given |= {"mixed_precision": "no", "main_process_port": 0, "dynamo_backend": "no"}
+    options = {**vars(arguments), **config.fsdp_config, "use_fsdp": True, "num_processes": 2, "num_machines": 1}
+    options |= {"mixed_precision": "no", "main_process_port": 0, "dynamo_backend": "no"}
     before = dict(os.environ)
     try:
-        made = prepare_multi_gpu_env(Namespace(**given))
+        environment = prepare_multi_gpu_env(Namespace(**options))
     finally:
         os.environ.clear()
         os.environ.update(before)
-    settings = {key: value for key, value in made.items() if key.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
-    found = told(lambda ranks: [ranks.sharded, ranks.reshard_after_forward], 2, tmp_path, settings)
-    assert found == [[True, reshards]] * 2
+    settings = {key: value for key, value in environment.items() if key.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    sharding = told(lambda ranks: [ranks.sharded, ranks.reshard_after_forward], 2, tmp_path, settings)
+    assert sharding == [[True, reshards]] * 2
 
 
 def test_deepspeed_is_refused_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The processes (ranks) of one run, as torchrun or `accelerate launch` starts them: who does what, what they exchange.
+"""The processes (ranks) of one run, as torchrun or `accelerate launch` starts them: their tasks and their exchanges.
 
 A rank is the number of a process, `count` is how many there are. The batch size of a recipe is the global one: rank r
 takes the r-th of `count` equal parts of each batch. Random numbers depend on a sample's number in the run, so that any
@@ -58,7 +58,7 @@ class Ranks:
         """Whether this is rank 0, which alone writes the record, metrics, pictures, checkpoints and results."""
         return self.rank == 0
 
-    # ------------------------------------------------------------------------------------------ who does what
+    # ------------------------------------------------------------------------------------------ tasks
 
     def check_divides(self, name: str, number: int) -> None:
         """Refuse the setting `name` if the ranks cannot share its `number` equally."""
@@ -100,15 +100,15 @@ class Ranks:
             try:
                 answer = json.dumps({"value": work()})
             except Exception as error:
-                self._broadcast(json.dumps({"error": type(error).__name__, "message": str(error)}))
+                self._broadcast(json.dumps({"error": _public_class(error).__name__, "message": str(error)}))
                 raise
         outcome = json.loads(self._broadcast(answer))
         if "error" in outcome:
-            raise getattr(errors, outcome["error"], RankError)(f"on rank 0: {outcome['message']}")
+            raise getattr(errors, outcome["error"])(f"on rank 0: {outcome['message']}")
         return outcome["value"]
 
     def first_then_all(self, work: Callable[[], Result]) -> Result:
-        """Let rank 0 do `work`, which leaves files; the others then do the same, and find the files."""
+        """Let rank 0 do `work`, which leaves files; then the others do it, too, and find the files."""
         results: list[Result] = []
         self.on_first(lambda: results.append(work()))
         return results[0] if results else work()
@@ -132,10 +132,10 @@ class Ranks:
                 results.append(result[..., : len(chunk)])
         return results
 
-    # ------------------------------------------------------------------------------------------ what they exchange
+    # ------------------------------------------------------------------------------------------ exchanges
 
     def mean(self, values: Iterable[float]) -> list[float]:
-        """The means of numbers over the ranks, in float64; not finite if a number of any rank is not."""
+        """The means of numbers over the ranks, in float64; not finite where a rank's number is not."""
         numbers = torch.tensor(list(values), dtype=torch.float64)
         self._reduce(numbers, "the mean of losses")
         return (numbers / self.count).tolist()
@@ -162,11 +162,13 @@ class Ranks:
 
         # As many tensors at once as fit into one bucket.
         bucket: list[Tensor] = []
+        numbers = 0
         for tensor in tensors:
-            if bucket and sum(each.numel() for each in bucket) + tensor.numel() > BUCKET:
+            if bucket and numbers + tensor.numel() > BUCKET:
                 self._average_bucket(bucket)
-                bucket = []
+                bucket, numbers = [], 0
             bucket.append(tensor)
+            numbers += tensor.numel()
         if bucket:
             self._average_bucket(bucket)
 
@@ -244,7 +246,7 @@ def join_ranks(timeout: float = TIMEOUT) -> None:
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
-        dist.all_reduce(torch.zeros(1))  # whoever goes on has seen all others
+        dist.all_reduce(torch.zeros(1))  # returns when every rank takes part
     except RuntimeError as error:
         raise _exchange_error("connecting", rank, count, error) from error
 
@@ -283,7 +285,7 @@ def meet(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store
 
 
 def _check_launcher(*, several: bool) -> None:
-    """Refuse what `accelerate launch` may ask for and davae does not do."""
+    """Refuse settings of `accelerate launch` that davae does not support."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise SettingsError(
             "davae does not train with DeepSpeed's engine: launch with recipes/launch/zero2.yaml, which shards the "
@@ -295,6 +297,14 @@ def _check_launcher(*, several: bool) -> None:
             f"FSDP of version {version}{' with offload' if offload else ''}: allowed is version 2 without offload, as "
             "in recipes/launch/fsdp2.yaml"
         )
+
+
+def _public_class(error: Exception) -> type[DavaeError]:
+    """The nearest class of an error in `davae.errors`, from which every rank can make it: RankError for all others."""
+    for cls in type(error).__mro__:
+        if getattr(errors, cls.__name__, None) is cls:
+            return cls
+    return RankError
 
 
 def _exchange_error(what: str, rank: int, count: int, error: RuntimeError) -> RankError:
