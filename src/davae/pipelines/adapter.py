@@ -176,8 +176,11 @@ def save_adapter(
     from before the training; `base` is a name for people.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
-    lora = getattr(transformer, "peft_config", {}).get("default")
     frozen, _ = split_frozen_half(vae.state_dict())
+    lora = getattr(transformer, "peft_config", {}).get("default")
+    facts = None
+    if lora is not None:
+        facts = LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules)))
     index = AdapterIndex(
         base=base,
         base_sha256=base_sha256,
@@ -185,7 +188,7 @@ def save_adapter(
         transformer=type(transformer).__name__,
         base_channels=vae.config.base_channels,
         detail_channels=vae.config.detail_channels,
-        lora=lora and LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules))),
+        lora=facts,
         layers=tuple(layers),
     )
 
@@ -194,7 +197,7 @@ def save_adapter(
     with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
         _write_tensors(_select_ports(transformer), partial / PORTS_FILE)
-        if lora:
+        if facts is not None:
             _write_tensors(get_peft_model_state_dict(transformer), partial / LORA_FILE)
         if layers:
             _write_tensors(_select_layers(transformer, layers), partial / LAYERS_FILE)

@@ -49,14 +49,14 @@ class ImportReport:
     def to_text(self) -> str:
         """The report as a table for people."""
         inside = " > ".join(self.opened) or "the top level"
-        # One width for all keys, so that the columns line up.
         rows = [f"{self.kind} from {self.file}, {inside}; prefixes taken off: {', '.join(self.prefixes) or 'none'}"]
+
+        # One width for all keys, so that the columns line up.
         width = max((len(entry["key"]) for entry in (*self.used, *self.left)), default=0)
         for entry in self.used:
             tensor = f"{entry['shape']} {entry['dtype']}"
             change = f"  ({entry['change']})" if entry["change"] else ""
             rows.append(f"used     {entry['key']:<{width}}  {tensor:<26} -> {entry['target']}{change}")
-
         for entry in self.left:
             rows.append(f"left     {entry['key']:<{width}}  {entry['reason']}")
         for entry in self.missing:
