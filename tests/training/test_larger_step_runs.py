@@ -111,9 +111,8 @@ def test_what_a_run_costs_is_counted_on_the_same_models(step: Step, many_picture
     geometry = read_geometry(step[0], tmp_path / "recipe.toml")
     figures = {figure.name: figure.value for figure in estimate_stage_one(recipe, geometry)}
     assert figures["tokens, 2 x 2"] == 4
-    trained = sum(
-        parameter.numel() for parameter in make_untrained(recipe, load_base_vae(find_base(recipe))).detail_parameters()
-    )
+    autoencoder = make_untrained(recipe, load_base_vae(find_base(recipe)))
+    trained = sum(parameter.numel() for parameter in autoencoder.detail_parameters())
     assert figures["trained in this stage"] == trained
 
 

@@ -135,7 +135,7 @@ def bench(
     shortest: float = SHORTEST,
     ceilings: Ceilings | None = None,
 ) -> str:
-    """Time the cases against each other. `out`/bench.jsonl gets a line for each, `out`/bench.md the table.
+    """Time the cases against each other, and return the table in `out`/bench.md; bench.jsonl has a line for each.
 
     Args:
         cases: the candidate first; ratios are the others' times over its own.
@@ -147,9 +147,6 @@ def bench(
         shortest: see `measure_interleaved`.
         ceilings: of this machine; measured if None.
 
-    Returns:
-        The table.
-
     Raises:
         SettingsError: a part or a size that a case does not have.
     """
@@ -160,14 +157,14 @@ def bench(
     ceilings = ceilings or measure_ceilings(device, dtype, **CEILINGS[device.type])
     runs = {case.name: make_runs(case, parts) for case in cases}
 
-    # Each part's runs take turns, so that a change of the machine's speed changes all alike.
+    # The cases take turns in each part, so that a change of the machine's speed changes all alike.
     measured: dict[str, dict[str, Measured]] = {}
     for part in parts:
         counts = {"repeats": repeats, "warm_up": warm_up}
         if part == "whole" and whole_repeats is not None:
             counts = {"repeats": whole_repeats, "warm_up": 1}
-        part_runs = {name: own[part] for name, own in runs.items()}
-        measured[part] = measure_interleaved(part_runs, device, shortest=shortest, **counts)
+        turns = {name: own[part] for name, own in runs.items()}
+        measured[part] = measure_interleaved(turns, device, shortest=shortest, **counts)
 
     # The others are compared with the candidate: measured times, and counted operations.
     lines = [describe_case(case, measured, ceilings) for case in cases]
@@ -263,20 +260,25 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_case(line: Mapping[str, Any], rated: Sequence[str]) -> list[str]:
-    parts = line["parts"]
-    peaks = [part["peak_bytes"] for part in parts.values()]
-    speed = line["images_per_second"]
-    return [
+    parts, speed = line["parts"], line["images_per_second"]
+    cells = [
         line["case"],
         f"{line['tokens']}",
         f"{sum(line['parameters'].values()) / 1e6:,.2f}",
         f"{line['flops']['whole'] / line['batch'] / 1e12:.3g}",
-        *(_format_milliseconds(part["seconds"]) for part in parts.values()),
-        "-" if speed is None else f"{speed:.3g}",
-        "-" if None in peaks else f"{max(peaks) / 2**30:.2f}",
-        *(_format_percent(parts[part]["of_product_ceiling"]) for part in rated),
-        _format_percent(parts.get("step", {}).get("mfu")),
     ]
+
+    # A column for the time of each part, and the largest peak of all.
+    peaks = []
+    for part in parts.values():
+        cells.append(_format_milliseconds(part["seconds"]))
+        peaks.append(part["peak_bytes"])
+    cells.append("-" if speed is None else f"{speed:.3g}")
+    cells.append("-" if None in peaks else f"{max(peaks) / 2**30:.2f}")
+
+    for part in rated:
+        cells.append(_format_percent(parts[part]["of_product_ceiling"]))
+    return [*cells, _format_percent(parts.get("step", {}).get("mfu"))]
 
 
 def _format_ratios(line: Mapping[str, Any]) -> list[str]:
@@ -291,9 +293,9 @@ def _format_ratios(line: Mapping[str, Any]) -> list[str]:
 
 def _format_milliseconds(seconds: Mapping[str, float]) -> str:
     """Median, p10 and p90, with three significant digits of the median."""
-    median, low, high = (1000 * seconds[name] for name in ("median", "p10", "p90"))
+    median = 1000 * seconds["median"]
     digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 0
-    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{median:.{digits}f} [{1000 * seconds['p10']:.{digits}f}, {1000 * seconds['p90']:.{digits}f}]"
 
 
 def _format_percent(share: float | None) -> str:

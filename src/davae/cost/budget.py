@@ -251,6 +251,7 @@ def _describe_tokens(autoencoder: AutoencoderDA, transformer: ModelMixin, size: 
 
 def _count_passes(autoencoder: AutoencoderDA, size: int) -> tuple[Figure, Figure]:
     """Encoding and decoding of one image."""
+    # In bfloat16, as under autocast.
     to_half(autoencoder)
     with torch.no_grad(), counting(autoencoder) as encoding:
         autoencoder.encode(meta(1, 3, size, size))
@@ -263,6 +264,7 @@ def _count_passes(autoencoder: AutoencoderDA, size: int) -> tuple[Figure, Figure
 
 def _estimate_time(recipe: OptimisationRecipe, work: Work) -> list[Figure]:
     """From one image's work to the days of a whole run; evaluation and encoding are not in it."""
+    # All batches of a step, at the assumed share of the peak.
     images = recipe.batch_size * recipe.gradient_accumulation
     step, utilisation = images * work.flops, UTILISATION[recipe.section]
     days = recipe.steps * step / (PEAK_TFLOPS * 1e12 * utilisation) / 86_400
@@ -278,6 +280,7 @@ def _estimate_time(recipe: OptimisationRecipe, work: Work) -> list[Figure]:
 
 def _estimate_memory(recipe: OptimisationRecipe, weights: int, trained: int, work: Work) -> list[Figure]:
     """Memory of the device: the state in float32, and the activations that autograd keeps of networks in bfloat16."""
+    # Activations of one batch: accumulation holds one at a time.
     moments, batch_size = STATE_BYTES[recipe.optimizer], recipe.batch_size
     state = {
         "weights, 4 bytes each": BYTES * weights,

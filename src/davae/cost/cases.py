@@ -76,8 +76,11 @@ class Case:
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
         """By component name; empty for class-conditional pipelines, and for those that were built without."""
-        parts = self.pipeline.components.items()
-        return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
+        encoders = {}
+        for name, part in self.pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                encoders[name] = part
+        return encoders
 
 
 def choose_sizes(candidate: Case, base: DiffusionPipeline) -> list[int]:
@@ -92,7 +95,7 @@ def choose_sizes(candidate: Case, base: DiffusionPipeline) -> list[int]:
 def choose_parts(case: Case, names: Sequence[str]) -> list[str]:
     """The named parts in the order of `PARTS`, or all parts of the case if none is named."""
     case.backbone.picture_side(case.pipeline, case.size)
-    if unknown := [part for part in names if part not in PARTS]:
+    if unknown := sorted(set(names) - set(PARTS)):
         raise SettingsError(f"part {unknown[0]!r}: allowed are {', '.join(PARTS)}")
 
     # Without text encoders, or with some that cannot be counted, only the other parts are left.
@@ -154,6 +157,7 @@ def _make_condition(case: Case, transformer: ModelMixin) -> dict[str, Tensor]:
 
 def _sample(case: Case) -> object:
     """One call of the stock pipeline."""
+    # Classes have no captions, and their pipelines draw the noise themselves.
     pipeline, size = case.pipeline, case.size
     settings: dict[str, Any] = {"num_inference_steps": case.steps}
     if case.backbone.classes:

@@ -33,12 +33,14 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     If it is no folder, its configs are looked for in the folder of the same name in `geometry/` beside the recipe, then
     among the shipped ones, then on the Hub.
     """
+    # The places where configs may be, nearest first.
     local = beside.parent / "geometry" / Path(base).name
     source = base or str(assets.base_pipeline())
     if not Path(source).is_dir():
         shipped = assets.geometry() / Path(base).name
         source = str(next((folder for folder in (local, shipped) if folder.is_dir()), source))
 
+    # Only classes that davae knows are made.
     try:
         index = DiffusionPipeline.load_config(source)
         (_, vae), (library, transformer) = index["vae"], index["transformer"]

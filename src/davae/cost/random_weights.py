@@ -76,6 +76,8 @@ def _cut_depth(config: dict[str, Any], layers: int | None, folder: Path) -> dict
     depths = [name for name in DEPTHS if name in config]
     if layers is None or not depths:
         return {}
+
+    # A model of several kinds of blocks keeps as many of each.
     least = min(config[name] for name in depths)
     if not 1 <= layers <= least:
         raise SettingsError(f"layers={layers}: {folder.parent.name}'s {folder.name} has 1 to {least}")
@@ -89,6 +91,7 @@ def _cut_depth(config: dict[str, Any], layers: int | None, folder: Path) -> dict
 @torch.no_grad()
 def _settle(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring the model to `dtype` and evaluation mode, and make parameters random that are zero in a new model."""
+    # Zeros could be faster than real numbers.
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
@@ -96,9 +99,12 @@ def _settle(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _make_clip_tokenizer() -> CLIPTokenizer:
-    letters = string.ascii_lowercase
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    # Each letter stands within a word, and at its end.
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for ending in ("", "</w>"):
+        for letter in string.ascii_lowercase:
+            vocabulary[letter + ending] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
 def _make_t5_tokenizer() -> T5Tokenizer:

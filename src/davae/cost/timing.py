@@ -94,13 +94,16 @@ def measure_interleaved(
         calls[name] = min(MOST_CALLS, max(1, math.ceil(shortest / max(seconds[-1], 1e-9))))
 
     # A measurement also tells the peak of memory, and how much was in use before.
-    peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in runs}
+    peaks: dict[str, int] = {}
+    added: dict[str, int] = {}
 
     def measure(name: str, run: Run) -> float:
         before = _reset_peak(device)
         seconds = _time(run, calls[name], device)
         if before is not None:
-            peaks[name].append((_read_peak(device), before))
+            peak = _read_peak(device)
+            peaks[name] = max(peaks.get(name, 0), peak)
+            added[name] = max(added.get(name, peak - before), peak - before)
         return seconds
 
     times = interleave(runs, repeats, measure)
@@ -110,8 +113,8 @@ def measure_interleaved(
             cold=warm[name][0],
             calls=calls[name],
             seconds=tuple(times[name]),
-            peak_bytes=max((peak for peak, _ in peaks[name]), default=None),
-            added_bytes=max((peak - before for peak, before in peaks[name]), default=None),
+            peak_bytes=peaks.get(name),
+            added_bytes=added.get(name),
         )
     return measured
 
@@ -121,13 +124,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, side: int, cop
 
     The numbers are random, because products with zeros are faster than real ones.
     """
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left = torch.randn(side, side, device=device, dtype=dtype)
+    right = torch.randn_like(left)
     source = torch.randint(0, 255, (copied_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}
 
     measured = measure_interleaved(runs, device, repeats=5, warm_up=2)
-    product, copy = (statistics.median(measured[name].seconds) for name in ("product", "copy"))
+    # A multiplication and its addition are two operations; a copy reads and writes.
+    product = statistics.median(measured["product"].seconds)
+    copy = statistics.median(measured["copy"].seconds)
     return Ceilings(products=2 * side**3 / product, copy=2 * copied_bytes / copy)
 
 
@@ -135,8 +141,10 @@ def find_dense_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second from the data sheet; None for a device or precision that is not in `DENSE_PEAKS`."""
     if device.type != "cuda" or dtype not in {torch.bfloat16, torch.float16}:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in DENSE_PEAKS.items() if part in name), None)
+    for name, peak in DENSE_PEAKS.items():
+        if name in torch.cuda.get_device_name(device):
+            return peak
+    return None
 
 
 def _time(run: Run, calls: int, device: torch.device) -> float:
@@ -169,5 +177,5 @@ def _read_peak(device: torch.device) -> int:
 
 
 def _read_resident(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
+    after = _STATUS.read_text().split(f"{field}:")[1]
+    return 1024 * int(after.split()[0])

@@ -42,6 +42,7 @@ class _AsOnAGpu(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
+            # As on a GPU with flash attention.
             query, key, value = (args + tuple(kwargs.get(name) for name in ATTENTION))[:3]
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
         if func in LAYERS:
@@ -64,6 +65,7 @@ class Work:
 @contextmanager
 def counting(*models: nn.Module) -> Iterator[Work]:
     """Count what runs inside. The parameters and buffers of `models` are not activations."""
+    # Weights are known by their storages, because layers may see views of them.
     work = Work()
     weights = set()
     for model in models:
@@ -77,6 +79,7 @@ def counting(*models: nn.Module) -> Iterator[Work]:
             work.kept_bytes += storage.nbytes()
         return tensor
 
+    # Everything that autograd saves for the backward pass goes through `keep`.
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with _AsOnAGpu(), FlopCounterMode(display=False) as counter, hooks:
         yield work
@@ -148,6 +151,7 @@ def count_stage_two(
     latents = meta(1, config.latent_channels, side, side)
     noise = torch.empty_like(latents)
 
+    # Shift and noise schedule change no shape.
     objective: Objective
     if backbone.noise is None:
         objective = FlowObjective(backbone, config.base_channels, shift=1.0, settings=flow_settings(recipe))

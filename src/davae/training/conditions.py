@@ -43,7 +43,7 @@ def cache_conditions(
     """
     cache = TensorCache(folder, "text", {"encoders": digest_text_encoding(pipeline), "tokens": tokens})
     captions = ["", *pictures.captions]
-    keys = [digest_text(caption) for caption in captions]
+    keys = list(map(digest_text, captions))
 
     def encode_block(rows: list[int]) -> list[Entry]:
         encoded = encode_captions(pipeline, backbone, [captions[row] for row in rows], tokens)

@@ -42,7 +42,7 @@ def digest_text_encoding(pipeline: DiffusionPipeline) -> str:
     """
     # All parts but those that see no text.
     parts: list[Any] = [type(pipeline).__name__]
-    parts += [importlib.metadata.version(name) for name in ("diffusers", "transformers")]
+    parts += map(importlib.metadata.version, ("diffusers", "transformers"))
     for name, component in sorted(pipeline.components.items()):
         if name in ("transformer", "vae", "scheduler") or component is None:
             continue
@@ -78,7 +78,7 @@ def _encode(value: Any) -> bytes:
 def _select_relevant(value: Any) -> Any:
     """A configuration without the keys that do not change the result, at any depth."""
     if isinstance(value, list | tuple):
-        return [_select_relevant(item) for item in value]
+        return list(map(_select_relevant, value))
     if not isinstance(value, dict):
         return value
     relevant = {}

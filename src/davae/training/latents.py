@@ -56,7 +56,7 @@ def cache_latents(
     weights. Noise of standard deviation `detail_noise`, before standardisation, is added to what is read.
     """
     cache = TensorCache(folder, "latents", {"autoencoder": digest_model(autoencoder)})
-    keys = [pictures.fingerprint(index) for index in range(len(pictures))]
+    keys = list(map(pictures.fingerprint, range(len(pictures))))
     autoencoder.eval()
 
     def encode_block(indices: list[int]) -> list[Entry]:

@@ -164,7 +164,8 @@ def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
 def warn_of_other_latents(autoencoder: AutoencoderDA, other: AutoencoderDA, recipe: FinetuneRecipe) -> None:
     """Warn if the recipe's adapter was trained on the latents of an `other` autoencoder, its statistics aside."""
     ours, theirs = digest_encoding_half(autoencoder), digest_encoding_half(other)
-    differing = [name for name in ours if name != "latent statistics" and ours[name] != theirs.get(name)]
+    ours.pop("latent statistics")
+    differing = [name for name, digest in ours.items() if theirs.get(name) != digest]
     if differing:
         logger.warning(
             'adapter = "%s" was trained on the latents of another autoencoder than autoencoder = "%s", which differs '
@@ -180,7 +181,8 @@ def load_pictures(recipe: FinetuneRecipe, transformer: ModelMixin, folder: Path,
     if backbone.classes:
         check_classes(pictures, backbone.null_class(transformer))
     if pictures.class_names and ranks.first:
-        write_json(folder / "classes.json", {name: number for number, name in enumerate(pictures.class_names)})
+        numbers = range(len(pictures.class_names))
+        write_json(folder / "classes.json", dict(zip(pictures.class_names, numbers, strict=True)))
     return pictures
 
 

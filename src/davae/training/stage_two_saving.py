@@ -52,8 +52,11 @@ def read_last_losses(state: TrainingState) -> dict[str, float | None]:
     """The last line's losses in metrics.jsonl, which a finished run that is started again has, too."""
     path = state.record.metrics_path
     lines = read_metrics(path) if path.exists() else []
-    last = lines[-1] if lines else {}
-    return {name: value for name, value in last.items() if name.endswith("loss")}
+    losses = {}
+    for name, value in lines[-1].items() if lines else ():
+        if name.endswith("loss"):
+            losses[name] = value
+    return losses
 
 
 def write_cards(
