@@ -100,17 +100,20 @@ def test_the_budget_of_sd35m_at_1024_px(finetune_figures) -> None:
     assert figures["tokens, 32 x 32, "] == 1024
     assert figures["numbers in a token, 1536 being the transformer's width, "] == 128
     assert figures["text tokens beside them, "] == 333
+
     forward_and_backward = figures["transformer, one picture, forward and backward, TFLOP"]
     assert forward_and_backward == pytest.approx(6.41, rel=0.01)
     assert figures["encoding one picture of 1024 px, TFLOP"] == pytest.approx(6.00, rel=0.01)
     assert figures["decoding it, TFLOP"] == pytest.approx(10.48, rel=0.01)
     days = 20_000 * 256 * forward_and_backward / (989 * 0.40) / 86_400
     assert figures["so the run takes, GPU-days"] == pytest.approx(days)
+
     assert figures["weights, 4 bytes each, GiB"] == pytest.approx((2_243_368_192 + 244_973_568) * 4 / 2**30)
     trained = figures["trained in this stage, parameters"]
     assert figures["the optimiser's moments, 8 bytes each, GiB"] == pytest.approx(trained * 8 / 2**30)
     activations = figures["activations kept for the backward pass, batch of 16, GiB"]
     assert activations / 16 == pytest.approx(2.76, rel=0.01)
+
     kept = (32 * 64**2 + 333 * 4096 + 2048) * 4 / 2**20
     assert figures["inputs that are encoded once and kept, on the host, for a picture, MiB"] == pytest.approx(kept)
 
@@ -321,10 +324,12 @@ def test_the_planned_autoencoder_is_the_saved_one_or_that_of_the_files_stage_1(t
     recipe = FinetuneRecipe(autoencoder=str(tmp_path / "made"))
     planned = plan_autoencoder(recipe, tiny, path)
     assert (planned.config.detail_channels, planned.config.linear_blocks) == (32, True)
+
     AutoencoderDA.from_base(tiny_vae(), detail_channels=8).save_pretrained(tmp_path / "made")
     assert plan_autoencoder(recipe, tiny, path).config.detail_channels == 8
     shipped = assets.upgrade()  # an adapter folder
     assert plan_autoencoder(FinetuneRecipe(autoencoder=str(shipped)), tiny, path).config.detail_channels == 16
+
     path.write_text("")
     with pytest.raises(SettingsError, match=r"no autoencoder in .*nowhere yet, and .* no section \[autoencoder\]"):
         plan_autoencoder(FinetuneRecipe(autoencoder="nowhere"), tiny, path)
@@ -350,10 +355,12 @@ def test_a_dry_run_prints_the_recipe_and_its_budget_as_toml(verb, capsys, tmp_pa
     with pytest.raises(SystemExit) as left:
         main([verb, str(twin), "--dry-run", "--set", f"base={tmp_path / 'pair'}"])
     assert left.value.code == 0
+
     text = capsys.readouterr().out
     (tmp_path / "again.toml").write_text(text)
     kind = AutoencoderRecipe if verb == "train-autoencoder" else FinetuneRecipe
     assert load_recipe(kind, tmp_path / "again.toml") == load_recipe(kind, twin, {"base": str(tmp_path / "pair")})
+
     comments = [line for line in text.splitlines() if line.startswith("#")]
     assert f"configs of {tmp_path / 'pair'}" in comments[0]
     assert all(line.split()[-1] in ("counted", "derived", "assumed") for line in comments[1:])

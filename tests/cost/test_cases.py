@@ -217,12 +217,14 @@ def test_the_true_size_has_the_published_counts() -> None:
             cls = getattr(transformers, kind[1])
             with META:
                 encoders[name] = cls(cls.config_class.from_pretrained(f"{geometry.source}/{name}"))
+
     sizes = [sum(p.numel() for p in encoder.parameters()) for encoder in encoders.values()]
     assert sizes == [123_650_304, 694_659_840, 4_762_310_656]
     base = StableDiffusion3Pipeline(
         geometry.transformer, FlowMatchEulerDiscreteScheduler(), geometry.vae, tokenizer=None, tokenizer_2=None,
         tokenizer_3=None, **encoders,
     )  # fmt: skip
+
     found = {size: count_flops(Case("sd35m", base, size)) for size in (512, 1024)}
     assert found[512]["text"] / 2 == pytest.approx(2.51e12, rel=0.005)
     assert [found[size]["step"] / 2 for size in (512, 1024)] == pytest.approx([2.443e12, 11.25e12], rel=0.005)

@@ -33,12 +33,14 @@ def test_it_is_the_pipeline_that_the_configs_describe_and_it_runs(make, tmp_path
     folder = configs(given, tmp_path)
     made = build(str(folder), layers=None, text=True, dtype=torch.float32, device=CPU)
     assert type(made) is type(given)
+
     for name, component in given.components.items():
         assert type(made.components[name]) is type(component)
         if isinstance(component, nn.Module):
             shapes = {key: tensor.shape for key, tensor in component.state_dict().items()}
             assert {key: tensor.shape for key, tensor in made.components[name].state_dict().items()} == shapes
             assert all(parameter.any() for parameter in made.components[name].parameters()), "zeros are fast"
+
     prompts = ["red apple"] if make is tiny_sd3_pipeline else [3]
     assert made(prompts, num_inference_steps=1).images[0].size == (32, 32)
 

@@ -74,6 +74,7 @@ def test_verify_says_what_there_is_and_what_is_damaged(caches, capsys) -> None:
     assert ": 12 entries, " in said  # the pictures
     assert ": 13 entries, " in said  # their captions, and none
     assert len(said.splitlines()) == 2
+
     victim = next(caches.glob("latents-*/*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
     main_returns(["cache", "verify", str(caches)], 4)
@@ -91,14 +92,17 @@ def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys
     victim.write_bytes(bytes(size))
     (text / "damaged-old.safetensors").write_bytes(bytes(3 << 20))
     (text / ".new.tmp-17").write_bytes(b"half")
+
     main_returns(["cache", "prune", str(caches), "--dry-run"], 0)
     assert capsys.readouterr().out == f"{(size + (3 << 20) + 4) / 2**20:,.1f} MiB would be freed\n"
     assert victim.exists()
+
     main_returns(["cache", "prune", str(caches)], 0)
     assert capsys.readouterr().out == f"{(size + (3 << 20) + 4) / 2**20:,.1f} MiB freed\n"
     assert digests(text) == sound
     assert {path.name for path in text.iterdir()} == {".lock", "cache.json", *sound}
     assert not digests(latents)
+
     old = time.time() - 10 * 86400
     for path in text.glob("*.safetensors"):
         os.utime(path, (old, old))
@@ -107,6 +111,7 @@ def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys
     prune_caches(caches, days=9.0)
     assert not text.exists()
     assert not latents.exists(), "nothing was left in it"
+
     with pytest.raises(CheckpointError, match="holds no cache"):
         prune_caches(caches)
 
@@ -150,6 +155,7 @@ def test_flips_mirror_half_of_the_pictures_anew_at_every_step(recipe) -> None:
     flipping = encode_online(autoencoder, pictures, flips=True, detail_noise=0.0, seed=5)
     straight, indices = plain(range(12), 0), range(12)
     base = autoencoder.encode_base(pictures.batch(indices).flip(-1))
+
     seen = []
     for step in (0, 1, 0):
         found = flipping(indices, step)
@@ -158,6 +164,7 @@ def test_flips_mirror_half_of_the_pictures_anew_at_every_step(recipe) -> None:
             if mirrored[index]:
                 torch.testing.assert_close(found[index, :4], base[index], atol=1e-5, rtol=1e-5)
         seen.append(mirrored)
+
     assert seen[0] == seen[2] != seen[1]
     assert 2 < sum(seen[0]) < 10
 

@@ -145,8 +145,10 @@ def test_what_is_stale_is_a_miss(autoencoder, pictures, ours, expected, tmp_path
             folder = fill_with_scenes(tmp_path / "p", train=COUNT, first=50)
             other = open_pictures(folder, size=64, split="train")
             assert other.keys == pictures.keys
+
     assert torch.equal(read_all(cache_latents(changed, other, ours)), by_batches(changed, other))
     assert len(shards(ours)) > files
+
     files = len(shards(ours))
     assert torch.equal(read_all(cache_latents(autoencoder, pictures, ours)), expected)
     assert len(shards(ours)) == files, "what was there before is still found"
@@ -196,6 +198,7 @@ def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expe
     changed = copy.deepcopy(autoencoder)
     changed.detail_std.mul_(2)
     cache_latents(changed, pictures, ours, shard_bytes=1)
+
     mine, theirs = (path for path in ours.iterdir() if path.is_dir())
     for path in shard_paths(theirs):
         shutil.copy(path, mine)
@@ -204,6 +207,7 @@ def test_a_shard_of_another_model_is_set_aside(autoencoder, pictures, ours, expe
         if not (theirs / path.name).exists():
             shutil.copy(path, theirs)
     assert torch.equal(read_all(cache_latents(autoencoder, pictures, ours)), expected)
+
     assert caplog.text.count("is of another cache; set aside") == 3
 
 
@@ -288,6 +292,7 @@ def test_texts_are_read_as_they_were_encoded(pipeline, pictures, tmp_path) -> No
     for name, values in read(range(len(captions))).items():
         assert torch.equal(values, expected[name][first])
         torch.testing.assert_close(values, expected[name], atol=1e-6, rtol=1e-6)
+
     calls: list[int] = []
     handle = pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     cache_conditions(pipeline, backbone, pictures, tmp_path, tokens=8)
@@ -305,12 +310,15 @@ def test_the_digest_of_the_text_is_of_encoders_and_tokenizers(base_folder: Path)
         pipeline.transformer.proj_out.weight.zero_()
         pipeline.encode_prompt("red ball", None, None)  # leaves its padding in the tokenizers
     assert digest_text_encoding(pipeline) == before
+
     pipeline.register_modules(image_encoder=None, feature_extractor=CLIPImageProcessor())
     assert len(digest_text_encoding(pipeline)) == 64
+
     pipeline.register_modules(feature_extractor=None)
     pipeline.tokenizer_2.model_max_length = 76
     assert digest_text_encoding(pipeline) != before
     pipeline.tokenizer_2.model_max_length = 77
+
     with torch.no_grad():
         bias = pipeline.text_encoder_3.shared.weight
         bias[0, 0] = torch.nextafter(bias[0, 0], torch.tensor(9.0))
@@ -326,6 +334,7 @@ def test_repeated_rows_at_the_end_are_not_kept() -> None:
         "constant": torch.ones(5, 2),
         "length": torch.tensor(3),
     }
+
     kept = trim_repeats(condition)
     assert {name: len(kept[name]) for name in ("text", "mask", "full", "constant")} == {
         "text": 4,
@@ -333,6 +342,7 @@ def test_repeated_rows_at_the_end_are_not_kept() -> None:
         "full": 100,
         "constant": 1,
     }
+
     again = restore_repeats(kept)
     assert again.keys() == condition.keys()
     for name, values in condition.items():
@@ -348,6 +358,7 @@ def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(na
     pipeline.system_prompt = "draw"  # Lumina2's own fills all 40 tokens
     backbone = backbone_of(pipeline.transformer)
     captions = ["red ball", "", "a fish and a tree"]
+
     with torch.no_grad():
         plain = backbone.condition(pipeline, captions, max_sequence_length=40)
         found = encode_captions(pipeline, backbone, captions, 40)
@@ -356,8 +367,10 @@ def test_padding_that_a_transformer_does_not_see_takes_no_room_and_has_no_say(na
         if backbone.noise is not None:
             predict, time = backbone.noise, torch.tensor([3, 500, 900])
         seen, expected = (predict(pipeline.transformer, latents, time, condition) for condition in (found, plain))
+
     for one, other in zip(seen, expected, strict=True):
         assert one is None or torch.equal(one, other)
+
     for index in range(3):
         condition = {name: values[index] for name, values in found.items()}
         kept = trim_repeats(condition)

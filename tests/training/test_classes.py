@@ -78,10 +78,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
         save_pipeline(DiTPipeline(transformer, tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=2.0)), root / "base")
         autoencoder = AutoencoderDA.from_base(tiny_vae(), detail_channels=12, linear_blocks=False).eval()
+
     for index in range(20):
         path = root / "pictures" / NAMES[index % 3] / f"{index:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene(index)).save(path)
+
     pictures = open_pictures(root / "pictures", size=64, classes=True)
     autoencoder.calibrate([pictures.batch(range(len(pictures)))])
     autoencoder.save_pretrained(root / "autoencoder")
@@ -128,6 +130,7 @@ def test_the_first_loss_is_the_bases_own_on_the_classes_or_the_null_class(recipe
     assert all(
         NAMES[number] == key.partition("/")[0] for key, number in zip(pictures.keys, pictures.classes, strict=True)
     )
+
     read_latents = cache_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, tmp_path / "cache")
     latents = read_latents(range(len(pictures)), 0)
     random = sample_generators(3, "flow", range(8))
@@ -135,8 +138,10 @@ def test_the_first_loss_is_the_bases_own_on_the_classes_or_the_null_class(recipe
     for own in random:
         sample_timesteps(1, shift=2.0, generator=own)
     kept = rand(random) >= dropout
+
     indices = batch_indices(len(pictures), 8, seed=3, step=0)
     labels = [pictures.classes[index] if keep else NULL for index, keep in zip(indices, kept.tolist(), strict=True)]
+
     base = load_pipeline(recipe.base)
     assert line["base_loss"] == pytest.approx(errors(base, latents, labels).mean().item(), rel=1e-5)
     others = [(label + 1) % NULL for label in labels]
@@ -153,12 +158,14 @@ def test_a_class_conditional_run_leaves_a_stock_pipeline(recipe, tmp_path, train
     assert type(pipeline) is DiTPipeline
     assert isinstance(pipeline.vae, AutoencoderDA)
     assert pipeline.transformer.config.in_channels == 16
+
     start = upgrade(load_pipeline(recipe.base), load_autoencoder(Path(recipe.autoencoder)))
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train", classes=True)
     read_latents = cache_latents(load_autoencoder(Path(recipe.autoencoder)), pictures, folder / "cache")
     latents = read_latents(range(len(pictures)), 0)
     before, after = (errors(model, latents, [0] * 8)[:, CHANNELS:].mean() for model in (start, pipeline))
     assert after < 0.95 * before
+
     start, tensors = start.transformer.state_dict(), pipeline.transformer.state_dict()
     still = {name for name, tensor in start.items() if torch.equal(tensor, tensors[name])}
     changed = {name.rpartition(".")[0] for name in start.keys() - still}
@@ -166,6 +173,7 @@ def test_a_class_conditional_run_leaves_a_stock_pipeline(recipe, tmp_path, train
         assert not (folder / "adapter").exists()
         assert "transformer_blocks.0.attn1.to_q" in changed
         return
+
     ports = {"pos_embed.proj", "proj_out_2"}
     layers = {f"transformer_blocks.0.attn1.{name}" for name in targets}
     assert changed == ports | layers

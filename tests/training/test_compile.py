@@ -66,11 +66,13 @@ def test_compiled_blocks_compute_the_same_but_for_rounding(recipe: FinetuneRecip
     before = counters["stats"]["unique_graphs"]
     finetune(compiled(recipe), folder)
     assert counters["stats"]["unique_graphs"] > before
+
     losses, expected = ([line["loss"] for line in read_metrics(f / "metrics.jsonl")] for f in (folder, eager))
     assert len(losses) == 4
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[:2] == expected[:2], "of before"
     assert digests(folder / "pipeline").keys() == digests(eager / "pipeline").keys()
+
     pictures = []
     for made in (folder, eager):
         pipeline = load_pipeline(made / "pipeline")

@@ -88,11 +88,13 @@ def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recip
     saved = finetune(recipe, run)
     pipeline = load_pipeline(saved)
     assert type(pipeline).__name__ == json.loads((tmp_path / "base" / "model_index.json").read_text())["_class_name"]
+
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "base_loss" in line]
     assert [line["step"] for line in losses] == [0, 2]  # the first and the last are on record
     assert all(("variance_loss" in line) == (name in NOISE) for line in losses)
     assert all(value == value for line in losses for value in line.values())
+
     picture = made(pipeline)
     applied = load_pipeline(tmp_path / "base", adapter=run / "adapter")
     assert (made(applied) - picture).abs().max() <= 1

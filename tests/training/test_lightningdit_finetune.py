@@ -44,10 +44,12 @@ def test_a_lightningdit_learns_the_detail_latents(tmp_path: Path) -> None:
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.fromarray(scene(index)).save(tmp_path / "pictures" / f"{index}.png")
         (tmp_path / "pictures" / f"{index}.cls").write_text(str(index % 10))
+
     autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=12, linear_blocks=False).eval()
     pictures = open_pictures(tmp_path / "pictures", size=64, split="train", classes=True)
     autoencoder.calibrate([pictures.batch(range(len(pictures)))])
     autoencoder.save_pretrained(tmp_path / "autoencoder")
+
     recipe = FinetuneRecipe(
         base=str(base_folder),
         autoencoder=str(tmp_path / "autoencoder"),
@@ -63,11 +65,13 @@ def test_a_lightningdit_learns_the_detail_latents(tmp_path: Path) -> None:
         ema_decay=0.5,
         precision="float32",
     )
+
     finetune(recipe, tmp_path / "run")
     start, pipeline = upgrade(load_pipeline(base_folder), autoencoder), load_pipeline(tmp_path / "run" / "pipeline")
     latents = cache_latents(autoencoder, pictures, tmp_path / "run" / "cache")(range(len(pictures)), 0)
     before, after = (detail_error(model, latents, pictures.classes) for model in (start, pipeline))
     assert after < 0.95 * before
+
     pipeline.set_progress_bar_config(disable=True)
     random = torch.Generator().manual_seed(0)
     images = pipeline([1, 9], num_inference_steps=3, output_type="pt", generator=random).images

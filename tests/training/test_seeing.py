@@ -71,11 +71,13 @@ def test_pictures_at_step_0_every_n_steps_and_at_the_end_by_raw_and_ema_weights(
         "00000002.png",
         "00000003.png",
     ]
+
     start, _, end = (read_png(path).float() for path in sorted((seen / "pictures").iterdir()))
     assert start.shape == (3, 2 * 64, 3 * 64)
     assert torch.equal(start[:, :64], start[:, 64:]), "the EMA begins as the weights"
     assert not torch.equal(end[:, :64], end[:, 64:])
     assert not torch.equal(end[:, 64:], start[:, 64:])
+
     first, second, third = start[:, :64].split(64, dim=2)
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)

@@ -110,6 +110,7 @@ def test_the_detail_loss_falls_and_its_weight_rises(tuned: Run, latents, train_p
     after = velocity_errors(load_pipeline(folder / "pipeline"), latents, train_pictures.captions)
     assert after[:, CHANNELS:].mean() < 0.9 * before[:, CHANNELS:].mean()
     assert after[:, :CHANNELS].mean() < before[:, :CHANNELS].mean()
+
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 10, 20, 30, 40, 50, 60]
     assert [line["detail_weight"] for line in lines] == [detail_weight(step, 20) for step in range(0, 61, 10)]
@@ -134,9 +135,11 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
     finetune(recipe, folder)
     assert digests(folder) == before
     assert [path.stat().st_ino for path in watched] == inodes
+
     made = {"pipeline"} if recipe.trained == "full" else {"pipeline", "adapter"}
     files = {"recipe.toml", "environment.json", "pictures.json", "metrics.jsonl", "cache", "checkpoints", ".lock"}
     assert {path.name for path in folder.iterdir()} == made | files | {"result.json"}
+
     result = json.loads((folder / "result.json").read_text())
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert result["values"] == {name: last[name] for name in ("loss", "base_loss", "detail_loss")}
@@ -205,6 +208,7 @@ def test_with_lora_nothing_but_its_layers_and_the_ports_differs_from_the_base(lo
     backbone = backbone_of(base)
     factors = load_file(folder / "adapter" / "transformer_lora.safetensors")
     scale = recipe.lora_alpha / recipe.lora_rank
+
     changed = set()
     for name, tensor in base.state_dict().items():
         layer = name.rpartition(".")[0]
@@ -214,6 +218,7 @@ def test_with_lora_nothing_but_its_layers_and_the_ports_differs_from_the_base(lo
             product = factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]
             torch.testing.assert_close(end[name] - scale * product, tensor, atol=1e-6, rtol=0)
             changed.add(layer)
+
     assert {f"{layer}.lora_{half}.weight" for layer in changed for half in "AB"} == factors.keys()
     assert all(layer.endswith(backbone.lora_targets) for layer in changed)
     # The adapter's digest is of the live transformer after training, without LoRA and ports.

@@ -23,6 +23,7 @@ def test_training_goes_on_from_an_adapter(lora: Run, tmp_path) -> None:
         before, after = (load_file(path / "adapter" / name) for path in (folder, tmp_path / "same"))
         assert before.keys() == after.keys()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
     finetune(recipe.model_copy(update={**update, "steps": 2}), tmp_path / "on")
     fresh, gone_on = (
         next(line["detail_loss"] for line in read_metrics(path / "metrics.jsonl") if line["step"] == 0)
@@ -44,6 +45,7 @@ def test_the_layers_themselves_go_on_from_an_adapter(request, tmp_path, made, tr
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
     assert "base's again" not in caplog.text
+
     finetune(recipe.model_copy(update={**update, "steps": 2}), tmp_path / "on")
     after = load_pipeline(tmp_path / "on" / "pipeline").transformer.state_dict()
     layer = "transformer_blocks.0.attn.to_q"
@@ -59,6 +61,7 @@ def test_layers_that_are_trained_no_longer_become_the_bases_again(request, tmp_p
     base = load_pipeline(recipe.base).transformer.state_dict()
     before, after = (load_pipeline(path / "pipeline").transformer.state_dict() for path in (folder, tmp_path))
     adapted = load_pipeline(recipe.base, adapter=tmp_path / "adapter").transformer.state_dict()
+
     for block in (0, 1):
         query, value = (f"transformer_blocks.{block}.attn.{name}.weight" for name in ("to_q", "to_v"))
         assert torch.equal(after[query], base[query])

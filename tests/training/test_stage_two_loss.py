@@ -96,6 +96,7 @@ def test_ports_go_on_from_an_adapter_and_its_layers_become_the_bases(recipe, por
         out = tmp_path / f"from-{name.name}"
         finetune(chosen.model_copy(update={"adapter": str(name / "adapter"), "steps": 0}), out)
         assert ("base's again" in caplog.text) == said
+
         before, after = (load_pipeline(path / "pipeline").transformer.state_dict() for path in (name, out))
         assert torch.equal(after["proj_out.weight"], before["proj_out.weight"])
         base = load_pipeline(recipe.base).transformer.state_dict()
@@ -163,6 +164,7 @@ def test_a_pipeline_trained_on_noisy_latents_decodes_their_units(recipe: Finetun
     for folder in ("pipeline/vae", "adapter"):
         after = load_autoencoder(optioned / folder, base=load_base_vae(recipe.base))
         assert torch.allclose(after.detail_std, (before.detail_std.square() + 0.25).sqrt())
+
     base, detail = torch.randn(1, 12, 8, 8, generator=generator(0, "test")).split([4, 8], dim=1)
     detail = before.to_units(detail)
     ratio = (after.detail_std / before.detail_std)[:, None, None]

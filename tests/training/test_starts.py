@@ -51,12 +51,14 @@ def test_every_code_starts_with_the_same_picture_but_zero_sum_which_is_aligned(
         "base added": 0.3,
         "zero sum": 0.0,
     }
+
     for code, least in codes.items():
         recipe = recipe_for(base_folder, picture_folder, code=code)
         autoencoder = start_autoencoder(recipe, pictures, tmp_path / code / "start")
         base, detail = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
         made[code], aligned[code] = autoencoder(image).sample, detail_alignment_loss(detail, base).item()
         assert aligned[code] >= least
+
     assert torch.allclose(made["base added"], made["aligned"], atol=1e-4)
     assert torch.allclose(made["residual"], made["aligned"], atol=1e-4)
     assert torch.allclose(made["unit variance"], made["aligned"], atol=1e-4)
@@ -72,6 +74,7 @@ def test_a_code_that_holds_the_base_is_trained_saved_and_loaded(
     start = load_autoencoder(tmp_path / "start")
     assert autoencoder.config.base_in_detail
     assert not torch.equal(autoencoder.detail_from_base.weight, start.detail_from_base.weight)
+
     pictures = open_pictures(picture_folder, size=64, split="train")
     image = pictures.batch(range(len(pictures)))
     with torch.no_grad():
@@ -81,6 +84,7 @@ def test_a_code_that_holds_the_base_is_trained_saved_and_loaded(
         without = autoencoder.encode_detail(image, torch.zeros_like(base))[0]
         added = functional.conv2d(base, autoencoder.detail_from_base.weight)
         units = autoencoder.split(autoencoder.to_units(autoencoder.encode(image).latent_dist.mode()))[1]
+
     assert torch.equal(mean, given)
     assert torch.allclose(mean - without, added, atol=1e-4)
     # calibration has seen the base, too
@@ -116,6 +120,7 @@ def test_stage_two_starts_its_ports_as_the_recipe_says(
         adapted = load_pipeline(base_folder, adapter=tmp_path / start / "adapter")
         ports[start] = pipeline.transformer.pos_embed.proj.weight
         assert torch.equal(adapted.transformer.pos_embed.proj.weight, ports[start])
+
     base = load_pipeline(base_folder).transformer.pos_embed.proj.weight
     near = {"atol": 1e-6, "rtol": 0}
     assert torch.allclose(ports["random"][:, :4], base, **near)
