@@ -89,6 +89,7 @@ def draw_grid(grid: ImageGrid, *, title: str = "") -> Image.Image:
     label_width = size * 11 if any(grid.rows) else 0
     title_height = round(size * 2.4) if title else 0
 
+    # Lines of text above each column: the title in bold, then the note.
     heads = []
     for index, name in enumerate(grid.columns):
         note = grid.notes[index] if grid.notes else ""
@@ -110,6 +111,7 @@ def draw_grid(grid: ImageGrid, *, title: str = "") -> Image.Image:
             draw.text((centre, upper), text, fill=colour, font=face, anchor="ma")
             upper += line
 
+    # A row of images behind its label, each image in the middle of its cell.
     for row, label in enumerate(grid.rows):
         y = top + row * (side_y + gap)
         text, middle = "\n".join(_wrap(label, font, label_width - size)), (margin, y + side_y // 2)
@@ -135,6 +137,7 @@ def draw_curves(curves: Curves) -> str:
             axes.set_yscale("log")
         _spread_labels(axes, figure)
 
+        # The frame is a line below; the grid shows heights.
         axes.set_xlabel(curves.labels[0], color=_TEXT)
         axes.set_ylabel(curves.labels[1], color=_TEXT)
         axes.tick_params(colors=_TEXT, width=0.6, length=3)
@@ -189,6 +192,7 @@ def _pixels(figure: Figure) -> UInt8[Tensor, "3 _ _"]:
 
 def _draw_curve(axes, series: Series, colour: str, smoothing: int) -> None:
     steps, values = np.asarray(series.steps, float), np.asarray(series.values, float)
+    # The points are faint behind their running mean.
     if smoothing > 1 and len(values) >= 2 * smoothing:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         kernel = np.ones(smoothing) / smoothing
@@ -208,6 +212,7 @@ def _spread_labels(axes, figure: Figure) -> None:
     labels = sorted(axes.texts, key=lambda label: axes.transData.transform(label.xy)[1])
     heights = [axes.transData.transform(label.xy)[1] * to_points for label in labels]
 
+    # From the lowest up, each is pushed at least a line above the one below it.
     places = heights[:]
     for lower, upper in pairwise(range(len(places))):
         places[upper] = max(places[upper], places[lower] + 12)

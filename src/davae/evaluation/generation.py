@@ -45,6 +45,7 @@ def sample_many(
     weights = _weights_digest(pipeline)
     origins = [_digest([weights, settings, prompt, index]) for index, prompt in enumerate(prompts)]
 
+    # Each rank makes every so many-th batch, if one of its images is missing.
     starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
     for start in track(starts, label, unit="batches", visible=ranks.first):
         batch = range(start, min(start + batch_size, len(prompts)))
@@ -154,6 +155,7 @@ def evaluate(
     if len(real) < 2:
         raise DataError(f"KID needs 2 real images at least, and {pictures} has 1; {real.refusals_summary()}")
 
+    # Generate, and compare features.
     prompts = repeat_captions(real, count)
     settings: dict[str, Any] = {
         "steps": steps,
@@ -171,6 +173,7 @@ def evaluate(
     result |= {"device": str(pipeline.device), "environment": environment()}
     ranks.on_first(lambda: write_json(out / "result.json", result))
 
+    # The page shows the first images.
     table = Table(["", "KID x 1000"], [["generated images", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
     shown = min(16, count)
     grid = ImageGrid([f"{width}x{height} px"], prompts[:shown], [[image] for image in generated[:shown]])

@@ -144,26 +144,16 @@ def draw_latents(
     neighbours: int = 10,
     seed: int = 0,
 ) -> Path:
-    """Draw and measure base and detail latents of held-out images; write result.json, latents.png and a page to `out`.
+    """Draw and measure base and detail latents of held-out images; write results and a page to `out`; the page's path.
 
-    Args:
-        autoencoders: by name; one row each, such as one trained with alignment and one without.
-        pictures: a folder of images or shards.
-        out: folder of the results.
-        size: side of the images in pixels.
-        limit: at most this many images.
-        points: at most this many latent positions are drawn and have their neighbours compared.
-        neighbours: k of the neighbourhood agreement.
-        seed: of the choice of positions.
-
-    Returns:
-        The path of the page.
+    At most `points` latent positions are drawn, and have their `neighbours` nearest compared.
 
     Raises:
         SettingsError: a factor does not divide `size`, a number is out of range, the detail latents do not vary,
             no autoencoder has base latents to compare new ones with, or `davae[latents]` is not installed.
         DataError: there are no usable images, or too few positions.
     """
+    # Refuse before anything is encoded.
     check_tsne_is_installed()
     if not 16 <= points <= MOST_POINTS:
         raise SettingsError(f"points={points}: allowed are 16 to {MOST_POINTS}")
@@ -172,6 +162,7 @@ def draw_latents(
         if size % factor:
             raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
 
+    # Encode, and choose the positions that are compared.
     heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False)
     heldout = heldout.sound(out / "refused.json")
     halves = _encode(autoencoders, heldout)
@@ -180,6 +171,7 @@ def draw_latents(
         rows[name] = choose_positions(heldout, autoencoder.downsample_factor, points, seed=seed)
         facts[name] = describe(halves[name], rows[name], neighbours=neighbours)
 
+    # Draw, and write.
     grid = _draw(halves, rows, facts)
     result = {"autoencoders": facts, "count": len(heldout), "size": size, "neighbours": neighbours, "seed": seed}
     write_json(out / "result.json", {**result, "environment": environment()})
@@ -229,6 +221,7 @@ def _encode(autoencoders: Mapping[str, AutoencoderDA], pictures: PictureSet) -> 
                 f"downsample factor {autoencoder.downsample_factor}"
             )
 
+        # Constant channels have no neighbours and no correlation.
         deviations = at_positions(halves[name].detail).double().std(dim=0)
         if not (deviations > 1e-6).all():
             raise SettingsError(f"detail latents of {name} do not vary, or are not finite: train it first")
@@ -249,6 +242,7 @@ def _draw(halves: Mapping[str, Halves], rows: Mapping[str, Tensor], facts: Mappi
         detail_points, detail_divergence = tsne(detail)
         facts[name]["tsne_divergence"] = [base_divergence, detail_divergence]
 
+        # All plots of a row have the colours of its base's t-SNE.
         colours = place_colours(base_points.numpy())
         plots = (base_points, detail_points, principal_components(base), principal_components(detail))
         tiles = [scatter_tile(points.numpy(), colours) for points in plots]

@@ -57,10 +57,9 @@ def measure(pictures: PictureSet, ways: Mapping[str, Way], *, lpips: LPIPS) -> d
 def measure_kid(
     pictures: PictureSet, ways: Mapping[str, Way], extract: Callable[[Tensor], Tensor], *, device: torch.device
 ) -> dict[str, float]:
-    """KID of each way's reconstructions against their originals; name the features beside it.
+    """KID of each way's reconstructions against their originals, in place of rFID, which needs far more images.
 
-    It takes the place of rFID, which needs the features of InceptionV3 and far more images. KID is unbiased: for a way
-    that changes nothing it is a little below 0.
+    It is unbiased: for a way that changes nothing it is a little below 0.
     """
     real: list[Tensor] = []
     features: dict[str, list[Tensor]] = {name: [] for name in ways}
@@ -118,6 +117,7 @@ def make_tokenizer_table(
     if kids:
         header.append(f"KID x 1000 ({EfficientNetLite0Features.name})")
 
+    # A row: name, cost, quality.
     rows = []
     for (name, cost), numbers in zip(costs.items(), quality.rows, strict=True):
         row = [name, cost["brief"], f"{cost['numbers_per_pixel']:.4g}"]
@@ -147,31 +147,18 @@ def reconstruct(
     ablate_detail: bool = False,
     with_kid: bool = False,
 ) -> Path:
-    """Encode and decode held-out images; write result.json and a page to `out`.
+    """Encode and decode held-out images; write result.json and a page to `out`, whose path is returned.
 
-    The table is like the paper's Table 2: the cost of each tokenizer, and the quality of its reconstructions.
-
-    Args:
-        autoencoder: the autoencoder to measure.
-        pictures: a folder of images or shards.
-        out: folder of the results.
-        base: the base pipeline's VAE, for three bounds: at 1/s of the size and enlarged, at full size, and at full
-            size with its latents unshuffled onto the grid of `autoencoder`. None leaves them out.
-        compare: other tokenizers by name, see `tokenizers.load_tokenizer`.
-        size: side of the images in pixels.
-        limit: at most this many images.
-        patch: patch size of a transformer, to count tokens.
-        ablate_detail: also measure with the detail latents zeroed, and randomised (the paper's Fig. S2).
-        with_kid: also measure KID of the reconstructions.
-
-    Returns:
-        The path of the page.
+    The table is like the paper's Table 2: the cost of each tokenizer, and the quality of its reconstructions. With the
+    VAE `base` it has three bounds: the base at 1/s of the size and enlarged, at full size, and at full size with its
+    latents unshuffled onto the grid of `autoencoder`. `ablate_detail` adds the rows of the paper's Fig. S2.
 
     Raises:
         SettingsError: a factor does not divide `size`, `base` is another autoencoder's, KID is asked for without
             `davae[eval]`, or `ablate_detail` for an autoencoder whose latents are all new.
         DataError: there are no usable images.
     """
+    # Refuse before anything is decoded.
     tokenizers = choose_tokenizers(autoencoder, base, compare or {}, ablate_detail=ablate_detail)
     for name in sorted(tokenizers, key=lambda name: name != OURS):
         factor = tokenizers[name].factor
@@ -185,6 +172,7 @@ def reconstruct(
     values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(autoencoder.device))
     kids = {} if features is None else measure_kid(heldout, tokenizers, features, device=autoencoder.device)
 
+    # Costs, at the patch of the caller and at the patch that makes all tokens equal.
     tokens = tokenizers[OURS].count_tokens(size, patch)
     costs = {}
     for name, tokenizer in tokenizers.items():

@@ -1,4 +1,4 @@
-"""How like each other base and detail latents are, in numbers: neighbours, correlations, spectra. All in float64."""
+"""How alike base and detail latents are, in numbers: neighbours, correlations, spectra. All in float64."""
 
 import torch
 from einops import rearrange
@@ -12,18 +12,15 @@ from davae.method.losses import channel_group_mean
 def neighbourhood_agreement(
     one: Float[Tensor, "n a"], other: Float[Tensor, "n b"], neighbours: int = 10
 ) -> Float[Tensor, ""]:
-    """Share of each vector's `neighbours` nearest others in `one` that are among its nearest in `other`; the mean.
+    """The mean share of each vector's nearest others in `one` that are among its nearest in `other`.
 
-    Euclidean distances in float64. Of two sets that have nothing to do with each other it is `by_chance`.
-
-    Raises:
-        SettingsError: not fewer neighbours than other vectors.
+    Distances are Euclidean, in float64. Two unrelated sets have the agreement `by_chance`.
     """
     count = len(one)
     if not 1 <= neighbours < count - 1:
         raise SettingsError(f"neighbours={neighbours}: of {count} points allowed are 1 to {count - 2}")
-    among = [_nearest(vectors.double(), neighbours) for vectors in (one, other)]
-    return (among[0] & among[1]).sum().double() / (count * neighbours)
+    common = _find_nearest(one.double(), neighbours) & _find_nearest(other.double(), neighbours)
+    return common.sum().double() / (count * neighbours)
 
 
 def by_chance(count: int, neighbours: int) -> float:
@@ -31,7 +28,7 @@ def by_chance(count: int, neighbours: int) -> float:
     return neighbours / (count - 1)
 
 
-def _nearest(vectors: Tensor, neighbours: int) -> Bool[Tensor, "n n"]:
+def _find_nearest(vectors: Tensor, neighbours: int) -> Bool[Tensor, "n n"]:
     distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(torch.inf)
     nearest = torch.zeros_like(distances, dtype=torch.bool)
@@ -42,31 +39,28 @@ def channel_correlation(
     base: Float[Tensor, "n base h w"], detail: Float[Tensor, "n detail h w"]
 ) -> Float[Tensor, "base detail"]:
     """Pearson's correlation of every base channel with every detail channel over images and positions, in float64."""
-    standard = []
-    for half in (base, detail):
-        vectors = at_positions(half).double()
-        centred = vectors - vectors.mean(dim=0)
-        standard.append(centred / centred.square().sum(dim=0).sqrt())
-    return standard[0].T @ standard[1]
+    channels = torch.cat([at_positions(base), at_positions(detail)], dim=1).double().T
+    return torch.corrcoef(channels)[: base.shape[1], base.shape[1] :]
 
 
 def radial_spectrum(latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "k"]:
     """Power of latents by spatial frequency: k = 1 .. min(h, w) / 2 cycles across them, in float64.
 
     |FFT2|^2 / (h w), averaged over images, channels, and the frequencies whose length rounds to k. White noise of
-    unit variance has 1 at every k. No window: what wraps around at the borders adds to all.
+    unit variance has 1 at every k. There is no window: the jump at the borders adds to every k.
     """
     height, width = latents.shape[-2:]
     power = (torch.fft.fft2(latents.double()).abs().square() / (height * width)).mean(dim=(0, 1))
-    vertical, horizontal = (torch.fft.fftfreq(side, d=1 / side, dtype=torch.float64) for side in (height, width))
+
+    # The ring of frequencies that each coefficient is in.
+    vertical = torch.fft.fftfreq(height, d=1 / height, dtype=torch.float64)
+    horizontal = torch.fft.fftfreq(width, d=1 / width, dtype=torch.float64)
     ring = torch.hypot(vertical[:, None], horizontal).round().long()
     return torch.stack([power[ring == k].mean() for k in range(1, min(height, width) // 2 + 1)])
 
 
 def group_mean_correlation(base: Float[Tensor, "n base h w"], detail: Float[Tensor, "n detail h w"]) -> float:
-    """Pearson's correlation of each base channel with the mean of its group of detail channels; the mean over them.
-
-    The alignment loss draws these means to the base channels.
+    """The mean correlation of a base channel with the mean of its group of detail channels.
 
     Raises:
         SettingsError: D is no multiple of C.
@@ -75,5 +69,5 @@ def group_mean_correlation(base: Float[Tensor, "n base h w"], detail: Float[Tens
 
 
 def at_positions(latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "p c"]:
-    """One vector for each position of each picture, row by row."""
+    """One vector for each position of each image, row by row."""
     return rearrange(latents, "n c h w -> (n h w) c")

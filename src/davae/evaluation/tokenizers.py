@@ -134,6 +134,7 @@ def load_tokenizer(folder: Path, *, device: str = "cpu") -> Tokenizer:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no autoencoder: it has no config.json; give a save_pretrained folder")
 
+    # The config of any diffusers model says its class.
     try:
         name = AutoencoderDA.load_config(folder).get("_class_name")
     except LOADING_ERRORS as error:
@@ -154,6 +155,7 @@ def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
     Raises:
         SettingsError: a folder was given twice.
     """
+    # Equal paths would never get different names.
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise SettingsError(f"{', '.join(map(str, folders))}: a folder was given twice; give each once")
