@@ -43,17 +43,17 @@ def with_part(case: Case, **parts: nn.Module) -> Case:
     return dataclasses.replace(case, pipeline=pipeline)
 
 
-def against(case: Case, part: str, **parts: nn.Module) -> dict[str, Run]:
+def make_pair(case: Case, part: str, **parts: nn.Module) -> dict[str, Run]:
     """A part of the case, and that of the same pipeline with other parts."""
     return {"plain": make_runs(case, [part])[part], "lever": make_runs(with_part(case, **parts), [part])[part]}
 
 
-def compiled(case: Case) -> dict[str, Run]:
+def compile_step(case: Case) -> dict[str, Run]:
     """A guided step, every block compiled."""
     transformer = copy.deepcopy(case.pipeline.transformer)
     for block in transformer.transformer_blocks:
         block.compile(fullgraph=True, dynamic=True)
-    return against(case, "step", transformer=transformer)
+    return make_pair(case, "step", transformer=transformer)
 
 
 def eight_bits(case: Case, config: object) -> dict[str, Run]:
@@ -65,7 +65,7 @@ def eight_bits(case: Case, config: object) -> dict[str, Run]:
         quantize_(block, config)
     for block in [*blocks_of(plain), *blocks_of(quantised)]:
         block.compile(fullgraph=True)
-    return against(with_part(case, transformer=plain), "step", transformer=quantised)
+    return make_pair(with_part(case, transformer=plain), "step", transformer=quantised)
 
 
 def int8(case: Case) -> dict[str, Run]:
@@ -83,14 +83,16 @@ def fp8(case: Case) -> dict[str, Run]:
 
 
 def embeddings(case: Case) -> dict[str, Run]:
-    """A whole picture, the embeddings of both prompts kept."""
+    """A whole image, with the embeddings of both prompts computed before."""
     pipeline = case.pipeline
     with torch.no_grad():
-        kept = pipeline.encode_prompt(PROMPT, None, None, negative_prompt="", max_sequence_length=case.prompt_tokens)
-    named = dict(zip(EMBEDDINGS, kept, strict=True))
-    told = {"num_inference_steps": case.steps, "max_sequence_length": case.prompt_tokens}
-    told |= {"height": case.size, "width": case.size}
-    return {"plain": lambda: pipeline(PROMPT, **told), "lever": lambda: pipeline(**named, **told)}
+        embedded = pipeline.encode_prompt(
+            PROMPT, None, None, negative_prompt="", max_sequence_length=case.prompt_tokens
+        )
+    named = dict(zip(EMBEDDINGS, embedded, strict=True))
+    settings = {"num_inference_steps": case.steps, "max_sequence_length": case.prompt_tokens}
+    settings |= {"height": case.size, "width": case.size}
+    return {"plain": lambda: pipeline(PROMPT, **settings), "lever": lambda: pipeline(**named, **settings)}
 
 
 def one_batch(case: Case) -> dict[str, Run]:
@@ -104,8 +106,8 @@ def one_batch(case: Case) -> dict[str, Run]:
     sigma = torch.full((2,), 0.5, device=pipeline.device, dtype=dtype)
 
     def call(rows: slice) -> object:
-        told = {name: tensor[rows] for name, tensor in condition.items()}
-        return backbone.predict(pipeline.transformer, latents[rows], sigma[rows], told)
+        conditions = {name: tensor[rows] for name, tensor in condition.items()}
+        return backbone.predict(pipeline.transformer, latents[rows], sigma[rows], conditions)
 
     return {"plain": lambda: (call(slice(1)), call(slice(1, 2))), "lever": lambda: call(slice(2))}
 
@@ -113,25 +115,25 @@ def one_batch(case: Case) -> dict[str, Run]:
 def channels_last(case: Case) -> dict[str, Run]:
     """Decoding, the autoencoder's weights in channels last."""
     vae = copy.deepcopy(case.pipeline.vae).to(memory_format=torch.channels_last)
-    return against(case, "decode", vae=vae)
+    return make_pair(case, "decode", vae=vae)
 
 
 def compiled_decode(case: Case) -> dict[str, Run]:
     """Decoding, the decoder's outermost stage compiled."""
     vae = copy.deepcopy(case.pipeline.vae)
     vae.joint_decoder.up_blocks[-1].compile(fullgraph=True)
-    return against(case, "decode", vae=vae)
+    return make_pair(case, "decode", vae=vae)
 
 
 def slim_decoder(case: Case) -> dict[str, Run]:
     """Decoding, by half the widths and one residual block to a stage; its weights are those of no training."""
     widths = case.pipeline.vae.config.base_config["block_out_channels"]
     vae = slimmed(case.pipeline.vae, [width // 2 for width in widths], [0] * len(widths))
-    return against(case, "decode", vae=vae)
+    return make_pair(case, "decode", vae=vae)
 
 
 LEVERS: dict[str, Callable[[Case], dict[str, Run]]] = {
-    "compile": compiled,
+    "compile": compile_step,
     "embeddings": embeddings,
     "one-batch": one_batch,
     "channels-last": channels_last,
@@ -170,19 +172,23 @@ def main(
     else:
         loaded = load_pipeline(pipeline, **settings)
     loaded.set_progress_bar_config(disable=True)
+
     side = backbone_of(loaded.transformer).picture_side(loaded, size)
     shipped = pipeline is None and geometry is None
     case = Case("levers", loaded, side, batch=batch, steps=steps, prompt_tokens=12 if shipped else 256)
+
+    # Each lever against its plain form, interleaved.
     values = {}
     for name in lever or LEVERS:
         if name not in LEVERS | QUANTISED:
             raise SettingsError(f"lever {name!r}: allowed are {', '.join(LEVERS | QUANTISED)}")
-        found = measure_interleaved((LEVERS | QUANTISED)[name](case), torch.device(device), repeats=repeats, warm_up=2)
-        ratio = compute_paired_ratios(found["plain"].seconds, found["lever"].seconds)
+        times = measure_interleaved((LEVERS | QUANTISED)[name](case), torch.device(device), repeats=repeats, warm_up=2)
+        ratio = compute_paired_ratios(times["plain"].seconds, times["lever"].seconds)
         typer.echo(f"{name}: {ratio.median:.3f}x [{ratio.least:.3f}, {ratio.most:.3f}]")
-        cold = found["lever"].cold
-        milliseconds = {kind: 1000 * compute_spread(measured.seconds).median for kind, measured in found.items()}
+        cold = times["lever"].cold
+        milliseconds = {kind: 1000 * compute_spread(measured.seconds).median for kind, measured in times.items()}
         values[name] = {**dataclasses.asdict(ratio), "cold_seconds": cold, "milliseconds": milliseconds}
+
     if out is not None:
         counts = {"repeats": repeats, "steps": steps, "size": side, "batch": batch}
         write_json(out, {"values": values, "counts": counts, "device": device, "environment": environment()})

@@ -32,14 +32,14 @@ from davae.training.stage_one_run import train_autoencoder
 COUNT = 256
 
 
-def loaded_per_second(pictures: PictureSet, *, alone: bool) -> float:
+def measure_loader(pictures: PictureSet, *, alone: bool) -> float:
     """Pictures a second, of those that are decoded anew."""
     began = time.perf_counter()
     in_threads(pictures.decode, range(len(pictures)), alone=alone)
     return len(pictures) / (time.perf_counter() - began)
 
 
-def used_per_second(batch_size: int) -> float:
+def measure_stage_one(batch_size: int) -> float:
     """Pictures a second of stage 1 on the shipped pair, evaluation left out."""
     recipe = AutoencoderRecipe(
         steps=21, batch_size=batch_size, limit=64, heldout_pictures=1, calibration_pictures=16, fit_pictures=16
@@ -51,7 +51,7 @@ def used_per_second(batch_size: int) -> float:
     return (last["step"] - first["step"]) * batch_size / (last["seconds"] - first["seconds"])
 
 
-def photograph() -> bytes:
+def make_photograph() -> bytes:
     """A JPEG of 4000x3000 pixels, with structure of all sizes."""
     random = np.random.default_rng(0)
     layers = [
@@ -70,12 +70,15 @@ def main(
     repeats: Annotated[int, typer.Option(help="Measurements of the JPEG.")] = 7,
 ) -> None:
     """Print the rates and ratios."""
-    found = open_pictures(pictures or assets.pictures(), size=size, limit=COUNT, captions=False).sound()
-    rates = [loaded_per_second(found, alone=alone) for alone in (True, False)]
+    images = open_pictures(pictures or assets.pictures(), size=size, limit=COUNT, captions=False).sound()
+    rates = [measure_loader(images, alone=alone) for alone in (True, False)]
     typer.echo(f"loader: {rates[0]:.0f} pictures/s with one thread, {rates[1]:.0f} with {WORKERS}")
-    used = used_per_second(batch_size)
+
+    used = measure_stage_one(batch_size)
     typer.echo(f"stage 1, batches of {batch_size}: {used:.1f} pictures/s; the loader has {rates[0] / used:.1f}x that")
-    data, bucket = photograph(), Bucket(512, 512)
+
+    # A large JPEG, decoded whole and small.
+    data, bucket = make_photograph(), Bucket(512, 512)
     runs = {
         "whole": lambda: fit(read_picture(data, "whole"), bucket),
         "small": lambda: fit(read_picture(data, "small", enough=2 * 512), bucket),
@@ -83,6 +86,7 @@ def main(
     times = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
     for name, measured in times.items():
         typer.echo(f"JPEG of 12 million pixels, {name}: {1000 * compute_spread(measured.seconds).median:.0f} ms")
+
     ratio = compute_paired_ratios(times["whole"].seconds, times["small"].seconds)
     typer.echo(f"{ratio.median:.2f}x [{ratio.least:.2f}, {ratio.most:.2f}]")
     error = (fit(read_picture(data, "a"), bucket).float() - runs["small"]().float()).square().mean()

@@ -75,14 +75,15 @@ def measure_round(
 
 
 @torch.no_grad()
-def captured(run: Run) -> Run:
-    """What a run launches, as one CUDA graph."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+def capture(run: Run) -> Run:
+    """The launches of a run as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
+
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -94,15 +95,18 @@ def measure_captured(pair: Mapping[str, DiffusionPipeline], size: int, out: Path
     cases, runs = make_cases(pair, size=size, against_sizes=[size]), {}
     for case in cases:
         runs[f"{case.name}, launched"] = run = make_runs(case, ["step"])["step"]
-        runs[f"{case.name}, one graph"] = captured(run)
-    found = measure_interleaved(runs, cases[0].pipeline.device, repeats=7, warm_up=2)
+        runs[f"{case.name}, one graph"] = capture(run)
+    measured = measure_interleaved(runs, cases[0].pipeline.device, repeats=7, warm_up=2)
+
+    # Each pair of runs, the slower one over the faster one.
     launched, graph, base_launched, base_graph = runs
     ratios = {
-        f"{above} over {below}": asdict(compute_paired_ratios(found[above].seconds, found[below].seconds))
+        f"{above} over {below}": asdict(compute_paired_ratios(measured[above].seconds, measured[below].seconds))
         for above, below in ((base_graph, graph), (base_launched, launched), (launched, graph))
     }
-    seconds = {name: asdict(compute_spread(measured.seconds)) for name, measured in found.items()}
+    seconds = {name: asdict(compute_spread(times.seconds)) for name, times in measured.items()}
     write_json(out / "captured.json", {"seconds": seconds, "ratios": ratios, "environment": environment()})
+
     lines = [f"{name}: {1000 * value['median']:.2f} ms" for name, value in seconds.items()]
     lines += [f"{name}: {v['median']:.3f} [{v['least']:.3f}, {v['most']:.3f}]" for name, v in ratios.items()]
     return "\n".join(lines)
@@ -120,31 +124,38 @@ def main(
     small: Annotated[bool, typer.Option(help="Pictures of 128 px, two at most: to try the script.")] = False,
 ) -> None:
     """Build the pair once, measure all rounds, and print their tables."""
-    wanted = list(ROUNDS) if round_ is None else round_
-    if unknown := set(wanted) - {*ROUNDS, GRAPHS}:
+    names = list(ROUNDS) if round_ is None else round_
+    if unknown := set(names) - {*ROUNDS, GRAPHS}:
         raise SettingsError(f"round {unknown.pop()!r}: allowed are {', '.join(ROUNDS)} and {GRAPHS}")
+
+    # Build the pair.
     where = torch.device(device)
     settings: dict[str, Any] = {"adapter": (), "layers": layers, "parts": (), "dtype": "bfloat16", "device": device}
     began = time.monotonic()
     pair = load_pair(None, None, geometry="sd35m", **settings)
     typer.echo(f"built in {time.monotonic() - began:.0f} s")
     ceilings = measure_ceilings(where, torch.bfloat16, **CEILINGS[where.type])
+
     if compile_decoder:
         quicken(pair.values(), compiled=False, channels_last=True)
         decoders = [getattr(p.vae, "joint_decoder", None) or p.vae.decoder for p in pair.values()]
         for decoder in decoders:
             for stage in decoder.up_blocks:
                 stage.compile(fullgraph=True, dynamic=True)
+
+    # Compiled rounds come last, so that the others run as they are.
     compiling, compiled = {}, False
-    for name in [*(each for each in ROUNDS if each in wanted), *([GRAPHS] if GRAPHS in wanted else [])]:
+    for name in [*(each for each in ROUNDS if each in names), *([GRAPHS] if GRAPHS in names else [])]:
         chosen = ROUNDS.get(name, Round(compiled=False, parts=SOME, whole_repeats=3, equal_pixels_only=True))
         if small:
             chosen = replace(chosen, size=chosen.size // 8, batch=min(2, chosen.batch), whole_repeats=1)
+
         if name == GRAPHS:
             typer.echo(f"\n{measure_captured(pair, chosen.size, run)}")
             for pipeline in pair.values():
                 for block in blocks_of(pipeline.transformer):
                     block.compile(fullgraph=True, dynamic=True, mode="reduce-overhead")
+
         if chosen.compiled and not compiled:  # once: the rounds share the graphs
             quicken(pair.values(), compiled=True, channels_last=False)
             compiled = True

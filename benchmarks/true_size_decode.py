@@ -31,28 +31,28 @@ SLIM_WIDTHS, SLIM_DEPTHS = (64, 128, 256, 256), (0, 0, 0, 0)
 Vae = AutoencoderDA | AutoencoderKL
 
 
-def last(vae: Vae) -> Vae:
+def to_channels_last(vae: Vae) -> Vae:
     """A copy with channels last."""
     return nn.Module.to(copy.deepcopy(vae), memory_format=torch.channels_last)
 
 
-def compiled(vae: AutoencoderDA) -> AutoencoderDA:
+def compile_stages(vae: AutoencoderDA) -> AutoencoderDA:
     """A copy with channels last whose decoder's stages are compiled, each by itself."""
-    made = last(vae)
+    made = to_channels_last(vae)
     for stage in made.joint_decoder.up_blocks:
         stage.compile(fullgraph=True, dynamic=True)
     return made
 
 
-def tiled(vae: AutoencoderDA, storage: str, tile: int) -> AutoencoderDA:
+def enable_tiles(vae: AutoencoderDA, storage: str, tile: int) -> AutoencoderDA:
     """A copy with channels last that decodes over tiles."""
-    made = last(vae)
+    made = to_channels_last(vae)
     made.enable_tiling()
     made.tile_sample_size, made.tile_storage = tile, storage
     return made
 
 
-def longest_kernels(run: Run, device: torch.device) -> dict[str, float]:
+def find_longest_kernels(run: Run, device: torch.device) -> dict[str, float]:
     """Milliseconds of the twelve kernels, or operators on a CPU, that take the most of a run."""
     on_gpu = device.type == "cuda"
     kinds = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
@@ -64,7 +64,7 @@ def longest_kernels(run: Run, device: torch.device) -> dict[str, float]:
     return {name[:150]: took[name] / 1000 for name in sorted(took, key=took.__getitem__, reverse=True)[:12]}
 
 
-def searching(run: Run) -> Run:
+def search_convolutions(run: Run) -> Run:
     """The same with cuDNN's search for the fastest convolutions."""
 
     def searched() -> object:
@@ -77,7 +77,7 @@ def searching(run: Run) -> Run:
     return searched
 
 
-def off(picture: Tensor, other: Tensor) -> dict[str, float]:
+def compare(picture: Tensor, other: Tensor) -> dict[str, float]:
     """Largest and mean difference of two pictures in [-1, 1], in their 255 steps."""
     apart = 127.5 * (picture.float() - other.float()).abs()
     return {"most": apart.max().item(), "mean": apart.mean().item()}
@@ -89,32 +89,38 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
     slim = nn.Module.to(slimmed(upgrade, SLIM_WIDTHS, SLIM_DEPTHS), device=device, dtype=dtype)
     ways: dict[str, Vae] = {
         "upgrade": upgrade,
-        "upgrade, channels last": last(upgrade),
-        "base, channels last": last(base),
-        "slim, channels last": last(slim),
-        "upgrade, channels last, compiled": compiled(upgrade),
+        "upgrade, channels last": to_channels_last(upgrade),
+        "base, channels last": to_channels_last(base),
+        "slim, channels last": to_channels_last(slim),
+        "upgrade, channels last, compiled": compile_stages(upgrade),
     }
     if size > tile:
-        ways["tiles, kept in main memory"] = tiled(upgrade, "cpu", tile)
-        ways["tiles, kept on the device"] = tiled(upgrade, str(device), tile)
+        ways["tiles, kept in main memory"] = enable_tiles(upgrade, "cpu", tile)
+        ways["tiles, kept on the device"] = enable_tiles(upgrade, str(device), tile)
+
+    # The same noise for all decoders of one shape.
     inputs = {}
     for name, vae in ways.items():
         side = size // downsample_factor(vae.config)
         random = torch.Generator().manual_seed(0)
         inputs[name] = torch.randn(1, vae.config.latent_channels, side, side, generator=random).to(device, dtype)
     runs = {name: lambda name=name, vae=vae: vae.decode(inputs[name]).sample for name, vae in ways.items()}
+
+    # Where the time goes.
     kernels = {}
     for name in ("upgrade", "upgrade, channels last", "slim, channels last", "upgrade, channels last, compiled"):
         with torch.no_grad():
             runs[name]()
-        kernels[f"kernels, {name}"] = longest_kernels(runs[name], device)
+        kernels[f"kernels, {name}"] = find_longest_kernels(runs[name], device)
         typer.echo(f"{size} px, {name}: {kernels[f'kernels, {name}']}")
     if device.type == "cuda":
         name = "upgrade, channels last, cuDNN's search"
         ways[name], inputs[name] = ways["upgrade, channels last"], inputs["upgrade, channels last"]
-        runs[name] = searching(runs["upgrade, channels last"])
-    found = measure_interleaved(runs, device, repeats=7, warm_up=2)
-    plain = found["upgrade, channels last"].seconds
+        runs[name] = search_convolutions(runs["upgrade, channels last"])
+
+    # Times, interleaved.
+    times = measure_interleaved(runs, device, repeats=7, warm_up=2)
+    plain = times["upgrade, channels last"].seconds
     values: dict[str, Any] = {
         name: {
             "seconds": asdict(compute_spread(measured.seconds)),
@@ -123,8 +129,9 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
             "cold_seconds": measured.cold,
             "flops": count_decode_flops(ways[name], inputs[name].shape[-1]),
         }
-        for name, measured in found.items()
+        for name, measured in times.items()
     }
+
     values |= kernels
     if size > tile:
         with torch.no_grad():
@@ -134,9 +141,9 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
             exact.enable_tiling()
             exact.tile_sample_size, exact.tile_storage = tile, str(device)
             precise_pieces = exact.decode(inputs["upgrade"].float()).sample
-        values["tiles and whole, 255ths"] = off(pieces, whole)
-        values["tiles and whole in float32, 255ths"] = off(precise_pieces, precise)
-        values["whole and float32, 255ths"] = off(whole, precise)
+        values["tiles and whole, 255ths"] = compare(pieces, whole)
+        values["tiles and whole in float32, 255ths"] = compare(precise_pieces, precise)
+        values["whole and float32, 255ths"] = compare(whole, precise)
     return values
 
 
@@ -154,10 +161,11 @@ def main(
         upgrade = AutoencoderDA.from_base(base, detail_channels=base.config.latent_channels).eval()
     for vae in (base, upgrade):
         nn.Module.to(vae, device=where, dtype=torch.bfloat16)
+
     values = {}
     for each in size or [1024, 2048]:
-        values[f"{each} px"] = found = measure_size(upgrade, base, each, tile=tile)
-        for name, value in found.items():
+        values[f"{each} px"] = measure_size(upgrade, base, each, tile=tile)
+        for name, value in values[f"{each} px"].items():
             if "seconds" not in value:
                 continue
             seconds, ratio = value["seconds"], value["against channels last"]

@@ -93,7 +93,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
-def half(image: Tensor) -> Tensor:
+def reduce_to_half(image: Tensor) -> Tensor:
     """The picture at half size, as the base saw pictures."""
     return F.interpolate(image, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
 
@@ -101,7 +101,7 @@ def half(image: Tensor) -> Tensor:
 @torch.no_grad()
 def start_linear(upscaler: LatentUpscaler, vae: AutoencoderKL, image: Tensor) -> None:
     """Least squares of the unshuffled full-size latents on the base latents."""
-    full, base = F.pixel_unshuffle(encode(vae, image), 2), encode(vae, half(image))
+    full, base = F.pixel_unshuffle(encode(vae, image), 2), encode(vae, reduce_to_half(image))
     source, target = (latents.double().transpose(0, 1).flatten(1).T for latents in (base, full))
     found = torch.linalg.lstsq(F.pad(source, (0, 1), value=1.0), target).solution
     upscaler.linear.weight.copy_(found[:-1].T[:, :, None, None])
@@ -111,23 +111,28 @@ def start_linear(upscaler: LatentUpscaler, vae: AutoencoderKL, image: Tensor) ->
 def train(recipe: UpscalerRecipe, vae: AutoencoderKL, run: Path) -> tuple[LatentUpscaler, int]:
     """The trained network, and its steps."""
     pictures = open_pictures(assets.pictures(), size=demo.SIZE, split="train")
+
     torch.manual_seed(recipe.seed)
     upscaler = LatentUpscaler(vae.config.latent_channels, recipe.width, recipe.blocks)
     start_linear(upscaler, vae, pictures.batch(range(0, len(pictures), len(pictures) // 128)))
     lpips = LPIPS.alex()
+
     models, parameters = {"upscaler": upscaler}, upscaler.parameters()
     state = TrainingState(recipe, run, models, parameters, label="latent upscaler")
     for step in state.steps():
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         image = random_crops(pictures.batch(indices), recipe.crop, seed=recipe.seed, step=step)
+
+        # Enlarge noisy latents of the half-size image, and decode.
         random = generator(recipe.seed, "latent noise", step)
         with state.autocast():
             with torch.no_grad():
-                base, full = encode(vae, half(image)), encode(vae, image)
+                base, full = encode(vae, reduce_to_half(image)), encode(vae, image)
             level = recipe.latent_noise * torch.randn(len(base), 1, 1, 1, generator=random).abs()
             latents = upscaler(base + level * torch.randn(base.shape, generator=random))
             made = decode(vae, latents)
             perceptual = lpips(made, image).mean()
+
         parts = {
             "l1": reconstruction_l1(made, image),
             "gradient": gradient_l1(made, image),
@@ -141,13 +146,15 @@ def train(recipe: UpscalerRecipe, vae: AutoencoderKL, run: Path) -> tuple[Latent
 
 
 @torch.no_grad()
-def base_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], path: Path) -> Tensor:
+def sample_base_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], path: Path) -> Tensor:
     """Latents in units [N, C, h, w] of measure.py's prompts and seeds, kept in `path`."""
     if path.is_file():
         return load_file(path)["latents"]
+
     pipeline.set_progress_bar_config(disable=True)
     side = pipeline.transformer.config.sample_size
     rows = []
+
     for start in track(range(0, len(prompts), 16), "base latents"):
         batch = prompts[start : start + 16]
         noise = draw_shared_noise(pipeline, range(start, start + len(batch)), seed=0, height=side, width=side)
@@ -171,14 +178,19 @@ def main(
     vae = load_base_vae(str(assets.base_pipeline())).requires_grad_(False)
     with torch.enable_grad():
         upscaler, done = train(recipe, vae, run)
+
+    # Reconstruction of held-out images.
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
-    ways = {"latent upscaler": lambda image: decode(vae, upscaler(encode(vae, half(image))))}
+    ways = {"latent upscaler": lambda image: decode(vae, upscaler(encode(vae, reduce_to_half(image))))}
     quality = reconstruction.measure(heldout, ways, lpips=LPIPS.alex())
+
+    # Images from prompts.
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
     prompts = generation.repeat_captions(real, count)
-    latents = base_latents(load_pipeline(assets.base_pipeline()), prompts, run / "base_latents.safetensors")
+    latents = sample_base_latents(load_pipeline(assets.base_pipeline()), prompts, run / "base_latents.safetensors")
     made = [picture for batch in latents.split(16) for picture in to_bytes(decode(vae, upscaler(batch)))]
     kid = demo.measure_kid({"latent upscaler": made}, real, 0)
+
     parameters = sum(parameter.numel() for parameter in upscaler.parameters())
     facts = {"reconstruction_256": quality, "kid": kid, "steps": done, "parameters": parameters}
     write_json(run / "result.json", {**facts, "count": count, "environment": environment()})

@@ -1,9 +1,9 @@
-"""Measure the shipped pair: reconstruction of all held-out pictures, KID of many prompts, speed.
+"""Measure the shipped pair: reconstruction of all held-out images, KID of many prompts, speed.
 
     python recipes/small_pair/measure.py runs/measure --count 1000
 
-writes RUN/result.json (copied into experiments/results/) and RUN/samples.png, a grid of 32 base samples. Pictures that
-are there already are not made again, so two processes may make one pipeline's each with --only first.
+writes RUN/result.json (copied into experiments/results/) and RUN/samples.png, a grid of 32 base samples. Images that
+are there already are not generated again, so two processes may first generate for one pipeline each with --only.
 """
 
 from pathlib import Path
@@ -29,13 +29,15 @@ GRID = (4, 8)
 def main(
     run: Path,
     count: Annotated[int, typer.Option(help="Prompts, evenly spread over all captions.")] = 1000,
-    only: Annotated[str | None, typer.Option(help="Make the pictures of this pipeline and leave.")] = None,
+    only: Annotated[str | None, typer.Option(help="Generate with this pipeline and leave.")] = None,
 ) -> None:
     """Measure, and write the numbers."""
     pipelines = {
         demo.BASE: lambda: load_pipeline(assets.base_pipeline()),
         demo.SHIPPED: lambda: load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
     }
+
+    # Generate with each pipeline; the base also at twice its size.
     real = open_pictures(assets.pictures(), size=demo.SIZE, limit=count)
     prompts = generation.repeat_captions(real, count)
     made = {}
@@ -45,10 +47,15 @@ def main(
             made[name] = generation.sample_many(load(), prompts, run / name, label=name, **settings)
     if only:
         return
-    shown = [made[demo.BASE][count * position // GRID[0] // GRID[1]] for position in range(GRID[0] * GRID[1])]
-    rows = [torch.cat(shown[start : start + GRID[1]], dim=2) for start in range(0, len(shown), GRID[1])]
+
+    # A grid of the base's images, evenly spread.
+    height, width = GRID
+    shown = [made[demo.BASE][count * position // (height * width)] for position in range(height * width)]
+    rows = [torch.cat(shown[start : start + width], dim=2) for start in range(0, len(shown), width)]
     write_png(run / "samples.png", torch.cat(rows, dim=1))
-    made[demo.ENLARGED] = [demo.enlarge(picture) for picture in made.pop(demo.BASE)]
+    made[demo.ENLARGED] = [demo.enlarge(image) for image in made.pop(demo.BASE)]
+
+    # Reconstruct the held-out images.
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout")
     vae = load_base_vae(str(assets.base_pipeline()))
     autoencoder = load_autoencoder(assets.upgrade(), base=vae)
@@ -59,6 +66,7 @@ def main(
     }
     small = open_pictures(assets.pictures(), size=demo.SIZE // 2, split="heldout")
     lpips = LPIPS.alex()
+
     kid = demo.measure_kid(made, real, SEED)
     speed = demo.measure_speed({name: load() for name, load in pipelines.items()}, demo.BUDGETS["short"], SEED)
     result = {

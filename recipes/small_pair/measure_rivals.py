@@ -5,8 +5,8 @@
 samples the native pipeline (train_base_transformer.py with native_256.toml) with measure.py's prompts, seeds and
 settings, times it against the upgrade with its own and with the slim decoder (slim_decoder.toml) at batch sizes 1 and
 16, whole and in parts, in turns, and writes RUN/result.json (copied into experiments/results/rivals.json). All decode
-picture by picture (`enable_slicing`), which is faster here than a batch at once. Pictures that are there already are
-not made again; without the upscaler's result it makes them and leaves.
+one image at a time (`enable_slicing`), which is faster here than a batch at once. Images that are there already are
+not generated again; without the upscaler's result the script generates them and leaves.
 """
 
 import json
@@ -41,8 +41,8 @@ T5_LENGTHS = {12: 0.9, 64: 0.07, 256: 0.03}
 """How often train_base_transformer.py pads captions to which length."""
 
 
-def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> dict[str, float]:
-    """Operations of one picture in a training step, forward and backward, attention included.
+def count_training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> dict[str, float]:
+    """Operations of one image in a training step, forward and backward, attention included.
 
     The upgrade's are stage2.toml's: the image stream's layers and both ports are trained, captions are encoded
     once. The native run trains all of it, text encoders included.
@@ -64,24 +64,25 @@ def training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline) -> di
             sd3.velocity(pipeline.transformer, latents, torch.tensor([0.5]), condition).square().mean().backward()
         return whole.get_total_flops() - (0 if text else encoding.get_total_flops())
 
-    found = {tokens: count(native, tokens, text=True) for tokens in T5_LENGTHS}
-    mean = sum(share * found[tokens] for tokens, share in T5_LENGTHS.items())
+    flops = {tokens: count(native, tokens, text=True) for tokens in T5_LENGTHS}
+    mean = sum(share * flops[tokens] for tokens, share in T5_LENGTHS.items())
     return {"upgrade": count(upgraded, demo.PROMPT_TOKENS, text=False), "native": mean}
 
 
-def times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds per picture: all of it, a guided step, decoding; in turns, after one turn to warm up."""
+def measure_times(pipelines: dict[str, DiffusionPipeline], batch: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds per image of a guided step, decoding and the whole, interleaved after one warm-up."""
     settings = {"batch": batch, "steps": demo.SAMPLING["steps"], "prompt_tokens": demo.PROMPT_TOKENS}
-    runs = {
-        f"{name}: {part}": run
-        for name, pipeline in pipelines.items()
-        for part, run in make_runs(Case(name, pipeline, demo.SIZE, **settings), PARTS).items()
-    }
-    found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
-    return {
-        name: {part: statistics.median(found[f"{name}: {part}"].seconds) / batch for part in PARTS}
-        for name in pipelines
-    }
+    runs = {}
+    for name, pipeline in pipelines.items():
+        for part, run in make_runs(Case(name, pipeline, demo.SIZE, **settings), PARTS).items():
+            runs[f"{name}: {part}"] = run
+    measured = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
+
+    times: dict[str, dict[str, float]] = {name: {} for name in pipelines}
+    for name in pipelines:
+        for part in PARTS:
+            times[name][part] = statistics.median(measured[f"{name}: {part}"].seconds) / batch
+    return times
 
 
 def main(
@@ -103,17 +104,20 @@ def main(
     pipelines[SLIM] = with_autoencoder(pipelines[demo.SHIPPED], load_autoencoder(slim))
     for pipeline in pipelines.values():
         pipeline.vae.enable_slicing()
-    made = generation.sample_many(
+
+    # The native model's images; the others are measure.py's.
+    images = generation.sample_many(
         pipelines[demo.NATIVE], prompts, run / "native", label="native", size=demo.SIZE, seed=0, **demo.SAMPLING
     )
     if not upscaler.is_file():
         raise typer.Exit()
+
     trained = [line for line in read_metrics(training / "metrics.jsonl") if "loss" in line] if training else []
     facts: dict[str, Any] = {
-        "kid": demo.measure_kid({"native 256 px model": made}, real, 0),
-        "seconds_per_picture": {str(batch): times(pipelines, batch, repeats) for batch in BATCHES},
+        "kid": demo.measure_kid({"native 256 px model": images}, real, 0),
+        "seconds_per_picture": {str(batch): measure_times(pipelines, batch, repeats) for batch in BATCHES},
         # After all else: it leaves both in training mode.
-        "training_flops": training_flops(pipelines[demo.SHIPPED], pipelines[demo.NATIVE]),
+        "training_flops": count_training_flops(pipelines[demo.SHIPPED], pipelines[demo.NATIVE]),
         "upgrade_steps": UPGRADE_STEPS,
         "native_steps": trained[-1]["step"] + 1 if trained else None,
         "upscaler": json.loads(upscaler.read_bytes()),

@@ -54,7 +54,7 @@ class BaseAutoencoderRecipe(OptimisationRecipe):
     """In the decoder's steps only: each picture's latents get noise of deviation |N(0, 1)| times this, in units."""
 
 
-def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
+def build_autoencoder(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
     """An f8 AutoencoderKL whose posterior starts narrow, log-variance -5."""
     torch.manual_seed(recipe.seed)
     vae = AutoencoderKL(
@@ -70,12 +70,13 @@ def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
         sample_size=128,
         force_upcast=False,
     )
+
     nn.init.zeros_(vae.encoder.conv_out.weight[recipe.latent_channels :])
     nn.init.constant_(vae.encoder.conv_out.bias[recipe.latent_channels :], -5.0)
     return vae.to(memory_format=torch.channels_last)
 
 
-def half_size(pictures: PictureSet) -> Tensor:
+def reduce_to_half(pictures: PictureSet) -> Tensor:
     """All pictures at 128 px, uint8 [N, 3, 128, 128]."""
     small = []
     for indices in torch.arange(len(pictures)).split(64):
@@ -97,8 +98,10 @@ def heldout_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
 def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, decoder_only: bool) -> None:
     """One of the two phases; leaves the EMA's weights in `vae`."""
     train_set = open_pictures(assets.pictures(), size=256, split="train")
-    heldout = half_size(open_pictures(assets.pictures(), size=256, split="heldout", limit=64))
-    small = half_size(train_set)
+    heldout = reduce_to_half(open_pictures(assets.pictures(), size=256, split="heldout", limit=64))
+    small = reduce_to_half(train_set)
+
+    # The parameters and the schedule of this phase.
     vae.requires_grad_(True).encoder.requires_grad_(not decoder_only)
     lpips = LPIPS.alex()
     peak = recipe.decoder_learning_rate if decoder_only else recipe.learning_rate
@@ -111,10 +114,13 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
         [parameter for parameter in vae.parameters() if parameter.requires_grad],
         label="base decoder" if decoder_only else "base autoencoder",
     )
+
     for step in state.steps():
         if step % 500 == 0:
             with state.ema_weights():
                 state.log({"heldout_psnr": heldout_psnr(vae, heldout)})
+
+        # A batch: crops of images at 256 px, or of images at 128 px.
         random = generator(recipe.seed, state.label, step)
         full = torch.rand((), generator=random).item() < recipe.full_size_share
         indices = torch.randint(len(small), (recipe.batch_size,), generator=random)
@@ -123,6 +129,8 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
         if torch.rand((), generator=random).item() < 0.5:
             image = image.flip(3)
         image = image.to(memory_format=torch.channels_last)
+
+        # Encode, add noise, decode.
         with state.autocast():
             posterior = vae.encode(image).latent_dist
             spread = posterior.std
@@ -132,12 +140,14 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
             noise = torch.randn(posterior.mean.shape, generator=random)
             made = vae.decode(posterior.mean + spread * noise).sample
             distance = lpips(made, image).mean() if decoder_only else image.new_zeros(())
+
+        squared = (made.float() - image).square().mean() if decoder_only else image.new_zeros(())
         parts = {
             "l1": reconstruction_l1(made, image),
             "gradient": recipe.gradient_weight * gradient_l1(made, image),
             "kl": recipe.kl_weight * kl_loss_mean(posterior.mean, posterior.logvar),
             "lpips": recipe.lpips_weight * distance,
-            "squared": recipe.squared_weight * decoder_only * (made.float() - image).square().mean(),
+            "squared": recipe.squared_weight * squared,
         }
         state.update(torch.stack(list(parts.values())).sum(), parts)
     with state.ema_weights():
@@ -146,9 +156,9 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, folder: Path, *, de
 
 
 @torch.no_grad()
-def with_scalars(vae: AutoencoderKL) -> AutoencoderKL:
+def set_scalars(vae: AutoencoderKL) -> AutoencoderKL:
     """The same autoencoder whose config brings its latents of the training pictures to mean 0 and deviation 1."""
-    pictures = half_size(open_pictures(assets.pictures(), size=256, split="train", limit=800))
+    pictures = reduce_to_half(open_pictures(assets.pictures(), size=256, split="train", limit=800))
     latents = torch.cat([vae.encode(b.float() / 127.5 - 1).latent_dist.mode() for b in pictures.split(32)]).double()
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
@@ -168,9 +178,9 @@ def main(
     if start:
         vae = AutoencoderKL.from_pretrained(start).to(memory_format=torch.channels_last)
     else:
-        vae = untrained(recipe)
+        vae = build_autoencoder(recipe)
         train(recipe, vae, run / "all", decoder_only=False)
-        vae = with_scalars(vae)
+        vae = set_scalars(vae)
     train(recipe, vae, run / "decoder", decoder_only=True)
     vae.eval().half().save_pretrained(out)
 

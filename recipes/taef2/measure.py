@@ -40,7 +40,7 @@ CROP = 96
 
 
 def draw(sets: dict[str, PictureSet], ways: dict[str, Callable[[Tensor], Tensor]], path: Path) -> None:
-    """Rows of pictures: the original, then every way; the middle CROP pixels of each, as they are."""
+    """Rows of images: the original, then every way; the middle CROP pixels of each, as they are."""
     rows = []
     for name, shown in SHOWN.items():
         pictures = sets[name]
@@ -60,26 +60,28 @@ def main(base: Path, pictures: Path, output: Path, autoencoders: list[str] | Non
     models = {name: load_autoencoder(Path(folder)) for name, folder in folders.items()}
     for model in models.values():
         model.to(memory_format=torch.channels_last)
+
     untrained = AutoencoderDA.from_base(vae, detail_channels=vae.config.latent_channels)
     ways = {
         "base at half size, bicubic": enlarge_base(vae, untrained),
         **{name: make_tokenizer(model) for name, model in models.items()},
         "base at full size": make_tokenizer(vae),
     }
+
+    # Measure whatever the results lack.
     path = output / "results.json"
     facts = json.loads(path.read_text()) if path.is_file() else {}
-    sets = {
-        name: open_pictures(pictures / folder, size=size, split="heldout", limit=limit)
-        for name, (folder, size, limit) in SETS.items()
-    }
-    lpips = LPIPS.alex()
-    for name, heldout in sets.items():
+    sets, lpips = {}, LPIPS.alex()
+    for name, (folder, size, limit) in SETS.items():
+        heldout = open_pictures(pictures / folder, size=size, split="heldout", limit=limit)
+        sets[name] = heldout
         known = facts.setdefault(name, {"count": len(heldout), "size": heldout.size, "values": {}})["values"]
         for way, run in ways.items():
             if way not in known:
                 known |= measure(heldout, {way: run}, lpips=lpips)
                 typer.echo(f"{name}: {way}: {known[way]}")
                 write_json(path, {**facts, "environment": environment()})
+
     draw(sets, ways, output / "pictures.jpg")
 
 
