@@ -24,7 +24,7 @@ from torch import Tensor
 from davae.data import avatars
 from davae.data.avatar_captions import full_caption
 from davae.data.avatars import Attributes
-from davae.evaluation.generation import features_of, kid_with_error, sample_many, scaled
+from davae.evaluation.generation import extract_features, kid_with_error, resize, sample_many
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS
 from davae.pipelines.loading import load_pipeline
@@ -61,7 +61,7 @@ def attribute_accuracy(sets: dict[str, list[Tensor]], attributes: list[Attribute
     """By set and attribute, the share that is right and of how many."""
     answers: dict[str, list[dict[str, bool]]] = {name: [] for name in sets}
     for index, each in enumerate(track(attributes, "reading attributes", unit="images")):
-        images = {name: scaled(made[index], SIDE) for name, made in sets.items()}
+        images = {name: resize(made[index], SIDE) for name, made in sets.items()}
         for name, right in read_attributes(images, each).items():
             answers[name].append(right)
     return {name: {key: list(pair) for key, pair in accuracy(given).items()} for name, given in answers.items()}
@@ -83,20 +83,20 @@ def main(
     # The images of the pipelines. The base's are compared at the upgrade's side.
     base = sample_many(load_pipeline(pipeline), prompts, run / BASE, label=BASE, **SAMPLING)
     side = 2 * base[0].shape[-1]
-    sets = {ENLARGED: [scaled(image, side) for image in base]}
+    sets = {ENLARGED: [resize(image, side) for image in base]}
     if upgrade is not None:
         upgraded = load_pipeline(pipeline, adapter=upgrade)
         sets[UPGRADE] = sample_many(upgraded, prompts, run / UPGRADE, label=UPGRADE, **SAMPLING)
 
     # Real images, exact and otherwise.
     real = real_images(attributes, side)
-    sets[HALVED] = [scaled(scaled(image, side // 2), side) for image in real]
+    sets[HALVED] = [resize(resize(image, side // 2), side) for image in real]
 
     lpips = LPIPS.alex()
-    references = features_of(real, side=side)
+    references = extract_features(real, side=side)
     result = {
         "kid": {
-            name: list(kid_with_error(features_of(images, side=side), references, seed=0))
+            name: list(kid_with_error(extract_features(images, side=side), references, seed=0))
             for name, images in {**sets, OTHER: real_images(others, side)}.items()
         },
         "to_exact": {name: distances(images, real, lpips) for name, images in sets.items()},

@@ -8,7 +8,7 @@ from torch import Tensor
 import tiny
 import tiny_pipelines
 from davae.errors import SettingsError
-from davae.evaluation.tokenizers import stock
+from davae.evaluation.tokenizers import make_tokenizer
 from davae.method.closed_form import fit_closed_form
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import BASE_AUTOENCODERS, base_facts, decode_latents
@@ -43,7 +43,7 @@ def untrained(base, detail_channels: int = C) -> AutoencoderDA:
 @torch.no_grad()
 def test_the_base_half_and_the_decoder_are_the_bases_own(base):
     autoencoder, image = untrained(base), picture(64)
-    small = stock(base).encode(autoencoder.base_picture(image))
+    small = make_tokenizer(base).encode(autoencoder.base_picture(image))
     facts = base_facts(base.config)
     units = (small - facts.shift_factor) * facts.scaling_factor
     torch.testing.assert_close(autoencoder.encode_base(image), units, atol=1e-5, rtol=1e-5)
@@ -52,7 +52,7 @@ def test_the_base_half_and_the_decoder_are_the_bases_own(base):
     if std is not None:  # then the pipeline standardises by channel, and AutoencoderDA has done so already
         small = (small - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
     torch.testing.assert_close(raw, small, atol=1e-5, rtol=1e-5)
-    full = stock(base).encode(image)
+    full = make_tokenizer(base).encode(image)
     theirs = decode_latents(base, full)
     ours = autoencoder.decode_full((full - facts.shift_factor) * facts.scaling_factor)
     torch.testing.assert_close(ours.clamp(-1, 1), theirs.clamp(-1, 1), atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ from davae.backbones import backbone_of
 from davae.data.pictures import read_png
 from davae.errors import DataError, SettingsError
 from davae.evaluation.generation import evaluate
-from davae.evaluation.tokenizers import base_enlarged, base_unshuffled, stock
+from davae.evaluation.tokenizers import enlarge_base, make_tokenizer, unshuffle_base
 from davae.method.closed_form import fit_closed_form
 from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.models.detail_blocks import DetailDownsample, DetailUpsample
@@ -98,7 +98,7 @@ def autoencoder(step: Step) -> AutoencoderDA:
 
 
 def latents_of(vae: ModelMixin, image: Tensor) -> Tensor:
-    return stock(vae).encode(image)
+    return make_tokenizer(vae).encode(image)
 
 
 # --------------------------------------------------------------------------------------------------- the autoencoder
@@ -163,7 +163,7 @@ def test_the_closed_form_with_all_directions_is_the_base_at_full_size(step: Step
     facts = fit_closed_form(full, pictures, metric_pictures=2)
     assert len(facts["eigenvalues"]) == step.resolution_factor**2 * channels
     assert facts["unexplained"] == [0]
-    whole = stock(step.base)
+    whole = make_tokenizer(step.base)
     assert torch.allclose(full(pictures[:2]).sample, whole(pictures[:2]), atol=1e-7)
     wide = smooth(1, 3, *SIZES[1])
     assert torch.allclose(full(wide).sample, whole(wide), atol=1e-7)
@@ -243,11 +243,11 @@ def test_saved_and_loaded_bit_for_bit(autoencoder: AutoencoderDA, tmp_path: Path
 @torch.no_grad()
 def test_the_bounds_of_the_base_are_at_the_same_tokens(step: Step, autoencoder: AutoencoderDA) -> None:
     image, factor = smooth(1, 3, 64, 64), step.resolution_factor
-    small, unshuffled = base_enlarged(step.base, autoencoder), base_unshuffled(step.base, factor=factor)
-    assert small.factor == unshuffled.factor == stock(autoencoder).factor
+    small, unshuffled = enlarge_base(step.base, autoencoder), unshuffle_base(step.base, factor=factor)
+    assert small.factor == unshuffled.factor == make_tokenizer(autoencoder).factor
     assert unshuffled.channels == factor**2 * small.channels
     assert small(image).shape == image.shape
-    assert torch.allclose(unshuffled(image), stock(step.base)(image), atol=1e-12)
+    assert torch.allclose(unshuffled(image), make_tokenizer(step.base)(image), atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ the pipelines

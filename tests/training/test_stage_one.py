@@ -11,7 +11,8 @@ from davae.data.order import batch_indices, random_crops
 from davae.data.pictures import read_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, DataError, NumericsError, SettingsError
-from davae.evaluation.reconstruction import measure, upgraded
+from davae.evaluation.reconstruction import measure
+from davae.evaluation.tokenizers import make_tokenizer
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
@@ -399,7 +400,7 @@ def test_the_recipe_decides_the_latent_noise_of_a_run(recipe: AutoencoderRecipe,
 
 def test_heldout_numbers_are_those_of_the_evaluation(autoencoder, picture_folder, lpips) -> None:
     heldout = open_pictures(picture_folder, size=64, split="heldout")
-    expected = measure(heldout, {"davae": upgraded(autoencoder)}, lpips=lpips)["davae"]
+    expected = measure(heldout, {"davae": make_tokenizer(autoencoder)}, lpips=lpips)["davae"]
     found = heldout_metrics(autoencoder, heldout, lpips, Ranks())
     assert found == pytest.approx({f"heldout_{name}": value for name, value in expected.items()})
 
