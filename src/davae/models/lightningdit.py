@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import LabelEmbedding, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -69,10 +70,10 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         width, side = num_attention_heads * attention_head_dim, sample_size // patch_size
 
         # Embeddings of patches, positions, time and class.
-        self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
+        self.x_embedder = PatchEmbed(sample_size, sample_size, patch_size, in_channels, width, pos_embed_type=None)
         self.pos_embed = nn.Parameter(position_table(width, side)[None], requires_grad=False)  # [1, tokens, width]
         self.t_embedder = TimestepEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width)
+        self.y_embedder = LabelEmbedding(num_classes + 1, width, dropout_prob=0)  # the last row is the null class
         self.feat_rope = RotaryEmbedding(attention_head_dim, side)
 
         # The transformer, and the way back to patches.
@@ -99,8 +100,9 @@ class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{', '.join(map(str, expected))}], for its positions are fixed."
             )
 
-        # One token for each patch; time and class modulate every block.
-        tokens = self.x_embedder(hidden_states) + self.pos_embed  # [B, tokens, width]
+        # One token for each patch, in one memory layout: convolutions choose theirs by their channels, and sums over a
+        # width would run in another order in a widened model than in its base. Time and class modulate every block.
+        tokens = self.x_embedder(hidden_states).contiguous() + self.pos_embed  # [B, tokens, width]
         condition = self.t_embedder(timestep) + self.y_embedder(class_labels)  # [B, width]
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -234,20 +236,6 @@ class RotaryEmbedding(nn.Module):
         return (exact * self.freqs_cos + quarter_turn * self.freqs_sin).to(heads.dtype)
 
 
-class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size: one token for each patch, row by row."""
-
-    def __init__(self, channels: int, width: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, tokens, width]."""
-        # One memory layout, because convolutions choose theirs by their channels: sums over the width would otherwise
-        # run in another order in a widened model than in its base.
-        return self.proj(latents).flatten(2).transpose(1, 2).contiguous()
-
-
 class TimestepEmbedding(nn.Module):
     """Cosines and sines of t in [0, 1] through two linear layers: DiT's embedding, without its factor of 1000."""
 
@@ -260,18 +248,6 @@ class TimestepEmbedding(nn.Module):
         exact = at_least_float32(timestep)
         angles = exact[:, None] * _frequencies(TIMESTEP_FREQUENCIES // 2).to(exact)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
-
-
-class LabelEmbedding(nn.Module):
-    """A row for each class, and one for none."""
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """[B] -> [B, width]."""
-        return self.embedding_table(labels)
 
 
 class FinalLayer(nn.Module):
