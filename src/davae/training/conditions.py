@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from davae.backbones import Backbone
 from davae.data.cache import Entry, TensorCache
@@ -59,8 +60,7 @@ def cache_conditions(
         entries: dict[str, Entry] = {}
         for key in {keys[row] for row in rows}:
             entries[key] = restore_repeats(cache[key])
-        names = entries[keys[rows[0]]]
-        return {name: torch.stack([entries[keys[row]][name] for row in rows]) for name in names}
+        return default_collate([entries[keys[row]] for row in rows])
 
     return read
 
