@@ -60,6 +60,7 @@ def test_recipes_are_valid_and_follow_budget_and_seed(name: str, tmp_path: Path)
         assert load_recipe(cls, tmp_path / "recipe.toml") == recipe
         assert recipe.seed == 5
         assert recipe.size == SIZE
+
     assert (one.steps, two.steps) == (plan.stage_one_steps, plan.stage_two_steps)
     assert one.crop % 16 == 0
     assert one.start == "closed form"
@@ -78,6 +79,7 @@ def test_a_folder_goes_on_with_its_own_settings_and_refuses_others(tmp_path: Pat
     _check_settings(tmp_path / "run", settings)
     before = (tmp_path / "run" / "settings.json").read_bytes()
     _check_settings(tmp_path / "run", dict(settings))
+
     for changes in ({"seed": 1}, {"budget": "short"}, {"generated": 9}):
         with pytest.raises(SettingsError, match="remove it or give another --out") as caught:
             _check_settings(tmp_path / "run", settings | changes)
@@ -105,6 +107,7 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
 def test_a_base_picture_is_enlarged_smoothly() -> None:
     flat = torch.full((3, 4, 4), 77, dtype=torch.uint8)
     assert torch.equal(enlarge(flat), torch.full((3, 8, 8), 77, dtype=torch.uint8))
+
     steep = torch.zeros(3, 4, 4, dtype=torch.uint8)
     steep[..., 2:] = 255
     row = enlarge(steep)[0, 4].int()
@@ -178,10 +181,12 @@ def test_the_page_says_every_number_with_its_count_and_seed(folder: Path) -> Non
     assert f"{PLAN.stage_one_steps} steps of stage 1 and {PLAN.stage_two_steps} of stage 2" in text
     assert "+2.00 dB over base + bicubic" in text
     assert "4.0 times the speed of the base at 256 px" in text
+
     for expected in ("20.50", "24.50", "0.8800", "0.1000"):  # reconstruction
         assert expected in text
     for expected in ("14.02 M", "256</td>", "133</td>", "6.00</td>", "30.3 +- 1.1", "10.1 +- 1.1"):  # cost
         assert expected in text
+
     assert f"Means over {PLAN.heldout} held-out images at 256 px" in text
     assert f"KID (EfficientNet-Lite0) of {PLAN.generated} images" in text
     assert "seed 7" in text

@@ -89,12 +89,15 @@ def test_checkpoints(trials: Trials, checkpoint: Path, tmp_path: Path) -> None:
         victim.write_bytes(mutated(sound[victim.name], chance))
         if victim.name != "manifest.json":
             reseal(checkpoint)
+
         refused = refused_or_read(lambda: load_checkpoint(checkpoint, recipe_digest="d"))
         assert refused or victim.read_bytes() == sound[victim.name] or victim.name != "manifest.json"
         refused_or_read(lambda victim=victim: read_json(victim))
+
         if chance.random() < 0.1:
             refused_or_read(lambda: latest_checkpoint(checkpoint.parent))
             for path in checkpoint.parent.glob("damaged-*"):
                 path.rename(checkpoint)
+
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
         assert sorted(path.name for path in checkpoint.iterdir()) == sorted(sound)

@@ -159,11 +159,14 @@ def test_the_text_to_image_twins_run_through_both_stages(name, sd3_base, picture
     made = run_stage_1(name, sd3_base, picture_folder, tmp_path)
     autoencoder = AutoencoderDA.from_pretrained(made)
     assert (autoencoder.config.detail_channels, autoencoder.config.linear_blocks) == (16, False)
+
     pipeline = DiffusionPipeline.from_pretrained(run_stage_2(name, sd3_base, picture_folder, tmp_path))
     assert isinstance(pipeline, StableDiffusion3Pipeline)
     assert pipeline.transformer.config.in_channels == 32
+
     factors = load_file(tmp_path / "finetune" / "adapter" / "transformer_lora.safetensors")
     assert {tensor.shape[0] for name, tensor in factors.items() if "lora_A" in name} == {2}
+
     latents = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("red ball", latents=latents, num_inference_steps=2, max_sequence_length=8, output_type="pt")

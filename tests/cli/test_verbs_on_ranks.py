@@ -26,6 +26,7 @@ def arguments(request, base_folder, autoencoder_folder, picture_folder, tmp_path
     pictures, quick = str(picture_folder), ["--steps", "1", "--prompt-tokens", "8"]
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(finetune_recipe(base_folder, autoencoder_folder, picture_folder).to_toml())
+
     small = ["--size", "64"]
     return {
         "generate": ["generate", str(base_folder), *(f"red ball {n}" for n in range(17)), *quick],  # two batches
@@ -50,14 +51,16 @@ def printing(arguments: list[str], folder: Path) -> Callable[[], None]:
 def test_two_ranks_leave_and_print_what_one_does(arguments: list[str], tmp_path: Path) -> None:
     assert exit_code(forked(printing(arguments, tmp_path / "one"))) == 0
     assert run_ranks(printing(arguments, tmp_path / "two"), 2) == [0, 0]
+
     one, two = tmp_path / "one", tmp_path / "two"
     if arguments[0] == "cache":  # which entries are together in a file is another matter
-        found = [[(cache.folder.name, cache.entries) for cache in read_caches(run / "cache")] for run in (one, two)]
-        assert found[0] == found[1]
+        entries = [[(cache.folder.name, cache.entries) for cache in read_caches(run / "cache")] for run in (one, two)]
+        assert entries[0] == entries[1]
     else:
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
         assert digests(one, "*.png") == digests(two, "*.png")
         assert digests(one, "*.html") == digests(two, "*.html")
+
     said = [run.with_suffix(".printed").read_text().replace(f"/{run.name}", "").splitlines() for run in (one, two)]
     assert [line for line in said[0] if "loader" not in line] == [line for line in said[1] if "loader" not in line]
 

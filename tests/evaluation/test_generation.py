@@ -117,6 +117,7 @@ def test_width_comes_before_height(base, upgraded, size) -> None:
         height / 2,
         width / 2,
     )
+
     square = sample(upgraded, ["red ball"], seed=1, size=(width, width), **QUICK)
     assert torch.equal(square, sample(upgraded, ["red ball"], seed=1, size=width, **QUICK))
     for sides in ((width, 40), (40, height)):
@@ -143,6 +144,7 @@ def test_many_are_kept_and_only_what_is_missing_is_made_again(upgraded, tmp_path
     made = make(upgraded, tmp_path)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"{index:05d}.png" for index in range(5)]
     assert torch.equal(torch.stack(made[2:4]), sample(upgraded, PROMPTS[2:4], seed=1, first_index=2, **QUICK))
+
     before = digests(tmp_path, "*")
     inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     (tmp_path / "00003.png").unlink()
@@ -168,6 +170,8 @@ def test_pictures_of_other_prompts_settings_or_weights_are_not_taken_for_these(u
         assert other.shape != first.shape or not torch.equal(other, first), changes
         assert torch.equal(make(upgraded, tmp_path, ["red ball"])[0], first)
     assert make(base, tmp_path, ["red ball"])[0].shape == (3, 32, 32)
+
+    # Other weights of the transformer, or of a text encoder.
     norm = upgraded.text_encoder.text_model.final_layer_norm
     with torch.no_grad():
         for bias in (upgraded.transformer.proj_out.bias, norm.bias):

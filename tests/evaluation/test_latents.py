@@ -64,8 +64,10 @@ def test_positions_are_drawn_from_what_is_not_flat(tmp_path: Path) -> None:
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text("white")
     pictures = open_pictures(tmp_path, size=64)
+
     expected = {n * 64 + row * 8 + column for n in range(2) for row in range(4) for column in range(4, 8)}
     assert set(choose_positions(pictures, 8, 1000, seed=0).tolist()) == expected
+
     few = choose_positions(pictures, 8, 20, seed=0)
     assert len(few) == 20
     assert set(few.tolist()) < expected
@@ -86,6 +88,7 @@ def test_the_numbers_are_those_of_their_functions(drawn: Path, autoencoder, othe
     heldout = open_pictures(picture_folder, size=64, split="heldout")
     assert (result["count"], result["size"], result["neighbours"]) == (4, 64, 3)
     assert list(result["autoencoders"]) == ["ours", "plain", "full"]
+
     ours, full = result["autoencoders"]["ours"], result["autoencoders"]["full"]
     halves = encode_halves(autoencoder, heldout)
     rows = choose_positions(heldout, 8, 60, seed=0)
@@ -97,6 +100,7 @@ def test_the_numbers_are_those_of_their_functions(drawn: Path, autoencoder, othe
     assert np.shape(ours["channel_correlation"]) == (4, 8)
     assert len(ours["base_spectrum"]) == len(ours["detail_spectrum"]) == 4
     assert all(0 < value < 5 for fact in result["autoencoders"].values() for value in fact["tsne_divergence"])
+
     # New latents are held against the base latents of the first autoencoder that has any.
     assert (ours["base_latents"], full["base_latents"]) == ("its own", "another autoencoder's")
     new = at_positions(encode_halves(others["full"], heldout).detail)[rows]

@@ -52,20 +52,21 @@ def test_numbers_are_means_over_pictures_of_both_batches(pictures, lpips) -> Non
         return 0.5 * image
 
     assert len(pictures) > 8
-    found = measure(pictures, {"duller": duller, "same": lambda image: image}, lpips=lpips)
-    assert list(found) == ["duller", "same"]
+    means = measure(pictures, {"duller": duller, "same": lambda image: image}, lpips=lpips)
+    assert list(means) == ["duller", "same"]
+
     alone = [pictures.batch([index]) for index in range(len(pictures))]
     for name, metric in (("psnr", psnr), ("ssim", ssim), ("lpips", lpips)):
         values = [metric(duller(image), image).item() for image in alone]
-        assert found["duller"][name] == pytest.approx(sum(values) / len(values), rel=1e-4), name
+        assert means["duller"][name] == pytest.approx(sum(values) / len(values), rel=1e-4), name
     by_hand = [10 * math.log10(4 / (image / 2).double().square().mean().item()) for image in alone]
-    assert found["duller"]["psnr"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+    assert means["duller"]["psnr"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 
 
 def test_what_overshoots_is_clamped_as_a_picture_is(pictures, lpips) -> None:
-    found = measure(pictures, {"loud": lambda image: 3 * image.sign()}, lpips=lpips)
+    loud = measure(pictures, {"loud": lambda image: 3 * image.sign()}, lpips=lpips)
     capped = measure(pictures, {"loud": lambda image: image.sign()}, lpips=lpips)
-    assert found == capped
+    assert loud == capped
 
 
 @torch.no_grad()
@@ -113,12 +114,14 @@ def test_reconstruct_writes_numbers_and_a_page(autoencoder, vae, picture_folder,
     assert {path.name for path in page.parent.iterdir()} == {"index.html", "result.json"}
     result = json.loads((page.parent / "result.json").read_text())
     assert (result["count"], result["size"]) == (4, 64)
+
     bounds = ["base at full size", "base at full size, unshuffled"]
     assert list(result["values"]) == ["base at half size, bicubic", "davae", *bounds]
     heldout = open_pictures(picture_folder, size=64, split="heldout")
     assert result["values"]["davae"] == pytest.approx(
         measure(heldout, {"a": make_tokenizer(autoencoder)}, lpips=lpips)["a"]
     )
+
     text = unescape(page.read_text())
     assert all(caption in text for caption in heldout.captions)
     assert "4 held-out images at 64 px through f8 latents" in text

@@ -69,9 +69,9 @@ def test_page_needs_nothing_beside_it(tmp_path: Path) -> None:
 def test_pictures_are_shown_bit_for_bit(tmp_path: Path) -> None:
     shown = [picture(1, 32), picture(2, 16)]
     write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", ImageGrid(["a", "b"], ["r"], [shown]))]))
-    found = re.findall(r'src="data:image/webp;base64,([^"]+)"', (tmp_path / "page.html").read_text())
-    assert len(found) == 2
-    for data, original in zip(found, shown, strict=True):
+    urls = re.findall(r'src="data:image/webp;base64,([^"]+)"', (tmp_path / "page.html").read_text())
+    assert len(urls) == 2
+    for data, original in zip(urls, shown, strict=True):
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
         assert torch.equal(torch.from_numpy(pixels).permute(2, 0, 1), original)
 
@@ -81,9 +81,9 @@ def test_figure_contains_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:
     write_figure(tmp_path / "figure.png", ImageGrid(["a", "b"], ["r"], [[big, small]]), title="title")
     figure = torch.from_numpy(np.array(Image.open(tmp_path / "figure.png"))).permute(2, 0, 1)
     doubled = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    for wanted in (big, doubled):
+    for expected in (big, doubled):
         windows = figure.unfold(1, 32, 1).unfold(2, 32, 1)  # [3, y, x, 32, 32]
-        assert (windows == wanted[:, None, None]).all(-1).all(-1).all(0).any()
+        assert (windows == expected[:, None, None]).all(-1).all(-1).all(0).any()
 
 
 def test_same_report_same_bytes(tmp_path: Path) -> None:

@@ -22,15 +22,18 @@ def latents(channels: int, seed: int, *, count: int = 3, height: int = 4, width:
 
 
 def test_positions_are_vectors_of_channels_row_by_row() -> None:
-    found, given = at_positions(torch.from_numpy(latents(5, 0))), latents(5, 0)
-    assert found.shape == (3 * 4 * 6, 5)
-    np.testing.assert_array_equal(found[1 * 24 + 2 * 6 + 5].numpy(), given[1, :, 2, 5])
+    halves = latents(5, 0)
+    vectors = at_positions(torch.from_numpy(halves))
+    assert vectors.shape == (3 * 4 * 6, 5)
+    np.testing.assert_array_equal(vectors[1 * 24 + 2 * 6 + 5].numpy(), halves[1, :, 2, 5])
 
 
 def test_agreement_counts_common_neighbours() -> None:
     random = np.random.default_rng(0)
     one = random.normal(size=(40, 3))
     other = np.concatenate([one[:, :2], random.normal(size=(40, 4))], axis=1)
+
+    # The definition, point by point.
     shares = []
     for i in range(40):
         sets = []
@@ -40,9 +43,10 @@ def test_agreement_counts_common_neighbours() -> None:
         shares.append(len(sets[0] & sets[1]) / 7)
     expected = sum(shares) / 40
     assert 0.2 < expected < 0.9
-    found = neighbourhood_agreement(torch.from_numpy(one), torch.from_numpy(other), 7)
-    assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(expected, abs=1e-12)
+
+    agreement = neighbourhood_agreement(torch.from_numpy(one), torch.from_numpy(other), 7)
+    assert agreement.dtype == torch.float64
+    assert agreement.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_agreement_is_one_for_a_rotation_and_chance_for_a_stranger() -> None:
@@ -52,10 +56,10 @@ def test_agreement_is_one_for_a_rotation_and_chance_for_a_stranger() -> None:
     turned = torch.from_numpy(3 * points @ rotation + 5)
     assert neighbourhood_agreement(torch.from_numpy(points), turned).item() == 1
     stranger = torch.from_numpy(random.normal(size=(400, 6)))
-    found = neighbourhood_agreement(torch.from_numpy(points), stranger).item()
+    agreement = neighbourhood_agreement(torch.from_numpy(points), stranger).item()
     # 4,000 places with a chance of 10 in 399 each: hypergeometric rows, three standard errors are 0.0074.
     assert by_chance(400, 10) == 10 / 399
-    assert found == pytest.approx(10 / 399, abs=0.0074)
+    assert agreement == pytest.approx(10 / 399, abs=0.0074)
 
 
 @pytest.mark.parametrize("neighbours", [0, 11, 12])
@@ -68,13 +72,13 @@ def test_too_many_neighbours_are_refused(neighbours: int) -> None:
 def test_channel_correlation_is_pearsons() -> None:
     base, detail = latents(3, 0) * 4 + 7, latents(5, 1)
     detail[:, 2] += 0.5 * base[:, 1]
-    found = channel_correlation(torch.from_numpy(base), torch.from_numpy(detail)).numpy()
-    assert found.shape == (3, 5)
+    correlation = channel_correlation(torch.from_numpy(base), torch.from_numpy(detail)).numpy()
+    assert correlation.shape == (3, 5)
     for i in range(3):
         for j in range(5):
             expected = np.corrcoef(base[:, i].ravel(), detail[:, j].ravel())[0, 1]
-            assert found[i, j] == pytest.approx(expected, abs=1e-12)
-    assert abs(found[1, 2]) > 0.8
+            assert correlation[i, j] == pytest.approx(expected, abs=1e-12)
+    assert abs(correlation[1, 2]) > 0.8
 
 
 def test_group_means_are_of_consecutive_channels() -> None:
@@ -84,16 +88,18 @@ def test_group_means_are_of_consecutive_channels() -> None:
     for channel in range(2):
         mean = detail[:, 3 * channel : 3 * channel + 3].mean(axis=1)  # Eq. 3, r = 3, 0-based
         rows.append(np.corrcoef(base[:, channel].ravel(), mean.ravel())[0, 1])
-    found = group_mean_correlation(torch.from_numpy(base), torch.from_numpy(detail))
-    assert found == pytest.approx(np.mean(rows), abs=1e-12)
+    correlation = group_mean_correlation(torch.from_numpy(base), torch.from_numpy(detail))
+    assert correlation == pytest.approx(np.mean(rows), abs=1e-12)
     with pytest.raises(SettingsError, match="multiple"):
         group_mean_correlation(torch.from_numpy(base), torch.from_numpy(detail[:, :5]))
 
 
 def test_the_spectrum_is_that_of_a_discrete_fourier_transform() -> None:
-    given = latents(2, 0, count=2, height=6, width=8)
-    found = radial_spectrum(torch.from_numpy(given)).numpy()
-    assert len(found) == 3
+    halves = latents(2, 0, count=2, height=6, width=8)
+    spectrum = radial_spectrum(torch.from_numpy(halves)).numpy()
+    assert len(spectrum) == 3
+
+    # Each frequency by its definition, in the ring that its length rounds to.
     rings: dict[int, list[float]] = {1: [], 2: [], 3: []}
     y, x = np.mgrid[0:6, 0:8]
     for vertical in range(-3, 3):
@@ -101,10 +107,10 @@ def test_the_spectrum_is_that_of_a_discrete_fourier_transform() -> None:
             ring = round(math.hypot(vertical, horizontal))
             if ring in rings:
                 wave = np.exp(-2j * np.pi * (vertical * y / 6 + horizontal * x / 8))
-                for picture in given:
-                    for channel in picture:
+                for image in halves:
+                    for channel in image:
                         rings[ring].append(abs((channel * wave).sum()) ** 2 / (6 * 8))
-    np.testing.assert_allclose(found, [np.mean(rings[k]) for k in (1, 2, 3)], rtol=1e-12)
+    np.testing.assert_allclose(spectrum, [np.mean(rings[k]) for k in (1, 2, 3)], rtol=1e-12)
 
 
 def test_white_noise_has_a_level_spectrum_and_a_wave_its_own_frequency() -> None:

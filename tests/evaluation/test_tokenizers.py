@@ -87,7 +87,8 @@ def all_new_folder(tmp_path_factory, vae) -> Path:
 def test_every_tokenizer_makes_latents_of_its_factor_and_channels(image, vae, autoencoder) -> None:
     with torch.random.fork_rng(devices=[]):
         full = AutoencoderDA.from_base(vae, detail_channels=8, linear_blocks=False, all_new=True)
-    made = {
+
+    tokenizers = {
         "f4c4p2": make_tokenizer(vae),
         "f8c4p2": enlarge_base(vae, autoencoder),
         "f8c16p2": unshuffle_base(vae),
@@ -95,8 +96,7 @@ def test_every_tokenizer_makes_latents_of_its_factor_and_channels(image, vae, au
         "f8c8p2": make_tokenizer(full),
         "f8c2p2": make_tokenizer(tiny_dc()),
     }
-    tokenizers = [*made.items(), ("f4c4p2", make_tokenizer(tiny.tiny_taesd()))]
-    for brief, tokenizer in tokenizers:
+    for brief, tokenizer in [*tokenizers.items(), ("f4c4p2", make_tokenizer(tiny.tiny_taesd()))]:
         assert tokenizer.describe(2) == brief
         latents = tokenizer.encode(image)
         assert latents.shape == (2, tokenizer.channels, 64 // tokenizer.factor, 64 // tokenizer.factor), brief
@@ -130,20 +130,27 @@ def test_zeroed_and_randomised_detail_leave_the_base(image, autoencoder) -> None
     base, detail = autoencoder.encode_base(image), autoencoder.encode_detail(image)[0]
     expected = autoencoder.reconstruct(base, torch.zeros_like(detail))
     torch.testing.assert_close(zero_detail(autoencoder)(image), expected, atol=1e-5, rtol=1e-4)
+
     noisy = randomise_detail(autoencoder)
     assert torch.equal(noisy(image), noisy(image))
     assert not torch.allclose(noisy(image), randomise_detail(autoencoder, seed=1)(image))
-    seen = []
-    autoencoder.reconstruct, reconstruct_ = (
-        lambda *halves: seen.append(halves) or reconstruct_(*halves),
-        (autoencoder.reconstruct),
-    )
+
+    # The decoder gets the image's own base latents, and noise in units.
+    decoded: list[tuple[Tensor, Tensor]] = []
+    reconstruct_ = autoencoder.reconstruct
+
+    def recording(base: Tensor, detail: Tensor) -> Tensor:
+        decoded.append((base, detail))
+        return reconstruct_(base, detail)
+
+    autoencoder.reconstruct = recording
     try:
         noisy(image)
     finally:
         del autoencoder.reconstruct
-    torch.testing.assert_close(seen[0][0], base, atol=1e-5, rtol=1e-4)
-    units = (seen[0][1] - autoencoder.detail_mean.view(1, -1, 1, 1)) / autoencoder.detail_std.view(1, -1, 1, 1)
+    ((decoded_base, decoded_detail),) = decoded
+    torch.testing.assert_close(decoded_base, base, atol=1e-5, rtol=1e-4)
+    units = (decoded_detail - autoencoder.detail_mean.view(1, -1, 1, 1)) / autoencoder.detail_std.view(1, -1, 1, 1)
     assert abs(units.mean().item()) < 0.1  # 1,024 numbers
     assert abs(units.std().item() - 1) < 0.1
 
@@ -165,6 +172,7 @@ def test_costs_by_hand(vae) -> None:
 def test_patches_of_equal_tokens_are_those_of_the_papers_table_2() -> None:
     # 512 px, 16 x 16 tokens: SD-VAE f8c4p4, DC-AE f32c32p1, VA-VAE f16c32p2, DA-VAE f32c128p1
     identity = make_tokenizer(tiny_dc())
+
     for factor, channels, brief in (
         (8, 4, "f8c4p4"),
         (32, 32, "f32c32p1"),
@@ -190,6 +198,7 @@ def test_each_folder_is_recognised_by_its_class(image, base_folder, autoencoder_
         dc_folder: make_tokenizer(tiny_dc()),
         tmp_path / "taesd": make_tokenizer(tiny.tiny_taesd()),
     }
+
     for folder, tokenizer in expected.items():
         loaded = load_tokenizer(folder)
         assert (loaded.factor, loaded.channels) == (tokenizer.factor, tokenizer.channels)
@@ -201,6 +210,8 @@ def test_folders_of_something_else_are_refused(base_folder, dc_folder, tmp_path)
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(SettingsError, match=r"holds a SD3Transformer2DModel; allowed are .*AutoencoderDC"):
         load_tokenizer(base_folder / "transformer")
+
+    # A config that is no JSON, and one whose weights are missing.
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text("{")
@@ -244,6 +255,8 @@ def test_one_command_makes_the_table(
         "base at full size": "f4c4p1",
         "base at full size, unshuffled": "f8c16p1",
     }
+
+    # Values and costs of every row.
     assert list(result["values"]) == list(briefs)
     assert result["values"]["base at full size"] == result["values"]["base at full size, unshuffled"]
     ablated = [result["values"][name]["psnr"] for name in list(briefs)[1:4]]
@@ -251,6 +264,8 @@ def test_one_command_makes_the_table(
     costs = result["tokenizers"]
     assert {costs[name]["tokens"] for name in briefs} == {64, 256}
     assert costs["base at full size"]["patch_at_equal_tokens"] == 2
+
+    # The values of `measure`, and a page with all names.
     heldout = open_pictures(picture_folder, size=64, split="heldout", limit=2)
     alone = measure(heldout, {dc: make_tokenizer(tiny_dc())}, lpips=LPIPS.alex())
     assert result["values"][dc] == pytest.approx(alone[dc])
@@ -283,16 +298,18 @@ def test_kid_is_that_of_the_reconstructions_features(picture_folder) -> None:
         return F.avg_pool2d(image, 16).flatten(1)
 
     ways = {"same": lambda image: image, "dull": lambda image: 0.2 * image}
-    found = measure_kid(pictures, ways, extract, device=torch.device("cpu"))
+    kids = measure_kid(pictures, ways, extract, device=torch.device("cpu"))
     image = pictures.batch(range(len(pictures)))
-    assert found["dull"] == pytest.approx(kid(extract(0.2 * image), extract(image)), rel=1e-3)
-    assert found["same"] <= 0 < found["dull"]
+    assert kids["dull"] == pytest.approx(kid(extract(0.2 * image), extract(image)), rel=1e-3)
+    assert kids["same"] <= 0 < kids["dull"]
+
+    # They stand in the last column.
     values = {name: {"psnr": 1.0, "ssim": 0.5, "lpips": 0.1} for name in ways}
     costs = {name: {"brief": "f1c3p1", "numbers_per_pixel": 3.0, "tokens": None, "patch_at_equal_tokens": 1}
              for name in ways}  # fmt: skip
-    shown = make_tokenizer_table(values, costs, found, patch=3)
+    shown = make_tokenizer_table(values, costs, kids, patch=3)
     assert shown.header[-1] == "KID x 1000 (EfficientNet-Lite0)"
     assert list(shown.rows[1]) == [
-        "dull", "f1c3p1", "3", "-", "1", "1.00", "0.5000", "0.1000", f"{1000 * found['dull']:.2f}"
+        "dull", "f1c3p1", "3", "-", "1", "1.00", "0.5000", "0.1000", f"{1000 * kids['dull']:.2f}"
     ]  # fmt: skip
-    assert not math.isnan(found["dull"])
+    assert not math.isnan(kids["dull"])
