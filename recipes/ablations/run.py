@@ -96,7 +96,7 @@ SIGMAS = (0.2, 0.4, 0.6, 0.8)
 """Noise levels of the held-out losses."""
 
 
-def stage_one(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
+def stage_one_recipe(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
     """Stage 1 of an arm, on small crops."""
     changes = dict(arm)
     alignment = changes.pop("alignment", 0.02)
@@ -120,8 +120,8 @@ def stage_one(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecip
     )
 
 
-def stage_two(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int, cache: Path) -> FinetuneRecipe:
-    """Stage 2 of an arm, on what stage 1 made; arms of one autoencoder share its latents in `cache`."""
+def stage_two_recipe(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int, cache: Path) -> FinetuneRecipe:
+    """Stage 2 of an arm, on stage 1's autoencoder; arms of one autoencoder share its latents in `cache`."""
     changes: dict[str, Any] = {"trained": "layers", "detail_warmup_steps": steps // 4, **arm}
     return FinetuneRecipe(
         **changes,
@@ -140,51 +140,55 @@ def stage_two(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int, 
     )
 
 
-def start(folder: Path, changes: Mapping[str, Any], seed: int) -> Path:
+def make_start(folder: Path, changes: Mapping[str, Any], seed: int) -> Path:
     """The start of an arm, made once in `folder`: the closed form for all seeds, and for all arms that share it."""
     own = {name: value for name, value in changes.items() if name != "alignment"}
     seed = seed if own.get("start") == "random" else 0
-    made = folder / slug("-".join(map(str, [*own.values(), seed]))) / "start"
+    made = folder / name_folder("-".join(map(str, [*own.values(), seed]))) / "start"
     if not made.is_dir():
-        recipe = stage_one(own, 1, seed)
+        recipe = stage_one_recipe(own, 1, seed)
         pictures = open_pictures(assets.pictures(), size=recipe.size, split="train", limit=recipe.limit).sound()
         start_autoencoder(recipe, pictures, made)
     return made
 
 
-def reconstruction_numbers(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
-    """PSNR, SSIM and LPIPS of whole pictures, and the alignment loss of the detail posterior's mean."""
+def measure_reconstruction(autoencoder: AutoencoderDA, pictures: PictureSet, lpips: LPIPS) -> dict[str, float]:
+    """PSNR, SSIM and LPIPS of whole images, and the alignment loss of the detail posterior's mean."""
     values = heldout_metrics(autoencoder, pictures, lpips, Ranks())
     with torch.no_grad():
         losses = []
         for indices in torch.arange(len(pictures)).split(8):
-            base = autoencoder.encode_base(image := pictures.batch(indices.tolist()))
+            image = pictures.batch(indices.tolist())
+            base = autoencoder.encode_base(image)
             losses.append(detail_alignment_loss(autoencoder.encode_detail(image, base)[0], base).item())
     return {**values, "heldout_alignment": statistics.mean(losses)}
 
 
-def measured_stage_one(folder: Path, starts: Path, arm: str, steps: int, seed: int, heldout: PictureSet) -> Measured:
+def measure_stage_one(folder: Path, starts: Path, arm: str, steps: int, seed: int, heldout: PictureSet) -> Measured:
     """Train an arm of stage 1; its held-out numbers before and after."""
     changes, lpips = ARMS[arm], LPIPS.alex()
-    made = start(starts, changes, seed)
-    first = partial(reconstruction_numbers, load_autoencoder(made), heldout, lpips)
-    before = kept(made.with_name("measured.json"), first)
+    made = make_start(starts, changes, seed)
+    first = partial(measure_reconstruction, load_autoencoder(made), heldout, lpips)
+    before = measure_once(made.with_name("measured.json"), first)
+
     if not (folder / "start").is_dir():
         with replaced_whole(folder / "start") as unfinished:
             shutil.copytree(made, unfinished, dirs_exist_ok=True)
-    train_autoencoder(stage_one(changes, steps, seed), folder)
-    after = reconstruction_numbers(load_autoencoder(folder / "autoencoder"), heldout, lpips)
+    train_autoencoder(stage_one_recipe(changes, steps, seed), folder)
+    after = measure_reconstruction(load_autoencoder(folder / "autoencoder"), heldout, lpips)
     return {"before": before, "after": after}
 
 
 @torch.no_grad()
-def heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
+def measure_heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
     """Velocity losses of held-out latents at fixed noise levels, the same noise for every arm."""
     vae, transformer = pipeline.vae, pipeline.transformer
     backbone, channels = backbone_of(transformer), vae.config.base_channels
+
     image = heldout.batch(range(len(heldout)))
     clean = vae.to_units(vae.encode(image).latent_dist.mode())
     condition = encode_captions(pipeline, backbone, heldout.captions, demo.PROMPT_TOKENS)
+
     shape = (len(clean), channels, *clean.shape[2:])
     rows = []
     for level in SIGMAS:
@@ -192,47 +196,49 @@ def heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
         for group in range(clean.shape[1] // channels - 1):
             halves.append(torch.randn(shape, generator=generator(0, "held-out detail noise", group)))
         noise, sigma = torch.cat(halves, dim=1), torch.full((len(clean),), level)
+
         velocity = backbone.velocity(transformer, interpolate(clean, noise, sigma), sigma, condition)
         target = velocity_target(clean, noise)
         losses = flow_matching_losses(velocity, target, base_channels=channels, detail_weight=1.0)
         rows.append(torch.stack([losses.base, losses.detail]))
+
     base, detail = torch.stack(rows).mean(dim=0).tolist()
     return {"heldout_base_loss": base, "heldout_detail_loss": detail}
 
 
-def measured_stage_two(
+def measure_stage_two(
     folder: Path, recipe: FinetuneRecipe, real: PictureSet, references: Tensor, heldout: PictureSet
 ) -> Measured:
     """Train an arm; its losses on held-out latents, its training losses, and KID of pictures from PROMPTS prompts."""
     pipeline = load_pipeline(finetune(recipe, folder))
-    found: dict[str, Any] = heldout_losses(pipeline, heldout)
+    numbers: dict[str, Any] = measure_heldout_losses(pipeline, heldout)
     curve = [row for row in read_metrics(folder / "metrics.jsonl") if "base_loss" in row]
-    found["curve"] = [[row["step"], row["base_loss"], row["detail_loss"]] for row in curve]
-    prompts = evaluation_captions(real)
-    made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=recipe.seed, **SAMPLING)
-    found["kid"] = 1000 * kid(extract_features(made, side=demo.SIZE), references)
+    numbers["curve"] = [[row["step"], row["base_loss"], row["detail_loss"]] for row in curve]
+    prompts = choose_captions(real)
+    images = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=recipe.seed, **SAMPLING)
+    numbers["kid"] = 1000 * kid(extract_features(images, side=demo.SIZE), references)
+
     for heavy in ("pipeline", "checkpoints", "adapter"):  # the numbers stay
         shutil.rmtree(folder / heavy, ignore_errors=True)
-    return found
+    return numbers
 
 
-def evaluation_captions(real: PictureSet) -> list[str]:
+def choose_captions(real: PictureSet) -> list[str]:
     """PROMPTS captions, evenly spread over the pictures."""
     return [real.captions[index * len(real) // PROMPTS] for index in range(PROMPTS)]
 
 
-def measured_base(folder: Path, seed: int, real: PictureSet, references: Tensor) -> Measured:
+def measure_base(folder: Path, seed: int, real: PictureSet, references: Tensor) -> Measured:
     """KID of the base pipeline at its own size, enlarged with bicubic."""
     pipeline = load_pipeline(assets.base_pipeline())
-    prompts = evaluation_captions(real)
-    made = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=seed, **SAMPLING)
-    return {
-        "kid": 1000 * kid(extract_features([demo.enlarge(picture) for picture in made], side=demo.SIZE), references)
-    }
+    prompts = choose_captions(real)
+    small = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=seed, **SAMPLING)
+    images = [demo.enlarge(image) for image in small]
+    return {"kid": 1000 * kid(extract_features(images, side=demo.SIZE), references)}
 
 
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, or what it returned in an earlier run."""
+def measure_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `make`, from `path` if an earlier run has written it there."""
     if not path.is_file():
         write_json(path, make())
     return json.loads(path.read_bytes())
@@ -243,31 +249,34 @@ def mean_and_deviation(values: list[float]) -> list[float]:
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
 
 
-def row(arm: str, found: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_arm(
+    arm: str, numbers: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Numbers of one arm by seed as mean and deviation; "kid_difference" is to the reference of the same seed."""
-    names = [name for name, value in next(iter(found.values())).items() if isinstance(value, float)]
-    values: dict[str, Any] = {name: mean_and_deviation([one[name] for one in found.values()]) for name in names}
+    names = [name for name, value in next(iter(numbers.values())).items() if isinstance(value, float)]
+    values: dict[str, Any] = {name: mean_and_deviation([one[name] for one in numbers.values()]) for name in names}
     if "kid" in names:
-        differences = [found[seed]["kid"] - reference[seed]["kid"] for seed in found if seed in reference]
+        differences = [numbers[seed]["kid"] - reference[seed]["kid"] for seed in numbers if seed in reference]
         values["kid_difference"] = mean_and_deviation(differences)
-    return {"arm": arm, "seeds": len(found), **values}
+    return {"arm": arm, "seeds": len(numbers), **values}
 
 
-def table(one: Results, two: Results) -> dict[str, Any]:
-    """All that is measured so far, as result.json holds it."""
+def summarise(one: Results, two: Results) -> dict[str, Any]:
+    """Every number so far, as in result.json."""
     reference = two.get(REFERENCE, {})
-    rows = {
-        f"stage_one_{moment}": [
-            row(arm, {seed: found[moment] for seed, found in one[arm].items()}, {}) for arm in ARMS if arm in one
-        ]
-        for moment in ("before", "after")
-    }
-    rows["stage_two"] = [row(arm, two[arm], reference) for arm in (BASE, *STAGE_TWO) if arm in two]
-    curves = {
-        arm: torch.tensor([found["curve"] for found in two[arm].values()]).mean(dim=0).tolist()
-        for arm in STAGE_TWO
-        if arm in two
-    }
+    rows: dict[str, list[dict[str, Any]]] = {"stage_one_before": [], "stage_one_after": []}
+    for moment in ("before", "after"):
+        for arm in ARMS:
+            if arm in one:
+                numbers = {seed: measured[moment] for seed, measured in one[arm].items()}
+                rows[f"stage_one_{moment}"].append(summarise_arm(arm, numbers, {}))
+    rows["stage_two"] = [summarise_arm(arm, two[arm], reference) for arm in (BASE, *STAGE_TWO) if arm in two]
+
+    # Losses of the training, averaged over the seeds.
+    curves = {}
+    for arm in STAGE_TWO:
+        if arm in two:
+            curves[arm] = torch.tensor([measured["curve"] for measured in two[arm].values()]).mean(dim=0).tolist()
     return {**rows, "curves": curves}
 
 
@@ -278,7 +287,7 @@ def main(
     stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 160,
     only: Annotated[int | None, typer.Option(help="This seed alone: several processes may share RUN.")] = None,
 ) -> None:
-    """Train and measure whatever is not there yet."""
+    """Train and measure every arm that has no numbers yet."""
     heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=HELDOUT)
     real = open_pictures(assets.pictures(), size=demo.SIZE, split="train", limit=PICTURES)
     references = extract_features([real.image(index) for index in range(len(real))], side=demo.SIZE)
@@ -291,12 +300,12 @@ def main(
     def write() -> None:
         facts = {**budget, "counts": counts, "sampling": SAMPLING, "sigmas": SIGMAS, "environment": environment()}
         name = "result.json" if only is None else f"result-{only}.json"
-        write_json(run / name, {**table(one, two), **facts})
+        write_json(run / name, {**summarise(one, two), **facts})
 
     def measure_one(arm: str, seed: int) -> None:
-        folder = one_folder / f"{slug(arm)}-{seed}"
-        make = partial(measured_stage_one, folder, run / "starts", arm, stage_one_steps, seed, heldout)
-        one[arm][seed] = kept(folder / "measured.json", make)
+        folder = one_folder / f"{name_folder(arm)}-{seed}"
+        make = partial(measure_stage_one, folder, run / "starts", arm, stage_one_steps, seed, heldout)
+        one[arm][seed] = measure_once(folder / "measured.json", make)
         after = one[arm][seed]["after"]
         typer.echo(f"stage 1, seed {seed}, {arm}: {after['heldout_psnr']:.2f} dB")
         write()
@@ -306,21 +315,21 @@ def main(
         for arm in STAGE_ONE:
             measure_one(arm, seed)
         folder = two_folder / f"base-{seed}"
-        two[BASE][seed] = kept(folder / "measured.json", partial(measured_base, folder, seed, real, references))
+        two[BASE][seed] = measure_once(folder / "measured.json", partial(measure_base, folder, seed, real, references))
         for arm, (source, changes) in STAGE_TWO.items():
-            folder = two_folder / f"{slug(arm)}-{seed}"
-            autoencoder = one_folder / f"{slug(source)}-{seed}" / "autoencoder"
-            recipe = stage_two(changes, autoencoder, stage_two_steps, seed, two_folder / "cache")
-            make = partial(measured_stage_two, folder, recipe, real, references, heldout)
-            two[arm][seed] = kept(folder / "measured.json", make)
+            folder = two_folder / f"{name_folder(arm)}-{seed}"
+            autoencoder = one_folder / f"{name_folder(source)}-{seed}" / "autoencoder"
+            recipe = stage_two_recipe(changes, autoencoder, stage_two_steps, seed, two_folder / "cache")
+            make = partial(measure_stage_two, folder, recipe, real, references, heldout)
+            two[arm][seed] = measure_once(folder / "measured.json", make)
             typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
             write()
     for seed, arm in product(chosen, STAGE_ONE_ONLY):
         measure_one(arm, seed)
 
 
-def slug(arm: str) -> str:
-    """An arm's name as a folder's."""
+def name_folder(arm: str) -> str:
+    """The name of an arm's folder."""
     return arm.replace(",", "").replace(" = ", "").replace(" ", "-")
 
 

@@ -27,6 +27,8 @@ def main(lora: Path, out: Path, seed: Annotated[int, typer.Option()] = 0) -> Non
         "base": load_pipeline(assets.base_pipeline()),
         "upgraded": load_pipeline(assets.base_pipeline(), adapter=assets.upgrade()),
     }
+
+    # The base and the upgrade, each without and with the LoRA.
     made, sides = {}, []
     for name, pipeline in pipelines.items():
         pipeline.set_progress_bar_config(disable=True)
@@ -35,14 +37,15 @@ def main(lora: Path, out: Path, seed: Annotated[int, typer.Option()] = 0) -> Non
                 load_base_lora(pipeline, lora)
             made[title] = sample(pipeline, PROMPTS, seed=seed, steps=20, prompt_tokens=12)
             sides.append(made[title].shape[-1])
-    cells = [[_enlarged(pictures[row]) for pictures in made.values()] for row in range(len(PROMPTS))]
+
+    cells = [[_enlarge(pictures[row]) for pictures in made.values()] for row in range(len(PROMPTS))]
     notes = [f"{side} px, bicubic" if side < max(sides) else f"{side} px" for side in sides]
     write_figure(out, ImageGrid(columns=list(made), rows=PROMPTS, cells=cells, notes=notes))
     figure = Image.open(io.BytesIO(out.read_bytes())).convert("RGB")
     figure.resize((figure.width // 2, figure.height // 2), Image.Resampling.LANCZOS).save(out, quality=85)
 
 
-def _enlarged(picture):
+def _enlarge(picture):
     if picture.shape[-1] == 256:
         return picture
     return to_bytes(F.interpolate(picture[None].float() / 127.5 - 1, size=256, mode="bicubic")[0])

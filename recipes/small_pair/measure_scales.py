@@ -9,7 +9,7 @@ luminance in a band of frequencies, as a share of the real pictures'.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,7 +26,7 @@ SIDES = (demo.SIZE, 192, 128)
 BANDS = {"1/16 to 1/8": (1 / 16, 1 / 8), "1/8 to 1/4": (1 / 8, 1 / 4), "1/4 to 1/2": (1 / 4, 1 / 2)}
 
 
-def energies(pictures: list[Tensor]) -> dict[str, float]:
+def measure_energies(pictures: list[Tensor]) -> dict[str, float]:
     """Mean power of the luminance in each band, in cycles per pixel."""
     side = pictures[0].shape[-1]
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None])
@@ -50,20 +50,24 @@ def main(
     real = [real_set.image(index) for index in range(len(real_set))]
     sets = {}
     for folder in folders:
-        made = [read_png(folder / f"{index:05d}.png") for index in range(count)]
-        sets[folder.name] = [resize(picture, demo.SIZE) for picture in made]  # the base's are enlarged
-    of_real = energies(real)
-    found = {
-        name: {"energy": {band: value / of_real[band] for band, value in energies(made).items()}, "kid": {}}
-        for name, made in sets.items()
-    }
+        images = [read_png(folder / f"{index:05d}.png") for index in range(count)]
+        sets[folder.name] = [resize(image, demo.SIZE) for image in images]  # the base's are enlarged
+
+    # Energy of each band of frequencies, over that of the real images.
+    real_energies = measure_energies(real)
+    results: dict[str, Any] = {}
+    for name, images in sets.items():
+        energies = measure_energies(images)
+        results[name] = {"energy": {band: energies[band] / real_energies[band] for band in energies}, "kid": {}}
+
+    # KID at each size, enlarged to the features' size.
     for side in SIDES:
-        references = extract_features([resize(picture, side) for picture in real], side=demo.SIZE)
-        for name, made in sets.items():
-            features = extract_features([resize(picture, side) for picture in made], side=demo.SIZE)
-            found[name]["kid"][str(side)] = kid_with_error(features, references, seed=0)
-            typer.echo(f"{name}, {side} px: {found[name]['kid'][str(side)]}")
-    write_json(out / "result.json", {"sets": found, "count": count, "environment": environment()})
+        references = extract_features([resize(image, side) for image in real], side=demo.SIZE)
+        for name, images in sets.items():
+            features = extract_features([resize(image, side) for image in images], side=demo.SIZE)
+            results[name]["kid"][str(side)] = kid_with_error(features, references, seed=0)
+            typer.echo(f"{name}, {side} px: {results[name]['kid'][str(side)]}")
+    write_json(out / "result.json", {"sets": results, "count": count, "environment": environment()})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class BaseTransformerRecipe(OptimisationRecipe):
     size: int = 128
 
 
-def text_encoder(vocabulary_size: int, width: int) -> CLIPTextModelWithProjection:
+def build_text_encoder(vocabulary_size: int, width: int) -> CLIPTextModelWithProjection:
     """A small CLIP text encoder; its second-last layer and its projection are what Stable Diffusion 3 reads."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -77,7 +77,7 @@ def text_encoder(vocabulary_size: int, width: int) -> CLIPTextModelWithProjectio
     )
 
 
-def clip_tokenizer(captions: list[str], size: int = 1000) -> CLIPTokenizer:
+def train_clip_tokenizer(captions: list[str], size: int = 1000) -> CLIPTokenizer:
     """Byte-level BPE learned on the captions; every string can be written in it."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -88,6 +88,7 @@ def clip_tokenizer(captions: list[str], size: int = 1000) -> CLIPTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|startoftext|>", "<|endoftext|>"]
     bpe.train_from_iterator(
@@ -100,12 +101,13 @@ def clip_tokenizer(captions: list[str], size: int = 1000) -> CLIPTokenizer:
             show_progress=False,
         ),
     )
+
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=PROMPT_TOKENS)
 
 
-def t5_tokenizer(captions: list[str], size: int = 800) -> T5Tokenizer:
+def train_t5_tokenizer(captions: list[str], size: int = 800) -> T5Tokenizer:
     """A unigram model learned on the captions."""
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -122,7 +124,7 @@ def t5_tokenizer(captions: list[str], size: int = 800) -> T5Tokenizer:
 def build_pipeline(recipe: BaseTransformerRecipe, vae: AutoencoderKL, captions: list[str]) -> StableDiffusion3Pipeline:
     """An untrained pipeline around a trained autoencoder."""
     torch.manual_seed(recipe.seed)
-    tokenizer, t5 = clip_tokenizer(captions), t5_tokenizer(captions)
+    tokenizer, t5 = train_clip_tokenizer(captions), train_t5_tokenizer(captions)
     transformer = SD3Transformer2DModel(
         sample_size=recipe.size // 8,
         patch_size=2,
@@ -137,13 +139,14 @@ def build_pipeline(recipe: BaseTransformerRecipe, vae: AutoencoderKL, captions: 
         pos_embed_max_size=recipe.size // 8,
         qk_norm="rms_norm",
     )
+
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.shift),
         vae=vae,
-        text_encoder=text_encoder(len(tokenizer), 64),
+        text_encoder=build_text_encoder(len(tokenizer), 64),
         tokenizer=tokenizer,
-        text_encoder_2=text_encoder(len(tokenizer), 64),
+        text_encoder_2=build_text_encoder(len(tokenizer), 64),
         tokenizer_2=tokenizer,
         text_encoder_3=T5EncoderModel(
             T5Config(vocab_size=len(t5), d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=1, dropout_rate=0.0)
@@ -164,7 +167,7 @@ def encode(vae: AutoencoderKL, pictures: PictureSet, size: int) -> Tensor:
     return (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def t5_tokens(seed: int, step: int) -> int:
+def draw_t5_length(seed: int, step: int) -> int:
     """T5's length differs between steps, since pipelines pad it to 256 by default and the model attends to padding."""
     draw = torch.rand((), generator=generator(seed, "t5 length", step)).item()
     return 256 if draw < 0.03 else 64 if draw < 0.1 else PROMPT_TOKENS
@@ -196,6 +199,8 @@ def main(
     pipeline = load_pipeline(start) if start else build_pipeline(recipe, vae, pictures.captions)
     pipeline.register_modules(vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.shift))
     latents = encode(vae, pictures, recipe.size)
+
+    # All of it is trained but the autoencoder.
     encoders = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
     modules: dict[str, nn.Module] = {
         "transformer": pipeline.transformer,
@@ -206,16 +211,20 @@ def main(
         module.train().requires_grad_(True)
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     state = TrainingState(recipe, run, modules, parameters, label="base transformer")
+
     for step in state.steps():
         indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
         random = generator(recipe.seed, "flow", step)
+
         clean = latents[indices]
         noise = torch.randn(clean.shape, generator=random)
         sigma = sample_timesteps(len(indices), shift=recipe.shift, generator=random)
+
         dropped = torch.rand(len(indices), generator=random) < recipe.caption_dropout
         prompts = ["" if drop else pictures.captions[i] for i, drop in zip(indices, dropped, strict=True)]
+
         with state.autocast(), attention_on(state.device):
-            condition = sd3.condition(pipeline, prompts, max_sequence_length=t5_tokens(recipe.seed, step))
+            condition = sd3.condition(pipeline, prompts, max_sequence_length=draw_t5_length(recipe.seed, step))
             velocity = sd3.velocity(pipeline.transformer, interpolate(clean, noise, sigma), sigma, condition)
         state.update((velocity.float() - velocity_target(clean, noise)).square().mean())
     with state.ema_weights():

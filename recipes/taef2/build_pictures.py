@@ -78,14 +78,14 @@ def corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
     return [places[index * len(places) // min(PIECES, len(places))] for index in range(min(PIECES, len(places)))]
 
 
-def thumbnail(image: Image.Image) -> np.ndarray:
+def make_thumbnail(image: Image.Image) -> np.ndarray:
     """16x16x3 values, flattened, of mean 0 and norm 1."""
     values = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float64).ravel()
     values -= values.mean()
     return values / max(np.linalg.norm(values), 1e-9)
 
 
-def colour_maps(folder: Path) -> Iterator[tuple[str, Image.Image]]:
+def find_colour_maps(folder: Path) -> Iterator[tuple[str, Image.Image]]:
     """Name and picture of every distinct colour map of at least SIDE px without transparency."""
     seen = set()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".png")):
@@ -97,6 +97,7 @@ def colour_maps(folder: Path) -> Iterator[tuple[str, Image.Image]]:
             rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] < 255:
             continue
+
         picture = rgba.convert("RGB")
         digest = hashlib.sha256(picture.tobytes()).hexdigest()
         if digest not in seen:
@@ -104,7 +105,7 @@ def colour_maps(folder: Path) -> Iterator[tuple[str, Image.Image]]:
             yield path.relative_to(folder).with_suffix("").as_posix().replace("/", "-"), picture
 
 
-def photographs(unpacked: Path, side: int, places: Mapping[str, str]) -> Iterator[tuple[str, Image.Image]]:
+def find_photographs(unpacked: Path, side: int, places: Mapping[str, str]) -> Iterator[tuple[str, Image.Image]]:
     """Name and picture of the packages' colour photographs of at least `side` px, large ones reduced."""
     for place, pattern in places.items():
         for path in sorted((unpacked / place).glob(pattern)):
@@ -118,12 +119,12 @@ def photographs(unpacked: Path, side: int, places: Mapping[str, str]) -> Iterato
             yield f"{place.partition('/')[0]}-{name}", picture
 
 
-def pieces(picture: Image.Image, side: int) -> list[Image.Image]:
+def cut_pieces(picture: Image.Image, side: int) -> list[Image.Image]:
     """Its squares of `side` px."""
     return [picture.crop((left, top, left + side, top + side)) for left, top in corners(*picture.size, side)]
 
 
-def middle(picture: Image.Image, side: int) -> Image.Image:
+def crop_middle(picture: Image.Image, side: int) -> Image.Image:
     """The square of `side` px in the middle of a picture."""
     left, top = ((length - side) // 2 for length in picture.size)
     return picture.crop((left, top, left + side, top + side))
@@ -139,30 +140,36 @@ def main(textures: Path, unpacked: Path, output: Path) -> None:
     """Write the pieces of the maps in TEXTURES and of the photographs in the packages in UNPACKED to OUTPUT."""
     for name in ("textures", "photographs", "large"):
         (output / name).mkdir(parents=True, exist_ok=True)
-    maps = list(colour_maps(textures))
-    held = np.stack([thumbnail(picture) for name, picture in maps if heldout(name)])
+    maps = list(find_colour_maps(textures))
+
+    # Textures to train on, except those that look like a held-out one.
+    held = np.stack([make_thumbnail(picture) for name, picture in maps if heldout(name)])
     counts = {"train": 0, "held out": 0, "alike": 0, "photographs": 0, "large": 0, "large, to train on": 0}
-    sources = list(photographs(unpacked, LARGE, LARGE_TRAINING))
+    sources = list(find_photographs(unpacked, LARGE, LARGE_TRAINING))
     for name, picture in maps:
         side = heldout(name)
-        if not side and (held @ thumbnail(picture)).max() > ALIKE:
+        if not side and (held @ make_thumbnail(picture)).max() > ALIKE:
             counts["alike"] += 1
             continue
         if not side and min(picture.size) >= LARGE:
             sources.append((name, picture))
-        cut = pieces(picture, SIDE)
+        cut = cut_pieces(picture, SIDE)
         for number, piece in enumerate(cut[:1] if side else cut):
             write_piece(piece, output / "textures", key_on_side(f"{name}-{number}", side))
             counts["held out" if side else "train"] += 1
-    for name, picture in photographs(unpacked, PHOTOGRAPH_SIDE, PHOTOGRAPHS):
-        write_piece(middle(picture, PHOTOGRAPH_SIDE), output / "photographs", key_on_side(name, True))
+
+    # Photographs, all held out.
+    for name, picture in find_photographs(unpacked, PHOTOGRAPH_SIDE, PHOTOGRAPHS):
+        write_piece(crop_middle(picture, PHOTOGRAPH_SIDE), output / "photographs", key_on_side(name, True))
         counts["photographs"] += 1
+
+    # Large images: the held-out ones, then those to train on.
     large = [(name, picture) for name, picture in maps if heldout(name) and min(picture.size) >= LARGE]
-    for name, picture in [*large, *photographs(unpacked, LARGE, PHOTOGRAPHS)]:
-        write_piece(middle(picture, LARGE), output / "large", key_on_side(name, True))
+    for name, picture in [*large, *find_photographs(unpacked, LARGE, PHOTOGRAPHS)]:
+        write_piece(crop_middle(picture, LARGE), output / "large", key_on_side(name, True))
         counts["large"] += 1
     for name, picture in sources:
-        for number, piece in enumerate(pieces(picture, LARGE)):
+        for number, piece in enumerate(cut_pieces(picture, LARGE)):
             write_piece(piece, output / "large", key_on_side(f"{name}-{number}", False))
             counts["large, to train on"] += 1
     typer.echo(f"{len(maps)} maps; pieces: {counts}")
