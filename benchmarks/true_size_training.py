@@ -32,6 +32,7 @@ from davae.cost.timing import Run, compute_paired_ratios, compute_spread, find_d
 from davae.cost.workload import count_stage_one, count_stage_two
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
+from davae.method.stage_one_loss import StageOneDraws, compared_weights, stage_one_loss
 from davae.pipelines.upgrade import upgrade
 from davae.run.ranks import Ranks
 from davae.run.record import environment
@@ -70,7 +71,7 @@ def steps_of(state: TrainingState, kinds: Mapping[str, Step]) -> dict[str, Run]:
     return {name: run_of(step) for name, step in kinds.items()}
 
 
-def upgraded(device: torch.device, layers: int | None, *, text: bool) -> DiffusionPipeline:
+def build_upgrade(device: torch.device, layers: int | None, *, text: bool) -> DiffusionPipeline:
     """The upgrade in float32, as in training; the text encoders, which only infer, in bfloat16."""
     base = build("sd35m", layers=layers, text=text, dtype=torch.float32, device=device)
     for name, part in base.components.items():
@@ -96,14 +97,17 @@ def stage_two(
     lora = trained == "lora"
     settings = {"trained": trained, "lora_rank": 256, "lora_alpha": 256.0, "size": size, "batch_size": batch}
     recipe = FinetuneRecipe(**settings, **ENDLESS)
-    pipeline = upgraded(device, layers, text=lora)
+    pipeline = build_upgrade(device, layers, text=lora)
     transformer, vae, backbone = pipeline.transformer, pipeline.vae, backbone_of(pipeline.transformer)
     flops = stage_two_flops(pipeline, recipe)
+
     side = size // vae.downsample_factor
     objective = choose_objective(pipeline, base_channels=vae.config.base_channels, positions=side * side)
     parameters = choose_parameters(transformer, recipe, TARGETS, "")
     transformer.train()
     state = TrainingState(recipe, folder, {"transformer": transformer}, parameters, label="stage 2")
+
+    # One batch, the same in every step.
     config = transformer.config
     images = 2 * torch.rand(batch, 3, size, size, device=device) - 1
     latents = torch.randn(batch, vae.config.latent_channels, side, side, device=device)
@@ -126,10 +130,10 @@ def stage_two(
     def online() -> None:
         with torch.no_grad(), state.autocast():
             encoded = vae.standardise(vae.encode(images).latent_dist.mode()).float()
-            told = backbone.condition(pipeline, ["a red apple"] * batch, max_sequence_length=256)
+            encoded_text = backbone.condition(pipeline, ["a red apple"] * batch, max_sequence_length=256)
         transformer.enable_gradient_checkpointing()
         with torch.compiler.set_stance("force_eager"):
-            update(encoded, told)
+            update(encoded, encoded_text)
         transformer.disable_gradient_checkpointing()
 
     kinds: dict[str, Step] = {CACHED: cached}
@@ -149,8 +153,10 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
     with META:
         vae = AutoencoderKL.from_config(base.config)
         counted = AutoencoderDA.from_base(vae, detail_channels=16)
+
     discriminator = PatchDiscriminator(torch.Generator()).to(META)
     flops = count_stage_one(counted, discriminator, Geometry(str(SOURCE), vae, counted), recipe).flops
+
     image = 2 * torch.rand(batch, 3, size, size, device=device) - 1
     lpips = LPIPS.alex().to(device)
 
@@ -203,9 +209,10 @@ def main(
                 runs, flops = stage_one(Path(folder), device, size=size // 2, batch=pictures)
             else:
                 runs, flops = stage_two(name, Path(folder), device, size=size, batch=pictures, layers=layers)
-            found = measure_interleaved(runs, device, repeats=repeats, warm_up=2, shortest=0.0)
-        first, values[name] = next(iter(found.values())), {}
-        for kind, measured in found.items():
+            times = measure_interleaved(runs, device, repeats=repeats, warm_up=2, shortest=0.0)
+
+        first, values[name] = next(iter(times.values())), {}
+        for kind, measured in times.items():
             seconds, ratio = compute_spread(measured.seconds), compute_paired_ratios(measured.seconds, first.seconds)
             rate = flops * pictures / seconds.median
             values[name][kind] = {
@@ -224,7 +231,8 @@ def main(
                 f"[{ratio.least:.3f}, {ratio.most:.3f}] the time of the first, {rate / 1e12:.3g} TFLOP/s, "
                 f"peak {(measured.peak_bytes or 0) / 2**30:.1f} GiB, first step {measured.cold:.1f} s"
             )
-        del runs, found, first
+
+        del runs, times, first
         gc.collect()
         write_json(out, {"values": values, "size": size, "device": str(device), "environment": environment()})
 
