@@ -149,6 +149,7 @@ def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
     console.rule("5 of 5: speed")
     speed = _once(folder / "speed.json", lambda: measure_speed(pipelines, plan, seed))
 
+    # Numbers, figure, page.
     facts = {"reconstruction": quality, "kid": kid, "speed": speed}
     write_json(folder / "result.json", {**facts, "budget": asdict(plan), "seed": seed, "environment": environment()})
     figure = make_figure(images, real, plan.shown)
@@ -195,6 +196,7 @@ def measure_kid(images: dict[str, list[Tensor]], real: PictureSet, seed: int) ->
     """KID and its error of each set of images against the real ones; empty without the `eval` extra."""
     if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         return {}
+    # Features of the real images once, of each set in turn.
     references = generation.extract_features([real.image(index) for index in range(len(real))], side=SIZE)
     distances = {}
     for name in track(list(images), "features for KID", unit="sets"):
@@ -212,6 +214,7 @@ def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: i
         NATIVE: Case(NATIVE, pipelines[BASE], SIZE, **settings),
     }
 
+    # All cases in turns, so that a busy moment hits each of them.
     medians: dict[tuple[str, str], float] = {}
     for part in track(("step", "whole"), "timing", unit="parts"):
         runs = {name: make_runs(case, [part])[part] for name, case in cases.items()}
@@ -261,6 +264,7 @@ def make_page(
 
     caption = f"Means over {plan.heldout} held-out images at {SIZE} px."
     table = reconstruction.make_table(quality, caption=caption)
+    # Training curves.
     stage_one = _read_series(folder / "stage1", ("l1", "lpips", "alignment"))
     stage_two = _read_series(folder / "stage2", ("base_loss", "detail_loss"))
     sections = [

@@ -21,7 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-verbs: dict[str, Callable[..., None]] = {  # in the order of `davae --help`
+# In the order of `davae --help`. Verbs that ranks cannot share are done by the first one alone.
+verbs: dict[str, Callable[..., None]] = {
     "demo": by_first(making.demo),
     "inspect": by_first(making.inspect),
     "train-autoencoder": training.train_autoencoder,

@@ -42,6 +42,7 @@ def verify(folder: Folder) -> None:
     """Read all caches below FOLDER, print their contents, and exit with 4 if a file is damaged."""
     from davae.data.cache import read_caches
 
+    # All caches are read and printed before the damage is an error.
     damaged = 0
     for cache in read_caches(folder):
         damaged += len(cache.damaged)

@@ -34,6 +34,7 @@ def inspect(
     """Count, measure and show the images of a source, and list the refused ones with reasons."""
     from davae.data.buckets import bucket_table
 
+    # Buckets differ from a single square only with several sizes or aspect ratios.
     sizes = sorted(set(size))
     multiple = bucket_step if aspect_ratios or len(sizes) > 1 else 1
     buckets = bucket_table(sizes, aspect_ratios, multiple=multiple)
@@ -45,6 +46,7 @@ def inspect(
     from davae.data.survey import contact_sheet, source_name, survey
     from davae.run.storage import write_json
 
+    # Decode everything once, and write before printing.
     folder = out or Path("runs/data") / source_name(source)
     pictures = open_pictures(source, buckets=buckets, **settings)
     facts = {"source": source, **survey(pictures)}
@@ -76,17 +78,20 @@ def _print(facts: dict[str, Any]) -> None:
     rows = [[name, *(f"{value:g}" for value in quantiles.values())] for name, quantiles in measured.items()]
     say(markdown_table(["", *facts["stored"]["width"]], rows))
 
+    # Images in each bucket, and the share of their pixels that the crop cuts off.
     rows = []
     for bucket in facts["buckets"]:
         cut_off = "" if bucket["cut_off"] is None else f"{bucket['cut_off']:.1%}"
         rows.append([f"{bucket['width']}x{bucket['height']}", bucket["pictures"], cut_off])
     say(markdown_table(["bucket, px", "images", "cut off"], rows))
 
+    # The first refusals; a broken download has thousands.
     if refused["each"]:
         say(markdown_table(["refused", "kind", "reason"], [list(item.values()) for item in refused["each"][:20]]))
     if len(refused["each"]) > 20:
         say(f"... and {len(refused['each']) - 20} more, in inspection.json")
 
+    # Conditions, detail, speed.
     captions = facts["captions"]
     say(f"captions: {captions['empty']} empty, {captions['repeated']} that several images have")
     if "classes" in facts:

@@ -68,6 +68,7 @@ def upgrade(
     if push_to_hub is not None:
         check_repository_name(push_to_hub)
 
+    # Upgrade, write, and upload if asked.
     base = load_pipeline(pipeline)
     upgraded = upgrade(base, load_autoencoder(autoencoder, base=base.vae))
     save_pipeline(upgraded, out, portable=portable)

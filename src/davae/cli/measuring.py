@@ -66,6 +66,7 @@ def latents(
 
     where = choose_device(device)
     vae = None if base is None else load_base_vae(base, device=where)
+    # Two folders of one name are told apart by their parents.
     loaded = {}
     for name, folder in name_folders(autoencoders).items():
         loaded[name] = load_autoencoder(folder, base=vae, device=where)
@@ -127,6 +128,7 @@ def bench(
     dry_run: options.DryRun = False,
 ) -> None:
     """Time a pipeline's parts, alone or against its base, beside counted operations and the machine's ceilings."""
+    # Options by the function that takes them.
     source: dict[str, Any] = {"against": against, "adapter": adapter, "geometry": geometry, "layers": layers}
     source |= {"parts": part, "dtype": dtype}
     case: dict[str, Any] = {"size": size, "against_sizes": against_size, "batch": batch, "steps": steps}

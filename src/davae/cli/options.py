@@ -63,6 +63,7 @@ def choose_device(name: str | None) -> str:
 
     from davae.run.ranks import Ranks
 
+    # Several ranks on one machine have a GPU each, which `Ranks` knows.
     gpu = torch.cuda.is_available()
     allowed = ["cpu", "cuda"] if gpu else ["cpu"]
     if name is not None and name.partition(":")[0] not in allowed:
@@ -72,6 +73,7 @@ def choose_device(name: str | None) -> str:
 
 def choose_trackers(names: list[str]) -> list[str]:
     """The trackers of `--report-to`: the named ones, or TensorBoard if it is installed."""
+    # "none" wins over all others.
     if "none" in names:
         return []
     if not names and find_spec("tensorboard") is not None:
@@ -83,6 +85,7 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
     """The side, or width and height, in pixels: "256" or "320x192"."""
     if text is None:
         return None
+    # Up to six digits: larger numbers are typing errors.
     match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
     if match is None:
         raise SettingsError(f"--size {text}: give a side in pixels, such as 256, or WIDTHxHEIGHT, such as 320x192")
@@ -107,6 +110,7 @@ def by_first(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
         if is_first():
+            # Without these variables no library waits for the other ranks.
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
             verb(*args, **kwargs)

@@ -16,6 +16,7 @@ def principal_components(vectors: Float[Tensor, "n width"], count: int = 2) -> F
 
     The sign of a direction is free; here its largest weight is positive. Directions that `vectors` lack give zeros.
     """
+    # Eigenvectors of the covariance; `eigh` sorts its eigenvalues upwards.
     centred = vectors.double() - vectors.double().mean(dim=0)
     directions = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :count]
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
@@ -37,6 +38,7 @@ def tsne(vectors: Float[Tensor, "n width"]) -> tuple[Float[Tensor, "n 2"], float
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
+    # The start of the method's authors: principal components, the first with a deviation of 1e-4.
     components = principal_components(vectors)
     start = components / components[:, 0].std() * 1e-4
     method = TSNE(perplexity=min(PERPLEXITY, (len(vectors) - 1) / 3), init=start.numpy(), random_state=0)

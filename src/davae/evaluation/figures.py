@@ -97,6 +97,7 @@ def draw_grid(grid: ImageGrid, *, title: str = "") -> Image.Image:
         heads.append(lines + [(text, _SOFT, font) for text in _wrap(note, font, side_x)])
     head_height = line * max(map(len, heads), default=0) + gap
 
+    # The canvas, with the report's title in its corner.
     width = 2 * margin + label_width + len(grid.columns) * (side_x + gap) - gap
     height = 2 * margin + title_height + head_height + len(grid.rows) * (side_y + gap) - gap
     image = Image.new("RGB", (width, height), "white")
@@ -172,6 +173,7 @@ def place_colours(points: np.ndarray) -> np.ndarray:
     centred = points - np.median(points, axis=0)
     hue = (np.arctan2(centred[:, 1], centred[:, 0]) / (2 * np.pi)) % 1
     distance = np.hypot(*centred.T)
+    # Ranks, not distances, so that an outlier does not make all others pale.
     rank = distance.argsort().argsort() / max(1, len(points) - 1)
     return hsv_to_rgb(np.stack([hue, 0.35 + 0.65 * rank, 0.85 - 0.15 * rank], axis=1))
 

@@ -83,6 +83,7 @@ def choose_positions(pictures: PictureSet, factor: int, count: int, *, seed: int
     Raises:
         DataError: there are fewer than 16.
     """
+    # The range of pixel values at each latent position, over the channels.
     ranges = []
     for indices in torch.arange(len(pictures)).split(BATCH_SIZE):
         image = pictures.batch(indices.tolist())
@@ -124,6 +125,7 @@ def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> di
         facts["alignment_loss"] = detail_alignment_loss(halves.unscaled.double(), halves.base.double()).item()
         facts["group_mean_correlation"] = group_mean_correlation(halves.base, halves.unscaled)
 
+    # Every base channel with every detail channel, and the spectra of both halves.
     correlation = channel_correlation(halves.base, halves.detail)
     return facts | {
         "largest_correlation": correlation.abs().amax(dim=1).mean().item(),

@@ -166,6 +166,7 @@ def reconstruct(
             raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
     features = EfficientNetLite0Features(autoencoder.device) if with_kid else None
 
+    # Measure, on all ranks.
     ranks = Ranks()
     heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False)
     heldout = heldout.sound(out / "refused.json" if ranks.first else None)
@@ -192,6 +193,7 @@ def choose_tokenizers(
     autoencoder: AutoencoderDA, base: ModelMixin | None, others: Mapping[str, Tokenizer], *, ablate_detail: bool
 ) -> dict[str, Tokenizer]:
     """The rows of the table of `reconstruct`, whose arguments these are, by name and in order."""
+    # An autoencoder with a frozen base encoder is compared with that base only.
     if base is not None and autoencoder.config.base_channels:
         check_base_encoder(autoencoder, base)
     tokenizers = {OURS: make_tokenizer(autoencoder)}
@@ -201,6 +203,7 @@ def choose_tokenizers(
     if base is None:
         return tokenizers
 
+    # The base at the same tokens comes first, its upper bounds last.
     factor = autoencoder.config.resolution_factor
     bounds = {FULL: make_tokenizer(base), UNSHUFFLED: unshuffle_base(base, factor=factor)}
     return {SMALL[factor]: enlarge_base(base, autoencoder), **tokenizers, **bounds}

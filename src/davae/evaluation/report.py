@@ -62,6 +62,7 @@ class Report:
 
 def write_page(path: Path, report: Report) -> None:
     """Write `report` as one HTML file that needs no other file, whole or not at all; make its folder."""
+    # A name that a template misspells is an error, not an empty string.
     environment = Environment(
         loader=PackageLoader("davae.evaluation"),
         autoescape=True,

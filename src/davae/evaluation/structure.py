@@ -16,6 +16,7 @@ def neighbourhood_agreement(
 
     Distances are Euclidean, in float64. Two unrelated sets have the agreement `by_chance`.
     """
+    # Of n points each has n - 1 others, and with all but one of them agreement means nothing.
     count = len(one)
     if not 1 <= neighbours < count - 1:
         raise SettingsError(f"neighbours={neighbours}: of {count} points allowed are 1 to {count - 2}")
@@ -30,6 +31,7 @@ def by_chance(count: int, neighbours: int) -> float:
 
 def _find_nearest(vectors: Tensor, neighbours: int) -> Bool[Tensor, "n n"]:
     distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+    # No vector is its own neighbour.
     distances.fill_diagonal_(torch.inf)
     nearest = torch.zeros_like(distances, dtype=torch.bool)
     return nearest.scatter_(1, distances.topk(neighbours, largest=False).indices, True)
