@@ -11,11 +11,11 @@ from torch import Tensor
 from davae.data.sources import open_pictures
 from davae.demo import (
     BASE,
-    BUDGETS,
     CLOSED_FORM,
     ENLARGED,
     FULL,
     NATIVE,
+    PLANS,
     SHIPPED,
     SIZE,
     THIS_RUN,
@@ -36,24 +36,24 @@ from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
 from scenes import fill_with_scenes, scene
 
-PLAN = BUDGETS["tiny"]
+PLAN = PLANS["tiny"]
 NASTY = "<script>alert('red & \"ball\"')</script>"
 
 # ------------------------------------------------------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", PLANS)
 def test_a_budget_is_enough_for_what_the_page_shows(name: str) -> None:
-    plan = BUDGETS[name]
+    plan = PLANS[name]
     assert 0 < plan.shown <= plan.generated
     assert plan.generated >= 4  # the error of KID is taken over halves
     assert plan.heldout >= 4  # shown in the gallery
     assert min(asdict(plan).values()) > 0
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", PLANS)
 def test_recipes_are_valid_and_follow_budget_and_seed(name: str, tmp_path: Path) -> None:
-    plan = BUDGETS[name]
+    plan = PLANS[name]
     one, two = stage_one_recipe(plan, 5), stage_two_recipe(plan, 5, tmp_path / "autoencoder")
     for recipe, cls in ((one, AutoencoderRecipe), (two, FinetuneRecipe)):
         (tmp_path / "recipe.toml").write_text(recipe.to_toml())

@@ -68,7 +68,7 @@ def main(
     lpips = LPIPS.alex()
 
     kid = demo.measure_kid(made, real, SEED)
-    speed = demo.measure_speed({name: load() for name, load in pipelines.items()}, demo.BUDGETS["short"], SEED)
+    speed = demo.measure_speed({name: load() for name, load in pipelines.items()}, demo.PLANS["short"], SEED)
     result = {
         "reconstruction_256": reconstruction.measure(heldout, ways, lpips=lpips),
         "base_reconstruction_128": reconstruction.measure(small, {demo.BASE: lambda x: vae(x).sample}, lpips=lpips),

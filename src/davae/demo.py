@@ -45,7 +45,7 @@ SMALL_PAIR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.n
 
 
 @dataclass(frozen=True)
-class Budget:
+class Plan:
     """How much the demo does."""
 
     stage_one_steps: int
@@ -63,18 +63,18 @@ class Budget:
     """Of each timing."""
 
 
-BUDGETS = {
-    "tiny": Budget(4, 4, pictures=32, heldout=8, shown=2, generated=8, sampling_steps=4, repeats=2),
-    "short": Budget(200, 600, pictures=512, heldout=32, shown=8, generated=64, sampling_steps=16, repeats=3),
+PLANS = {
+    "tiny": Plan(4, 4, pictures=32, heldout=8, shown=2, generated=8, sampling_steps=4, repeats=2),
+    "short": Plan(200, 600, pictures=512, heldout=32, shown=8, generated=64, sampling_steps=16, repeats=3),
 }
 
 
-def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
+def stage_one_recipe(plan: Plan, seed: int) -> AutoencoderRecipe:
     """The demo's stage 1: the closed-form start, with detail latents for the base's residual (recipes/ablations)."""
     return AutoencoderRecipe(
         code="residual",
-        limit=budget.pictures,
-        steps=budget.stage_one_steps,
+        limit=plan.pictures,
+        steps=plan.stage_one_steps,
         fit_pictures=64,
         calibration_pictures=256,
         crop=128,
@@ -82,7 +82,7 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
         learning_rate=3e-4,
         latent_noise=0.3,
         evaluate_every=100,
-        heldout_pictures=budget.heldout,
+        heldout_pictures=plan.heldout,
         checkpoint_every=50,
         ema_decay=0.99,
         seed=seed,
@@ -90,17 +90,17 @@ def stage_one_recipe(budget: Budget, seed: int) -> AutoencoderRecipe:
     )
 
 
-def stage_two_recipe(budget: Budget, seed: int, autoencoder: Path) -> FinetuneRecipe:
+def stage_two_recipe(plan: Plan, seed: int, autoencoder: Path) -> FinetuneRecipe:
     """The demo's stage 2: the weights of the image stream and both ports."""
     return FinetuneRecipe(
-        limit=budget.pictures,
+        limit=plan.pictures,
         autoencoder=str(autoencoder),
         trained="layers",
         lora_targets=SMALL_PAIR_TARGETS,
-        steps=budget.stage_two_steps,
+        steps=plan.stage_two_steps,
         learning_rate=3e-3,
         warmup_steps=20,
-        detail_warmup_steps=budget.stage_two_steps // 4,
+        detail_warmup_steps=plan.stage_two_steps // 4,
         batch_size=16,
         prompt_tokens=PROMPT_TOKENS,
         checkpoint_every=50,
@@ -119,9 +119,9 @@ def run_demo(folder: Path, budget: str = "short", seed: int = 0) -> Path:
         SettingsError: an unknown budget, or a folder that holds a demo with other settings.
         DavaeError: whatever the steps raise.
     """
-    if budget not in BUDGETS:
-        raise SettingsError(f"budget={budget!r}: allowed are {', '.join(BUDGETS)}")
-    plan = BUDGETS[budget]
+    if budget not in PLANS:
+        raise SettingsError(f"budget={budget!r}: allowed are {', '.join(PLANS)}")
+    plan = PLANS[budget]
     _check_settings(folder, {"budget": budget, **asdict(plan), "seed": seed})
     console = Console(stderr=True)
 
@@ -174,7 +174,7 @@ def load_ways(start: Path, trained: Path) -> dict[str, reconstruction.Way]:
 
 
 def generate_images(
-    pipelines: dict[str, DiffusionPipeline], captions: Sequence[str], folder: Path, plan: Budget, seed: int
+    pipelines: dict[str, DiffusionPipeline], captions: Sequence[str], folder: Path, plan: Plan, seed: int
 ) -> dict[str, list[Tensor]]:
     """Images of each pipeline at 256 px, by name; the base's are enlarged."""
     settings = {"steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS, "seed": seed}
@@ -205,7 +205,7 @@ def measure_kid(images: dict[str, list[Tensor]], real: PictureSet, seed: int) ->
     return distances
 
 
-def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Budget, seed: int) -> dict[str, dict[str, float]]:
+def measure_speed(pipelines: dict[str, DiffusionPipeline], plan: Plan, seed: int) -> dict[str, dict[str, float]]:
     """Tokens, parameters, seconds per image and milliseconds per transformer step: medians of interleaved runs."""
     settings = {"seed": seed, "steps": plan.sampling_steps, "prompt_tokens": PROMPT_TOKENS}
     cases = {
@@ -247,7 +247,7 @@ def make_figure(images: dict[str, list[Tensor]], real: PictureSet, shown: int) -
 
 
 def make_page(
-    facts: dict[str, Any], figure: ImageGrid, gallery: ImageGrid, folder: Path, plan: Budget, seed: int
+    facts: dict[str, Any], figure: ImageGrid, gallery: ImageGrid, folder: Path, plan: Plan, seed: int
 ) -> Report:
     """The page: figure, reconstruction, numbers, curves."""
     quality, speed = facts["reconstruction"], facts["speed"]
@@ -285,7 +285,7 @@ def make_page(
     return Report("davae demo: 256 px from a 128 px model, at the same 64 tokens", lead, sections, footer)
 
 
-def make_cost_table(facts: dict[str, Any], plan: Budget, seed: int) -> Table:
+def make_cost_table(facts: dict[str, Any], plan: Plan, seed: int) -> Table:
     """Tokens, parameters, times and KID of each pipeline."""
     rows = []
     for title, timed, generated in (

@@ -16,6 +16,7 @@ from davae import assets
 from davae.backbones import Backbone, backbone_of, widen_transformer
 from davae.backbones.sizes import checked_side
 from davae.cost.geometry import META, Geometry, read_geometry
+from davae.cost.timing import DENSE_PEAKS
 from davae.cost.workload import (
     Work,
     count_decode_flops,
@@ -42,8 +43,8 @@ from davae.training.stage_one_start import make_slim, make_untrained
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_transformer import choose_parameters, choose_targets
 
-PEAK_TFLOPS = 989
-"""Dense bfloat16 products a second of an H100, in 10^12, from its data sheet."""
+PEAK_TFLOPS = round(DENSE_PEAKS["H100"] / 1e12)
+"""Dense bfloat16 products a second of an H100, in 10^12."""
 UTILISATION = {"autoencoder": 0.25, "finetune": 0.40}
 """The share of the peak that training is assumed to reach; convolutions rarely reach more than a quarter."""
 BYTES = 4
