@@ -1,1 +1,1 @@
-"""What a pipeline and its training cost: counted, and timed."""
+"""The cost of a pipeline and of its training, counted and timed."""

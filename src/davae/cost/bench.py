@@ -64,8 +64,8 @@ def load_pair(
     Either `pipeline` with its adapters and perhaps `against`, folders or names on the Hub; or a `geometry`, a base of
     `layers` blocks with random weights (`random_weights.build`), which is compared with its own upgrade.
     """
-    where = torch.device(device)
-    chosen = dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    place = torch.device(device)
+    chosen = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if chosen not in DTYPES:
         raise SettingsError(f"dtype={chosen}: allowed are {', '.join(DTYPES)}")
     if (pipeline is None) == (geometry is None):
@@ -76,7 +76,7 @@ def load_pair(
             raise SettingsError("--layers is for a --geometry: a loaded pipeline is as deep as it is")
         # The candidate is named after its folder and its adapters' folders.
         name = " + ".join(path.name for path in (Path(pipeline), *adapter))
-        settings: dict[str, Any] = {"dtype": DTYPES[chosen], "device": where}
+        settings: dict[str, Any] = {"dtype": DTYPES[chosen], "device": place}
         pair = {name: load_pipeline(pipeline, adapter=adapter, **settings)}
         if against is not None:
             pair[f"against {Path(against).name}"] = load_pipeline(against, **settings)
@@ -86,10 +86,10 @@ def load_pair(
     assert geometry is not None, "one of the two is given"
     if against is not None or adapter:
         raise SettingsError("a --geometry is compared with its own upgrade: leave out --against and --adapter")
-    if layers is None and where.type == "cpu":
+    if layers is None and place.type == "cpu":
         raise SettingsError("a --geometry at its full depth is for a GPU: on a CPU give its depth, such as --layers 2")
     text = not parts or "text" in parts or "whole" in parts
-    base = build(geometry, layers=layers, text=text, dtype=DTYPES[chosen], device=where)
+    base = build(geometry, layers=layers, text=text, dtype=DTYPES[chosen], device=place)
     autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels).eval()
     return {f"{geometry} upgraded": upgrade(base, autoencoder), f"against {geometry}": base}
 
@@ -251,10 +251,10 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
         text += f"\nTimes over those of {first['case']}; in brackets least and most, then as counted:\n\n"
         text += markdown_table(["case", *parts], [_format_ratios(line) for line in lines[1:]]) + "\n"
 
-    where, limit = first["environment"], first["ceilings"]
+    facts, limit = first["environment"], first["ceilings"]
     return text + (
         f"\n{first['device']}, {first['dtype']}, batch {first['batch']}, {first['steps']} guided steps, torch "
-        f"{where['versions']['torch']}, commit {where['commit']}. Ceilings, measured: products "
+        f"{facts['versions']['torch']}, commit {facts['commit']}. Ceilings, measured: products "
         f"{limit['products'] / 1e12:.3g} TFLOP/s, copy {limit['copy'] / 1e9:.3g} GB/s.\n"
     )
 

@@ -32,7 +32,7 @@ ATTENTION = ("query", "key", "value")
 
 
 class _AsOnAGpu(TorchFunctionMode):
-    """What autocast and fused kernels do on a GPU, for models in bfloat16 on the meta device.
+    """Behave like autocast and fused kernels on a GPU, for models in bfloat16 on the meta device.
 
     Attention is one kernel, which keeps no matrix of scores; a layer casts its input to the precision of its weights.
     """
@@ -127,7 +127,7 @@ def count_stage_one(
     for model in models:
         to_half(model)
 
-    # What the trainer does with one crop: see `davae.training.stage_one`.
+    # One crop, as in `davae.training.stage_one`.
     image = meta(1, 3, recipe.crop, recipe.crop)
     with counting(*models) as work:
         target = image
@@ -160,7 +160,7 @@ def count_stage_two(
         objective = NoiseObjective(backbone, config.base_channels, torch.linspace(0.999, 0.001, 1000))
         time = meta(1, dtype=torch.long)
 
-    # What the trainer does with one sample: see `davae.training.stage_two`.
+    # One sample, as in `davae.training.stage_two`.
     condition = make_condition(transformer, backbone, recipe.prompt_tokens)
     with counting(to_half(transformer)) as work:
         prediction = objective.predict(transformer, latents, noise, time, condition)

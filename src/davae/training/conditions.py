@@ -1,4 +1,4 @@
-"""What the transformer is told about each image: its caption, encoded once or at every step, or its class."""
+"""The transformer's condition for each image: its caption, encoded once or at every step, or its class."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run of stage 2 leaves: a stock pipeline, an adapter, their model cards, result.json."""
+"""The results of stage 2: a stock pipeline, an adapter, their model cards, result.json."""
 
 from collections.abc import Sequence
 from pathlib import Path
