@@ -67,8 +67,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         train = main_of("train_base_autoencoder.py")
         settings = {"out": folder / "vae", "recipe_file": folder / "autoencoder.toml"}
-        train(folder / "images", folder / "vae_run", decoder=False, **settings)
-        train(folder / "images", folder / "vae_run", decoder=True, **settings)
+        train(folder / "images", folder / "vae_run", decoder=False, start=None, **settings)
+        train(folder / "images", folder / "vae_run", decoder=True, start=None, **settings)
 
         train = main_of("train_base_transformer.py")
         settings = {"autoencoder": folder / "vae/all", "recipe_file": folder / "transformer.toml"}
