@@ -62,10 +62,12 @@ class BaseAutoencoderRecipe(OptimisationRecipe):
     squared_weight: float = 2.0
     lpips_weight: float = 0.1
     kl_weight: float = 5e-5
-    color_weight: float = 2.0
-    """Of the L1 between images averaged over 8 x 8 pixels. Without it, flat areas lose one axis of colour for thousands
-    of steps: the normalisation layers forget means, and thin lines outweigh them."""
-    permuted_share: float = 0.5
+    color_weight: float = 1.0
+    """Of the L1 between images averaged over 8 x 8 pixels."""
+    head_weight: float = 10.0
+    """In the first phase: of the squared error of the averaged image that a linear head reads off the latents. Without
+    it, one axis of colour may be lost for good: a decoder that does not use it gives the encoder no reason to tell it."""
+    permuted_share: float = 0.3
     """Of the steps whose images have their colour channels permuted, so that every colour comes with every shape."""
     latent_noise: float = 0.3
     """In the second phase: each image's latents get noise of deviation |N(0, 1)| times this, in units."""
@@ -117,9 +119,14 @@ def training_batch(recipe: BaseAutoencoderRecipe, images: DrawnImages, small: Te
     return batch.contiguous(memory_format=torch.channels_last)
 
 
+def averaged(image: Tensor) -> Tensor:
+    """The image averaged over 8 x 8 pixels, the patch of one latent."""
+    return F.avg_pool2d(image, 8)
+
+
 def color_l1(made: Tensor, image: Tensor) -> Tensor:
-    """The L1 between images averaged over 8 x 8 pixels, [B]: how far the colours of areas are off."""
-    return (F.avg_pool2d(made, 8) - F.avg_pool2d(image, 8)).abs().mean(dim=(1, 2, 3))
+    """The L1 between averaged images, [B]: how far the colours of areas are off."""
+    return (averaged(made) - averaged(image)).abs().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -143,14 +150,16 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
 
     vae.to(memory_format=torch.channels_last).requires_grad_(True)
     vae.encoder.requires_grad_(not decoder_only)
+    head = nn.Conv2d(recipe.latent_channels, 3, 1)
     steps = recipe.decoder_steps if decoder_only else recipe.steps
     peak = recipe.decoder_learning_rate if decoder_only else recipe.learning_rate
+    trained = [vae] if decoder_only else [vae, head]
     schedule = {"steps": steps, "learning_rate": peak, "final_learning_rate": 0.02 * peak}
     state = TrainingState(
         recipe.model_copy(update=schedule),
         folder,
-        {"vae": vae},
-        [parameter for parameter in vae.parameters() if parameter.requires_grad],
+        {"vae": vae} if decoder_only else {"vae": vae, "head": head},
+        [parameter for module in trained for parameter in module.parameters() if parameter.requires_grad],
         label="base decoder" if decoder_only else "base autoencoder",
     )
 
@@ -185,6 +194,8 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
             "color": recipe.color_weight * color_l1(made, image).mean(),
             "kl": recipe.kl_weight * kl_loss_mean(mean, logvar),
         }
+        if not decoder_only:
+            parts["head"] = recipe.head_weight * F.mse_loss(head(mean), averaged(image))
         state.update(torch.stack(list(parts.values())).sum(), parts)
 
     with state.ema_weights():
