@@ -66,7 +66,7 @@ class BaseAutoencoderRecipe(OptimisationRecipe):
     """Of the L1 between images averaged over 8 x 8 pixels."""
     head_weight: float = 10.0
     """In the first phase: of the squared error of the averaged image that a linear head reads off the latents. Without
-    it, one axis of colour may be lost for good: a decoder that does not use it gives the encoder no reason to tell it."""
+    it, one axis of colour may be lost for good: a decoder that ignores it gives the encoder no reason to tell it."""
     permuted_share: float = 0.3
     """Of the steps whose images have their colour channels permuted, so that every colour comes with every shape."""
     latent_noise: float = 0.3
@@ -119,14 +119,14 @@ def training_batch(recipe: BaseAutoencoderRecipe, images: DrawnImages, small: Te
     return batch.contiguous(memory_format=torch.channels_last)
 
 
-def averaged(image: Tensor) -> Tensor:
+def patch_means(image: Tensor) -> Tensor:
     """The image averaged over 8 x 8 pixels, the patch of one latent."""
     return F.avg_pool2d(image, 8)
 
 
 def color_l1(made: Tensor, image: Tensor) -> Tensor:
     """The L1 between averaged images, [B]: how far the colours of areas are off."""
-    return (averaged(made) - averaged(image)).abs().mean(dim=(1, 2, 3))
+    return (patch_means(made) - patch_means(image)).abs().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -150,6 +150,7 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
 
     vae.to(memory_format=torch.channels_last).requires_grad_(True)
     vae.encoder.requires_grad_(not decoder_only)
+    torch.manual_seed(recipe.seed)
     head = nn.Conv2d(recipe.latent_channels, 3, 1)
     steps = recipe.decoder_steps if decoder_only else recipe.steps
     peak = recipe.decoder_learning_rate if decoder_only else recipe.learning_rate
@@ -195,7 +196,7 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
             "kl": recipe.kl_weight * kl_loss_mean(mean, logvar),
         }
         if not decoder_only:
-            parts["head"] = recipe.head_weight * F.mse_loss(head(mean), averaged(image))
+            parts["head"] = recipe.head_weight * F.mse_loss(head(mean), patch_means(image))
         state.update(torch.stack(list(parts.values())).sum(), parts)
 
     with state.ema_weights():
