@@ -13,6 +13,8 @@ RUN holds checkpoints and metrics.jsonl of both phases; either command goes on w
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,6 +98,25 @@ def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
     return vae
 
 
+def keep_stream_in_float32(vae: AutoencoderKL) -> None:
+    """Take the layers through which the residual stream passes out of autocast.
+
+    The stream grows to a deviation above 100, and pale colours differ by less than 1 in it. In bfloat16 they drown: an
+    encoder that was trained so told red from green no longer, whatever the loss. All other layers read the stream
+    through a normalisation, and may compute in bfloat16.
+    """
+    names = ("conv_in", "conv_shortcut", "conv")  # the last is that of down- and upsamplers
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d) and name.rpartition(".")[2] in names:
+            module.forward = partial(without_autocast, module.forward)
+
+
+def without_autocast(forward: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+    """A layer's output in float32, even inside autocast."""
+    with torch.autocast(stream.device.type, enabled=False):
+        return forward(stream.float())
+
+
 def training_batch(recipe: BaseAutoencoderRecipe, images: DrawnImages, small: Tensor, step: int, label: str) -> Tensor:
     """The images of one step: crops at 128 px, whole images at 128 px, or crops at 256 px."""
     random = generator(recipe.seed, label, step)
@@ -148,6 +169,7 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
     held_out = DrawnImages(images, held_out=True, limit=128).half_size()
     lpips = LPIPS.alex()
 
+    keep_stream_in_float32(vae)
     vae.to(memory_format=torch.channels_last).requires_grad_(True)
     vae.encoder.requires_grad_(not decoder_only)
     torch.manual_seed(recipe.seed)
