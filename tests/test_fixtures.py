@@ -102,8 +102,8 @@ def test_a_portable_folder_in_a_process_without_davae(tmp_path: Path) -> None:
 def test_an_adapter(form: str) -> None:
     base = load_pipeline(KEPT / "base")
     pipeline = load_pipeline(KEPT / "base", adapter=KEPT / form)
-
     check_image(make_image(pipeline))
+
     kept = {}
     for name in ("ports", "layers"):
         if (path := KEPT / form / f"transformer_{name}.safetensors").is_file():
@@ -112,10 +112,9 @@ def test_an_adapter(form: str) -> None:
 
     assert all(torch.equal(tensors[name], tensor.float()) for name, tensor in kept.items())
     changed = {name for name in tensors if not torch.equal(tensors[name], before[name])}
-
     assert {name.split(".")[-2] for name in changed} == {"proj", "proj_out", "to_q", "to_v"}
-    apart = load_pipeline(KEPT / "base", adapter=KEPT / form, fuse=False)
 
+    apart = load_pipeline(KEPT / "base", adapter=KEPT / form, fuse=False)
     torch.testing.assert_close(make_image(apart), make_image(pipeline), atol=1e-4, rtol=1e-4)
 
 
@@ -179,7 +178,6 @@ def test_a_newer_adapter_is_refused(tmp_path: Path) -> None:
 
     del newer["format_version"]
     (tmp_path / "adapter" / "adapter.json").write_text(json.dumps(newer))
-
     with pytest.raises(CheckpointError, match=r"damaged: it has no format_version"):
         load_pipeline(KEPT / "base", adapter=tmp_path / "adapter")
 

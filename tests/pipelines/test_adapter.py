@@ -104,11 +104,10 @@ def test_an_adapter_of_trained_layers_is_exact(trained_layers, base, autoencoder
 
     assert not np.allclose(generate(upgrade(base, autoencoder)), image, atol=1e-2)
     files = {path.name for path in (folder / "adapter").iterdir()}
-
     assert files == {"adapter.json", "transformer_ports.safetensors", "transformer_layers.safetensors", "vae"}
+
     shared = upgrade(base, autoencoder)
     load_adapter(shared.transformer, folder / "adapter", fuse=True)
-
     assert np.array_equal(generate(shared), image)
     assert np.array_equal(generate(base), before)
 
@@ -190,10 +189,9 @@ def test_lora_targets_that_are_no_layers_or_ports_are_refused(base):
 def test_an_adapter_leaves_out_the_bases_half_of_the_autoencoder(trained_layers, base, autoencoder):
     folder, _ = trained_layers
     names = load_file(folder / "adapter" / "vae" / "diffusion_pytorch_model.safetensors").keys()
-
     assert not [name for name in names if name.startswith(("base_encoder.", "base_quant_conv."))]
-    loaded = load_autoencoder(folder / "adapter", base=base.vae)
 
+    loaded = load_autoencoder(folder / "adapter", base=base.vae)
     assert loaded.state_dict().keys() == autoencoder.state_dict().keys()
     assert all(torch.equal(tensor, autoencoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     assert {id(parameter) for parameter in loaded.detail_parameters()}.isdisjoint(
@@ -209,7 +207,6 @@ def test_an_adapter_leaves_out_the_bases_half_of_the_autoencoder(trained_layers,
 
 def test_an_adapters_autoencoder_without_its_base_or_on_another_is_refused(trained_layers):
     folder, _ = trained_layers
-
     with pytest.raises(SettingsError, match="half the base pipeline's"):
         load_autoencoder(folder / "adapter")
     with pytest.raises(CheckpointError, match=r"lacks the weights base_encoder.*give .*adapter and the base"):

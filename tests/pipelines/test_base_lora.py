@@ -92,7 +92,6 @@ def test_a_lora_of_attention_needs_the_stock_call_only(tmp_path: Path) -> None:
     torch.testing.assert_close(result[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5)
 
     ours.set_adapters(["style"], [0.0])
-
     torch.testing.assert_close(velocity(ours, latents(2 * C)), velocity(upgraded_of(built("sd3")), latents(2 * C)))
 
 

@@ -125,7 +125,6 @@ def test_the_interval_bounds_guidance(pipeline):
 
     calls = evaluations(pipeline)
     sample(pipeline, num_inference_steps=5, timestep_shift=1.0, guidance_interval=(0.2, 0.6))  # both ends on the grid
-
     assert [batch for batch, _ in calls] == [2, 4, 4, 4, 2]
 
 
@@ -207,7 +206,6 @@ def test_a_saved_pipeline_loads_with_the_same_images(pipeline, tmp_path):
 
     assert ClassConditionalFlowPipeline.from_pretrained(tmp_path / "upgraded").vae_scale_factor == 8
     half = load_pipeline(tmp_path / "upgraded", dtype=torch.bfloat16)
-
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
 
 

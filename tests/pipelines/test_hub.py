@@ -84,14 +84,12 @@ def davae(hub: Hub, *arguments: object) -> subprocess.CompletedProcess:
 def test_a_portable_upgrade_arrives_with_its_code_and_its_card(hub: Hub, tmp_path: Path) -> None:
     parts = (KEPT / "base", KEPT / "upgraded" / "vae", tmp_path / "out")
     done = davae(hub, "upgrade", *parts, "--portable", "--push-to-hub", NAME, "--private")
-
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1].endswith(f"/{NAME}")
     assert [(repository["name"], repository["organization"]) for repository in hub.created] == [("tiny-da", "someone")]
     assert "private" in str(hub.created)  # a key of its own or a visibility, by huggingface_hub's version
 
     here = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-
     assert hub.files == here
     assert {"vae/davae_autoencoder.py", "model_index.json", "README.md"} <= here.keys()
 
@@ -101,7 +99,6 @@ def test_a_portable_upgrade_arrives_with_its_code_and_its_card(hub: Hub, tmp_pat
 
     assert load_pipeline(tmp_path / "back").vae.config.detail_channels == 4
     card = ModelCard.load(tmp_path / "back" / "README.md")
-
     assert card.data.library_name == "diffusers"
     assert "trust_remote_code=True" in card.text
 

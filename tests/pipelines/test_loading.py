@@ -115,18 +115,15 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monke
 
 def test_another_models_folder_is_a_typed_refusal(base, tmp_path):
     base.save_pretrained(tmp_path)
-
     with pytest.raises(CheckpointError, match="cannot be loaded as an AutoencoderDA"):
         load_autoencoder(tmp_path / "vae")
 
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text("[]")
-
     with pytest.raises(CheckpointError, match="no JSON object"):
         load_pipeline(tmp_path)
 
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
-
     with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
         load_pipeline(tmp_path)
 

@@ -60,7 +60,6 @@ def test_it_loads_without_davae_and_what_is_saved_from_there_does_again(tmp_path
             assert same(image, make_image(pipeline))
 
     codes = {(tmp_path / name / "vae" / f"{MODULE}.py").read_text() for name in ("first", "second", "third")}
-
     assert codes == {make_portable_source()}
 
 
@@ -92,10 +91,9 @@ def test_davae_loads_it_with_its_own_code(tmp_path: Path) -> None:
     assert load_pipeline(tmp_path / "folder", without=["vae"]).vae is None
 
     save_pipeline(loaded, tmp_path / "folder")
-
     assert json.loads((tmp_path / "folder" / "model_index.json").read_text())["vae"] == ["davae", "AutoencoderDA"]
-    (tmp_path / "folder" / "vae" / "config.json").unlink()
 
+    (tmp_path / "folder" / "vae" / "config.json").unlink()
     with pytest.raises(CheckpointError):
         load_pipeline(tmp_path / "folder")
 
@@ -103,8 +101,8 @@ def test_davae_loads_it_with_its_own_code(tmp_path: Path) -> None:
 def test_the_file_imports_nothing_of_davae_and_knows_every_base() -> None:
     tree = ast.parse(make_portable_source())
     imported = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-
     assert not {name for name in imported if name.split(".")[0] == "davae"}
+
     space = {"__name__": "somewhere", "__file__": __file__}
     exec(compile(tree, MODULE, "exec"), space)
     autoencoder = space["AutoencoderDA"].from_base(

@@ -85,7 +85,6 @@ def test_a_tiny_decoder_and_a_base_with_statistics_of_its_own_do(pair) -> None:
 
     assert sizes == [(32, 32)] * 2
     mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in statistics.values())
-
     assert torch.allclose(seen[0], latents[:, :4] / 1.5 * std + mean, atol=1e-5)
 
 

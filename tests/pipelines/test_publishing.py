@@ -37,7 +37,6 @@ def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> N
 
     text = re.sub(" +", " ", card.text)  # tables are aligned
     parts = ("Base model: kite-base.", "openrail++", "12 pictures of kites", "lora_rank = 7", "Command: `")
-
     for part in (*parts, "| base loss | 0.1235 |", "| detail loss | - |"):
         assert part in text
     assert str(tmp_path) not in card.content

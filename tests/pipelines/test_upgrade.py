@@ -95,7 +95,6 @@ def test_a_dit_pipeline_is_upgraded_as_well(tmp_path):
     """Class-conditional, noise with learned variance: its samples' base half is the base pipeline's own."""
     base = DiTPipeline(tiny.tiny_dit(4), tiny.tiny_vae(), DDIMScheduler(clip_sample=False), id2label={1: "cat, tabby"})
     pipeline = upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=12).eval())
-
     assert type(pipeline) is DiTPipeline
     assert pipeline.get_label_ids(["tabby"]) == [1]
 
@@ -147,8 +146,8 @@ def test_an_upgrade_says_what_the_stock_pipeline_must_be_told(caplog):
 
 def test_with_too_many_detail_channels_the_starting_noise_stays_where_an_upgrade_says(base, autoencoder, caplog):
     pipeline = upgrade(base, autoencoder)  # 4 + 4 channels in patches of 2: 32 numbers a token, at a width of 16
-
     assert "cannot predict the noise in 16 directions of each token" in caplog.text
+
     disturb(pipeline.transformer.parameters())
     start = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(5))
     settings = {"num_images_per_prompt": 2, "latents": start, "output_type": "latent", "max_sequence_length": 8}

@@ -31,14 +31,8 @@ def write(tensors: dict[str, Tensor], path: Path) -> Path:
 
 
 def write_statistics(path: Path, mean: list[float], std: list[float]) -> Path:
-    shape = (1, -1, 1, 1)
-    return write(
-        {
-            "mean": torch.tensor(mean, dtype=torch.float64).view(shape),
-            "std": torch.tensor(std, dtype=torch.float64).view(shape),
-        },
-        path,
-    )
+    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in (("mean", mean), ("std", std))}
+    return write({name: tensor.view(1, -1, 1, 1) for name, tensor in tensors.items()}, path)
 
 
 def make_image(side: int = 32) -> Tensor:
@@ -68,10 +62,8 @@ def convert_shapes(convert: Callable, module: nn.Module) -> ImportReport:
 def test_va_vae_is_a_stock_autoencoder(tmp_path: Path) -> None:
     theirs, image = ldm.shaken(ldm.VaVae()), make_image()
     mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 0.5]
-    file, stats = (
-        write(theirs.state_dict(), tmp_path / "f.safetensors"),
-        write_statistics(tmp_path / "s.safetensors", mean, std),
-    )
+    file = write(theirs.state_dict(), tmp_path / "f.safetensors")
+    stats = write_statistics(tmp_path / "s.safetensors", mean, std)
     report = import_checkpoint(file, tmp_path / "out", stats=stats)
     ours = AutoencoderKL.from_pretrained(tmp_path / "out", dtype=torch.float64)
     z = theirs.encode(image)
@@ -80,7 +72,6 @@ def test_va_vae_is_a_stock_autoencoder(tmp_path: Path) -> None:
     assert torch.allclose(ours.decode(z).sample, theirs.decode(z), rtol=1e-10, atol=1e-10)
 
     config = ours.config
-
     assert config.down_block_types == ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"]
     assert config.up_block_types == ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2
     assert (config.block_out_channels, config.layers_per_block, config.latent_channels) == ([32, 32, 64], 2, 4)
@@ -233,17 +224,15 @@ def test_sd3_da_vae_is_the_same_function_base_first(
     ours = AutoencoderDA.from_pretrained(tmp_path / "out", dtype=torch.float64)
 
     base, (code, log_variance) = theirs.base(image), theirs.detail(image)
-
     assert torch.allclose(ours.encode_base(image), base, rtol=1e-10, atol=1e-10)
     assert torch.allclose(ours.encode_detail(image)[0], code, rtol=1e-10, atol=1e-10)
     assert torch.allclose(ours.encode_detail(image)[1], log_variance, rtol=1e-10, atol=1e-10)
 
     units = ours.to_units(ours.encode(image).latent_dist.mode())
     standardised = (code.numpy() - np.array(mean).reshape(1, -1, 1, 1)) / np.array(std).reshape(1, -1, 1, 1)
-
     assert np.allclose(units.numpy(), np.concatenate([base.numpy(), standardised], axis=1), rtol=1e-9, atol=1e-9)
-    shown = (ours.decode(ours.from_units(units)).sample + 1) / 2
 
+    shown = (ours.decode(ours.from_units(units)).sample + 1) / 2
     assert (shown < 0).any()  # not clamped, and the reference is
     assert torch.allclose(shown.clamp(0, 1), theirs.decode(code, base), rtol=1e-9, atol=1e-9)
     assert {row["key"].split(".")[1] for row in report.left if row["key"].startswith("original")} == {"vae"}
@@ -270,9 +259,8 @@ def test_all_new_latents_are_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_an_order_that_would_tear_a_norms_groups_is_refused(tmp_path: Path) -> None:
-    theirs = Sd3DaVae(
-        (32, 128), 2, 126
-    )  # the base latents' run is 2 of the decoder's channels, and its groups are of 4
+    # The base latents' run is 2 of the decoder's channels, and its groups are of 4.
+    theirs = Sd3DaVae((32, 128), 2, 126)
     file = write(theirs.state_dict(), tmp_path / "f.safetensors")
     with pytest.raises(CheckpointError, match="would be torn"):
         import_checkpoint(file, tmp_path / "out")
@@ -290,7 +278,6 @@ def test_the_two_scalars_are_the_base_pipelines(tmp_path: Path) -> None:
 
     import_checkpoint(file, tmp_path / "out", base=str(tmp_path / "base"))
     config = AutoencoderDA.load_config(tmp_path / "out")
-
     assert (config["scaling_factor"], config["shift_factor"]) == (0.7, 0.2)
     assert (config["base_config"]["scaling_factor"], config["base_downsample"]) == (0.7, "bicubic")
     with pytest.raises(SettingsError, match="frozen base encoder is not this pipeline's"):
@@ -298,7 +285,6 @@ def test_the_two_scalars_are_the_base_pipelines(tmp_path: Path) -> None:
 
     import_checkpoint(file, tmp_path / "out")
     config = AutoencoderDA.load_config(tmp_path / "out")
-
     assert (config["scaling_factor"], config["shift_factor"]) == (1.5305, 0.0609)
 
 

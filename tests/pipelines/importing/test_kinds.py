@@ -64,7 +64,6 @@ def test_every_key_is_on_the_screen_and_in_the_report(file: Path, capsys: pytest
     assert (written["kind"], written["file"], written["format_version"]) == ("va-vae", "f.safetensors", 1)
 
     linear = next(row for row in written["used"] if row["key"] == "encoder.mid.attn_1.q.weight")
-
     assert linear == {
         "key": "encoder.mid.attn_1.q.weight",
         "target": "encoder.mid_block.attentions.0.to_q.weight",
@@ -103,7 +102,6 @@ def test_what_an_import_wrote_is_replaced_and_nothing_else(file: Path) -> None:
     assert all(after[name] > before[name] for name in before)
 
     (file.parent / "mine").mkdir()
-
     for folder, message in ((file.parent / "mine", "not davae's to replace"), (file.parent, "would be replaced")):
         with pytest.raises(SettingsError, match=message):
             import_checkpoint(file, folder)
@@ -122,7 +120,6 @@ def test_a_failed_write_leaves_what_was_there(file: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("davae.pipelines.importing.kinds.write_json", fails)
-
     with pytest.raises(StorageError, match="No space left"):
         import_checkpoint(file, out)
     assert tree(out) == before

@@ -68,7 +68,6 @@ def test_a_small_file_that_asks_for_much_memory_is_refused(tmp_path: Path) -> No
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "f.safetensors").write_bytes(b"not one")
     (tmp_path / "f.txt").write_bytes(b"")
-
     for name, message in (
         ("f.safetensors", "damaged"),
         ("f.txt", r"allowed are files in \.safetensors, \.bin"),
@@ -95,7 +94,6 @@ def test_a_name_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
 def test_statistics(tmp_path: Path) -> None:
     save_file({"mean": torch.ones(1, 2, 1, 1), "std": torch.full((1, 2, 1, 1), 0.5)}, tmp_path / "s.safetensors")
     read = read_statistics(tmp_path / "s.safetensors")
-
     assert (read.mean, read.std) == ((1.0, 1.0), (0.5, 0.5))
 
     for wrong in (

@@ -120,7 +120,6 @@ def test_stage_two_is_an_adapter_that_computes_the_same(tuned: Tuned, tmp_path: 
     assert (ours - swapped(theirs, C + D)).abs().max() > 0.1
 
     index = AdapterIndex.model_validate_json((tmp_path / "out" / "adapter.json").read_text())
-
     assert (index.lora.rank, index.lora.alpha) == (RANK, RANK)
     assert set(index.lora.targets) == {"to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"}
     assert len(report.used) == 8 + len(tuned.lora)
@@ -159,7 +158,6 @@ def test_layers_of_the_base_are_compared(tuned: Tuned, tmp_path: Path) -> None:
 def test_ports_and_lora_that_do_not_fit_are_refused(tuned: Tuned, tmp_path: Path) -> None:
     key = "project_out.extra_linear.weight"
     lora = next(iter(tuned.lora))
-
     for wrong, message in (
         ({key: torch.zeros(2 * P * P * D, WIDTH)}, rf"{key}: found \[32, 16\] float32, wanted \[16, 16\]"),
         ({"tokenizer_patch_embed.pos_embed": torch.zeros(1, 144, WIDTH)}, "pos_embed: .*tuned from another base"),
@@ -191,8 +189,8 @@ def lightning(**settings):
 def test_lightningdit_is_the_same_model(settings: dict, tmp_path: Path) -> None:
     model = lightning(**settings)
     tables = {name: buffer for name, buffer in model.named_buffers() if name.startswith("feat_rope.")}
-
     assert tables  # the reference's files hold them
+
     save_file({**model.state_dict(), **tables}, tmp_path / "f.safetensors")
     report = import_checkpoint(tmp_path / "f.safetensors", tmp_path / "out")
     again, loading_info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -203,7 +201,6 @@ def test_lightningdit_is_the_same_model(settings: dict, tmp_path: Path) -> None:
 
     side = model.config.sample_size
     latents, time, labels = torch.randn(2, 6, side, side), torch.tensor([0.2, 0.9]), torch.tensor([0, 5])
-
     assert torch.equal(again(latents, time, labels).sample, model(latents, time, labels).sample)
     assert {row["key"]: row["reason"].split(";")[0] for row in report.left} == dict.fromkeys(tables, "computed")
     assert len(report.used) == len(model.state_dict())
