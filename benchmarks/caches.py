@@ -26,31 +26,31 @@ from davae.training.stage_two_run import finetune
 RECIPE = Path(__file__).parents[1] / "recipes" / "small_pair" / "stage2.toml"
 
 
-def seconds_a_step(recipe: FinetuneRecipe, folder: Path) -> float:
-    """Of all steps but the last, whose line in metrics.jsonl says what those before it took."""
+def measure_seconds(recipe: FinetuneRecipe, folder: Path) -> float:
+    """Mean seconds of a step: the last line of metrics.jsonl has the time of all steps before it."""
     finetune(recipe, folder)
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"] / (recipe.steps - 1)
 
 
 def main(
-    turns: Annotated[int, typer.Option(help="Of each sort.")] = 3,
-    steps: Annotated[int, typer.Option(min=2, help="In a turn.")] = 4,
-    batch_size: Annotated[int, typer.Option(help="Pictures in a step.")] = 32,
-    limit: Annotated[int, typer.Option(help="Pictures in the set.")] = 128,
+    turns: Annotated[int, typer.Option(help="Turns of each kind.")] = 3,
+    steps: Annotated[int, typer.Option(min=2, help="Steps in a turn.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Batch size.")] = 32,
+    limit: Annotated[int, typer.Option(help="Images in the set.")] = 128,
 ) -> None:
     """Print both times and their ratio."""
-    found: dict[bool, list[float]] = {False: [], True: []}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
         changes = {"steps": steps, "batch_size": batch_size, "limit": limit, "cache": str(Path(name) / "cache")}
         for turn in range(turns):
-            for online in found:
+            for online in seconds:
                 recipe = load_recipe(FinetuneRecipe, RECIPE, {**changes, "online": online})
-                found[online].append(seconds_a_step(recipe, Path(name) / f"{online}-{turn}"))
-    for online, seconds in found.items():
+                seconds[online].append(measure_seconds(recipe, Path(name) / f"{online}-{turn}"))
+    for online, values in seconds.items():
         typer.echo(
-            f"{'online' if online else 'cached'}: {compute_spread(seconds).median:.2f} s a step, batch {batch_size}"
+            f"{'online' if online else 'cached'}: {compute_spread(values).median:.2f} s a step, batch {batch_size}"
         )
-    ratio = compute_paired_ratios(found[True], found[False])
+    ratio = compute_paired_ratios(seconds[True], seconds[False])
     typer.echo(f"cached {ratio.median:.2f}x as fast as online [{ratio.least:.2f}, {ratio.most:.2f}], {turns} pairs")
 
 

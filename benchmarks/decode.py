@@ -33,8 +33,8 @@ def autoencoder(*, true_size: bool) -> AutoencoderDA:
     return AutoencoderDA.from_base(vae, detail_channels=vae.config.latent_channels).eval()
 
 
-def halved(plain: AutoencoderDA) -> AutoencoderDA:
-    """In bfloat16, channels last."""
+def to_half(plain: AutoencoderDA) -> AutoencoderDA:
+    """A copy in bfloat16, channels last."""
     return nn.Module.to(copy.deepcopy(plain), dtype=torch.bfloat16, memory_format=torch.channels_last)
 
 
@@ -42,27 +42,30 @@ def main(
     true_size: Annotated[bool, typer.Option(help="SD3.5-Medium's geometry instead of the shipped pair.")] = False,
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels.")] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 7,
-    widths: Annotated[str | None, typer.Option(help="Of a slim decoder's stages, the outermost first.")] = None,
-    depths: Annotated[str | None, typer.Option(help="Of its stages, likewise.")] = None,
+    widths: Annotated[str | None, typer.Option(help="Widths of a slim decoder's stages, the outermost first.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Depths of its stages.")] = None,
 ) -> None:
     """Print both times and their ratio."""
     plain = autoencoder(true_size=true_size)
-    half = halved(plain)
+    half = to_half(plain)
     side = (size or (512 if true_size else 256)) // plain.downsample_factor
     latents = torch.randn(1, plain.config.latent_channels, side, side)
     last = latents.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    # Both precisions, or both decoders in the lower one.
     if widths is None and depths is None:
         runs = {"float32": lambda: plain.decode(latents), "bfloat16, channels last": lambda: half.decode(last)}
     else:
         stages = ([int(number) for number in each.split(",")] if each else () for each in (widths, depths))
         slim = slimmed(plain, *stages)
-        thin = halved(slim)
+        thin = to_half(slim)
         runs = {"full decoder": lambda: half.decode(last), "slim decoder": lambda: thin.decode(last)}
         typer.echo(f"{count_decode_flops(plain, side) / count_decode_flops(slim, side):.2f}x fewer operations, counted")
-    found = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
-    for name, measured in found.items():
+
+    times = measure_interleaved(runs, torch.device("cpu"), repeats=repeats, warm_up=1)
+    for name, measured in times.items():
         typer.echo(f"{name}: {1000 * compute_spread(measured.seconds).median:.1f} ms")
-    ratio = compute_paired_ratios(*(measured.seconds for measured in found.values()))
+    ratio = compute_paired_ratios(*(measured.seconds for measured in times.values()))
     typer.echo(f"{ratio.median:.2f}x [{ratio.least:.2f}, {ratio.most:.2f}]")
 
 

@@ -23,13 +23,13 @@ from davae.training.stage_two_transformer import choose_parameters
 REPEATS = 20
 
 
-def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of all tensors of its state, those that weights share counted once."""
+def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors of its state; a tensor that weights share counts once."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def measured(parameters: list[nn.Parameter]) -> dict[str, tuple[int, float]]:
+def measure(parameters: list[nn.Parameter]) -> dict[str, tuple[int, float]]:
     """Bytes of state and milliseconds of a step, by the optimiser."""
     names = [name for name, module in LIBRARIES.items() if find_spec(module.partition(".")[0])]
     optimizers, times = {}, {name: [] for name in names}
@@ -37,6 +37,8 @@ def measured(parameters: list[nn.Parameter]) -> dict[str, tuple[int, float]]:
         own = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
         settings = {"learning_rate": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0}
         optimizers[name] = make_optimizer(name, own, **settings), own
+
+    # One step of each in turns; the first ones allocate.
     for _ in range(REPEATS + 1):
         for name, (optimizer, own) in optimizers.items():
             for parameter in own:
@@ -44,7 +46,7 @@ def measured(parameters: list[nn.Parameter]) -> dict[str, tuple[int, float]]:
             began = time.perf_counter()
             optimizer.step()
             times[name].append(1000 * (time.perf_counter() - began))
-    return {name: (kept_bytes(optimizers[name][0]), statistics.median(times[name][1:])) for name in names}
+    return {name: (count_state_bytes(optimizers[name][0]), statistics.median(times[name][1:])) for name in names}
 
 
 def main() -> None:
@@ -53,9 +55,9 @@ def main() -> None:
         recipe = FinetuneRecipe(trained=trained)
         transformer = load_upgraded_base(recipe).transformer
         parameters = choose_parameters(transformer, recipe, backbone_of(transformer).lora_targets, "")
-        found = measured(parameters)
-        count, first = sum(parameter.numel() for parameter in parameters), found["AdamW"]
-        for name, (kept, step) in found.items():
+        results = measure(parameters)
+        count, first = sum(parameter.numel() for parameter in parameters), results["AdamW"]
+        for name, (kept, step) in results.items():
             typer.echo(
                 f"{trained:7s}{count:>10,} parameters  {name:18s}{kept / 2**20:7.2f} MiB, {kept / first[0]:.3f}x"
                 f"{step:8.1f} ms, {step / first[1]:.2f}x"

@@ -134,17 +134,25 @@ def measure_size(upgrade: AutoencoderDA, base: AutoencoderKL, size: int, *, tile
 
     values |= kernels
     if size > tile:
-        with torch.no_grad():
-            whole, pieces = (runs[name]() for name in ("upgrade, channels last", "tiles, kept on the device"))
-            exact = nn.Module.to(copy.deepcopy(upgrade), dtype=torch.float32)
-            precise = exact.decode(inputs["upgrade"].float()).sample
-            exact.enable_tiling()
-            exact.tile_sample_size, exact.tile_storage = tile, str(device)
-            precise_pieces = exact.decode(inputs["upgrade"].float()).sample
-        values["tiles and whole, 255ths"] = compare(pieces, whole)
-        values["tiles and whole in float32, 255ths"] = compare(precise_pieces, precise)
-        values["whole and float32, 255ths"] = compare(whole, precise)
+        values |= compare_tiles(upgrade, runs, inputs["upgrade"], tile=tile)
     return values
+
+
+@torch.no_grad()
+def compare_tiles(upgrade: AutoencoderDA, runs: dict[str, Run], latents: Tensor, *, tile: int) -> dict[str, Any]:
+    """Tiles against the whole in both precisions, and the whole against the whole in float32."""
+    whole, pieces = runs["upgrade, channels last"](), runs["tiles, kept on the device"]()
+    exact = nn.Module.to(copy.deepcopy(upgrade), dtype=torch.float32)
+    precise = exact.decode(latents.float()).sample
+    exact.enable_tiling()
+    exact.tile_sample_size, exact.tile_storage = tile, str(upgrade.device)
+    precise_pieces = exact.decode(latents.float()).sample
+
+    return {
+        "tiles and whole, 255ths": compare(pieces, whole),
+        "tiles and whole in float32, 255ths": compare(precise_pieces, precise),
+        "whole and float32, 255ths": compare(whole, precise),
+    }
 
 
 def main(

@@ -24,9 +24,11 @@ def main(base: str) -> None:
         "timestep": torch.tensor([500.0]),
     }
     expected = transformer(latents, **condition).sample
-    given = widened(torch.cat([latents, 5 * detail], dim=1), **condition).sample
-    print("base output, largest difference:", (given[:, :channels] - expected).abs().max().item())
-    print("detail output, largest value:   ", given[:, channels:].abs().max().item())
+
+    # Any detail goes in; the base channels of the output must not notice.
+    widened_output = widened(torch.cat([latents, 5 * detail], dim=1), **condition).sample
+    print("base output, largest difference:", (widened_output[:, :channels] - expected).abs().max().item())
+    print("detail output, largest value:   ", widened_output[:, channels:].abs().max().item())
 
 
 if __name__ == "__main__":

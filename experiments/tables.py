@@ -127,6 +127,7 @@ def _detail(result: Row) -> list[str]:
         [title, *(f"{cases[name]['psnr']:.2f} / {cases[name]['kid']:.0f}" for name in names)]
         for title, cases in autoencoders.items()
     ]
+
     base = result["rows"][BASE][""]
     return [
         f"**Detail latents replaced**, {result['heldout']} held-out pictures: PSNR in dB / KID x 1000 of "

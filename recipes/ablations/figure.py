@@ -20,7 +20,7 @@ ONE, TWO, BEFORE = "#2b83c6", "#d55e00", "#8a8a84"
 Row = dict[str, Any]
 
 
-def dots(axes: Axes, rows: Sequence[Row], name: str, title: str, colour: str, *, filled: bool = True) -> None:
+def draw_dots(axes: Axes, rows: Sequence[Row], name: str, title: str, colour: str, *, filled: bool = True) -> None:
     """One dot with its deviation for each row that has the number, the first row on top."""
     for place, row in enumerate(rows):
         if name in row:
@@ -48,17 +48,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
             [row for row in result[f"stage_one_{moment}"] if row["arm"] != OFF_THE_SCALE]
             for moment in ("before", "after")
         )
-        dots(axes[0, place], before, name, f"stage 1: {title}", BEFORE, filled=False)
-        dots(axes[0, place], after, name, f"stage 1: {title} (hollow: before)", ONE)
+        draw_dots(axes[0, place], before, name, f"stage 1: {title}", BEFORE, filled=False)
+        draw_dots(axes[0, place], after, name, f"stage 1: {title} (hollow: before)", ONE)
+
+    # Stage 2, with the base as a dashed line.
     base = next((row for row in result["stage_two"] if row["arm"] == BASE), None)
     rows = [row for row in result["stage_two"] if row["arm"] != BASE]
     for place, (name, title) in enumerate(
         [("kid", "KID x 1000"), ("heldout_base_loss", "held-out base loss"), ("heldout_detail_loss", "detail loss")]
     ):
-        dots(axes[1, place], rows, name, f"stage 2: {title}", TWO)
+        draw_dots(axes[1, place], rows, name, f"stage 2: {title}", TWO)
     if base is not None:
         axes[1, 0].axvline(base["kid"][0], color=BEFORE, linewidth=1, linestyle="--")
         axes[1, 0].set_title("stage 2: KID x 1000 (dashed: base + bicubic)", fontsize=8)
+
+    # Only the left plots name the arms.
     for row_of_axes in axes:
         for other in row_of_axes[1:]:
             other.set_yticklabels([])

@@ -66,6 +66,7 @@ def main(emoji: Path, emojibase: Path, output: Path = DEFAULT_OUTPUT) -> None:
     pictures = collect(emoji, emojibase)
     keys = sorted(pictures)
     output.mkdir(parents=True, exist_ok=True)
+
     for number, start in enumerate(range(0, len(keys), PICTURES_PER_SHARD)):
         path = output / f"fluent-emoji-3d-{number:05d}.tar.gz"
         plain = io.BytesIO()

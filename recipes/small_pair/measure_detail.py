@@ -76,7 +76,7 @@ def numbers(made: Tensor, pictures: PictureSet, real: Tensor, lpips: LPIPS) -> d
 
 
 @torch.no_grad()
-def measured(kept: Path, folder: Path, pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, Any]:
+def measure(kept: Path, folder: Path, pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, Any]:
     """The numbers of one autoencoder, by what its detail latents were; what `kept` holds is not measured again."""
     found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.is_file() else {}
     autoencoder = load_autoencoder(folder, base=load_base_vae(str(assets.base_pipeline())))
@@ -92,7 +92,7 @@ def measured(kept: Path, folder: Path, pictures: PictureSet, real: Tensor, lpips
 
 
 @torch.no_grad()
-def measured_base(pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, dict[str, float]]:
+def measure_base(pictures: PictureSet, real: Tensor, lpips: LPIPS) -> dict[str, dict[str, float]]:
     """The numbers of the base autoencoder at half the size, enlarged with bicubic."""
     vae = load_base_vae(str(assets.base_pipeline()))
     way = enlarge_base(vae, load_autoencoder(SHIPPED, base=vae))
@@ -110,12 +110,14 @@ def main(
     pictures = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=count)
     real = extract_features([pictures.image(index) for index in range(len(pictures))], side=demo.SIZE)
     named = [entry.rpartition("=") for entry in autoencoders or ()]
-    kept = run / "base.json"
-    if not kept.is_file():
-        write_json(kept, measured_base(pictures, real, lpips))
-    rows: dict[str, Any] = {"base + bicubic": json.loads(kept.read_bytes())}
+
+    path = run / "base.json"
+    if not path.is_file():
+        write_json(path, measure_base(pictures, real, lpips))
+    rows: dict[str, Any] = {"base + bicubic": json.loads(path.read_bytes())}
     for name, folder in {"shipped": SHIPPED, **{name: Path(folder) for name, _, folder in named}}.items():
-        rows[name] = measured(run / f"{name.replace(' ', '-')}.json", folder, pictures, real, lpips)
+        rows[name] = measure(run / f"{name.replace(' ', '-')}.json", folder, pictures, real, lpips)
+
     facts = {"heldout": len(pictures), "features": EfficientNetLite0Features.name}
     write_json(run / "result.json", {"rows": rows, **facts, "environment": environment()})
 

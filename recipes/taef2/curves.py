@@ -18,7 +18,7 @@ EVERY = 20
 """Training steps between the lines that are kept; evaluations are kept all."""
 
 
-def thinned(path: Path) -> list[dict]:
+def thin(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl that are kept, numbers to five digits."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [line for line in lines if "heldout_psnr" in line or line["step"] % EVERY == 0]
@@ -34,12 +34,14 @@ def main(runs: Path, output: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for run, (label, colour) in RUNS.items():
-        lines = thinned(runs / run / "metrics.jsonl")
+        lines = thin(runs / run / "metrics.jsonl")
         (output / f"{run}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         measured = [line for line in lines if "heldout_psnr" in line]
         for axis, name in zip(axes, METRICS, strict=True):
             steps = [line["step"] for line in measured]
             axis.plot(steps, [line[name] for line in measured], "o-", color=colour, label=label, markersize=3)
+
+    # The bounds as level lines.
     for axis, (metric, title) in zip(axes, METRICS.values(), strict=True):
         for bound, style in BOUNDS.items():
             axis.axhline(bounds[bound][metric], color="0.4", linestyle=style, label=bound)
