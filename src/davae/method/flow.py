@@ -72,6 +72,10 @@ class FlowMatchingLosses(NamedTuple):
     base: Float[Tensor, ""]
     detail: Float[Tensor, ""]
 
+    def to_logs(self, detail_weight: float) -> dict[str, Tensor | float]:
+        """The halves and the weight between them, under their names in the log."""
+        return {"base_loss": self.base, "detail_loss": self.detail, "detail_weight": detail_weight}
+
 
 def flow_matching_losses(
     prediction: Float[Tensor, "b latent h w"],
@@ -182,11 +186,7 @@ def flow_loss(
     losses = flow_matching_losses(
         prediction, truth, base_channels=base_channels, detail_weight=detail_weight, sample_weight=sample_weight
     )
-    logs: dict[str, Tensor | float] = {
-        "base_loss": losses.base,
-        "detail_loss": losses.detail,
-        "detail_weight": detail_weight,
-    }
+    logs = losses.to_logs(detail_weight)
     if not cosine_weight:
         return losses.total, logs
 

@@ -49,11 +49,7 @@ def noise_loss(
         variance is predicted, `variance_loss`.
     """
     losses = flow_matching_losses(prediction, noise, base_channels=base_channels, detail_weight=detail_weight)
-    logs: dict[str, Tensor | float] = {
-        "base_loss": losses.base,
-        "detail_loss": losses.detail,
-        "detail_weight": detail_weight,
-    }
+    logs = losses.to_logs(detail_weight)
     if variance is None:
         return losses.total, logs
 
