@@ -102,6 +102,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     ) -> None:
         super().__init__()
         check_settings(self.config)
+
         # The base's architecture; `from_base` or a state dict brings its weights.
         self._build_from_base(self.base.load_class().from_config(dict(base_config)))
 
