@@ -132,6 +132,19 @@ def test_a_step_is_what_the_stock_pipeline_does_in_one(name: str) -> None:
     assert counted["whole"] == counted["text"] + 2 * counted["step"] + counted["decode"]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # Krea 2's norms, counted in bfloat16
+@pytest.mark.parametrize("name", ["ovis_image", "longcat_image", "krea2"])
+def test_a_step_is_counted_where_the_text_encoders_are_not(name: str) -> None:
+    """Krea 2 has an autoencoder for videos, as Qwen-Image."""
+    base = getattr(tiny_pipelines, name)()
+    parts = ["step", "decode"]
+    for run in make_runs(case(base, 32), parts).values():
+        run()
+    flops = count_flops(case(base, 32))
+    assert min(flops["step"], flops["decode"]) > 0
+    assert flops["text"] == 0
+
+
 def test_text_encoders_whose_tokens_are_not_known_are_left_out() -> None:
     base = tiny_pipelines.sana()
     assert choose_parts(case(base, 32), []) == ["step", "decode", "to-cpu"]

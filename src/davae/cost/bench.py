@@ -32,6 +32,7 @@ from davae.cost.timing import (
 )
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.base_autoencoders import base_facts
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.markdown import markdown_table
@@ -90,7 +91,7 @@ def load_pair(
         raise SettingsError("a --geometry at its full depth is for a GPU: on a CPU give its depth, such as --layers 2")
     text = not parts or "text" in parts or "whole" in parts
     base = build(geometry, layers=layers, text=text, dtype=DTYPES[chosen], device=place)
-    autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=base.vae.config.latent_channels).eval()
+    autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=base_facts(base.vae.config).latent_channels).eval()
     return {f"{geometry} upgraded": upgrade(base, autoencoder), f"against {geometry}": base}
 
 

@@ -21,7 +21,7 @@ from davae.cost.workload import (
 )
 from davae.errors import SettingsError
 from davae.method.widen import patch_side
-from davae.models.base_autoencoders import downsample_factor
+from davae.models.base_autoencoders import base_facts, decode_latents, downsample_factor
 from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
 from davae.pipelines.sampling import draw_shared_noise
 from davae.seeds import generator
@@ -114,7 +114,7 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
     """A function without arguments for each part. Its inputs are made here on the device, random and never zero."""
     pipeline, device = case.pipeline, case.pipeline.device
     dtype, batch, rows = pipeline.transformer.dtype, case.batch, case.rows
-    channels, side = pipeline.vae.config.latent_channels, case.latent_side
+    channels, side = base_facts(pipeline.vae.config).latent_channels, case.latent_side
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(purpose: str, *shape: int) -> Tensor:
@@ -138,7 +138,7 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
 
     if "decode" in parts:
         codes = draw("bench codes", batch, channels, side, side)
-        runs["decode"] = lambda: pipeline.vae.decode(codes, return_dict=False)[0]
+        runs["decode"] = lambda: decode_latents(pipeline.vae, codes)
 
     if "to-cpu" in parts:
         images = draw("bench pictures", batch, 3, case.size, case.size).clamp(-1, 1)
@@ -213,7 +213,7 @@ def count_flops(case: Case) -> dict[str, int]:
     step = count_transformer_flops(
         transformer,
         backbone,
-        channels=pipeline.vae.config.latent_channels,
+        channels=base_facts(pipeline.vae.config).latent_channels,
         side=side,
         condition=_make_condition(case, transformer),
     )

@@ -21,6 +21,7 @@ from davae.errors import SettingsError
 from davae.method.perceptual import LPIPS, alex_stages, vgg_stages
 from davae.method.stage_one_loss import stage_one_loss
 from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.training.stage_one import base_reconstruction
 from davae.training.stage_one_recipe import AutoencoderRecipe, loss_settings
 from davae.training.stage_two_loss import FlowObjective, NoiseObjective, Objective
@@ -111,7 +112,7 @@ def count_decode_flops(vae: ModelMixin, side: int) -> int:
     with META:
         copy: Any = to_half(type(vae).from_config(vae.config))
     with torch.no_grad(), counting() as work:
-        copy.decode(meta(1, vae.config.latent_channels, side, side))
+        decode_latents(copy, meta(1, base_facts(vae.config).latent_channels, side, side))
     return work.flops
 
 
