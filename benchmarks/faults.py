@@ -1,4 +1,4 @@
-"""What the sites of `davae.run.faults` cost while no fault is asked for, against the smallest step that davae trains.
+"""The cost of the sites of `davae.run.faults` without a fault, against the smallest step that davae trains.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py
 

@@ -1,4 +1,4 @@
-"""The levers of docs/speed.md, each against what it replaces; interleaved.
+"""The levers of docs/speed.md, each against the plain form; interleaved.
 
     OMP_NUM_THREADS=1 python benchmarks/levers.py                            # the shipped upgrade
     OMP_NUM_THREADS=1 python benchmarks/levers.py --lever embeddings --lever channels-last

@@ -33,7 +33,7 @@ COUNT = 256
 
 
 def measure_loader(pictures: PictureSet, *, alone: bool) -> float:
-    """Pictures a second, of those that are decoded anew."""
+    """Images a second that the loader decodes."""
     began = time.perf_counter()
     in_threads(pictures.decode, range(len(pictures)), alone=alone)
     return len(pictures) / (time.perf_counter() - began)

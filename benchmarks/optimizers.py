@@ -1,9 +1,9 @@
-"""What the optimisers of stage 2 keep and how long a step of theirs takes, on the shipped pair; interleaved.
+"""State and step time of the optimisers of stage 2 on the shipped pair, interleaved.
 
     OMP_NUM_THREADS=1 python benchmarks/optimizers.py
 
-prints MiB of state and milliseconds (median of 20) with their ratios to torch's AdamW, for each kind of training; of
-the optimisers that are installed.
+prints MiB of state and milliseconds (median of 20) with their ratios to torch's AdamW, for each kind of training and
+each optimiser that is installed.
 """
 
 import statistics

@@ -1,9 +1,9 @@
-"""What weights of eight bits do to the shipped upgrade: error of the velocity, of pictures, and bytes.
+"""The shipped upgrade with weights of eight bits: error of the velocity, of images, and bytes.
 
     python benchmarks/quantised.py experiments/results/quantised.json      # needs the `quant` extra
 
 Velocities are of 16 captions at noise levels from 0.05 to 0.95, against float32; root mean square of the error over
-that of the velocity, of base and detail channels apart. "bfloat16" is what the layers compute in anyway.
+the root mean square of the velocity, for base and detail channels. "bfloat16" is the layers' own precision.
 """
 
 import copy

@@ -43,7 +43,7 @@ SOME = ("step", "decode", "whole")
 
 @dataclass(frozen=True)
 class Round:
-    """What is measured in one go."""
+    """The settings of one table."""
 
     compiled: bool
     size: int = 1024

@@ -4,8 +4,8 @@
     python benchmarks/true_size_decode.py runs/try.json --device cpu --size 64      # tries the script
 
 At each size interleaved: the upgrade's decoder as it is and with channels last; the base's, at as many pixels; a slim
-decoder; the upgrade's compiled; at sizes above `--tile` also its tiles. Memory is what a decode
-adds to what was there. Tiles and the whole are compared in the pictures' 255 steps, beside the whole in float32.
+decoder; the upgrade's compiled; at sizes above `--tile` also its tiles. Memory is the peak
+that a decode adds. Tiles and the whole are compared in the pictures' 255 steps, beside the whole in float32.
 """
 
 import copy
@@ -37,7 +37,7 @@ def to_channels_last(vae: Vae) -> Vae:
 
 
 def compile_stages(vae: AutoencoderDA) -> AutoencoderDA:
-    """A copy with channels last whose decoder's stages are compiled, each by itself."""
+    """A copy with channels last whose decoder's stages are compiled one by one."""
     made = to_channels_last(vae)
     for stage in made.joint_decoder.up_blocks:
         stage.compile(fullgraph=True, dynamic=True)

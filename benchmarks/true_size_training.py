@@ -4,10 +4,10 @@
     python benchmarks/true_size_training.py runs/try.json --layers 1 --size 128 --batch 1    # tries the script
 
 "lora": stage 2 for 1024 px (32 x 32 tokens) from kept latents and embeddings, eager and compiled, against the
-reference's kind of step, which encodes pictures and captions anew and checkpoints gradients. "full": all weights, half
-the batch. "stage-1": crops of half the size with LPIPS and a discriminator, channels last against contiguous. A step is
-a whole one of davae's: autocast, clipping, optimiser, EMA. Operations are counted, forward and backward of a picture;
-what the second kind computes anew is not among them.
+reference's kind of step, which encodes images and captions in every step and checkpoints gradients. "full": all
+weights, half the batch. "stage-1": crops of half the size with LPIPS and a discriminator, channels last against
+contiguous. A step is davae's whole one: autocast, clipping, optimiser, EMA. Operations are counted for the forward and
+backward pass of an image, without the encoding and the recomputation of the second kind.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def stage_two_flops(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> int:
 def stage_two(
     trained: str, folder: Path, device: torch.device, *, size: int, batch: int, layers: int | None
 ) -> tuple[dict[str, Run], int]:
-    """Kinds of steps of stage 2, and what a picture costs in them."""
+    """Kinds of steps of stage 2, and the operations of an image in them."""
     lora = trained == "lora"
     settings = {"trained": trained, "lora_rank": 256, "lora_alpha": 256.0, "size": size, "batch_size": batch}
     recipe = FinetuneRecipe(**settings, **ENDLESS)
@@ -144,7 +144,7 @@ def stage_two(
 
 
 def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> tuple[dict[str, Run], int]:
-    """Kinds of steps of stage 1, and what a crop costs in them."""
+    """Kinds of steps of stage 1, and the operations of a crop in them."""
     losses = LossWeights(l1=2.0, kl=1e-7, kl_reduction="sum", alignment=1.0, adversarial=0.1)
     recipe = AutoencoderRecipe(detail_channels=16, size=size, crop=size, batch_size=batch, loss=losses, **ENDLESS)
     with torch.random.fork_rng():

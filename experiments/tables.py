@@ -76,7 +76,7 @@ def _origin(result: Row) -> str:
 
 
 def _rivals(ours: Row, result: Row, slim: Row) -> list[str]:
-    """The upgrade beside what the same training FLOPs or the same tokens buy otherwise."""
+    """The upgrade beside rivals with the same training FLOPs or the same tokens."""
     upscaler, by_batch = result["upscaler"], result["seconds_per_picture"]
     header = ["", "tokens", "KID x 1000", "PSNR, dB", "LPIPS"]
     for batch in by_batch:
@@ -120,7 +120,7 @@ def _rivals(ours: Row, result: Row, slim: Row) -> list[str]:
 
 
 def _detail(result: Row) -> list[str]:
-    """What a decoder makes of replaced detail latents."""
+    """Reconstructions with replaced detail latents."""
     autoencoders = {title: cases for title, cases in result["rows"].items() if title != BASE}
     names = list(next(iter(autoencoders.values())))
     rows = [

@@ -1,11 +1,11 @@
-"""The method's choices on the small pair, one changed at a time, on equal budgets and several seeds.
+"""Ablations of the method on the small pair: one choice changed at a time, equal budgets, several seeds.
 
     python recipes/ablations/run.py runs/ablations
 
 trains stage 1 and stage 2 of every arm, first all arms with seed 0, then with the next seed; measures each, and writes
-RUN/result.json after every run. The same command goes on where it stopped; what is measured is not made again. Runs of
-one seed share pictures, crops, noise, prompts and the noise that pictures are sampled from. With `--only SEED` another
-process may make a later seed's runs in RUN once seed 0 is through stage 1. `figure.py` draws the result.
+RUN/result.json after every run. The same command resumes, and skips the arms that have numbers. Runs of one
+seed share images, crops, prompts and all noise. With `--only SEED` another process may run a later seed in RUN once
+seed 0 is through stage 1. `figure.py` draws the result.
 """
 
 import json

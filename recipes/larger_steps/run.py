@@ -6,11 +6,10 @@
 The first step of 2 x 2 is the shipped upgrade, 128 -> 256 px; it and s = 4 have 64 latent channels in the end. "s = 4,
 r = 2" has 48, which the transformer's width holds. All have equal pictures, crops, steps and batches here.
 
-Writes RUN/result.json (copied into experiments/results/larger_steps.json) after stage 1, and with --stage-two anew: its
-losses, KID of pictures from prompts, times, and RUN/samples.png: prompts from top to bottom; from left to right base,
-shipped upgrade, and the arms, all at 512 px. The first two know only the pictures that they were trained on, which are
-drawn in another style. With --arm stage 2 is of some arms only, and with --steps of another length: its numbers are in
-RUN/result-STEPS.json then. The same command goes on where it stopped.
+Writes RUN/result.json (copied into experiments/results/larger_steps.json) after stage 1. --stage-two adds its losses,
+KID of images from prompts, times, and RUN/samples.png: prompts from top to bottom; from left to right base, shipped
+upgrade, and the arms, all at 512 px. The first two were trained on images in another style. --arm limits stage 2 to some
+arms. --steps changes its length, and its numbers are then in RUN/result-STEPS.json. The same command resumes.
 """
 
 from dataclasses import asdict

@@ -2,8 +2,8 @@
 
     python recipes/small_pair/compare_stage1.py runs/compare
 
-writes RUN/result.json (copied into experiments/results/stage1_comparison.json) and prints it; the same command goes on
-where it stopped. Runs of one seed share pictures, crops and noise.
+writes RUN/result.json (copied into experiments/results/stage1_comparison.json) and prints it; the same command
+resumes. Runs of one seed share images, crops and noise.
 """
 
 import statistics

@@ -2,10 +2,10 @@
 
     python recipes/small_pair/latent_upscaler.py RUN --steps 3200 --count 1000
 
-trains it on the shipped pictures (RUN holds checkpoints; the same command goes on), samples the base pipeline's latents
+trains it on the shipped pictures (RUN holds checkpoints; the same command resumes), samples the base pipeline's latents
 for COUNT prompts with the seeds of measure.py, enlarges and decodes them, and writes KID and held-out reconstruction to
-RUN/result.json. Regression with stage 1's pixel losses and its noise on the latents: there is no second diffusion model
-in it, so a picture costs what the base's costs, and the decoder at full size.
+RUN/result.json. It is regression with stage 1's pixel losses and its noise on the latents. There is no second diffusion
+model, so an image costs as much as the base's plus the decoder at full size.
 """
 
 from pathlib import Path

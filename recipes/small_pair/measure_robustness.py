@@ -1,9 +1,9 @@
-"""How much noise on their latents the decoders forgive: KID of noisy reconstructions against the same pictures.
+"""How much noise on their latents the decoders forgive: KID of noisy reconstructions against their originals.
 
     python recipes/small_pair/measure_robustness.py src/davae/assets/upgrade --count 160
 
 prints KID x 1000 (EfficientNet-Lite0); noise is in units, where every latent channel has deviation 1. A transformer's
-latents are never exact, so that this bounds what a generated picture can be.
+latents are never exact, so this bounds the quality of generated images.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 First all of it, then, with the encoder frozen, the decoder alone with a perceptual loss and noise on its latents, so
 that it forgives a transformer's small errors. `--start OLD` takes the encoder and decoder of OLD and does the second
-phase only. RUN holds checkpoints and metrics; the same command goes on where it stopped. About an hour on one CPU core.
+phase only. RUN holds checkpoints and metrics; the same command resumes. About an hour on one CPU core.
 """
 
 import copy

@@ -2,7 +2,7 @@
 
     python recipes/small_pair/train_base_transformer.py RUN --autoencoder AUTOENCODER --out PIPELINE
 
-RUN holds checkpoints and metrics; the same command goes on where it stopped. PIPELINE becomes a stock
+RUN holds checkpoints and metrics; the same command resumes. PIPELINE becomes a stock
 `StableDiffusion3Pipeline` folder in half precision. `--start OLD` begins from that pipeline's weights, not at random.
 """
 

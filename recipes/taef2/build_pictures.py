@@ -30,7 +30,7 @@ from davae.data.sources import heldout
 
 SIDE = 512
 PIECES = 4
-"""At most so many of one map."""
+"""At most this many of one map."""
 NO_COLOUR = re.compile(r"_(nm|gm|sm|rm|bump|norm|gloss|glow)$")
 ALIKE = 0.9
 """Correlation of two 16 px thumbnails from which maps count as variants of each other."""

@@ -4,8 +4,8 @@ r"""Measure the TAEF2 runs on all held-out pictures beside the two bounds: numbe
         r3=runs/taef2/r3/autoencoder
 
 Each named autoencoder is measured on the held-out textures (512 px), the photographs (352 px) and the large pictures
-(1024 px) that build_pictures.py made, with davae's own evaluation. OUTPUT/results.json keeps what is measured: a name
-that is there already is not measured again. OUTPUT/pictures.jpg shows crops of native pixels.
+(1024 px) that build_pictures.py made, with davae's own evaluation. Names that OUTPUT/results.json has
+already are not measured again. OUTPUT/pictures.jpg shows crops of native pixels.
 """
 
 import json
