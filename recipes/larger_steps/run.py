@@ -8,8 +8,8 @@ r = 2" has 48, which the transformer's width holds. All have equal pictures, cro
 
 Writes RUN/result.json (copied into experiments/results/larger_steps.json) after stage 1. --stage-two adds its losses,
 KID of images from prompts, times, and RUN/samples.png: prompts from top to bottom; from left to right base, shipped
-upgrade, and the arms, all at 512 px. The first two were trained on images in another style. --arm limits stage 2 to some
-arms. --steps changes its length, and its numbers are then in RUN/result-STEPS.json. The same command resumes.
+upgrade, and the arms, all at 512 px. The first two were trained on images in another style. --arm limits stage 2 to
+some arms. --steps changes its length, and its numbers are then in RUN/result-STEPS.json. The same command resumes.
 """
 
 from dataclasses import asdict
