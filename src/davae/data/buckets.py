@@ -45,7 +45,7 @@ def bucket_table(sizes: Sequence[int], aspect_ratios: Sequence[str] = (), *, mul
     Raises:
         SettingsError: an aspect ratio cannot be read, or a size is no multiple.
     """
-    ratios = [_read_ratio(text) for text in aspect_ratios or ("1:1",)]
+    ratios = list(map(_read_ratio, aspect_ratios or ("1:1",)))
     buckets = set()
     for size in sizes:
         if size % multiple or size < multiple:

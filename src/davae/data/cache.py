@@ -163,7 +163,9 @@ class CacheContents:
         """One line for people, and one for each damaged shard."""
         facts = ", ".join(f"{name} {str(value)[:16]}" for name, value in self.facts.items() if name != "kind")
         lines = [f"{self.folder.name}: {self.entries:,} entries, {self.bytes / 2**20:,.1f} MiB ({facts})"]
-        return "\n".join(lines + [f"  {name} {reason}" for name, reason in self.damaged.items()])
+        for name, reason in self.damaged.items():
+            lines.append(f"  {name} {reason}")
+        return "\n".join(lines)
 
 
 def read_caches(folder: Path) -> list[CacheContents]:

@@ -17,7 +17,7 @@ WORKERS = min(8, len(os.sched_getaffinity(0)))
 def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = False) -> list[R]:
     """`function` of every item, in order, by `WORKERS` threads that end with the call, or without them if `alone`."""
     if alone or WORKERS < 2 or len(items) < 2:
-        return [function(item) for item in items]
+        return list(map(function, items))
     with ThreadPoolExecutor(min(WORKERS, len(items))) as pool:
         return list(pool.map(function, items))
 

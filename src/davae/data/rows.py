@@ -50,7 +50,7 @@ def load_saved(folder: Path) -> Any:
 def load_parquet(files: list[Path]) -> Any:
     """Parquet files whose rows hold pictures, which `datasets` converts once, into its cache."""
     name = str(files[0])
-    return _loaded(partial(_datasets(name).Dataset.from_parquet, [str(file) for file in files]), name)
+    return _loaded(partial(_datasets(name).Dataset.from_parquet, list(map(str, files))), name)
 
 
 def is_rows(source: object) -> bool:

@@ -262,7 +262,9 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical({key: manifest[key] for key in manifest if key != "digest"})).hexdigest()
+    content = dict(manifest)
+    content.pop("digest", None)
+    return hashlib.sha256(_canonical(content)).hexdigest()
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:

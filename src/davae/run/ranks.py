@@ -199,10 +199,10 @@ class Ranks:
                 dist.all_reduce(tensor, op=operation)
 
     def _average_bucket(self, tensors: Sequence[Tensor]) -> None:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat = torch.cat(list(map(torch.flatten, tensors)))
         self._reduce(flat, "the mean of gradients")
         flat /= self.count
-        for tensor, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+        for tensor, part in zip(tensors, flat.split(list(map(torch.numel, tensors))), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def _broadcast(self, message: str) -> str:

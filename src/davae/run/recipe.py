@@ -135,8 +135,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _read_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The values of the section of `cls`, with the shared ones."""
-    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
-    shared = {name: value for name, value in values.items() if name not in sections}
+    sections, shared = {}, {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            sections[name] = value
+        else:
+            shared[name] = value
+
     for name in sections:
         if name not in SECTIONS:
             hint = _suggest(name, SECTIONS, "[{}]")
@@ -176,7 +181,7 @@ def _suggest(name: str, known: Sequence[str], form: str) -> str:
 def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
     """One line about one pydantic problem: key path, value given, allowed, nearest known name."""
     location = problem["loc"]
-    dotted = ".".join(str(part) for part in location)
+    dotted = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(cls, location[:-1])
         hint = _suggest(str(location[-1]), known, '"{}"')
