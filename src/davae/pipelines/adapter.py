@@ -1,4 +1,4 @@
-"""Adapter folders: what fine-tuning adds to a base pipeline, without the base.
+"""Adapter folders: the results of fine-tuning without the base pipeline.
 
 An adapter folder holds
 
@@ -169,7 +169,7 @@ def add_lora(
 def save_adapter(
     folder: Path, pipeline: DiffusionPipeline, *, base: str, base_sha256: str, layers: Sequence[str] = ()
 ) -> None:
-    """Write what training added to the base as an adapter folder, whole or not at all.
+    """Write the results of fine-tuning as an adapter folder, whole or not at all.
 
     `folder` may hold an older adapter, which is replaced; any other folder is refused. The transformer of the upgraded
     `pipeline` has LoRA from `add_lora`, not fused, or trained `layers`, or neither. `base_sha256` is the `digest_base`

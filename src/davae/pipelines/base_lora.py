@@ -1,8 +1,8 @@
-"""LoRAs of a base model on its upgraded model: those of the latent ports are padded with zeros, as the ports were.
+"""Load LoRAs of a base model on its upgraded model: LoRA of the latent ports is padded with zeros, as the ports were.
 
 A LoRA of other layers fits as it is, because an upgrade leaves those alone. A LoRA of a port has one matrix with a
 channel axis: the first one (A) of the input port, the second one (B) of the output port. Padded with zeros, the LoRA
-adds to the base channels what it added in the base model, and nothing to the others.
+changes the base channels as in the base model, and the others not at all.
 """
 
 import inspect

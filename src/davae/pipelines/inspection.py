@@ -1,4 +1,4 @@
-"""Facts of a pipeline, and what an upgrade would change of it."""
+"""Facts of a pipeline, and the changes that an upgrade would make."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     """Facts of a pipeline as plain JSON values: factor, channels, tokens per size, ports, and the upgrade's effect.
 
     Tokens are counted at half the default size, at that and at twice that, and at `size`, by width and height.
-    `"upgrade"` is what the default upgrade (as many detail channels as base channels, twice the side length) would
-    change; None for a pipeline that is upgraded already.
+    `"upgrade"` holds the changes of the default upgrade (as many detail channels as base channels, twice the side
+    length); None for a pipeline that is upgraded already.
     """
     check_parts(pipeline)
     transformer, config = pipeline.transformer, pipeline.vae.config

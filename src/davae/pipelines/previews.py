@@ -18,8 +18,8 @@ def preview_callback(decoder: ModelMixin, show: Callable[[int, list[Image]], obj
     """Make a `callback_on_step_end` for an upgraded pipeline that shows where the sampling is heading.
 
     The first C channels of upgraded latents are the base's latents of the image at 1/s of its size. So the base's
-    decoder, or a tiny one for the same latents, makes an image of them for at most 1/s^2 of the work. It decodes not
-    the noisy latents x but the end that they head for, if the velocity stays that of the last step, which began at x':
+    decoder, or a tiny one for the same latents, makes an image of them for at most 1/s^2 of the work. The noisy latents
+    x are first extrapolated to sigma = 0 with the velocity of the last step, which began at x':
     x - sigma (x - x') / (sigma - sigma'). After the last step, these are the latents themselves.
 
     Args:

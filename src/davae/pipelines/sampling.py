@@ -56,9 +56,9 @@ def sample(
 ) -> UInt8[Tensor, "b 3 height width"]:
     """Make one image for each prompt, all in one batch.
 
-    The noise is keyed by `seed` and by each image's index, which counts from `first_index`. `guidance_scale` is what
-    the stock pipeline calls so; in most, 1 turns classifier-free guidance off. `size` is a side in pixels, or width and
-    height; the pipeline's default square if None. The longest text encoder pads or cuts to `prompt_tokens`.
+    The noise is keyed by `seed` and by each image's index, which counts from `first_index`. `guidance_scale` is an
+    argument of the stock pipeline; in most, 1 turns classifier-free guidance off. `size` is a side in pixels, or width
+    and height; the pipeline's default square if None. The longest text encoder pads or cuts to `prompt_tokens`.
     """
     backbone = backbone_of(pipeline.transformer)
     width, height = backbone.width_and_height(pipeline, size)

@@ -51,7 +51,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         )
     _check_autoencoder(pipeline, autoencoder)
 
-    # The warm start: on the base's latents the widened transformer computes what the base does.
+    # The warm start: on the base's latents the widened transformer computes the same as the base.
     transformer = widen_transformer(
         pipeline.transformer,
         base_channels=autoencoder.config.base_channels,

@@ -28,7 +28,7 @@ REASONS = {
     r"(model_ema|ema)\b": "another copy of the weights",
 }
 
-# AutoencoderDA's names -> those of the reference code for ImageNet; `da` was `dc` in its older files.
+# AutoencoderDA's names -> the names of the reference code for ImageNet; older files say `dc` for `da`.
 IMAGENET = {
     "base_encoder.": "base_encoder.",
     "base_quant_conv.": "base_quant_conv.",
@@ -39,7 +39,7 @@ IMAGENET = {
     "joint_decoder.": "{da}.decoder.",
 }
 
-# AutoencoderDA's names -> those of the reference code for SD3; below these it has diffusers' names.
+# AutoencoderDA's names -> the names of the reference code for SD3, which has diffusers' names below these.
 SD3 = {
     "base_encoder.": "original_vae_model.vae.encoder.",
     "detail_encoder.": "vae.encoder.",

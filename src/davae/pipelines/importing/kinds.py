@@ -66,7 +66,7 @@ def import_checkpoint(
     paths = {"stats": stats, "base": base, "autoencoder": autoencoder, "lora": lora}
     for path in (file, *paths.values()):
         if path is not None and Path(path).resolve().is_relative_to(out.resolve()):
-            raise SettingsError(f"OUT={out} holds what is read, and would be replaced: give another folder")
+            raise SettingsError(f"OUT={out} holds {path}, which is read, and would be replaced: give another folder")
     check_replaceable(out, holds=REPORT)
     if kind is not None and kind not in KINDS:
         raise SettingsError(f"--kind {kind}: allowed are {', '.join(KINDS)}")

@@ -34,11 +34,11 @@ class ImportReport:
     sha256: str
     opened: tuple[str, ...]
     prefixes: tuple[str, ...]
-    # Of each key that was used: key, target, shape, dtype, change.
+    # Key, target, shape, dtype and change of each key that was used.
     used: list[dict[str, Any]] = field(default_factory=list)
-    # Of each key that was left: key, reason.
+    # Key and reason of each key that was left.
     left: list[dict[str, str]] = field(default_factory=list)
-    # Of each tensor of the result that the file lacks: target, reason.
+    # Target and reason of each tensor that the file lacks.
     missing: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -90,7 +90,7 @@ def _fill_ports(
     transformer, config = pipeline.transformer, pipeline.vae.config
     patch = transformer.config.patch_size
 
-    # Shapes of the parts: those of the base's ports, with the part's channels in place of the base's.
+    # Each part has the shape of the base's port, with its own number of channels.
     targets, sources = {}, {}
     for name, target in PORT_TARGETS.items():
         channels = config.base_channels if "base_" in name else config.detail_channels
