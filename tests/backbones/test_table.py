@@ -1,6 +1,7 @@
 """Every row of the table: the widened model is the base on the base channels, and zero on the others."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from davae.backbones import BACKBONES, backbone_of, widen_transformer
 from davae.errors import SettingsError
 from davae.method.widen import start_ports, widen_ports
 
+ROOT = Path(__file__).parents[2]
 BASE_CHANNELS = 16  # with fewer, matrix kernels may sum the base and the widened model in different orders
 CAPTION = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 WIDE_CAPTION = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -289,6 +291,24 @@ def test_repeated_ports_are_the_base_where_the_group_mean_of_the_detail_is(case,
 
 def test_every_row_has_a_case():
     assert {type(build()).__name__ for build, _ in CASES.values()} == set(BACKBONES)
+
+
+def test_the_page_shows_the_ports_of_every_row():
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    for name, backbone in BACKBONES.items():
+        ports = backbone.ports
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        for text in (ports.input, ports.input_layout, ports.output, ports.output_layout):
+            assert f"`{text}`" in row, name
+        assert ("packed by 2" in row) == (ports.packed == 2), name
+
+
+def test_no_other_room_names_a_transformer():
+    """Except LightningDiT, which is davae's own class."""
+    for path in (ROOT / "src" / "davae").rglob("*.py"):
+        if path.parent.name != "backbones":
+            names = [name for name in BACKBONES if name != "LightningDiT2DModel" and name in path.read_text()]
+            assert not names, f"{path}: {names}"
 
 
 def test_an_unknown_backbone_is_refused():
