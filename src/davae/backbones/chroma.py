@@ -12,11 +12,9 @@ from davae.backbones.packing import call_packed, packed_arguments, token_grid
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width] and `attention_mask` [B, max_sequence_length].
-
-    The pipeline adds the mask, 0 or 1, to the attention's logits, so padding is not hidden: sample with the length that
-    was trained.
-    """
+    """`encoder_hidden_states` [B, max_sequence_length, width] and `attention_mask` [B, max_sequence_length]."""
+    # The mask, 0 or 1, is added to the attention's logits, so it does not hide the padding: sample with the length
+    # that was trained.
     embeds, _, mask, *_ = pipeline.encode_prompt(
         list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
     )

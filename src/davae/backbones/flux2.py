@@ -23,10 +23,8 @@ def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width].
-
-    The transformer sees the padding behind a prompt, too: sample with the length that was trained.
-    """
+    """`encoder_hidden_states` [B, max_sequence_length, width]."""
+    # The transformer sees the padding behind a prompt, too: sample with the length that was trained.
     embeds, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length)
     return {"encoder_hidden_states": embeds}
 

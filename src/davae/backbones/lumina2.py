@@ -10,10 +10,8 @@ from davae.method.widen import LatentPorts
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width] and `encoder_attention_mask` [B, max_sequence_length].
-
-    As in the stock pipeline, a prompt follows the system prompt, and the empty prompt stands alone.
-    """
+    """`encoder_hidden_states` [B, max_sequence_length, width] and `encoder_attention_mask` [B, max_sequence_length]."""
+    # As in the stock pipeline, a prompt follows the system prompt, and the empty prompt stands alone.
     texts = [f"{pipeline.system_prompt} <Prompt Start> {prompt}" if prompt else "" for prompt in prompts]
     # `encode_prompt` puts the system prompt before a prompt, but not before a negative one: all are given as negative.
     _, _, embeds, mask = pipeline.encode_prompt(

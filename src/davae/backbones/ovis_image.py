@@ -14,10 +14,8 @@ from davae.backbones.packing import call_packed, packed_arguments, token_grid
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width], zero behind the prompt; at most 256 tokens.
-
-    The transformer sees what is behind a prompt, too: sample with the length that was trained.
-    """
+    """`encoder_hidden_states` [B, max_sequence_length, width], zero behind the prompt; at most 256 tokens."""
+    # The transformer sees the padding behind a prompt, too: sample with the length that was trained.
     embeds, *_ = pipeline.encode_prompt(
         list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
     )

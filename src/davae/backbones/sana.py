@@ -18,10 +18,8 @@ def read_instruction() -> list[str]:
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
-    """`encoder_hidden_states` [B, tokens, width] and `encoder_attention_mask` [B, tokens].
-
-    As in the stock pipeline, a prompt follows the instruction, and the empty prompt stands alone.
-    """
+    """`encoder_hidden_states` [B, tokens, width] and `encoder_attention_mask` [B, tokens]."""
+    # As in the stock pipeline, a prompt follows the instruction, and the empty prompt stands alone.
     embeds, masks, blank_embeds, blank_mask = pipeline.encode_prompt(
         [prompt or " " for prompt in prompts],
         max_sequence_length=max_sequence_length,

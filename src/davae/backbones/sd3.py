@@ -9,10 +9,8 @@ from davae.method.widen import LatentPorts
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
-    """`encoder_hidden_states` [B, 77 + T5 tokens, width] and `pooled_projections` [B, width].
-
-    Differentiable, so call it without gradients where the text encoders are frozen. "" is the unconditional prompt.
-    """
+    """`encoder_hidden_states` [B, 77 + T5 tokens, width] and `pooled_projections` [B, width]."""
+    # Differentiable, so call it without gradients where the text encoders are frozen.
     embeds, _, pooled, _ = pipeline.encode_prompt(
         list(prompts), None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
     )
