@@ -190,6 +190,13 @@ def test_a_convolutions_flops_and_nothing_kept_without_a_gradient() -> None:
     assert work.kept_bytes == 0
 
 
+def test_the_backward_pass_of_a_depthwise_convolution_costs_as_much_as_its_forward_pass() -> None:
+    network = nn.Conv2d(8, 8, 3, padding=1, groups=8, device=META)
+    with counting(network) as work:
+        network(meta(2, 8, 16, 16, dtype=torch.float32)).sum().backward()
+    assert work.flops == 2 * (2 * 2 * 16 * 16 * 8 * 9)
+
+
 def test_attention_is_counted_and_keeps_no_scores() -> None:
     query, key, value = (meta(1, 2, 64, 8).requires_grad_() for _ in range(3))
     with counting() as work:

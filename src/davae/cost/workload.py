@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from davae.backbones import BACKBONES, Backbone
 from davae.cost.geometry import META, Geometry
@@ -52,6 +52,12 @@ class _AsOnAGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _count_convolution_backward(grad: list[int], image: list[int], weight: list[int], *others: Any, **_out: Any) -> int:
+    """Each gradient costs as much as the forward pass; torch's own count forgets the groups of a convolution."""
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = others
+    return conv_flop_count(image, weight, grad, transposed=transposed) * (wanted[0] + wanted[1])
+
+
 @dataclass
 class Work:
     """Counts of some work: matrix products, convolutions and attention; and what the backward pass needs."""
@@ -82,7 +88,8 @@ def counting(*models: nn.Module) -> Iterator[Work]:
 
     # Everything that autograd saves for the backward pass goes through `keep`.
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _AsOnAGpu(), FlopCounterMode(display=False) as counter, hooks:
+    mapping = {torch.ops.aten.convolution_backward: _count_convolution_backward}
+    with _AsOnAGpu(), FlopCounterMode(display=False, custom_mapping=mapping) as counter, hooks:
         yield work
     work.flops = counter.get_total_flops()
     work._storages.clear()
