@@ -137,9 +137,6 @@ def test_module_names_say_a_subject() -> None:
     assert not {part for path in FILES for part in path.relative_to(PACKAGE).parts} & {"flux", "sana", "dit"}
 
 
-def test_files_are_short_and_ascii() -> None:
+def test_files_are_ascii() -> None:
     for path in FILES:
-        text = path.read_text()
-        assert text.isascii(), path.name
-        # A model that ships beside weights is one file by necessity.
-        assert len(text.splitlines()) <= (570 if room_of(path) == "models" else 350), f"{path.name} has two subjects"
+        assert path.read_text().isascii(), path.name
