@@ -16,8 +16,8 @@ from davae.training.guards import StepGuard
 from davae.training.optimizers import make_optimizer
 from davae.training.tensors import (
     copy_into,
+    find_names,
     live_tensors,
-    named_parameters,
     optimizer_tensors,
     restore_optimizer,
     saved_tensors,
@@ -58,7 +58,8 @@ class Companion:
         self.clip_norm, self.gradient_accumulation = clip_norm, gradient_accumulation
         self.guard = StepGuard(name)
         self._pending: list[Tensor] = []
-        self._trained = named_parameters({name: model}, model.parameters())
+        names = find_names({name: model}, model.parameters())
+        self._trained = dict(zip(names, model.parameters(), strict=True))
 
     def prepare(self, ranks: Ranks) -> None:
         """Move the model to this rank's device and make its optimiser."""
@@ -125,11 +126,7 @@ class Companion:
         return self.guard.values()
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
-        """Take back the `groups` and `values` of the checkpoint `path`.
-
-        Raises:
-            CheckpointError: it belongs to another model.
-        """
+        """Take back the `groups` and `values` of the checkpoint `path`, or refuse those of another model."""
         live = live_tensors(self.model, self.name, self._trained)
         copy_into(live, groups.get(self.name, {}), path / f"{self.name}.safetensors")
         restore_optimizer(self.optimizer, self._trained, self._trained, groups[f"{self.name}_optimizer"])

@@ -1,16 +1,16 @@
-"""Weights in pieces, one on each rank: torch's FSDP2, and how a checkpoint of whole tensors goes in and out of it.
+"""Weights in pieces, one on each rank: torch's FSDP2, and how whole tensors go in and out of it.
 
-The optimiser, the EMA and the norm of gradients see what a rank holds as plain tensors, which lie where FSDP2 has them:
-all three work number by number, so that no step of theirs needs another rank.
+The optimiser, the EMA and the norm of gradients see a rank's piece as a plain tensor on FSDP2's memory: all three work
+number by number, so that no step of theirs needs another rank.
 """
 
 import copy
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,24 +19,28 @@ from davae.run.ranks import Ranks
 
 
 def shard(models: Mapping[str, nn.Module], ranks: Ranks, whole: Iterable[Tensor] = ()) -> dict[str, nn.Module]:
-    """Spread the parameters of models over the ranks, in place; all ranks have the same before.
+    """Spread the parameters of models over the ranks, in place, and return twins for `gather_into`.
 
-    What is gathered at a time is an element of a model's outermost lists, a transformer's block, and then the rest of
-    the model. Of an autoencoder, which is not called as a module but by its methods, the rest is gathered layer by
-    layer. The parameters in `whole` stay whole: their gradients are averaged as without FSDP2.
-
-    Returns:
-        Twins of the models as they were, whose parameters are on the meta device, for `gathered_into`.
+    FSDP2 gathers one element of a model's outermost lists at a time, such as a transformer's block, and then the rest
+    of the model. An autoencoder is called by its methods, not as a module, so its rest is gathered layer by layer. The
+    parameters in `whole` stay whole: their gradients are averaged as without FSDP2.
     """
-    mesh, kept = DeviceMesh(ranks.device.type, torch.arange(ranks.count)), {id(p) for p in whole}
+    mesh = DeviceMesh(ranks.device.type, torch.arange(ranks.count))
+    kept = {id(parameter) for parameter in whole}
     twins = {}
     for name, model in models.items():
+        # A copy of the model without memory for its parameters.
         empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
         twins[name] = copy.deepcopy(model, memo=dict(empty))
+
         for parameter in model.parameters():
-            parameter.data = parameter.data.contiguous()  # FSDP2 knows no channels_last
-        rest = [] if isinstance(model, AutoencoderMixin) else [model]
-        for module in [*blocks_of(model, layers=not rest), *rest]:
+            parameter.data = parameter.data.contiguous()  # FSDP2 does not keep channels_last
+        is_autoencoder = isinstance(model, AutoencoderMixin)
+        modules = blocks_of(model, layers=is_autoencoder)
+        if not is_autoencoder:
+            modules.append(model)
+
+        for module in modules:
             ignored = {p for p in module.parameters() if id(p) in kept}
             if len(ignored) < len(list(module.parameters())):
                 fully_shard(
@@ -45,27 +49,21 @@ def shard(models: Mapping[str, nn.Module], ranks: Ranks, whole: Iterable[Tensor]
     return twins
 
 
-def now_trained(models: Mapping[str, nn.Module], trained: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of these names, "model.name", in their order: `shard` has put others in their places."""
-    now = {f"{name}.{part}": p for name, model in models.items() for part, p in model.named_parameters()}
-    return {name: now[name] for name in trained}
-
-
 def blocks_of(model: nn.Module, *, layers: bool = False) -> list[nn.Module]:
     """The elements of the model's outermost lists and, if wanted, the `layers` with parameters outside of them."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for child in model.children():
         if isinstance(child, nn.ModuleList):
-            found += [element for element in child if any(True for _ in element.parameters())]
+            blocks += [element for element in child if any(True for _ in element.parameters())]
         elif layers and any(True for _ in child.parameters(recurse=False)):
-            found.append(child)
+            blocks.append(child)
         else:
-            found += blocks_of(child, layers=layers)
-    return found
+            blocks += blocks_of(child, layers=layers)
+    return blocks
 
 
 def own_part(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter itself; or what this rank holds of a sharded one, on the same memory."""
+    """The parameter; or this rank's piece of a sharded one, on the same memory."""
     if not isinstance(parameter, DTensor):
         return parameter
     with torch.no_grad():
@@ -77,8 +75,8 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
-def gathered(part: Tensor, like: Tensor) -> Tensor:
-    """The whole of what all ranks hold in parts as they do of `like`; `part` itself if that is whole. All must call."""
+def gather(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of all ranks' parts if it is sharded as `like` is, otherwise `part`. All ranks must call."""
     if not isinstance(like, DTensor) or part.ndim != like.ndim:
         return part
     placed = DTensor.from_local(
@@ -88,24 +86,18 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of `whole` if it is spread as `like` is."""
+    """This rank's piece of `whole` if `like` is sharded, otherwise `whole`."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def gathered_into(twin: nn.Module, model: nn.Module) -> nn.Module:
-    """The twin that `shard` returned, with the model's parameters and buffers whole, on the CPU. All ranks must call.
+def gather_into(twin: nn.Module, model: nn.Module) -> nn.Module:
+    """The twin of `shard` with the model's whole tensors on rank 0's CPU; on other ranks it stays empty.
 
-    Ranks other than 0 drop what they gather: their twin stays on the meta device.
+    All ranks must call.
     """
-    first = dist.get_rank() == 0
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        if first:
-            new = nn.Parameter(whole.cpu().clone(), requires_grad=parameter.requires_grad)
-            setattr(twin.get_submodule(owner), leaf, new)
-    for name, buffer in model.named_buffers():
-        twin.get_buffer(name).data = buffer.cpu().clone()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if state:
+        twin.load_state_dict(state, assign=True)
     return twin

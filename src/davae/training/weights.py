@@ -12,11 +12,12 @@ from davae.run import faults
 from davae.run.ranks import Ranks
 from davae.training.optimizers import averages, counts, evaluated, make_optimizer, restore_counts
 from davae.training.recipes import OptimisationRecipe
-from davae.training.sharding import gathered_into, now_trained, own_gradient, own_part, part_of, shard
+from davae.training.sharding import gather_into, own_gradient, own_part, part_of, shard
 from davae.training.tensors import (
+    all_parameters,
     copy_into,
+    find_names,
     live_tensors,
-    named_parameters,
     on_cpu,
     optimizer_tensors,
     restore_optimizer,
@@ -30,15 +31,7 @@ EMA_WARMUP_POWER = 0.75
 class TrainedWeights:
     """The trained parameters of a `TrainingState`, their optimiser and their EMA; with FSDP2, this rank's part of each.
 
-    Args:
-        recipe: names the optimiser and the EMA's decay.
-        models: every model that has trained parameters, by a short name; moved to the ranks' device.
-        parameters: the parameters to train, all of them out of `models`.
-        ranks: the processes of the run.
-        whole: parameters that FSDP2 does not shard.
-
-    Raises:
-        SettingsError: a parameter of no model, or a reserved name.
+    The models are moved to the ranks' device. FSDP2 does not shard the parameters in `whole`.
     """
 
     def __init__(
@@ -55,9 +48,10 @@ class TrainedWeights:
             model.to(ranks.device)
 
         # Sharding puts other parameters in the models; the optimiser and the EMA see this rank's part of each.
-        names = list(named_parameters(self._models, parameters))
+        names = find_names(self._models, parameters)
         self._twins = shard(self._models, ranks, whole) if ranks.sharded else {}
-        self._trained = now_trained(self._models, names)
+        present = all_parameters(self._models)
+        self._trained = {name: present[name] for name in names}
         self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
         self._sharded = [name for name, part in self._parts.items() if part is not self._trained[name]]
 
@@ -134,7 +128,7 @@ class TrainedWeights:
 
     def whole(self, name: str) -> nn.Module:
         """The model of that name; with FSDP2 a copy on rank 0's CPU, to save it, for which all ranks must call."""
-        return gathered_into(self._twins[name], self._models[name]) if name in self._twins else self._models[name]
+        return gather_into(self._twins[name], self._models[name]) if name in self._twins else self._models[name]
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """The tensors for a checkpoint, whole and on the CPU; all ranks must call."""
@@ -154,11 +148,7 @@ class TrainedWeights:
         return values
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
-        """Take back the `groups` and `values` of the checkpoint `path`.
-
-        Raises:
-            CheckpointError: it belongs to other models.
-        """
+        """Take back the `groups` and `values` of the checkpoint `path`, or refuse those of other models."""
         for name, model in self._models.items():
             copy_into(live_tensors(model, name, self._trained), groups.get(name, {}), path / f"{name}.safetensors")
 
