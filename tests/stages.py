@@ -19,6 +19,32 @@ def autoencoder_recipe(base: Path, pictures: Path, **changes: object) -> Autoenc
     return AutoencoderRecipe(**{"base": str(base), "pictures": str(pictures), **SHARED, **own, **changes})
 
 
+STAGE_ONE_STEPS = 41
+
+
+def stage_one_recipe(base: Path, pictures: Path, **changes: object) -> AutoencoderRecipe:
+    """A run that is long enough to learn something."""
+    settings = {
+        "base": str(base),
+        "pictures": str(pictures),
+        "size": 64,
+        "crop": 32,
+        "detail_channels": 12,
+        "fit_pictures": 8,
+        "steps": STAGE_ONE_STEPS,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "ema_decay": 0.8,
+        "precision": "float32",
+        "checkpoint_every": 20,
+        "evaluate_every": 20,
+        "heldout_pictures": 3,
+        "calibration_pictures": 100,
+    }
+    return AutoencoderRecipe(**(settings | changes))
+
+
 def finetune_recipe(base: Path, autoencoder: Path, pictures: Path, **changes: object) -> FinetuneRecipe:
     """12 steps, two epochs."""
     own = {"autoencoder": str(autoencoder), "steps": 12, "lora_rank": 2, "detail_warmup_steps": 4, "prompt_tokens": 8}

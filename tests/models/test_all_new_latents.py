@@ -154,5 +154,5 @@ def test_stage_1_trains_it(base_folder: Path, picture_folder: Path, tmp_path: Pa
 
 def test_stage_1_aligns_nothing_with_nothing(base_folder: Path, picture_folder: Path, tmp_path: Path) -> None:
     chosen = recipe_for(base_folder, picture_folder, loss=LossWeights(lpips=0))
-    with pytest.raises(SettingsError, match=r'alignment=0.5: with latents="full" none is aligned'):
+    with pytest.raises(SettingsError, match=r'alignment=0.5: latents="full" has nothing to align'):
         train_autoencoder(chosen, tmp_path)

@@ -29,17 +29,10 @@ logger = logging.getLogger(__name__)
 class Companion:
     """A model, an AdamW at a constant learning rate, and their part of a `TrainingState`'s checkpoints.
 
-    Give it to the state, which moves it to its device and loads it when it resumes. Then, for every batch of a step in
-    which the model is trained, call `update` once. It has no EMA. Every rank holds it whole, with FSDP2, too.
-
-    Args:
-        name: of the model; a checkpoint has a file `name`.safetensors and one `name`_optimizer.safetensors.
-        model: all of its parameters are trained, and its buffers are saved.
-        learning_rate: of every step.
-        betas: AdamW's two.
-        weight_decay: AdamW's, decoupled.
-        clip_norm: the largest norm of all its gradients together.
-        gradient_accumulation: calls of `update` that make one step of its optimiser.
+    The state moves it to its device and loads it when it resumes. For every batch of a step in which the model is
+    trained, call `update` once; `gradient_accumulation` calls make one step of its optimiser. All parameters of the
+    model are trained, and its buffers are saved. It has no EMA. Every rank holds it whole, with FSDP2, too. A
+    checkpoint has the files `name`.safetensors and `name`_optimizer.safetensors.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from types import FrameType
 from davae.errors import DavaeError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Of a person, of a system that shuts down, and of a cluster's queue that warns before its time limit (Slurm's
+"""From a person, from a system that shuts down, and from a cluster's queue that warns before its time limit (Slurm's
 `--signal=USR1@120`)."""
 
 
@@ -17,29 +17,30 @@ class Interrupted(DavaeError):
     """Training was asked to stop by a signal and has saved its state; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, signum: int, step: int) -> None:
-        """Say which signal came and after how many steps the state was saved."""
+        """Name the signal, and the number of steps after which the state was saved."""
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name}; saved after {step} steps. Run the same command again to go on")
         self.exit_code = 128 + signum
 
 
 class StopRequest:
-    """What the signal handlers have seen: `signum` is the number of the first signal, None before it."""
+    """The number of the first signal that came, or None."""
 
     signum: int | None = None
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note these `SIGNALS` instead of dying of them; the handlers that were there before come back at the end.
+    """Note these `SIGNALS` instead of dying of them; the former handlers come back at the end.
 
-    After the first signal the former handlers are back at once, so that a second one is not held up by a long step.
-    Outside the main thread, where Python allows no handlers, nothing is installed.
+    They come back at the first signal, too, so that a second one is not held up by a long step. Python allows handlers
+    in the main thread only; elsewhere nothing is installed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+
     former = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def restore() -> None:

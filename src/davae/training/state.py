@@ -15,13 +15,7 @@ from torch import Tensor, nn
 
 from davae.errors import NumericsError
 from davae.run import faults
-from davae.run.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    remove_litter,
-    save_checkpoint,
-)
+from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, remove_litter, save_checkpoint
 from davae.run.progress import StepProgress
 from davae.run.ranks import Ranks
 from davae.run.record import RunRecord, alone
@@ -141,7 +135,15 @@ class TrainingState:
             RankError: another rank is missing.
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
-        with lock, stop_requests() as request, self._progress() as progress:
+        bar = StepProgress(
+            self.label,
+            done=self.step,
+            total=self.recipe.steps,
+            console=self._console,
+            samples=self.recipe.batch_size * self.recipe.gradient_accumulation,
+            device=self.device,
+        )
+        with lock, stop_requests() as request, bar as progress:
             self.ranks.on_first(self._begin)
             while self.step < self.recipe.steps:
                 began = time.monotonic()
@@ -194,9 +196,9 @@ class TrainingState:
     def update(self, loss: Tensor, logs: Logs | None = None, *, samples: Sequence[str] = ()) -> None:
         """Backward pass of a batch's loss; after the step's last one a step of optimiser and EMA, and a metrics line.
 
-        Loss and logs of a step are the means over its batches. If the loss or the norm of the gradients is not finite,
-        the step is skipped: weights, optimiser and EMA stay bit for bit as they were; the skip is counted and logged,
-        with the names of the step's samples. A spike of loss or norm is logged, too, and skipped if `skip_spikes`.
+        Loss and logs of a step are the means over its batches. A step whose loss or gradient norm is not finite is
+        skipped: weights, optimiser and EMA stay bit for bit as they were. The skip is counted, and logged with the
+        names of the step's samples. So is a spike of loss or norm, which is skipped only if `skip_spikes`.
 
         Args:
             loss: a scalar with a graph, the mean over one batch.
@@ -265,16 +267,6 @@ class TrainingState:
         position = (self.step, self.ranks.rank) if self.ranks.rank else (self.step,)
         torch.manual_seed(generator(self.recipe.seed, f"{self.label} step", *position).initial_seed())
 
-    def _progress(self) -> StepProgress:
-        return StepProgress(
-            self.label,
-            done=self.step,
-            total=self.recipe.steps,
-            console=self._console,
-            samples=self.recipe.batch_size * self.recipe.gradient_accumulation,
-            device=self.device,
-        )
-
     # ------------------------------------------------------------------------------------------ weights and metrics
 
     def autocast(self) -> torch.autocast:
@@ -302,14 +294,9 @@ class TrainingState:
 
     def finish(self, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:
         """Write result.json, with these counts and those of the steps, and end the trackers; for rank 0."""
-        steps = {"steps": self.step, "skipped_steps": self.skipped, "spikes": self.spikes}
-        self.record.finish(
-            values,
-            recipe=self.recipe,
-            device=str(self.device),
-            seed=self.recipe.seed,
-            counts={**counts, **steps},
-        )
+        recipe, device = self.recipe, str(self.device)
+        all_counts = {**counts, "steps": self.step, "skipped_steps": self.skipped, "spikes": self.spikes}
+        self.record.finish(values, recipe=recipe, device=device, seed=recipe.seed, counts=all_counts)
         for tracker in self.trackers:
             tracker.finish()
 

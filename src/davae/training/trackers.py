@@ -1,4 +1,4 @@
-"""Where a run's metrics are shown beside metrics.jsonl: TensorBoard, W&B, trackio, all as accelerate speaks to them."""
+"""Trackers that show a run's metrics beside metrics.jsonl: TensorBoard, W&B, trackio, by way of accelerate."""
 
 import hashlib
 import importlib
@@ -18,11 +18,11 @@ TRACKERS: dict[str, type[GeneralTracker]] = {
     "wandb": WandBTracker,
     "trackio": TrackioTracker,
 }
-"""By the name of the package, which is davae's extra, too."""
+"""By the name of the package, which is the name of davae's extra, too."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are not there, before anything is done.
+    """Refuse trackers that are not there.
 
     Raises:
         SettingsError: an unknown one, or a package that is not installed.
@@ -37,34 +37,33 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(names: Sequence[str], folder: Path, *, step: int) -> list[GeneralTracker]:
-    """Trackers of the run in `folder`, which go on at `step` with what they were told at its earlier starts.
-
-    Of several ranks only the first may have any.
+    """Trackers of the run in `folder`, which go on at `step` with what they were told before; for rank 0.
 
     TensorBoard's files go to `folder`/tensorboard; the others call the project "davae" and the run as its folder.
     """
-    check_trackers(names)
-    text = (folder / "recipe.toml").read_text(encoding="utf-8") if (folder / "recipe.toml").is_file() else ""
-    started: list[GeneralTracker] = []
+    recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
+    run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    settings: dict[str, dict[str, Any]] = {
+        "tensorboard": {"run_name": "tensorboard", "logging_dir": folder, "purge_step": step},
+        "wandb": {"run_name": "davae", "name": folder.name, "id": run, "resume": "allow", "dir": folder},
+        "trackio": {"run_name": "davae", "name": folder.name, "resume": "allow"},
+    }
+
+    trackers: list[GeneralTracker] = []
     for name in names:
-        run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        settings: dict[str, dict[str, Any]] = {
-            "tensorboard": {"run_name": "tensorboard", "logging_dir": folder, "purge_step": step},
-            "wandb": {"run_name": "davae", "name": folder.name, "id": run, "resume": "allow", "dir": folder},
-            "trackio": {"run_name": "davae", "name": folder.name, "resume": "allow"},
-        }
         tracker = TRACKERS[name](**settings[name])
         tracker.start()
-        if name == "tensorboard":  # its table of hyper-parameters is another run in its list
-            tracker.tracker.add_text("recipe", f"```toml\n{text}```", step)
+        if name == "tensorboard":
+            # As text: TensorBoard lists its table of hyper-parameters as another run.
+            tracker.tracker.add_text("recipe", f"```toml\n{recipe}```", step)
         else:
-            tracker.store_init_configuration(tomllib.loads(text))
-        started.append(tracker)
-    return started
+            tracker.store_init_configuration(tomllib.loads(recipe))
+        trackers.append(tracker)
+    return trackers
 
 
 def show_picture(trackers: Sequence[GeneralTracker], name: str, picture: UInt8[Tensor, "3 h w"], *, step: int) -> None:
-    """Show a picture to those trackers that take any."""
+    """Show a picture on the trackers that take pictures."""
     batch = picture.permute(1, 2, 0).unsqueeze(0).numpy()
     for tracker in trackers:
         if tracker.name == "tensorboard":
