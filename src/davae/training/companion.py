@@ -96,6 +96,7 @@ class Companion:
         mean_value, norm_value, *buffers = torch.stack([mean, norm.float(), *largest]).tolist()
         finite = math.isfinite(mean_value) and math.isfinite(norm_value) and all(size <= LARGEST for size in buffers)
 
+        # Take the step, or undo what the forward pass did to BatchNorm's statistics.
         if finite:
             self.optimizer.step()
             self._keep_buffers()

@@ -51,6 +51,7 @@ def check_same_recipe(recipe: OptimisationRecipe, folder: Path) -> None:
             f"{folder} holds a run of the other stage, or of a newer davae, see {path}. Give a new folder"
         ) from error
 
+    # Settings that may change during a run are not compared.
     differences = []
     for name in type(recipe).model_fields:
         if name not in recipe.free_to_change and getattr(theirs, name) != getattr(recipe, name):

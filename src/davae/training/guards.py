@@ -73,6 +73,7 @@ class Spikes:
             deviations, means = torch.std_mean(torch.tensor(list(self.recent), dtype=torch.float64), dim=0)
             limits = (means + SIGMAS * deviations).tolist()
 
+        # A spike is stored cut to the limit, so that it does not hide the next one.
         spike = loss > limits[0] or norm > limits[1]
         self.recent.append((min(loss, limits[0]), min(norm, limits[1])))
         if spike:

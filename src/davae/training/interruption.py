@@ -41,6 +41,7 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
 
+    # Remember who handled these signals before.
     former = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def restore() -> None:

@@ -50,6 +50,7 @@ def make_optimizer(
     weight_decay: float,
 ) -> torch.optim.Optimizer:
     """The optimiser of these weights, in training mode if it has one."""
+    # The fused kernel of torch's AdamW is its fastest.
     settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
     if name == "AdamW":
         settings["fused"] = True
@@ -58,6 +59,7 @@ def make_optimizer(
         for weight in weights:
             weight.data = weight.data.contiguous()
 
+    # Schedule-free has a mode for training and one for use.
     optimizer: torch.optim.Optimizer = getattr(import_module(LIBRARIES[name]), name)(weights, **settings)
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -75,6 +77,7 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
         return
 
+    # Copies, because going to and fro has rounding errors.
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     trained = [weight.detach().clone() for weight in weights]
     optimizer.eval()

@@ -119,6 +119,7 @@ def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: 
     def learning_rate(step: int) -> float:
         if step < warmup_steps:
             return peak * (step + 1) / warmup_steps
+        # From 0 at the end of the warm-up to 1 at the last step.
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 

@@ -30,6 +30,7 @@ def choose_trained(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> lis
     if recipe.decoder_only:
         frozen += [autoencoder.detail_downsample, autoencoder.detail_from_base]
 
+    # In evaluation mode a frozen module keeps the statistics of its norms, too.
     for module in frozen:
         if module is not None:
             module.requires_grad_(False).eval()
@@ -82,6 +83,7 @@ def train_networks(
         ramp = adversarial_ramp(step, start=weights.adversarial_start, ramp_steps=weights.adversarial_ramp_steps)
 
         for number in state.batches():
+            # Crops, and what their reconstructions are compared with.
             names, crops = load(number)
             image = faults.at("data", crops.to(state.device))
             target = image if base_vae is None else base_reconstruction(autoencoder, base_vae, image)

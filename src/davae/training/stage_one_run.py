@@ -73,6 +73,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         if network is not None:
             network.to(ranks.device)
 
+    # The state resumes at the newest checkpoint, if there is one.
     state = TrainingState(
         recipe,
         folder,
@@ -86,6 +87,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     )
     ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
 
+    # Train, while a thread makes the next batches.
     evaluate = partial(evaluate_heldout, state, autoencoder, heldout, alex)
     with Ahead(partial(load_crops, recipe, pictures, ranks)) as load:
         train_networks(
@@ -101,6 +103,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         whole = state.whole("autoencoder")
         ranks.on_first(lambda: save_autoencoder(whole, folder / "autoencoder"))
 
+    # The record: the last metrics, and how many images they stand on.
     counts = {"pictures": len(pictures)}
     if discriminator is not None:
         counts["skipped_discriminator_steps"] = discriminator.guard.skipped
@@ -119,6 +122,7 @@ def open_heldout_pictures(recipe: AutoencoderRecipe, folder: Path | None) -> Pic
 
 def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, number: int) -> tuple[list[str], Tensor]:
     """The names of all images in batch `number`, and this rank's crops of them."""
+    # Seed and batch number choose the images; a sample's number in the run chooses its crop.
     indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=number)
     images = pictures.batch(ranks.share(indices))
     samples = ranks.sample_numbers(number, len(images))

@@ -34,6 +34,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     if folder.is_dir():
         return load_autoencoder(folder)
 
+    # All refusals come before the fits, which take minutes.
     check_choices(recipe)
     if recipe.autoencoder:
         autoencoder = load_previous(recipe)
@@ -67,9 +68,11 @@ def make_untrained(recipe: AutoencoderRecipe, vae: ModelMixin) -> AutoencoderDA:
         SettingsError: its channels do not fit the base's.
     """
     closed_form = recipe.start == "closed form"
+
+    # The random start draws from torch's global generator.
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(recipe.seed, "start").initial_seed())  # for the random start
+            torch.manual_seed(generator(recipe.seed, "start").initial_seed())
             return AutoencoderDA.from_base(
                 vae,
                 detail_channels=recipe.detail_channels,
@@ -90,10 +93,12 @@ def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
         CheckpointError: it cannot be loaded.
         SettingsError: its settings are not the recipe's, or its base is another.
     """
+    # The base is not read without need: it may not be there.
     base_needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
     vae = load_base_vae(find_base(recipe)) if base_needed else None
     autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
 
+    # The recipe must describe what is trained.
     for name in ("detail_channels", "resolution_factor", "base_downsample"):
         ours, theirs = getattr(recipe, name), autoencoder.config[name]
         if ours != theirs:
@@ -127,6 +132,7 @@ def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pict
     if slim is autoencoder:
         return autoencoder
 
+    # Each slim layer is fitted on crops of the training images.
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
     crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
     squared_error = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed)

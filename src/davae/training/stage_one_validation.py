@@ -23,6 +23,7 @@ def evaluate_heldout(
     values = heldout_metrics(autoencoder, heldout, lpips, state.ranks)
     state.log(values)
 
+    # All ranks draw, as sharded models need; rank 0 writes.
     path, picture = state.record.folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout)
     state.ranks.on_first(lambda: write_png(path, picture))
     return values

@@ -98,6 +98,7 @@ class TrainingState:
         self.learning_rate = schedule_learning_rate(recipe)
         self.bfloat16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_bfloat16(self.device))
 
+        # Only rank 0 writes and shows progress.
         self.record = RunRecord(folder)
         self.trackers: list[GeneralTracker] = []
         self._checkpoints = self.record.folder / "checkpoints"
@@ -108,6 +109,7 @@ class TrainingState:
         if companion is not None:
             companion.prepare(self.ranks)
 
+        # A checkpoint, if there is one, overwrites these.
         self.step = 0
         self.seconds = 0.0
         self.guard, self._spikes = StepGuard(label), Spikes()
@@ -117,10 +119,8 @@ class TrainingState:
         self._samples: list[str] = []
 
         self._resume()
-        if self.ranks.first:
-            self.record.start(recipe, device=str(self.device), precision="bf16" if self.bfloat16 else "float32")
-
-    # ------------------------------------------------------------------------------------------ the loop
+        device, precision = str(self.device), "bf16" if self.bfloat16 else "float32"
+        self.ranks.on_first(lambda: self.record.start(recipe, device=device, precision=precision))
 
     def steps(self) -> Iterator[int]:
         """Yield the number of every step that is left; `update` must be called once in each, for every batch of it.
@@ -135,13 +135,9 @@ class TrainingState:
             RankError: another rank is missing.
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
+        total, samples = self.recipe.steps, self.recipe.batch_size * self.recipe.gradient_accumulation
         bar = StepProgress(
-            self.label,
-            done=self.step,
-            total=self.recipe.steps,
-            console=self._console,
-            samples=self.recipe.batch_size * self.recipe.gradient_accumulation,
-            device=self.device,
+            self.label, done=self.step, total=total, console=self._console, samples=samples, device=self.device
         )
         with lock, stop_requests() as request, bar as progress:
             self.ranks.on_first(self._begin)
@@ -225,6 +221,7 @@ class TrainingState:
         self._loss, norm = torch.stack([loss, norm_tensor.float()]).tolist()
         self._updated = True
 
+        # Take the step, or skip it whole.
         rate = self.learning_rate(self.step)
         finite = math.isfinite(self._loss) and math.isfinite(norm)
         spike = finite and self._spikes.see(self._loss, norm)
@@ -234,6 +231,7 @@ class TrainingState:
         self.weights.drop_gradients()
         self.guard.see(finite=finite, skipped=skipped)
 
+        # Steps that stand out are always logged, with the samples that they saw.
         marks = [name for name, seen in {"skipped": skipped, "spike": spike}.items() if seen]
         if marks or self.step % self.recipe.log_every == 0 or self.step == self.recipe.steps - 1:
             line: dict[str, Any] = {"loss": self._loss, "loss_hex": self._loss.hex(), "learning_rate": rate}
@@ -249,8 +247,7 @@ class TrainingState:
 
     def _step_means(self) -> tuple[Tensor, Logs]:
         """The mean loss and the means of the logs over the step's batches and the ranks."""
-        loss, logs = self._pending[0]
-        count = len(self._pending)
+        (loss, logs), count = self._pending[0], len(self._pending)
         if count > 1:
             loss = torch.stack([batch_loss for batch_loss, _ in self._pending]).mean()
             logs = {name: sum(batch_logs[name] for _, batch_logs in self._pending) / count for name in logs}
@@ -288,6 +285,7 @@ class TrainingState:
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
         self.record.append({"step": self.step, **plain, "seconds": round(self.seconds, 3)})
 
+        # Trackers take numbers only.
         numbers = {name: float(value) for name, value in plain.items() if not isinstance(value, str | bool | list)}
         for tracker in self.trackers:
             tracker.log(numbers, step=self.step)
@@ -310,6 +308,8 @@ class TrainingState:
     def _save(self) -> None:
         if self.ranks.first:
             self.record.sync()
+
+        # All ranks gather sharded tensors; rank 0 writes them.
         groups = self.weights.groups()
         values: dict[str, Any] = {
             "total_steps": self.recipe.steps,

@@ -55,6 +55,7 @@ class TrainedWeights:
         self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
         self._sharded = [name for name, part in self._parts.items() if part is not self._trained[name]]
 
+        # The optimiser of this rank's parts.
         weights = list(self._parts.values())
         self.optimizer = make_optimizer(
             recipe.optimizer,
@@ -134,6 +135,8 @@ class TrainedWeights:
         """The tensors for a checkpoint, whole and on the CPU; all ranks must call."""
         assert self._ema.temp_stored_params is None, "leave ema_weights() before the step ends"
         groups = {name: saved_tensors(model, name, self._trained) for name, model in self._models.items()}
+
+        # The EMA's tensors are parts as the weights are.
         groups["ema"] = {}
         for (name, parameter), shadow in zip(self._trained.items(), self._ema.shadow_params, strict=True):
             groups["ema"][name] = on_cpu(shadow, parameter)
