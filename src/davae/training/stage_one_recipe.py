@@ -107,10 +107,14 @@ TERMS = ("l1", "gradient", "lpips", "kl", "alignment", "adversarial")
 def loss_settings(recipe: AutoencoderRecipe) -> StageOneSettings:
     """The settings of `stage_one_loss` that a recipe decides."""
     loss = recipe.loss
-    adaptive = {"alignment": loss.adaptive_alignment, "adversarial": loss.adaptive_adversarial}
+    adaptive = set()
+    if loss.adaptive_alignment:
+        adaptive.add("alignment")
+    if loss.adaptive_adversarial:
+        adaptive.add("adversarial")
     return StageOneSettings(
         weights={name: getattr(loss, name) for name in TERMS},
-        adaptive=frozenset(name for name, chosen in adaptive.items() if chosen),
+        adaptive=frozenset(adaptive),
         kl_reduction=loss.kl_reduction,
         lpips_patch=loss.lpips_patch,
         lpips_stride=loss.lpips_stride,
@@ -144,6 +148,7 @@ def check_sides(recipe: AutoencoderRecipe, factor: int) -> None:
     if loss.lpips:
         least, network = LPIPS_MIN_SIDE, "LPIPS"
 
+    # Latents must fit whole pixels, and each network its smallest image.
     if any(side % factor for side in sides):
         raise SettingsError(
             f"size={recipe.size}, bucket_step={recipe.bucket_step}: the pictures' sides are {sides}; "

@@ -25,6 +25,8 @@ def find_names(models: Mapping[str, nn.Module], parameters: Iterable[nn.Paramete
     """
     if reserved := {"ema", "optimizer"} & set(models):
         raise SettingsError(f"a model cannot be called {reserved.pop()}: a checkpoint has a file of that name")
+
+    # Parameters are found by identity: two may hold equal values.
     names = {id(parameter): name for name, parameter in all_parameters(models).items()}
     parameters = list(parameters)
     strangers = [tuple(p.shape) for p in parameters if id(p) not in names]
@@ -57,9 +59,12 @@ def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Pat
     Raises:
         CheckpointError: names, shapes or dtypes differ.
     """
+    # Other names: the model has other layers.
     for name in sorted(live.keys() ^ saved.keys()):
         holder = "the checkpoint, not the model," if name in saved else "the model, not the checkpoint,"
         raise CheckpointError(f"{path} does not fit: {holder} has a tensor {name}. Give a new folder to start afresh")
+
+    # Other shapes or dtypes: its layers have other sizes.
     for name, tensor in live.items():
         if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
             raise CheckpointError(
