@@ -112,6 +112,7 @@ def loss_settings(recipe: AutoencoderRecipe) -> StageOneSettings:
         adaptive.add("alignment")
     if loss.adaptive_adversarial:
         adaptive.add("adversarial")
+
     return StageOneSettings(
         weights={name: getattr(loss, name) for name in TERMS},
         adaptive=frozenset(adaptive),
