@@ -99,13 +99,14 @@ def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
 
 
 def keep_stream_in_float32(vae: AutoencoderKL) -> None:
-    """Take the layers through which the residual stream passes out of autocast.
+    """Take the layers through which the residual stream passes, and the last ones, out of autocast.
 
     The stream grows to a deviation above 100, and pale colours differ by less than 1 in it. In bfloat16 they drown: an
-    encoder that was trained so told red from green no longer, whatever the loss. All other layers read the stream
-    through a normalisation, and may compute in bfloat16.
+    encoder that was trained so told red from green no longer, whatever the loss. The decoder's output near 1 has steps
+    of 1/256 in bfloat16, as large as the errors of a good autoencoder, so that the signs in an L1's gradient are noise.
+    All other layers read the stream through a normalisation, and may compute in bfloat16.
     """
-    names = ("conv_in", "conv_shortcut", "conv")  # the last is that of down- and upsamplers
+    names = ("conv_in", "conv_shortcut", "conv", "conv_out")  # "conv" is that of down- and upsamplers
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d) and name.rpartition(".")[2] in names:
             module.forward = partial(without_autocast, module.forward)
