@@ -54,8 +54,8 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
             with torch.random.fork_rng(), device:
                 torch.manual_seed(0)
                 parts[part] = _make_part(kind, folder / part, layers)
-            if isinstance(parts[part], nn.Module):
-                _settle(parts[part], dtype)
+                if isinstance(parts[part], nn.Module):
+                    _settle(parts[part], dtype)
 
     name = index["_class_name"]
     return getattr(davae if name in davae.__all__ else importlib.import_module("diffusers"), name)(**parts)
