@@ -109,7 +109,7 @@ def test_a_run_ends_in_a_stock_pipeline_and_an_adapter_that_makes_the_same(recip
     [{"shift": 2.0}, {"cosine_weight": 1.0}, {"data_objective": True}, {"data_objective": True, "min_snr": 5.0}],
 )
 def test_settings_of_flow_models_are_refused_for_those_that_predict_noise(name, setting):
-    with pytest.raises(SettingsError, match=r"predicts noise, and these are for flow models"):
+    with pytest.raises(SettingsError, match=r"predicts noise, and these settings are for flow models"):
         choose_objective(tiny_pipelines.PIPELINES[name](), base_channels=C, positions=64, **setting)
 
 
@@ -124,5 +124,5 @@ def test_a_scheduler_of_the_other_kind_is_refused():
 
 @pytest.mark.parametrize("name", NOISE, indirect=True)
 def test_lora_of_a_class_that_diffusers_gives_no_adapters_is_refused(recipe, name, tmp_path):
-    with pytest.raises(SettingsError, match=r'has no LoRA in diffusers.*trained="layers", "full" or "ports"'):
+    with pytest.raises(SettingsError, match=r'has no LoRA in diffusers.*trained="layers", "full" and "ports"'):
         finetune(recipe.model_copy(update={"trained": "lora"}), tmp_path / "run")

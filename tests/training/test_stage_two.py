@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,7 @@ def test_each_result_has_a_card_with_its_recipe_and_its_losses(lora: Run) -> Non
     loss = json.loads((folder / "result.json").read_text())["values"]["base_loss"]
     for result in ("pipeline", "adapter"):
         card = (folder / result / "README.md").read_text()
-        assert f"| base loss | {loss:.4g} |" in card
+        assert re.search(rf"\| base loss +\| +{loss:.4g} +\|", card)
         assert f"lora_rank = {recipe.lora_rank}" in card
         assert "Counts: pictures 12, batch size 6." in card
         assert str(Path(recipe.base).parent) not in card

@@ -3,7 +3,7 @@
 A meta tensor has a shape and no values, so a pass through a model of any size takes seconds and no memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +52,9 @@ class _AsOnAGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _count_convolution_backward(grad: list[int], image: list[int], weight: list[int], *others: Any, **_out: Any) -> int:
+def _count_convolution_backward(
+    grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *others: Any, **_out: Any
+) -> int:
     """Each gradient costs as much as the forward pass; torch's own count forgets the groups of a convolution."""
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = others
     return conv_flop_count(image, weight, grad, transposed=transposed) * (wanted[0] + wanted[1])
