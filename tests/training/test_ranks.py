@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from davae.data.pictures import read_png
+from davae.method.stage_one_loss import adversarial_ramp
 from davae.pipelines.loading import load_autoencoder, load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
@@ -118,6 +119,22 @@ def assert_alike(folder: Path, whole: Path, steps: int, *, bounds: dict[str, flo
         assert (tensor - theirs[name]).abs().max() < weight_bound, name
 
 
+def assert_sum_of_terms(folder: Path) -> None:
+    """The total is the sum of the logged terms with their weights and factors, so bounds of these are bounds of it."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert any("adversarial" in line for line in lines)
+
+    for line in lines:
+        ramp = adversarial_ramp(
+            line["step"], start=ADVERSARIAL.adversarial_start, ramp_steps=ADVERSARIAL.adversarial_ramp_steps
+        )
+        total = ADVERSARIAL.l1 * line["l1"] + ADVERSARIAL.gradient * line["gradient"] + ADVERSARIAL.kl * line["kl"]
+        total += ADVERSARIAL.alignment * line["alignment_factor"] * line["alignment"]
+        if "adversarial" in line:
+            total += ADVERSARIAL.adversarial * ramp * line["adversarial_factor"] * line["adversarial"]
+        assert abs(line["loss"] - total) < 1e-6, line["step"]
+
+
 NAMES = ["stage 1", "stage 1, adversarial", "stage 2", "stage 2, full, accumulated"]
 LONG = [pytest.mark.slow, pytest.mark.timeout(1200)]
 BY_DDP = [pytest.param(name, {}, id=f"{name}, DDP") for name in NAMES]
@@ -130,6 +147,10 @@ BY_FSDP2 = [
 def test_two_ranks_do_what_one_does(stage: Stage, settings: dict[str, str], tmp_path: Path) -> None:
     assert run_ranks(lambda: stage.program(tmp_path), 2, settings) == [0, 0]
     assert_alike(tmp_path, stage.whole, STEPS, bounds=stage.bounds, weight_bound=1e-3)
+    if stage.bounds is ADAPTIVE:
+        assert_sum_of_terms(tmp_path)
+        assert_sum_of_terms(stage.whole)
+
     kinds = [{key for line in read_metrics(f / "metrics.jsonl") for key in line} for f in (tmp_path, stage.whole)]
     assert kinds[0] == kinds[1]
     results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path, stage.whole)]
