@@ -57,7 +57,7 @@ def _count_convolution_backward(
 ) -> int:
     """Each gradient costs as much as the forward pass; torch's own count forgets the groups of a convolution."""
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = others
-    return conv_flop_count(image, weight, grad, transposed=transposed) * (wanted[0] + wanted[1])
+    return conv_flop_count(list(image), list(weight), list(grad), transposed=transposed) * (wanted[0] + wanted[1])
 
 
 @dataclass
