@@ -21,7 +21,7 @@ from davae import AutoencoderDA, assets
 from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
 from davae.cost.workload import count_decode_flops
 from davae.models.slim_decoder import slimmed
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 
 
 def autoencoder(*, true_size: bool) -> AutoencoderDA:

@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 
 from davae import load_pipeline
-from davae.pipelines.loading import load_base_vae
+from davae.pipelines.autoencoders import load_base_vae
 from davae.pipelines.previews import preview_callback
 
 

@@ -86,7 +86,7 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Pa
     from davae.data.sources import open_pictures
     from davae.method.closed_form import fit_closed_form
     from davae.models.autoencoder_da import AutoencoderDA
-    from davae.pipelines.loading import load_base_vae
+    from davae.pipelines.autoencoders import load_base_vae
 
     folder = tmp_path_factory.mktemp("autoencoder")
     autoencoder = AutoencoderDA.from_base(load_base_vae(str(base_folder)), detail_channels=8).eval()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from davae import AutoencoderDA, load_pipeline
 from davae.errors import CheckpointError
-from davae.pipelines.adapter import FORMAT_VERSION
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.adapter_index import FORMAT_VERSION
+from davae.pipelines.autoencoders import load_autoencoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEPT = FIXTURES / "0.1.0"

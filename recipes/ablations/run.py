@@ -31,7 +31,8 @@ from davae.method.losses import detail_alignment_loss
 from davae.method.metrics import kid
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.run.ranks import Ranks
 from davae.run.record import environment, read_metrics
 from davae.run.storage import replaced_whole, write_json

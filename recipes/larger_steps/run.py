@@ -30,7 +30,8 @@ from davae.evaluation import generation
 from davae.evaluation.reconstruction import measure
 from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import environment, read_metrics

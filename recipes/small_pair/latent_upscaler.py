@@ -25,7 +25,8 @@ from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction
 from davae.method.losses import gradient_l1, reconstruction_l1
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_base_vae, load_pipeline
+from davae.pipelines.autoencoders import load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import draw_shared_noise
 from davae.run.progress import track
 from davae.run.record import environment

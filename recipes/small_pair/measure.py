@@ -17,7 +17,8 @@ from davae.data.pictures import write_png
 from davae.data.sources import open_pictures
 from davae.evaluation import generation, reconstruction, tokenizers
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import environment
 from davae.run.storage import write_json
 

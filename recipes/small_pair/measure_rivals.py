@@ -27,7 +27,8 @@ from davae.cost.timing import measure_interleaved
 from davae.data.sources import open_pictures
 from davae.evaluation import generation
 from davae.pipelines.adapter import find_target_layers
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import with_autoencoder
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json

@@ -18,7 +18,7 @@ from davae.data.pictures import to_bytes
 from davae.data.sources import open_pictures
 from davae.evaluation.generation import extract_features
 from davae.method.metrics import kid
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.seeds import generator
 
 

@@ -23,7 +23,8 @@ from davae.evaluation import reconstruction, tokenizers
 from davae.evaluation.generation import repeat_captions, sample_many
 from davae.method.metrics import EfficientNetLite0Features, psnr
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import with_autoencoder
 from davae.run.record import environment
 from davae.run.storage import write_json

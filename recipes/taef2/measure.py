@@ -23,7 +23,7 @@ from davae.evaluation.reconstruction import measure
 from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.run.record import environment
 from davae.run.storage import write_json
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from davae.models.autoencoder_da import AutoencoderDA
     from davae.models.autoencoder_taef2 import AutoencoderTAEF2
     from davae.models.lightningdit import LightningDiT2DModel
+    from davae.pipelines.autoencoders import load_autoencoder
     from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
-    from davae.pipelines.loading import load_autoencoder, load_pipeline
+    from davae.pipelines.loading import load_pipeline
     from davae.pipelines.upgrade import upgrade
     from davae.training.stage_one_recipe import AutoencoderRecipe
     from davae.training.stage_one_run import train_autoencoder
@@ -58,7 +59,7 @@ _HOME = {
     "detail_alignment_loss": "davae.method.losses",
     "detail_weight": "davae.method.flow",
     "finetune": "davae.training.stage_two_run",
-    "load_autoencoder": "davae.pipelines.loading",
+    "load_autoencoder": "davae.pipelines.autoencoders",
     "load_pipeline": "davae.pipelines.loading",
     "scheduled_flow_matching_loss": "davae.method.flow",
     "train_autoencoder": "davae.training.stage_one_run",

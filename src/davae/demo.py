@@ -24,7 +24,8 @@ from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, 
 from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.metrics import EfficientNetLite0Features
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.run.progress import track
 from davae.run.record import environment, read_metrics
 from davae.run.storage import write_json

@@ -19,7 +19,8 @@ from davae.evaluation.generation import (
     sample_many,
 )
 from davae.method.metrics import kid
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import draw_shared_noise
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator

@@ -16,7 +16,7 @@ from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
 from davae.evaluation.latents import choose_positions, describe, draw_latents, encode_halves
 from davae.evaluation.structure import at_positions, neighbourhood_agreement
 from davae.method.closed_form import fit_closed_form
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from scenes import fill_with_scenes
 
 

@@ -29,7 +29,7 @@ from davae.evaluation.tokenizers import (
 )
 from davae.method.metrics import kid
 from davae.method.perceptual import LPIPS
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 
 
 def tiny_dc() -> AutoencoderDC:

@@ -25,7 +25,7 @@ from davae.method.stage_one_loss import (
     stage_one_loss,
 )
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.seeds import generator, rand, randn, sample_generators
 from tiny import tiny_taesd, tiny_vae
 

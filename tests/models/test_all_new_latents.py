@@ -13,7 +13,7 @@ import tiny
 from davae import AutoencoderDA, upgrade
 from davae.errors import SettingsError
 from davae.method.closed_form import fit_closed_form
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder

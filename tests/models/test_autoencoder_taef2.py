@@ -16,7 +16,8 @@ from davae import AutoencoderDA, AutoencoderTAEF2, assets
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.method.metrics import psnr
-from davae.pipelines.loading import load_base_vae, load_pipeline
+from davae.pipelines.autoencoders import load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 

@@ -12,7 +12,7 @@ from davae.evaluation.tokenizers import make_tokenizer
 from davae.method.closed_form import fit_closed_form
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import BASE_AUTOENCODERS, base_facts, decode_latents
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.pipelines.upgrade import upgrade
 
 BUILDERS = {

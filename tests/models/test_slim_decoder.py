@@ -18,7 +18,7 @@ from davae.method.slim_start import fit_slim_decoder
 from davae.models.slim_decoder import slimmed
 from davae.models.tiling import has_exact_tiles
 from davae.pipelines.adapter import digest_base, save_adapter
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import with_autoencoder
 from davae.run.recipe import load_recipe

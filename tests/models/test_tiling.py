@@ -11,7 +11,7 @@ from davae import AutoencoderDA, assets
 from davae.data.sources import open_pictures
 from davae.method.closed_form import fit_closed_form
 from davae.models.tiling import can_decode_tiles, decode_tiles
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from tiny import tiny_taesd, tiny_vae
 
 pytestmark = pytest.mark.usefixtures("without_gradients")

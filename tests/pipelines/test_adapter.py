@@ -12,7 +12,8 @@ import tiny
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.pipelines.adapter import add_lora, digest_base, load_adapter, save_adapter
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 from tiny_adapters import disturb, generate
 

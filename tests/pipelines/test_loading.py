@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from davae import assets
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 from tiny_adapters import generate
 

@@ -19,7 +19,8 @@ from davae.data.pictures import PictureRefused
 from davae.errors import DataError, RankError, SettingsError
 from davae.evaluation.generation import generate
 from davae.evaluation.reconstruction import reconstruct
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.run.ranks import Ranks, meet
 from davae.seeds import generator, rand, randn, sample_generators
 from davae.training.stage_two_recipe import FinetuneRecipe

@@ -7,7 +7,7 @@ import torch
 
 import tiny_pipelines
 from davae.models.base_autoencoders import decode_latents
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder
 

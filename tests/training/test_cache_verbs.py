@@ -14,7 +14,8 @@ from davae.cli import main
 from davae.data.cache import prune_caches
 from davae.data.sources import open_pictures
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.training.conditions import cache_conditions, encode_captions_online

@@ -22,7 +22,8 @@ from davae.data.cache import TensorCache, find_damage, shard_paths
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import StorageError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.training.conditions import cache_conditions, encode_captions, restore_repeats, trim_repeats
 from davae.training.fingerprints import digest_model, digest_text_encoding
 from davae.training.latents import ReadLatents, cache_latents, encode_latents

@@ -17,7 +17,8 @@ from davae.data.sources import heldout, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.method.flow import interpolate, sample_timesteps
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics

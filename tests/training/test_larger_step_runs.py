@@ -9,8 +9,9 @@ from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
 from davae.method.stage_one_loss import last_convolution
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import read_index
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.adapter_index import read_index
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade

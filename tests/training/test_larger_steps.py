@@ -24,8 +24,8 @@ from davae.method.closed_form import fit_closed_form
 from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.pipelines.adapter import add_lora, digest_base, save_adapter
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.inspection import describe
-from davae.pipelines.loading import load_autoencoder
 from davae.pipelines.sampling import draw_shared_noise, sample
 from davae.pipelines.saving import save_pipeline
 from scenes import fill_with_scenes

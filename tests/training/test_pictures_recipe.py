@@ -14,7 +14,7 @@ from davae.backbones import backbone_of
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
 from davae.training.folders import open_training_pictures

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from davae.data.pictures import read_png
 from davae.method.stage_one_loss import adversarial_ramp
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder

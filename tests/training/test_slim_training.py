@@ -7,7 +7,7 @@ import torch
 
 from davae.data.sources import open_pictures
 from davae.errors import SettingsError
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_one_start import start_autoencoder

@@ -12,7 +12,7 @@ from davae.data.pictures import read_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder

@@ -15,7 +15,7 @@ from davae.evaluation.tokenizers import make_tokenizer
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_autoencoder, load_base_vae
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.run.ranks import Ranks
 from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators

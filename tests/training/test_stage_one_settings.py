@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from davae.data.sources import open_pictures
 from davae.method.perceptual import LPIPS
 from davae.method.stage_one_loss import StageOneSettings, stage_one_loss
-from davae.pipelines.loading import load_autoencoder
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.training.stage_one import make_discriminator
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
 from davae.training.state import TrainingState

@@ -15,8 +15,10 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.method.flow import detail_weight, interpolate, sample_timesteps
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import digest_base, read_index
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.adapter import digest_base
+from davae.pipelines.adapter_index import read_index
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import alone, read_metrics
 from davae.seeds import generator, rand, randn, sample_generators

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune, load_upgraded_base

@@ -13,8 +13,10 @@ from davae.data.order import batch_indices
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import SettingsError
 from davae.method.flow import detail_weight
-from davae.pipelines.adapter import digest_base, read_index
-from davae.pipelines.loading import load_autoencoder, load_base_vae, load_pipeline
+from davae.pipelines.adapter import digest_base
+from davae.pipelines.adapter_index import read_index
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics

@@ -11,7 +11,8 @@ from davae.errors import SettingsError
 from davae.method.closed_form import Code
 from davae.method.losses import detail_alignment_loss
 from davae.method.widen import PortsStart
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_one_start import start_autoencoder

@@ -57,7 +57,8 @@ def upgrade(
     if dry_run:
         inputs = {"pipeline": pipeline, "autoencoder": autoencoder, "out": out}
         return show({**inputs, "portable": portable, "push_to_hub": push_to_hub, "private": private})
-    from davae.pipelines.loading import load_autoencoder, load_pipeline
+    from davae.pipelines.autoencoders import load_autoencoder
+    from davae.pipelines.loading import load_pipeline
     from davae.pipelines.publishing import check_repository_name, make_upgrade_card, push_folder, write_card
     from davae.pipelines.saving import save_pipeline
     from davae.pipelines.upgrade import upgrade

@@ -32,7 +32,7 @@ def reconstruct(
         return show({**inputs, "out": out, **settings})
     from davae.evaluation.reconstruction import reconstruct
     from davae.evaluation.tokenizers import load_tokenizers
-    from davae.pipelines.loading import load_autoencoder, load_base_vae
+    from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
     from davae.run.ranks import join_ranks
 
     join_ranks(rank_timeout)
@@ -62,7 +62,7 @@ def latents(
         return show({"autoencoders": autoencoders, "pictures": pictures, "base": base, "out": out, **settings})
     from davae.evaluation.latents import draw_latents
     from davae.evaluation.tokenizers import name_folders
-    from davae.pipelines.loading import load_autoencoder, load_base_vae
+    from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 
     where = choose_device(device)
     vae = None if base is None else load_base_vae(base, device=where)

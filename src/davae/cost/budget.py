@@ -33,7 +33,7 @@ from davae.errors import DavaeError, SettingsError
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.widen import measure_width, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import INDEX
+from davae.pipelines.adapter_index import INDEX
 from davae.run.recipe import has_sections, load_recipe, read_toml
 from davae.training.optimizers import STATE_BYTES
 from davae.training.recipes import OptimisationRecipe

@@ -12,7 +12,7 @@ from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.models.base_autoencoders import BASE_AUTOENCODERS
-from davae.pipelines.loading import LOADING_ERRORS
+from davae.pipelines.autoencoders import LOADING_ERRORS
 
 META = torch.device("meta")
 

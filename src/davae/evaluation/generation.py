@@ -22,7 +22,7 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
 from davae.method.metrics import EfficientNetLite0Features, kid
-from davae.pipelines.adapter import digest_tensors
+from davae.pipelines.autoencoders import digest_tensors
 from davae.pipelines.sampling import sample
 from davae.run.progress import track
 from davae.run.ranks import Ranks

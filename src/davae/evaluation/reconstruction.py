@@ -25,7 +25,7 @@ from davae.evaluation.tokenizers import (
 from davae.method.metrics import METRICS, EfficientNetLite0Features, compare_images, describe_directions, kid
 from davae.method.perceptual import LPIPS
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.upgrade import check_base_encoder
+from davae.pipelines.autoencoders import check_base_encoder
 from davae.run.ranks import Ranks
 from davae.run.record import environment
 from davae.run.storage import write_json

@@ -19,7 +19,7 @@ from davae.models.base_autoencoders import (
     downsample_factor,
     encode_image,
 )
-from davae.pipelines.loading import LOADING_ERRORS, load_model
+from davae.pipelines.autoencoders import LOADING_ERRORS, load_model
 from davae.seeds import generator
 
 

@@ -1,87 +1,25 @@
-"""Adapter folders: the results of fine-tuning without the base pipeline.
+"""Write the results of fine-tuning into an adapter folder, and put an adapter's weights into a transformer."""
 
-An adapter folder holds
-
-- `adapter.json`, an `AdapterIndex`;
-- `transformer_ports.safetensors`, both latent ports in full, base channels included;
-- `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
-- `transformer_layers.safetensors`, the weights of layers that were trained without LoRA, if there are any;
-- `vae/`, the AutoencoderDA without its frozen half, which is the base autoencoder's encoder.
-"""
-
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
+from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, AdapterIndex, LoraFacts, read_index
+from davae.pipelines.autoencoders import digest_tensors, split_frozen_half
 from davae.run.storage import check_replaceable, replaced_whole
 
-FORMAT_VERSION: Literal[2] = 2
-INDEX = "adapter.json"
 PORTS_FILE = "transformer_ports.safetensors"
 LORA_FILE = "transformer_lora.safetensors"
 LAYERS_FILE = "transformer_layers.safetensors"
-VAE_FOLDER = "vae"
-
-# Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there.
-FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
-
-
-class LoraFacts(BaseModel):
-    """What peft needs to know to put the LoRA tensors back."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]  # ends of the layers' dotted names
-
-
-class AdapterIndex(BaseModel):
-    """The contents of `adapter.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1, 2] = FORMAT_VERSION
-    base: str  # name or path of the base pipeline, for people
-    base_sha256: str  # `digest_base` of its transformer
-    # `digest_tensors` of the frozen half that `vae/` lacks; None in version 1, where `vae/` has it.
-    base_encoder_sha256: str | None = None
-    transformer: str  # class name
-    base_channels: int
-    detail_channels: int
-    lora: LoraFacts | None
-    # Ends of the names of layers that were trained without LoRA.
-    layers: tuple[str, ...] = ()
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """The layers, other than the ports, that differ from the base's."""
-        return self.layers + (self.lora.targets if self.lora else ())
-
-
-def digest_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bfloat16 values: weights loaded in float32 and in bfloat16 have the same digest.
-
-    Weights loaded in float16 have it, too, where float16 can hold them: other values are rounded twice.
-    """
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha256.update(f"{name} {list(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def digest_base(transformer: ModelMixin) -> str:
@@ -90,26 +28,6 @@ def digest_base(transformer: ModelMixin) -> str:
     prefixes = (f"{ports.input}.", f"{ports.output}.")
     tensors = transformer.state_dict()
     return digest_tensors({name: tensors[name] for name in tensors if not name.startswith(prefixes)})
-
-
-def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
-    """The tensors that an AutoencoderDA takes from its base autoencoder `vae`, under the AutoencoderDA's names."""
-    tensors: dict[str, Tensor] = {}
-    for ours, theirs in FROZEN_HALF.items():
-        part = getattr(vae, theirs, None)
-        if isinstance(part, nn.Module):
-            tensors |= part.state_dict(prefix=f"{ours}.")
-    return tensors
-
-
-def split_frozen_half(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """An AutoencoderDA's tensors in two: its frozen half, and the others."""
-    frozen: dict[str, Tensor] = {}
-    own: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        half = frozen if name.partition(".")[0] in FROZEN_HALF else own
-        half[name] = tensor
-    return frozen, own
 
 
 def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -207,29 +125,6 @@ def save_adapter(
         (weights,) = (partial / VAE_FOLDER).glob("*.safetensors")
         _, own = split_frozen_half(load_file(weights))
         save_file(own, weights, metadata={"format": "pt"})
-
-
-def read_index(folder: Path) -> AdapterIndex:
-    """Read `adapter.json`; refuses an adapter that is missing, damaged or newer than this code."""
-    path = folder / INDEX
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no adapter folder: {INDEX} cannot be read ({error.strerror})") from error
-
-    # The version first: a newer index may have fields that this code does not know.
-    try:
-        version = json.loads(text)["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: it has no format_version. Copy it anew") from error
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        newest = FORMAT_VERSION
-        raise CheckpointError(f"{folder} has format version {version}, davae reads up to {newest}: update davae")
-
-    try:
-        return AdapterIndex.model_validate_json(text)
-    except ValidationError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy it anew") from error
 
 
 def check_base(digest: str, folder: Path) -> None:

@@ -22,7 +22,7 @@ from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.method.widen import bracket_sizes, pad_channels, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import LOADING_ERRORS
+from davae.pipelines.autoencoders import LOADING_ERRORS
 
 FILE = "pytorch_lora_weights.safetensors"
 

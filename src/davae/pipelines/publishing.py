@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from davae.errors import SettingsError, StorageError
-from davae.pipelines.adapter import INDEX
+from davae.pipelines.adapter_index import INDEX
 from davae.run.markdown import markdown_table
 from davae.run.recipe import Recipe
 from davae.run.record import environment

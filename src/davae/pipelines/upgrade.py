@@ -16,8 +16,8 @@ from davae.backbones import widen_transformer as widen_transformer  # its public
 from davae.errors import SettingsError
 from davae.method.widen import lost_directions
 from davae.models.autoencoder_da import DECODING_PARTS, AutoencoderDA
-from davae.models.base_autoencoders import base_facts, downsample_factor, find_base
-from davae.pipelines.adapter import digest_tensors, select_frozen_half, split_frozen_half
+from davae.models.base_autoencoders import base_facts, downsample_factor
+from davae.pipelines.autoencoders import check_base_encoder, digest_tensors, load_base_class
 
 logger = logging.getLogger(__name__)
 
@@ -174,22 +174,3 @@ def _other_vae(name: str, difference: str) -> SettingsError:
         f"the autoencoder was not made from this pipeline's VAE: its {name} is {difference}. "
         "Make it with AutoencoderDA.from_base(pipeline.vae, ...)"
     )
-
-
-def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
-    """Refuse an autoencoder whose frozen half is not `vae`'s encoder."""
-    frozen, _ = split_frozen_half(autoencoder.state_dict())
-    ours, theirs = digest_tensors(frozen), digest_tensors(select_frozen_half(vae))
-    if ours != theirs:
-        raise SettingsError(
-            f"the autoencoder's frozen base encoder is not this pipeline's (SHA-256 {ours} against {theirs}). "
-            "Use the pipeline that it was made from, or train one on this pipeline's VAE"
-        )
-
-
-def load_base_class(class_name: str, whose: str) -> type[ModelMixin]:
-    """The class of a base autoencoder by its name; refuses one that davae cannot upgrade."""
-    try:
-        return find_base(class_name).load_class()
-    except ValueError as error:
-        raise SettingsError(f"{whose}: {error}") from error

@@ -14,7 +14,7 @@ from davae.errors import NumericsError
 from davae.method.perceptual import LPIPS
 from davae.method.stage_one_loss import compared_weights
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.loading import load_base_vae
+from davae.pipelines.autoencoders import load_base_vae
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable
 from davae.seeds import generator

@@ -15,9 +15,8 @@ from davae.method.closed_form import BASE_CODES, fit_closed_form
 from davae.method.slim_start import fit_slim_decoder
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.slim_decoder import slimmed
-from davae.pipelines.adapter import INDEX
-from davae.pipelines.loading import load_autoencoder, load_base_vae
-from davae.pipelines.upgrade import check_base_encoder
+from davae.pipelines.adapter_index import INDEX
+from davae.pipelines.autoencoders import check_base_encoder, load_autoencoder, load_base_vae
 from davae.run.storage import replaced_whole, write_atomically
 from davae.seeds import generator
 from davae.training.devices import lay_out

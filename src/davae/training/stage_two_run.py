@@ -14,8 +14,10 @@ from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.method.widen import start_ports
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import INDEX, digest_base
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.adapter import digest_base
+from davae.pipelines.adapter_index import INDEX
+from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import digest_encoding_half, upgrade
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable, write_json

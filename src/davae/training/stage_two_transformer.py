@@ -9,7 +9,8 @@ from torch import nn
 
 from davae.backbones import backbone_of
 from davae.errors import SettingsError
-from davae.pipelines.adapter import add_lora, check_base, find_target_layers, load_adapter, read_index
+from davae.pipelines.adapter import add_lora, check_base, find_target_layers, load_adapter
+from davae.pipelines.adapter_index import read_index
 from davae.training.sharding import blocks_of
 from davae.training.stage_two_recipe import FinetuneRecipe
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tiny
 from davae import AutoencoderDA, LightningDiT2DModel, load_pipeline
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.adapter import AdapterIndex
+from davae.pipelines.adapter_index import AdapterIndex
 from davae.pipelines.importing.autoencoders import convert_lightningdit
 from davae.pipelines.importing.kinds import import_checkpoint
 from davae.pipelines.importing.matching import Options, start_report

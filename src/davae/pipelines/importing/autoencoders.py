@@ -12,11 +12,10 @@ from diffusers import AutoencoderKL
 from davae.errors import CheckpointError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.lightningdit import LightningDiT2DModel, infer_config
+from davae.pipelines.autoencoders import check_base_encoder, load_base_vae
 from davae.pipelines.importing.matching import ImportReport, Options, Save, TensorSource, build_empty, leave_rest, match
 from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics, mismatch
 from davae.pipelines.importing.spelling import Spelling, find_source, read_kl_config, replace_prefix, spell_ldm
-from davae.pipelines.loading import load_base_vae
-from davae.pipelines.upgrade import check_base_encoder
 
 # Reasons why keys are left, by the start of their names in any of these layouts.
 REASONS = {

@@ -12,9 +12,10 @@ from torch import Tensor
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter import add_lora, digest_base, find_target_layers, save_adapter
+from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.importing.matching import ImportReport, Options, Save, TensorSource, leave_rest, match
 from davae.pipelines.importing.reading import ForeignCheckpoint, mismatch, read_checkpoint
-from davae.pipelines.loading import load_autoencoder, load_pipeline
+from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 
 # Not needed here, and the greater part of the pipeline.

@@ -1,0 +1,78 @@
+"""Adapter folders: the results of fine-tuning without the base pipeline.
+
+An adapter folder holds
+
+- `adapter.json`, an `AdapterIndex`;
+- `transformer_ports.safetensors`, both latent ports in full, base channels included;
+- `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
+- `transformer_layers.safetensors`, the weights of layers that were trained without LoRA, if there are any;
+- `vae/`, the AutoencoderDA without its frozen half, which is the base autoencoder's encoder.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from davae.errors import CheckpointError
+
+FORMAT_VERSION: Literal[2] = 2
+INDEX = "adapter.json"
+VAE_FOLDER = "vae"
+
+
+class LoraFacts(BaseModel):
+    """What peft needs to know to put the LoRA tensors back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # ends of the layers' dotted names
+
+
+class AdapterIndex(BaseModel):
+    """The contents of `adapter.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1, 2] = FORMAT_VERSION
+    base: str  # name or path of the base pipeline, for people
+    base_sha256: str  # `digest_base` of its transformer
+    # `digest_tensors` of the frozen half that `vae/` lacks; None in version 1, where `vae/` has it.
+    base_encoder_sha256: str | None = None
+    transformer: str  # class name
+    base_channels: int
+    detail_channels: int
+    lora: LoraFacts | None
+    # Ends of the names of layers that were trained without LoRA.
+    layers: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The layers, other than the ports, that differ from the base's."""
+        return self.layers + (self.lora.targets if self.lora else ())
+
+
+def read_index(folder: Path) -> AdapterIndex:
+    """Read `adapter.json`; refuses an adapter that is missing, damaged or newer than this code."""
+    path = folder / INDEX
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no adapter folder: {INDEX} cannot be read ({error.strerror})") from error
+
+    # The version first: a newer index may have fields that this code does not know.
+    try:
+        version = json.loads(text)["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: it has no format_version. Copy it anew") from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        newest = FORMAT_VERSION
+        raise CheckpointError(f"{folder} has format version {version}, davae reads up to {newest}: update davae")
+
+    try:
+        return AdapterIndex.model_validate_json(text)
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Copy it anew") from error

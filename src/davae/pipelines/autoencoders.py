@@ -1,0 +1,197 @@
+"""Load autoencoders, bare, of a pipeline or of an adapter, whole or not at all; tell whose encoder they have."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from packaging.version import Version
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from davae.errors import CheckpointError, SettingsError
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.base_autoencoders import find_base
+from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
+from davae.run.storage import read_json
+
+# The argument of `from_pretrained` for the precision of the weights.
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+
+# Errors that diffusers raises for a folder that is damaged or holds something else.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
+
+# Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there.
+FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
+
+
+def load_autoencoder(
+    folder: Path,
+    *,
+    base: ModelMixin | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> AutoencoderDA:
+    """Load the AutoencoderDA of a folder that `save_pretrained` wrote, or of an adapter folder, in evaluation mode.
+
+    Args:
+        folder: the autoencoder's, or the adapter's.
+        base: the base pipeline's VAE, whose encoder is the frozen half of an adapter's autoencoder.
+        dtype: of the weights; float32 if None.
+        device: where they go.
+
+    Raises:
+        CheckpointError: the folder is damaged or holds something else, or the adapter belongs to another base.
+        SettingsError: an adapter without its base.
+    """
+    frozen: dict[str, Tensor] = {}
+    if (folder / INDEX).is_file():
+        expected = read_index(folder).base_encoder_sha256
+        if expected is not None:
+            frozen = _take_frozen_half(base, folder, expected)
+        folder = folder / VAE_FOLDER
+    return load_model(AutoencoderDA, folder, frozen=frozen, dtype=dtype, device=device)
+
+
+def _take_frozen_half(base: nn.Module | None, folder: Path, expected: str) -> dict[str, Tensor]:
+    if base is None:
+        raise SettingsError(f"{folder} is an adapter, whose autoencoder is half the base pipeline's: give that, too")
+    frozen = select_frozen_half(base)
+    digest = digest_tensors(frozen)
+    if digest != expected:
+        raise CheckpointError(
+            f"the autoencoder of {folder} was made from another base than this one: from an encoder with SHA-256 "
+            f"{expected}, and this one's is {digest}. Give the base pipeline that the adapter names"
+        )
+    return frozen
+
+
+def load_model(
+    model_class: type[ModelMixin],
+    folder: Path,
+    *,
+    frozen: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ModelMixin:
+    """Load a diffusers model from its own folder, in `dtype` (float32 if None) and evaluation mode.
+
+    The folder may lack the weights in `frozen`; these are copied into the model, and frozen.
+    """
+    if not (folder / "config.json").is_file():  # diffusers would take "runs/autoencoder" for a name on the Hub
+        name = model_class.__name__
+        raise CheckpointError(f"{folder} has no config.json: give the folder of an {name} on this machine")
+    frozen, dtype = frozen or {}, dtype or torch.float32
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    if frozen:
+        logger.setLevel(logging.ERROR)  # no advice to train the weights that the file lacks
+    try:
+        settings = {"use_safetensors": True, "output_loading_info": True, DTYPE: dtype}
+        model, loading_info = model_class.from_pretrained(folder, **settings)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{folder} cannot be loaded as an {model_class.__name__}: {error}") from error
+    finally:
+        logger.setLevel(level)
+
+    missing = sorted(set(loading_info["missing_keys"]) - frozen.keys())
+    if missing:
+        advice = "copy it anew"
+        if (folder.parent / INDEX).is_file():
+            advice = f"it is an adapter's: give {folder.parent} and the base pipeline, or, if they are given, {advice}"
+        raise CheckpointError(f"{folder} lacks the weights {', '.join(missing[:3])}: {advice}")
+
+    # Assigned, because diffusers may have left these parameters on "meta".
+    copies = {name: tensor.to(dtype, copy=True) for name, tensor in frozen.items()}
+    model.load_state_dict(copies, strict=False, assign=True)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixin:
+    """Load the autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
+
+    A folder with a `config.json` and no `model_index.json` is the autoencoder itself.
+    """
+    folder = Path(base)
+    is_autoencoder = (folder / "config.json").is_file() and not (folder / "model_index.json").exists()
+    settings: dict[str, Any] = {"use_safetensors": True, DTYPE: torch.float32}
+    try:
+        if is_autoencoder:
+            class_name = read_json(folder / "config.json")["_class_name"]
+        else:
+            class_name = DiffusionPipeline.load_config(base)["vae"][1]
+            settings["subfolder"] = "vae"
+        vae = load_base_class(class_name, f"the VAE of {base}").from_pretrained(base, **settings)
+    except SettingsError:  # also a ValueError
+        raise
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
+
+    check_whole(vae, f"VAE of {base}")
+    return vae.to(device).eval()
+
+
+def load_base_class(class_name: str, whose: str) -> type[ModelMixin]:
+    """The class of a base autoencoder by its name; refuses one that davae cannot upgrade."""
+    try:
+        return find_base(class_name).load_class()
+    except ValueError as error:
+        raise SettingsError(f"{whose}: {error}") from error
+
+
+def check_whole(module: nn.Module, name: str) -> None:
+    """Refuse a model some of whose weights were not in its file: diffusers leaves them on "meta"."""
+    missing = [key for key, parameter in module.named_parameters() if parameter.is_meta]
+    if missing:
+        raise CheckpointError(f"the {name} lacks the weights {', '.join(missing[:3])}: copy the folder anew")
+
+
+def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
+    """Refuse an autoencoder whose frozen half is not `vae`'s encoder."""
+    frozen, _ = split_frozen_half(autoencoder.state_dict())
+    ours, theirs = digest_tensors(frozen), digest_tensors(select_frozen_half(vae))
+    if ours != theirs:
+        raise SettingsError(
+            f"the autoencoder's frozen base encoder is not this pipeline's (SHA-256 {ours} against {theirs}). "
+            "Use the pipeline that it was made from, or train one on this pipeline's VAE"
+        )
+
+
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bfloat16 values: weights loaded in float32 and in bfloat16 have the same digest.
+
+    Weights loaded in float16 have it, too, where float16 can hold them: other values are rounded twice.
+    """
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
+    """The tensors that an AutoencoderDA takes from its base autoencoder `vae`, under the AutoencoderDA's names."""
+    tensors: dict[str, Tensor] = {}
+    for ours, theirs in FROZEN_HALF.items():
+        part = getattr(vae, theirs, None)
+        if isinstance(part, nn.Module):
+            tensors |= part.state_dict(prefix=f"{ours}.")
+    return tensors
+
+
+def split_frozen_half(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An AutoencoderDA's tensors in two: its frozen half, and the others."""
+    frozen: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        half = frozen if name.partition(".")[0] in FROZEN_HALF else own
+        half[name] = tensor
+    return frozen, own
