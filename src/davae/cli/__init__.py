@@ -45,6 +45,10 @@ app.add_typer(cache.app, name="cache")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake becomes a message on stderr and an exit code, never a traceback."""
     stderr = Console(soft_wrap=True, highlight=False, stderr=True)
+
+    # Before torch is imported: OpenMP's threads sleep while they wait. Those that spin take the core that the last one
+    # needs, as soon as another program is busy (benchmarks/waiting.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not is_first():
         os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows the libraries' progress
 
