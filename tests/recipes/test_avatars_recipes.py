@@ -4,17 +4,13 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from davae.backbones import sd3
-from davae.data import avatars
-from davae.data.sources import open_pictures
 from davae.run.record import read_metrics
 
 FOLDER = Path(__file__).parents[2] / "recipes/avatars"
@@ -76,7 +72,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             flags = {"cool_down": False, "export": False} | flags
             train(folder / "images", folder / "run", out=folder / out, **settings, **flags)
 
-        main_of("build_shards.py")(folder / "images", folder / "shards", count=8, held_out=4)
         main_of("measure.py")(folder / "pipeline", folder / "measured", upgrade=None, count=4, start=0)
     finally:
         sys.path.remove(str(FOLDER))
@@ -123,16 +118,6 @@ def test_the_cool_down_goes_on_from_the_newest_checkpoint_to_no_learning_rate(wo
     assert json.loads((work / "run/cool_down_start/checkpoint.json").read_text()) == {"name": "step-00000003"}
     assert (work / "run/cool_down/checkpoints/step-00000002").is_dir()
     assert rates == sorted(rates)
-
-
-def test_the_shards_hold_out_what_no_training_sees(work: Path) -> None:
-    for split, held_out, count in (("train", False, 8), ("heldout", True, 4)):
-        pictures = open_pictures(work / "shards", size=64, split=split)
-        drawn = [avatars.draw_attributes(number) for number in islice(avatars.numbers(held_out=held_out), count)]
-        assert len(pictures) == count
-        for index, attributes in enumerate(drawn):
-            image = np.asarray(avatars.draw_image(attributes, 64)).transpose(2, 0, 1)
-            assert np.array_equal(pictures.image(index).numpy(), image)
 
 
 def test_the_numbers_of_a_pipeline(work: Path) -> None:

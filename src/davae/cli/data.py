@@ -1,4 +1,4 @@
-"""The verb that looks at images before training: `davae data inspect`."""
+"""Verbs about images: `davae data inspect` looks at a source, `davae data avatars` draws one."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +8,7 @@ import typer
 from davae.cli import options
 from davae.cli.options import by_first, say, show
 
-app = typer.Typer(help="Look at images before training on them.", no_args_is_help=True)
+app = typer.Typer(help="Look at images before training on them, or draw some.", no_args_is_help=True)
 
 
 @app.command()
@@ -58,6 +58,25 @@ def inspect(
     _print(facts)
     say(folder / "inspection.json")
     say(folder / "contact_sheet.png")
+
+
+@app.command()
+@by_first
+def avatars(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards; a call that stopped resumes.")],
+    training: Annotated[int, typer.Option(min=0, help="Images for training.")] = 8192,
+    held_out: Annotated[int, typer.Option(min=0, help="Images that no training sees.")] = 512,
+    size: options.Side = 256,
+    start: Annotated[int, typer.Option(min=0, help="Number of the avatar to begin with, for other people.")] = 0,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Draw captioned avatars, the images of the small pair, into WebDataset shards. Needs davae[demo]."""
+    settings = {"training": training, "held_out": held_out, "size": size, "start": start}
+    if dry_run:
+        return show({"out": out, **settings})
+    from davae.data.avatar_shards import write_avatar_shards
+
+    say(write_avatar_shards(out, **settings))
 
 
 def _print(facts: dict[str, Any]) -> None:
