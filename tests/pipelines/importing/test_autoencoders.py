@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import ldm
 from davae import AutoencoderDA
 from davae.errors import CheckpointError, SettingsError
+from davae.pipelines.importing.account import Import
 from davae.pipelines.importing.autoencoders import convert_imagenet_da_vae, convert_sd3_da_vae, convert_va_vae
 from davae.pipelines.importing.kinds import import_checkpoint
-from davae.pipelines.importing.matching import ImportReport, Options, start_report
 from davae.pipelines.importing.reading import ForeignCheckpoint
 
 TRUE_WIDTHS = (128, 128, 256, 256, 512)
@@ -47,12 +47,11 @@ def count_parameters(report_rows: list[dict]) -> Counter:
     return parts
 
 
-def convert_shapes(convert: Callable, module: nn.Module) -> ImportReport:
+def convert_shapes(convert: Callable, module: nn.Module) -> Import:
     """The report on a file with this module's tensors, which may be without values."""
-    checkpoint = ForeignCheckpoint(Path("true geometry"), "", dict(module.state_dict()))
-    report = start_report("true geometry", checkpoint)
-    convert(checkpoint, Options(), report)
-    return report
+    job = Import("true geometry", ForeignCheckpoint(Path("true geometry"), "", dict(module.state_dict())))
+    convert(job)
+    return job
 
 
 # -------------------------------------------------------------------------------------------------------------- VA-VAE
@@ -142,7 +141,7 @@ def test_imagenet_da_vae_is_the_same_function(names: str, tmp_path: Path) -> Non
     left = {row["key"] for row in report.left}
 
     assert left == {"loss.logvar"} | {older(key).removeprefix("model.") if names == "older" else key for key in unused}
-    assert report.prefixes == (("model.",) if names == "older" else ())
+    assert report.checkpoint.prefixes == (("model.",) if names == "older" else ())
 
 
 def test_imagenet_da_vae_has_the_papers_size() -> None:
@@ -261,6 +260,7 @@ def test_all_new_latents_are_refused_with_the_reason(tmp_path: Path) -> None:
 def test_an_order_that_would_tear_a_norms_groups_is_refused(tmp_path: Path) -> None:
     # The base latents' run is 2 of the decoder's channels, and its groups are of 4.
     theirs = Sd3DaVae((32, 128), 2, 126)
+    theirs.dc_down.shortcut_proj = nn.Conv2d(4 * 128, 2 * 126, 1, bias=False)
     file = write(theirs.state_dict(), tmp_path / "f.safetensors")
     with pytest.raises(CheckpointError, match="would be torn"):
         import_checkpoint(file, tmp_path / "out")

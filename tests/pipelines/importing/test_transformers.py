@@ -14,10 +14,10 @@ import tiny
 from davae import AutoencoderDA, LightningDiT2DModel, load_pipeline
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter_index import AdapterIndex
-from davae.pipelines.importing.autoencoders import convert_lightningdit
+from davae.pipelines.importing.account import Import
 from davae.pipelines.importing.kinds import import_checkpoint
-from davae.pipelines.importing.matching import Options, start_report
 from davae.pipelines.importing.reading import ForeignCheckpoint
+from davae.pipelines.importing.transformers import convert_lightningdit
 
 # ------------------------------------------------------------------------------------------------------- SD3.5, stage 2
 
@@ -227,7 +227,6 @@ def test_lightningdit_xl_has_the_papers_size() -> None:
     size = {"sample_size": 16, "in_channels": 128, "num_layers": 28, "num_attention_heads": 16}
     with torch.device("meta"):
         model = lightning(**size, attention_head_dim=72, num_classes=1000)
-    checkpoint = ForeignCheckpoint(Path("true geometry"), "", dict(model.state_dict()))
-    report = start_report("lightningdit", checkpoint)
-    convert_lightningdit(checkpoint, Options(), report)
-    assert sum(math.prod(row["shape"]) for row in report.used) == 675_482_048
+    job = Import("lightningdit", ForeignCheckpoint(Path("true geometry"), "", dict(model.state_dict())))
+    convert_lightningdit(job)
+    assert sum(math.prod(row["shape"]) for row in job.used) == 675_482_048

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from davae.errors import CheckpointError, SettingsError
-from davae.pipelines.importing import autoencoders, stage_two
-from davae.pipelines.importing.matching import ImportReport, Options, Save, start_report
+from davae.pipelines.importing import autoencoders, transformers
+from davae.pipelines.importing.account import Import, Save
 from davae.pipelines.importing.reading import ForeignCheckpoint, read_checkpoint, read_statistics
 from davae.run.storage import check_replaceable, replaced_whole, write_json
 
@@ -18,9 +18,9 @@ REPORT = "import.json"
 class Kind:
     """A layout of a checkpoint."""
 
-    convert: Callable[[ForeignCheckpoint, Options, ImportReport], Save]
+    convert: Callable[[Import], Save]
     marks: tuple[str, ...]  # regular expressions; a file of this kind has a key for each
-    options: tuple[str, ...] = ()  # the fields of `Options` that it takes
+    options: tuple[str, ...] = ()  # the fields of `Import` that it takes
 
 
 # The kinds by their names on the command line.
@@ -31,14 +31,14 @@ KINDS: dict[str, Kind] = {
         ("stats",),
     ),
     "lightningdit": Kind(
-        autoencoders.convert_lightningdit, (r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")
+        transformers.convert_lightningdit, (r"x_embedder\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight")
     ),
     "imagenet-da-vae": Kind(autoencoders.convert_imagenet_da_vae, (r"d([ac])\.d\1_up\.conv\.weight",), ("stats",)),
     "sd3-da-vae": Kind(
         autoencoders.convert_sd3_da_vae, (r"dc_up\.conv\.weight", r"dc_down\.conv\.weight"), ("stats", "base")
     ),
     "sd35-stage-two": Kind(
-        stage_two.convert_sd35_stage_two,
+        transformers.convert_sd35_stage_two,
         (r"(.*\.)?tokenizer_patch_embed\.proj\.base_conv\.weight",),
         ("base", "autoencoder", "lora"),
     ),
@@ -56,7 +56,7 @@ def import_checkpoint(
     lora: Path | None = None,
     ema: bool = True,
     dry_run: bool = False,
-) -> ImportReport:
+) -> Import:
     """Convert a checkpoint of another program into a folder, with `import.json`, the account of every key.
 
     The arguments are those of `davae import`: `kind` is a key of `KINDS`, found by the file's keys if None; `stats` a
@@ -79,14 +79,14 @@ def import_checkpoint(
             allowed = ", ".join(f"--{option}" for option in KINDS[kind].options) or "none"
             raise SettingsError(f"--{name} does not belong to {kind}, which takes {allowed}")
 
-    options = Options(None if stats is None else read_statistics(stats), base, autoencoder, lora)
-    report = start_report(kind, checkpoint)
-    save = KINDS[kind].convert(checkpoint, options, report)
+    statistics = None if stats is None else read_statistics(stats)
+    job = Import(kind, checkpoint, statistics, base, autoencoder, lora)
+    save = KINDS[kind].convert(job)
     if not dry_run:
         with replaced_whole(out) as partial:
             save(partial)
-            write_json(partial / REPORT, report.to_dict())
-    return report
+            write_json(partial / REPORT, job.to_dict())
+    return job
 
 
 def detect_kind(checkpoint: ForeignCheckpoint) -> str:

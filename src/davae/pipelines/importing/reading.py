@@ -8,7 +8,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,18 +33,20 @@ class ForeignCheckpoint:
     path: Path
     sha256: str
     tensors: dict[str, Tensor]
-    # Wrappers that were opened, from outside in, and entries beside them, which were not read.
-    opened: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    # Prefixes that were removed from the names.
-    prefixes: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()  # wrappers, from outside in
+    beside: tuple[str, ...] = ()  # entries beside them, which were not read
+    prefixes: tuple[str, ...] = ()  # taken off the names
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor; refuses a file without it."""
         if key not in self.tensors:
             examples = ", ".join(sorted(self.tensors)[:4])
-            raise mismatch(self.path, key, f"found none, wanted a tensor. The file has, for example, {examples}")
+            raise self.mismatch(key, f"found none, wanted a tensor. The file has, for example, {examples}")
         return tuple(self.tensors[key].shape)
+
+    def mismatch(self, key: str, difference: str) -> CheckpointError:
+        """The error to raise at the first key that a layout does not explain."""
+        return CheckpointError(f"{self.path}: the first mismatch is {key}: {difference}")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,6 @@ class Statistics:
             raise CheckpointError(f"the statistics are of {len(self.mean)} channels, but {whose} has {channels}")
 
 
-def mismatch(path: Path, key: str, difference: str) -> CheckpointError:
-    """The error to raise at the first key that a layout does not explain."""
-    return CheckpointError(f"{path}: the first mismatch is {key}: {difference}")
-
-
 def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
     """Read all tensors of a file; with `ema` the moving average, where a torch file has that beside the raw weights.
 
@@ -77,8 +73,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
             problem = "is not there"
         raise CheckpointError(f"{path} {problem}; allowed are files in {', '.join(SUFFIXES)}")
 
-    opened: list[str] = []
-    beside: list[str] = []
+    opened, beside = [], []
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -89,24 +84,30 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint, copy it anew: {error}") from error
 
-    # A number that is not finite would spoil every result without a word.
-    tensors, prefixes = _remove_prefixes(tensors, path)
+    # Names without the prefixes of wrappers.
+    renamed: dict[str, Tensor] = {}
+    prefixes: set[str] = set()
     for key, tensor in tensors.items():
+        name = key
+        while name.startswith(PREFIXES):
+            prefix, _, name = name.partition(".")
+            prefixes.add(f"{prefix}.")
+        if name in renamed:
+            raise CheckpointError(f"{path} has {name} twice, with and without a prefix ({', '.join(PREFIXES)})")
+        # A number that is not finite would spoil every result without a word.
         if tensor.dtype in DTYPES and not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: {key} holds numbers that are not finite: the file is of a failed run")
-    return ForeignCheckpoint(path, sha256, tensors, tuple(opened), tuple(beside), tuple(prefixes))
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite: the file is of a failed run")
+        renamed[name] = tensor
+    return ForeignCheckpoint(path, sha256, renamed, tuple(opened), tuple(beside), tuple(sorted(prefixes)))
 
 
 def read_statistics(path: Path) -> Statistics:
     """Read `mean` and `std`, one number a channel, from JSON or from tensors of any shape, such as [1, C, 1, 1]."""
     try:
-        if path.suffix == ".json":
-            numbers = json.loads(path.read_bytes())
-            mean, std = list(map(float, numbers["mean"])), list(map(float, numbers["std"]))
-        else:
-            tensors = read_checkpoint(path).tensors
-            mean, std = tensors["mean"].double().flatten().tolist(), tensors["std"].double().flatten().tolist()
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        numbers = json.loads(path.read_bytes()) if path.suffix == ".json" else read_checkpoint(path).tensors
+        mean = torch.as_tensor(numbers["mean"], dtype=torch.float64).flatten().tolist()
+        std = torch.as_tensor(numbers["std"], dtype=torch.float64).flatten().tolist()
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         wanted = "`mean` and `std`, one number for each latent channel"
         raise CheckpointError(f"{path} holds no statistics, {wanted}: {error!r}") from error
     if len(mean) != len(std) or not all(0 < deviation < float("inf") for deviation in std):
@@ -122,15 +123,15 @@ def _unpickle(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor],
         program = [sys.executable, "-P", "-m", "davae.pipelines.importing.unpickling"]
         command = [*program, str(path), str(written), *wrappers]
         seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
-        settings: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": seconds}
         try:
-            process = subprocess.run(command, **settings, check=False)
+            process = subprocess.run(command, capture_output=True, check=False, timeout=seconds)
         except subprocess.TimeoutExpired as error:
             raise CheckpointError(f"{path} was not open after {seconds:.0f} s: it is no plain checkpoint") from error
         if process.returncode:
+            reason = _find_reason(process.stderr.decode(errors="replace"))
             raise CheckpointError(
-                f"{path} cannot be read as tensors only ({_find_reason(process.stderr)}). It is damaged, or holds "
-                "Python objects, which davae does not run: if you trust it, save its state dict as safetensors"
+                f"{path} cannot be read as tensors only ({reason}). It is damaged, or holds Python objects, which "
+                "davae does not run: if you trust it, save its state dict as safetensors"
             )
 
         with safe_open(written, "pt") as file:
@@ -147,18 +148,3 @@ def _find_reason(errors: str) -> str:
         if line.strip() and not line.startswith("Check the docu"):
             return line.strip()[:200]
     return "its process was ended"
-
-
-def _remove_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by their names without prefixes, and the prefixes that were removed."""
-    renamed: dict[str, Tensor] = {}
-    removed: set[str] = set()
-    for key, tensor in tensors.items():
-        name = key
-        while name.startswith(PREFIXES):
-            prefix, _, name = name.partition(".")
-            removed.add(f"{prefix}.")
-        if name in renamed:
-            raise CheckpointError(f"{path} has {name} twice, with and without a prefix ({', '.join(PREFIXES)})")
-        renamed[name] = tensor
-    return renamed, sorted(removed)
