@@ -13,8 +13,6 @@ RUN holds checkpoints and metrics.jsonl of both phases; either command goes on w
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +29,7 @@ from davae.method.metrics import psnr
 from davae.method.perceptual import LPIPS
 from davae.run.recipe import load_recipe
 from davae.seeds import generator
+from davae.training.devices import keep_stream_in_float32
 from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 
@@ -96,26 +95,6 @@ def untrained(recipe: BaseAutoencoderRecipe) -> AutoencoderKL:
     nn.init.zeros_(vae.encoder.conv_out.weight[recipe.latent_channels :])
     nn.init.constant_(vae.encoder.conv_out.bias[recipe.latent_channels :], -5.0)
     return vae
-
-
-def keep_stream_in_float32(vae: AutoencoderKL) -> None:
-    """Take the layers through which the residual stream passes, and the last ones, out of autocast.
-
-    The stream grows to a deviation above 100, and pale colours differ by less than 1 in it. In bfloat16 they drown: an
-    encoder that was trained so told red from green no longer, whatever the loss. The decoder's output near 1 has steps
-    of 1/256 in bfloat16, as large as the errors of a good autoencoder, so that the signs in an L1's gradient are noise.
-    All other layers read the stream through a normalisation, and may compute in bfloat16.
-    """
-    names = ("conv_in", "conv_shortcut", "conv", "conv_out")  # "conv" is that of down- and upsamplers
-    for name, module in vae.named_modules():
-        if isinstance(module, nn.Conv2d) and name.rpartition(".")[2] in names:
-            module.forward = partial(without_autocast, module.forward)
-
-
-def without_autocast(forward: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
-    """A layer's output in float32, even inside autocast."""
-    with torch.autocast(stream.device.type, enabled=False):
-        return forward(stream.float())
 
 
 def training_batch(recipe: BaseAutoencoderRecipe, images: DrawnImages, small: Tensor, step: int, label: str) -> Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -11,7 +12,7 @@ from davae.data.sources import open_pictures
 from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.run.ranks import Ranks
 from davae.seeds import generator
-from davae.training.devices import fastest_layout, lay_out
+from davae.training.devices import fastest_layout, keep_stream_in_float32, lay_out
 from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_one_start import start_autoencoder
@@ -49,6 +50,28 @@ def test_a_layout_changes_no_value_and_leaves_other_convolutions_alone() -> None
         assert model[1].weight.is_contiguous()
         for parameter, values in zip(model.parameters(), before, strict=True):
             assert torch.equal(parameter, values)
+
+
+def test_an_autoencoders_residual_stream_stays_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=32)  # fmt: skip
+    image = torch.rand(1, 3, 32, 32)
+    before, names = vae(image).sample, list(vae.state_dict())
+
+    # Without autocast nothing changes, in any precision.
+    assert keep_stream_in_float32(vae) is vae
+    assert list(vae.state_dict()) == names
+    assert torch.equal(vae(image).sample, before)
+    assert vae.double()(image.double()).sample.dtype == torch.float64
+
+    # With autocast every stage of encoder and decoder hands on float32.
+    kinds: list[torch.dtype] = []
+    for stage in (*vae.encoder.down_blocks, vae.encoder.mid_block, vae.decoder.mid_block, *vae.decoder.up_blocks):
+        stage.register_forward_hook(lambda module, given, output: kinds.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vae.float()(image).sample.dtype == torch.float32
+    assert kinds == [torch.float32] * 6
 
 
 def test_stage_one_trains_with_the_layout_of_its_device_whether_its_start_is_new_or_read(

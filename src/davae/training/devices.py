@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,4 +45,35 @@ def lay_out(model: Model, layout: torch.memory_format) -> Model:
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model
+
+
+STREAM_CONVOLUTIONS = ("conv_in", "conv_shortcut", "conv", "conv_out")
+"""Names in diffusers' encoders and decoders; "conv" belongs to down- and upsamplers."""
+
+
+class StreamConv2d(nn.Conv2d):
+    """A convolution that computes in the precision of its weights, even under autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The same as `nn.Conv2d`."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+def keep_stream_in_float32(model: Model) -> Model:
+    """Let the convolutions that an autoencoder's residual stream passes through ignore autocast, in place.
+
+    All others read the stream through a norm. In bfloat16 pale colours drown in the stream, and an output near 1 has
+    steps of 1/256, as large as a good autoencoder's errors: a third of the decoder's gradient was rounding
+    (experiments/LOG.md, 2026-11-30). Parameters and their names stay.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Conv2d or name not in STREAM_CONVOLUTIONS:
+                continue
+            size, stride, padding = child.kernel_size, child.stride, child.padding
+            convolution = StreamConv2d(child.in_channels, child.out_channels, size, stride, padding, device="meta")
+            convolution.weight, convolution.bias = child.weight, child.bias
+            setattr(module, name, convolution)
     return model

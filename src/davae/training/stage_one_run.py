@@ -18,7 +18,7 @@ from davae.pipelines.autoencoders import load_base_vae
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable
 from davae.seeds import generator
-from davae.training.devices import fastest_layout, lay_out
+from davae.training.devices import fastest_layout, keep_stream_in_float32, lay_out
 from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
 from davae.training.stage_one import choose_trained, make_discriminator, train_networks
 from davae.training.stage_one_recipe import AutoencoderRecipe
@@ -66,7 +66,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
     autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start"))
-    lay_out(autoencoder, fastest_layout(ranks.device))
+    lay_out(keep_stream_in_float32(autoencoder), fastest_layout(ranks.device))
     base_vae = load_base_vae(find_base(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = make_discriminator(recipe)
     for network in (alex, lpips, base_vae):
