@@ -20,10 +20,10 @@ from davae.run.checkpoint import (
     DamagedCheckpointError,
     latest_checkpoint,
     load_checkpoint,
-    remove_litter,
     save_checkpoint,
     verify_checkpoint,
 )
+from davae.run.storage import remove_temporaries
 from forks import exit_code, forked
 from trials import Trials
 
@@ -94,7 +94,7 @@ def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path):
         (tmp_path / name).mkdir()
     save(tmp_path, 2, keep=1)
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000002"
-    remove_litter(tmp_path)
+    remove_temporaries(tmp_path)
     assert names(tmp_path) == ["damaged-step-00000003-aa", "samples", "step-00000002", "step-latest"]
 
 
@@ -219,7 +219,7 @@ def test_a_save_that_dies_at_any_operation_leaves_the_old_or_the_new(tmp_path, t
                 assert restored.values == expected.values
                 assert all(torch.equal(restored.groups[g]["weight"], expected.groups[g]["weight"]) for g in layout)
                 assert not list(folder.glob("damaged-*")), "half a checkpoint had a name"
-                remove_litter(folder)
+                remove_temporaries(folder)
                 assert names(folder)[-1] == newest.name
                 if code == 0:
                     break

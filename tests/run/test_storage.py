@@ -118,7 +118,7 @@ def test_what_killed_writers_left_is_overcome(old: Path) -> None:
         with replaced_whole(old) as partial:
             (partial / "new.txt").write_text("new")
 
-    for rename in ("result", ".result.partial"):  # before the old folder moves away, and after
+    for rename in ("result", ".result.tmp-new"):  # before the old folder moves away, and after
         assert exit_code(forked(lambda rename=rename: killed(rename))) == -signal.SIGKILL
 
     def write_badly() -> None:

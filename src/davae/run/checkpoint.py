@@ -4,13 +4,11 @@ A checkpoint is a folder `step-00000100` with one safetensors file for each grou
 values, and manifest.json, which names every file with its length and SHA-256 and is written last.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from davae.errors import CheckpointError, NumericsError
 from davae.run import faults
-from davae.run.storage import fsync, read_json, remove, rename, share_as_umask_says, storage_error, write
+from davae.run.storage import read_json, remove_whole, replaced_whole, storage_errors, write
 
 logger = logging.getLogger(__name__)
 
@@ -58,44 +56,25 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str,
         DamagedCheckpointError: the disk does not hold what was written.
     """
     target = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
-    needed = sum(t.numel() * t.element_size() for tensors in checkpoint.groups.values() for t in tensors.values())
-    try:
-        # Refuse before anything is written.
-        folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    needed = sum(tensor.nbytes for tensors in checkpoint.groups.values() for tensor in tensors.values())
+    with replaced_whole(target, needed=needed) as partial:
         if problem := _find_bad_tensor(checkpoint.groups):
             raise NumericsError(
                 f"step {checkpoint.step}: {problem}, so no checkpoint is written. The older ones are sound: lower the "
                 "learning rate and start a new run"
             )
-
-        # Only a complete checkpoint gets its name.
-        faults.at("save.open", temporary)
-        temporary.mkdir()
-        _write_files(temporary, checkpoint, recipe_digest)
-        share_as_umask_says(temporary)
-        fsync(temporary)
-        rename(temporary, target)
-        fsync(folder)
-    except (OSError, SafetensorError) as error:
-        raise storage_error(target, needed, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _write_files(partial, checkpoint, recipe_digest)
 
     # Old checkpoints go when the new one has been read back.
     verify_checkpoint(target)
     for old in _checkpoints(folder)[:-keep]:
-        _remove(old)
+        remove_whole(old)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest sound checkpoint below `folder`, or None; damaged ones are moved aside, with a warning that says why.
 
-    Raises:
-        CheckpointError: the newest checkpoint was written by a newer version of davae.
-        StorageError: a damaged checkpoint cannot be moved aside.
+    If the newest was written by a newer davae, that is a CheckpointError.
     """
     paths = _checkpoints(folder)
     for path in reversed(paths):
@@ -105,10 +84,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
         except DamagedCheckpointError as damage:
             aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
             logger.warning("%s; moved aside to %s, falling back to an older one", damage, aside.name)
-            try:
+            with storage_errors(aside):
                 path.rename(aside)
-            except OSError as error:
-                raise storage_error(aside, 0, error) from error
         else:
             return path
 
@@ -120,9 +97,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file of the checkpoint `path` against its manifest, and return the manifest.
 
-    Raises:
-        DamagedCheckpointError: a file is missing, or has another length or SHA-256, or the folder was renamed.
-        CheckpointError: the checkpoint was written by a newer version of davae.
+    A missing or damaged file is a DamagedCheckpointError, a checkpoint of a newer davae is a CheckpointError.
     """
     manifest = _read_manifest(path / "manifest.json")
     if manifest["format_version"] > FORMAT_VERSION:
@@ -141,18 +116,14 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
         if actual != expected:
-            reason = "its SHA-256 is not the manifest's"
-            if isinstance(expected, dict) and actual["bytes"] != expected.get("bytes"):
-                reason = f"{actual['bytes']:,} bytes instead of {expected.get('bytes')}"
-            raise DamagedCheckpointError(f"{path / name} is damaged: {reason}")
+            raise DamagedCheckpointError(f"{path / name} is damaged: its SHA-256 or its length is not the manifest's")
     return manifest
 
 
 def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -> Checkpoint:
-    """Read the checkpoint `path`; `verified` skips its check, which `latest_checkpoint` has made.
+    """Read the checkpoint `path`, or raise a CheckpointError if it is damaged or of a recipe with another digest.
 
-    Raises:
-        CheckpointError: it is damaged, or it belongs to a recipe with another digest.
+    `verified` skips the check for damage, which `latest_checkpoint` has made.
     """
     manifest = _read_manifest(path / "manifest.json") if verified else verify_checkpoint(path)
     # Digests of format 1 included the defaults, so that every new setting changed them.
@@ -167,15 +138,6 @@ def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -
     if manifest["format_version"] < 2:
         values |= {"recent": [], "spikes": 0}
     return Checkpoint(manifest["step"], _load_groups(path, manifest), values)
-
-
-def remove_litter(folder: Path) -> None:
-    """Remove remains of killed saves and deletions below `folder`; only the one run that writes there may call this."""
-    for path in folder.glob("step-*.tmp-*"):
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            raise storage_error(path, 0, error) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -225,34 +187,20 @@ def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> No
         save_file(dict(tensors), folder / f"{group}.safetensors")
     write(folder / "state.json", _canonical(checkpoint.values))
 
-    # Fingerprints before the fsync, so that damage by the disk shows.
-    files = sorted(folder.iterdir())
+    # The fingerprints are taken before the fsync, so that damage by the disk shows.
     manifest = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "recipe_digest": recipe_digest,
-        "files": {file.name: _fingerprint(file) for file in files},
+        "files": {file.name: _fingerprint(file) for file in sorted(folder.iterdir())},
     }
-    for file in files:
-        fsync(file)
     write(folder / "manifest.json", _canonical({**manifest, "digest": _digest(manifest)}))
-    fsync(folder / "manifest.json")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders below `folder`, oldest first, sound or not."""
     paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: a kill half way through leaves litter, not a checkpoint that looks damaged.
-    doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        rename(path, doomed)
-        remove(doomed)
-    except OSError as error:
-        raise storage_error(path, 0, error) from error
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

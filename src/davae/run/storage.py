@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import json
 import math
 import os
@@ -16,42 +17,48 @@ from davae.run import faults
 
 
 @contextmanager
-def replaced_whole(folder: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which takes the place of `folder` only once all of it is written.
+def replaced_whole(folder: Path, *, needed: int = 0) -> Iterator[Path]:
+    """A sibling folder to write into, which takes the place of `folder` only once all of it is on the disk.
 
     If `folder` is a symbolic link, the folder that it leads to is replaced; the link stays.
 
     Raises:
-        StorageError: something in it could not be written; `folder` stays as it was.
+        StorageError: there is less room than the `needed` bytes, or something cannot be written; `folder` stays as it
+            was, or is all new if only the last fsync failed.
     """
     folder = folder.resolve()
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial, old = folder.with_name(f".{folder.name}.tmp-new"), folder.with_name(f".{folder.name}.old")
     try:
         # A process may have died between the two renames below, or before them.
         _put_back(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-        # The old folder leaves only when the new one is complete.
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        faults.at("save.open", partial)
+        partial.mkdir()
         yield partial
-        share_as_umask_says(partial)
+
+        # safetensors writes for the owner alone: files get the rights that the umask gave the folder.
+        mode = partial.stat().st_mode
+        for path in (*partial.rglob("*"), partial):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+            fsync(path)
+
+        # The old folder leaves only when the new one is complete.
         if folder.exists():
             rename(folder, old)
         rename(partial, folder)
+        fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         _put_back(old, folder)
-        raise storage_error(folder, sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()), error) from error
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        raise storage_error(folder, max(needed, written), error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def share_as_umask_says(folder: Path) -> None:
-    """Give the content of a new folder the rights that the umask gave the folder; safetensors writes for the owner."""
-    mode = folder.stat().st_mode
-    for path in folder.rglob("*"):
-        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _put_back(old: Path, folder: Path) -> None:
@@ -66,7 +73,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         StorageError: the disk is full, read-only or failing; no temporary file stays.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with storage_errors(path, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary, content)
@@ -75,8 +82,26 @@ def write_atomically(path: Path, content: bytes) -> None:
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(path, len(content), error) from error
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder; a kill half way through leaves litter for `remove_temporaries`, not half a folder."""
+    doomed = folder.with_name(f".{folder.name}.tmp-old")
+    with storage_errors(folder):
+        rename(folder, doomed)
+        faults.at("save.unlink", doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove litter of killed writers below `folder`; only the one process that writes there may call this."""
+    # The second pattern is that of davae 0.1.0.
+    for path in [*folder.rglob(".*.tmp-*"), *folder.rglob("step-*.tmp-*")]:
+        with storage_errors(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_replaceable(folder: Path, *, holds: str) -> None:
@@ -88,13 +113,13 @@ def check_replaceable(folder: Path, *, holds: str) -> None:
         )
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove temporary files of killed writers below `folder`; only the one process that writes there may call this."""
-    for path in folder.rglob(".*.tmp-*"):
-        try:
-            path.unlink()
-        except OSError as error:
-            raise storage_error(path, 0, error) from error
+@contextmanager
+def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn an error of the operating system into a StorageError about `path`, which needs so many bytes."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, needed, error) from error
 
 
 def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
@@ -122,12 +147,6 @@ def rename(path: Path, target: Path) -> None:
     """Give a file or folder another name; a file of that name is replaced."""
     faults.at("save.rename", path)
     path.replace(target)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder with its content."""
-    faults.at("save.unlink", folder)
-    shutil.rmtree(folder)
 
 
 def fsync(path: Path) -> None:

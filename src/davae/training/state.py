@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from davae.errors import NumericsError
 from davae.run import faults
-from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, remove_litter, save_checkpoint
+from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from davae.run.progress import StepProgress
 from davae.run.ranks import Ranks
 from davae.run.record import RunRecord, alone
+from davae.run.storage import remove_temporaries
 from davae.seeds import generator
 from davae.training.companion import Companion
 from davae.training.devices import computes_bfloat16
@@ -301,7 +302,7 @@ class TrainingState:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def _begin(self) -> None:
-        remove_litter(self._checkpoints)
+        remove_temporaries(self._checkpoints)
         self.record.truncate(self.step)
         self.trackers = start_trackers(self.report_to, self.record.folder, step=self.step)
 
