@@ -1,11 +1,15 @@
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from davae.errors import SettingsError, StorageError
+from davae.run import record as record_module
 from davae.run.recipe import Recipe, load_recipe
 from davae.run.record import RunRecord, alone, environment, read_metrics
 from davae.run.storage import write_atomically
@@ -79,6 +83,32 @@ def test_web_addresses_and_relative_paths_stay(tmp_path):
 def test_the_commit_is_that_of_the_checkout_or_none():
     commit = environment()["commit"]
     assert commit is None or len(commit.removesuffix("-dirty")) in (40, 64)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_change_anywhere_in_the_package_makes_the_commit_dirty(tmp_path: Path) -> None:
+    package = Path(record_module.__file__).parents[1]
+    shutil.copytree(package / "run", tmp_path / "davae" / "run")
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(package / name, tmp_path / "davae")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+
+    code = """
+from pathlib import Path
+from davae.run.record import environment
+print(environment()["commit"])
+Path("davae/errors.py").open("a").write("# changed")
+print(environment()["commit"])
+"""
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
+    )
+    before, after = run.stdout.split()
+    assert len(before) in (40, 64)
+    assert after == f"{before}-dirty"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):

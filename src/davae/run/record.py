@@ -161,17 +161,17 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout that tracks this file, with "-dirty" behind it if its sources were changed."""
-    git, here = shutil.which("git"), Path(__file__)
+    git, package = shutil.which("git"), Path(__file__).parents[1]
     if git is None:
         return None
 
     def answer(*arguments: str) -> str | None:
-        command = [git, "-C", str(here.parent), *arguments]
+        command = [git, "-C", str(package), *arguments]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         return run.stdout.strip() if run.returncode == 0 else None
 
     # An installed package can lie inside somebody else's checkout: only a tracked file counts.
-    if answer("ls-files", "--error-unmatch", here.name) is None:
+    if answer("ls-files", "--error-unmatch", __file__) is None:
         return None
     commit = answer("rev-parse", "HEAD")
     return f"{commit}-dirty" if answer("status", "--porcelain", "--untracked-files=no", ".") else commit
