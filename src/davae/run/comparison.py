@@ -23,9 +23,8 @@ class RunSummary:
     folder: str
     # "finished", "running" (another process holds its lock) or "stopped".
     state: str
-    # Steps that are done, according to metrics.jsonl.
+    # Steps that are done, and of the whole run.
     step: int
-    # Steps of the whole run.
     steps: int | None
     # From result.json; before there is one, the last of each name in metrics.jsonl.
     values: dict[str, float]
@@ -42,11 +41,10 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
         for path in Path(folder).rglob("recipe.toml"):
             if (path.parent / "environment.json").is_file():
                 run_folders.add(path.parent)
-    runs = [read_run(folder) for folder in sorted(run_folders)]
-    if not runs:
+    if not run_folders:
         names = ", ".join(map(str, folders))
         raise CheckpointError(f"{names}: no run, which is a folder with recipe.toml and environment.json, is there")
-    return runs
+    return list(map(read_run, sorted(run_folders)))
 
 
 def read_run(folder: Path) -> RunSummary:
@@ -58,18 +56,17 @@ def read_run(folder: Path) -> RunSummary:
         raise CheckpointError(f"{folder}: recipe.toml or metrics.jsonl cannot be read: {error}") from error
 
     # The last of each value, until result.json has the final ones.
-    finished = (folder / "result.json").is_file()
+    state, step = "stopped", 0
     values: dict[str, Any] = {}
-    step = 0
     for line in lines:
         values |= line
         step = max(step, line["step"] + 1)
     for name in HIDDEN:
         values.pop(name, None)
-    if finished:
-        values, step = read_json(folder / "result.json")["values"], recipe.get("steps", 0)
+    if (folder / "result.json").is_file():
+        state, step = "finished", recipe.get("steps", 0)
+        values = read_json(folder / "result.json")["values"]
 
-    state = "finished" if finished else "stopped"
     return RunSummary(
         folder=str(folder),
         state="running" if is_locked(folder) else state,
@@ -94,7 +91,6 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
 def to_text(runs: Sequence[RunSummary]) -> str:
     """Markdown tables: the runs with their values, and the settings in which they differ."""
     names = _names(run.values for run in runs)
-    # How far the runs are, and what they measured.
     rows = []
     for run in runs:
         numbers = [f"{run.values[name]:.5g}" if name in run.values else "" for name in names]
@@ -127,8 +123,7 @@ def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, dict):
-            for inner, item in value.items():
-                settings[f"{key}.{inner}"] = item
+            settings |= {f"{key}.{inner}": item for inner, item in value.items()}
         else:
             settings[key] = value
     return settings

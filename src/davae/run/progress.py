@@ -23,16 +23,9 @@ def track(items: Sequence[Item], label: str, *, unit: str = "steps", visible: bo
 
 
 class StepProgress:
-    """A context manager that shows how many of `total` are done, the speed, and the time left.
+    """A context manager that shows how many of `total` units are done, the speed since `done`, and the time left.
 
-    Args:
-        label: the name of the work.
-        done: how many were done before; the speed does not count them.
-        total: how many there are.
-        console: where the progress is shown.
-        unit: what is counted, in the plural.
-        samples: images in a step, to show samples a second; 0 does not show them.
-        device: its peak memory is shown if it is a GPU.
+    With `samples`, the images in a step, it shows samples a second, too, and of a GPU the peak memory.
     """
 
     def __init__(
@@ -52,13 +45,8 @@ class StepProgress:
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._began = self._last_line = time.monotonic()
 
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-        )
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
         self._task = self._bar.add_task(label, total=total, completed=done, status="")
 
     def __enter__(self) -> "StepProgress":

@@ -1,8 +1,7 @@
 """The processes (ranks) of one run, as torchrun or `accelerate launch` starts them: their tasks and their exchanges.
 
-A rank is the number of a process, `count` is how many there are. The batch size of a recipe is the global one: rank r
-takes the r-th of `count` equal parts of each batch. Random numbers depend on a sample's number in the run, so that any
-number of ranks draws the same. With one process nothing here waits or exchanges.
+The batch size of a recipe is the global one: rank r takes the r-th of `count` equal parts of each batch. Random numbers
+depend on a sample's number in the run, so that any number of ranks draws the same.
 """
 
 import json
@@ -41,8 +40,8 @@ _stores: dict[int, dist.Store] = {}
 class Ranks:
     """This process among the processes of its run, which it waits for (see `join_ranks`).
 
-    The environment that torchrun and `accelerate launch` make says how many there are, and whether FSDP2 shards the
-    weights over them. Every `Ranks` of a process is the same.
+    The launcher's environment says how many there are, and whether FSDP2 shards the weights. With one process nothing
+    here waits or exchanges.
     """
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
@@ -87,9 +86,7 @@ class Ranks:
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Let rank 0 do `work` while the others wait; every rank returns the result, which must be JSON's.
 
-        Raises:
-            DavaeError: what `work` raised, on every rank.
-            RankError: rank 0 stopped, died, took longer than the timeout, or had another error.
+        A DavaeError of `work` is raised on every rank; any other error is a RankError on the others.
         """
         if self.count == 1:
             return work()
@@ -118,9 +115,6 @@ class Ranks:
 
         All ranks compute equally often, as sharded models need: a rank that has no chunk left does the last one again.
         """
-        if self.count == 1:
-            return [compute(chunk) for chunk in chunks]
-
         results: list[Tensor] = []
         for first in range(0, len(chunks), self.count):
             mine = compute(chunks[min(first + self.rank, len(chunks) - 1)])
@@ -205,25 +199,19 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split(list(map(torch.numel, tensors))), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def _broadcast(self, message: str) -> str:
-        """The message of rank 0, on every rank."""
-        content = torch.tensor(list(message.encode()), dtype=torch.uint8)
-        length = torch.tensor([len(content)])
+    def _broadcast(self, text: str) -> str:
+        """The text of rank 0, on every rank."""
+        texts = [text]
         with self.together("hearing from rank 0"):
-            dist.broadcast(length, 0)
-            content = content if self.first else torch.empty(int(length.item()), dtype=torch.uint8)
-            dist.broadcast(content, 0)
-        return bytes(content.tolist()).decode()
+            dist.broadcast_object_list(texts)
+        return texts[0]
 
 
 def join_ranks(timeout: float = TIMEOUT) -> None:
     """Wait for the other processes of this run and make their process group; a later call finds it made.
 
-    The timeout, in seconds, holds for this and each later exchange.
-
-    Raises:
-        SettingsError: the launcher asks for DeepSpeed or for FSDP's first version.
-        RankError: the other processes did not come.
+    The timeout, in seconds, holds for this and each later exchange. A launcher that asks for DeepSpeed or for FSDP's
+    first version is a SettingsError, processes that do not come are a RankError.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     _check_launcher(several=several)
@@ -254,9 +242,9 @@ def join_ranks(timeout: float = TIMEOUT) -> None:
 def meet(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store:
     """A part of the store for the processes of one start; all of them are there when it is returned.
 
-    torchrun may keep its store, and with it the addresses of dead processes, over restarts. Its count of restarts does
-    not tell starts apart, since each agent has its own. So rank 0 invents a name, the others sign below it, and rank 0
-    confirms the signatures: a process that read the name of an earlier start is not among them, and reads again.
+    torchrun may keep its store, with the addresses of dead processes, over restarts, and each of its agents counts
+    restarts for itself. So rank 0 invents a name, the others sign below it, and rank 0 confirms the signatures: a
+    process that read the name of an earlier start is not among them, and reads again.
     """
     deadline, me, pause = time.monotonic() + timeout, uuid.uuid4().hex, 0.01
     if rank == 0:

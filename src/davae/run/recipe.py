@@ -41,9 +41,9 @@ class Recipe(pydantic.BaseModel):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the settings that are not the defaults, in a canonical form: equal recipes, equal digests.
+        """SHA-256 (hex) of the settings that are not the defaults, so that a setting added later changes no digest.
 
-        So a setting that a later version adds changes no digest. Settings that are `free_to_change` are left out, too.
+        Settings that are `free_to_change` are left out, too.
         """
         values = self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.free_to_change))
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -57,12 +57,8 @@ def load_recipe(cls: type[R], path: Path, overrides: Mapping[str, Any] | None = 
     """The recipe in the TOML file `path`, with `overrides` (dotted keys: `{"optimizer.betas": [0.9, 0.99]}`) on top.
 
     If the file has sections, the recipe is the section `cls.section`, with the `SHARED` keys above the sections;
-    `overrides` name the recipe's keys, not sections.
-
-    Raises:
-        SettingsError: the file is missing or no TOML, a section is unknown or missing, a key is unknown, missing or
-            given twice, a value has the wrong type or is out of range. The message names the file, the key path, the
-            value given and what is allowed.
+    `overrides` name the recipe's keys, not sections. Every mistake is a SettingsError, which names the file, the key
+    path, the value given and what is allowed.
     """
     path = Path(path)
     values = read_toml(path)
@@ -135,13 +131,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _read_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The values of the section of `cls`, with the shared ones."""
-    sections, shared = {}, {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            sections[name] = value
-        else:
-            shared[name] = value
-
+    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
+    shared = {name: value for name, value in values.items() if name not in sections}
     for name in sections:
         if name not in SECTIONS:
             hint = _suggest(name, SECTIONS, "[{}]")
@@ -183,9 +174,14 @@ def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
     location = problem["loc"]
     dotted = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(cls, location[:-1])
-        hint = _suggest(str(location[-1]), known, '"{}"')
+        # The table that holds the key is a field whose type is a Recipe.
+        table: Any = cls
+        for part in location[:-1]:
+            table = table.model_fields[part].annotation
+        known = list(table.model_fields)
+        hint = _suggest(location[-1], known, '"{}"')
         return f'unknown key "{dotted}": {hint}known keys here: {", ".join(known)}'
+
     if problem["type"] == "missing" and isinstance(location[-1], int):
         return f'key "{dotted.rpartition(".")[0]}" = {problem["input"]!r}: too few values'
     if problem["type"] == "missing":
@@ -193,13 +189,3 @@ def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
 
     message = problem["msg"].removeprefix("Value error, ")
     return f'key "{dotted}" = {problem["input"]!r}: {message[0].lower()}{message[1:]}' if dotted else message
-
-
-def _known_keys(cls: type[Recipe], location: tuple[str | int, ...]) -> list[str]:
-    """The keys of the table at `location` inside a recipe of type `cls`."""
-    for part in location:
-        table = cls.model_fields[str(part)].annotation
-        assert isinstance(table, type), "a table of a recipe is a field of a plain type"
-        assert issubclass(table, Recipe), "which is itself a Recipe"
-        cls = table
-    return list(cls.model_fields)

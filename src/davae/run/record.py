@@ -17,7 +17,7 @@ from typing import Any
 
 from davae.errors import SettingsError
 from davae.run.recipe import Recipe
-from davae.run.storage import change_leaves, finite, fsync, storage_error, write_atomically, write_json
+from davae.run.storage import change_leaves, finite, fsync, storage_error, storage_errors, write_atomically, write_json
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -27,12 +27,7 @@ _held: set[tuple[int, Path]] = set()
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; within one process it nests.
-
-    Raises:
-        SettingsError: another process holds it, or the folder is a file.
-        StorageError: the folder cannot be written, or its file system has no locks.
-    """
+    """Make the folder and hold its lock, or raise a SettingsError if another process does; in one process it nests."""
     folder = Path(folder).resolve()
     mine = os.getpid(), folder
     if mine in _held:
@@ -70,18 +65,13 @@ def is_locked(folder: Path) -> bool:
 
 
 class RunRecord:
-    """The record of one run in `folder`, which is created.
-
-    Every method raises a StorageError if the folder or a file in it cannot be written.
-    """
+    """The record of one run in `folder`, which is created; what cannot be written is a StorageError."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.metrics_path = self.folder / "metrics.jsonl"
-        try:
+        with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(self.folder, 0, error) from error
 
     def start(self, recipe: Recipe, *, device: str, precision: str) -> None:
         """Write recipe.toml (readable by `load_recipe`) and environment.json (machine, versions, commit, command)."""
@@ -91,11 +81,8 @@ class RunRecord:
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
         line = (json.dumps(finite(dict(metrics)), allow_nan=False) + "\n").encode()
-        try:
-            with self.metrics_path.open("ab") as file:
-                file.write(line)
-        except OSError as error:
-            raise storage_error(self.metrics_path, len(line), error) from error
+        with storage_errors(self.metrics_path, len(line)), self.metrics_path.open("ab") as file:
+            file.write(line)
 
     def truncate(self, step: int) -> None:
         """Drop the lines of metrics.jsonl from `step` on, and a last line that was cut short."""
@@ -106,10 +93,8 @@ class RunRecord:
     def sync(self) -> None:
         """Force metrics.jsonl onto the disk, so that a checkpoint never outlives the lines before it."""
         if self.metrics_path.exists():
-            try:
+            with storage_errors(self.metrics_path):
                 fsync(self.metrics_path)
-            except OSError as error:
-                raise storage_error(self.metrics_path, 0, error) from error
 
     def finish(
         self, values: Mapping[str, Any], *, recipe: Recipe, device: str, seed: int, counts: Mapping[str, int]
@@ -118,16 +103,14 @@ class RunRecord:
 
         Values that are not finite become null, and absolute paths are shortened.
         """
-        where = environment()
+        facts = environment()
         result = {
             "values": change_leaves(dict(values), _without_paths),
             "recipe_digest": recipe.digest(),
             "device": device,
             "seed": seed,
             "counts": dict(counts),
-            "commit": where["commit"],
-            "versions": where["versions"],
-            "command": where["command"],
+            **{name: facts[name] for name in ("commit", "versions", "command")},
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         write_json(self.folder / "result.json", result)
@@ -160,21 +143,21 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that tracks this file, with "-dirty" behind it if its sources were changed."""
+    """The commit of the checkout that tracks this file, with "-dirty" behind it if davae's sources were changed."""
     git, package = shutil.which("git"), Path(__file__).parents[1]
     if git is None:
         return None
 
-    def answer(*arguments: str) -> str | None:
+    def ask(*arguments: str) -> str | None:
         command = [git, "-C", str(package), *arguments]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         return run.stdout.strip() if run.returncode == 0 else None
 
     # An installed package can lie inside somebody else's checkout: only a tracked file counts.
-    if answer("ls-files", "--error-unmatch", __file__) is None:
+    if ask("ls-files", "--error-unmatch", __file__) is None:
         return None
-    commit = answer("rev-parse", "HEAD")
-    return f"{commit}-dirty" if answer("status", "--porcelain", "--untracked-files=no", ".") else commit
+    commit = ask("rev-parse", "HEAD")
+    return f"{commit}-dirty" if ask("status", "--porcelain", "--untracked-files=no", ".") else commit
 
 
 def _without_paths(value: Any) -> Any:
