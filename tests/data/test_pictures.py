@@ -140,8 +140,8 @@ def test_what_cannot_be_read_is_refused_with_name_and_reason(kind):
     data, reason = REFUSED[kind]
     with pytest.raises(PictureRefused) as refusal:
         read_picture(data, "folder/picture")
-    assert refusal.value.name == "folder/picture"
-    assert reason in refusal.value.reason
+    assert refusal.value.refusal.name == "folder/picture"
+    assert reason in refusal.value.refusal.reason
     assert str(refusal.value).startswith("folder/picture: ")
     assert refusal.value.exit_code == 3
 
@@ -166,7 +166,7 @@ def test_a_jpeg_of_many_scans_is_refused_by_what_they_cost():
     read_picture(data, "picture", max_pixels=least)
     with pytest.raises(PictureRefused, match=f"{scans} scans are more than the allowed {scans - 1}") as refusal:
         read_picture(data, "picture", max_pixels=least - 1)
-    assert refusal.value.kind == "too large"
+    assert refusal.value.refusal.kind == "too large"
 
 
 @pytest.mark.soak("R9")

@@ -37,13 +37,8 @@ class Crop(NamedTuple):
 def bucket_table(sizes: Sequence[int], aspect_ratios: Sequence[str] = (), *, multiple: int = 1) -> tuple[Bucket, ...]:
     """The buckets of some sizes and aspect ratios: an area of about size^2, both sides multiples of `multiple`.
 
-    Args:
-        sizes: sides of the square bucket, in pixels; several for several resolutions.
-        aspect_ratios: as width:height, such as "3:2"; without any there are squares only.
-        multiple: downsample factor times patch side of the model.
-
-    Raises:
-        SettingsError: an aspect ratio cannot be read, or a size is no multiple.
+    Aspect ratios are width:height, such as "3:2"; without any there are squares only. `multiple` is the downsample
+    factor times the patch side of the model.
     """
     ratios = list(map(_read_ratio, aspect_ratios or ("1:1",)))
     buckets = set()

@@ -8,7 +8,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from davae.errors import CheckpointError, SettingsError
-from davae.run.storage import read_json, remove_temporaries, storage_error, write_atomically, write_json
+from davae.run.storage import read_json, remove_temporaries, storage_errors, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,12 @@ Entry = Mapping[str, Tensor]
 
 
 class TensorCache:
-    """The entries of one kind that the same model and settings made, in a folder of their own below `folder`.
+    """The entries of one kind, such as "latents", in a folder of their own below `folder`, which runs may share.
 
-    The folder's name has a digest of the model and the settings, so that no other model's entries are found. A shard is
-    written whole or not at all, and its name is the SHA-256 of its content: any number of processes may write at once,
-    and damage shows. Where all entries are found nothing is written, so that a read-only folder will do.
-
-    Args:
-        folder: of all caches; any number of runs may share it.
-        kind: of the entries, in a word: "latents".
-        facts: everything that all entries depend on, by name: the model's digest, its settings, versions.
+    The folder's name has a digest of `facts`, which are all that the entries depend on (the model's digest, its
+    settings, versions), so that no other model's entries are found. A shard is written whole or not at all, and its
+    name is the SHA-256 of its content: any number of processes may write at once, and damage shows. Where all entries
+    are found nothing is written, so that a read-only folder will do.
     """
 
     def __init__(self, folder: Path, kind: str, facts: Mapping[str, str | int]) -> None:
@@ -68,19 +64,13 @@ class TensorCache:
         for path in shard_paths(self.folder):
             if zlib.crc32(path.name.encode()) % processes != process:
                 continue
-            reason = find_damage(path) or self._find_foreign(path)
-            if not reason:
-                continue
 
-            # Renamed, not removed: somebody may want to know what happened.
-            aside = path.with_name(ASIDE + path.name)
-            try:
-                path.rename(aside)
-            except FileNotFoundError:  # another run has set it aside
-                continue
-            except OSError as error:
-                raise storage_error(aside, 0, error) from error
-            logger.warning("%s %s; set aside as %s, its entries are made again", path, reason, aside.name)
+            # Renamed, not removed: somebody may want to know what happened. Another run may have done it meanwhile.
+            if reason := find_damage(path) or self._find_foreign(path):
+                aside = path.with_name(ASIDE + path.name)
+                with storage_errors(aside), suppress(FileNotFoundError):
+                    path.rename(aside)
+                    logger.warning("%s %s; set aside as %s, its entries are made again", path, reason, aside.name)
 
     def find(self) -> None:
         """Look which entries there are now, in the shards that `set_damaged_aside` has checked."""
@@ -94,27 +84,22 @@ class TensorCache:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the cache open for `write`; without another writer, remove the remains of writers that were killed."""
-        with ExitStack() as stack:
-            # Writers share the lock; whoever gets it alone may tidy up before sharing it.
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((self.folder / ".lock").open("wb"))
-                try:
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("wb")
+
+        # Writers share the lock; whoever gets it alone may tidy up before sharing it.
+        with lock:
+            with storage_errors(self.folder):
+                with suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    pass
-                else:
                     remove_temporaries(self.folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
-            except OSError as error:
-                raise storage_error(self.folder, 0, error) from error
-
             write_json(self.folder / "cache.json", self.facts)
             yield
 
     def write(self, entries: Mapping[str, Entry]) -> None:
-        """Write entries as one shard, within `writing`."""
-        # Named by its content, so that equal shards are one file.
+        """Write entries as one shard, within `writing`; equal shards are one file."""
         tensors = {}
         for key, entry in entries.items():
             for name, tensor in entry.items():
@@ -162,10 +147,8 @@ class CacheContents:
     def to_text(self) -> str:
         """One line for people, and one for each damaged shard."""
         facts = ", ".join(f"{name} {str(value)[:16]}" for name, value in self.facts.items() if name != "kind")
-        lines = [f"{self.folder.name}: {self.entries:,} entries, {self.bytes / 2**20:,.1f} MiB ({facts})"]
-        for name, reason in self.damaged.items():
-            lines.append(f"  {name} {reason}")
-        return "\n".join(lines)
+        line = f"{self.folder.name}: {self.entries:,} entries, {self.bytes / 2**20:,.1f} MiB ({facts})"
+        return "\n".join([line, *(f"  {name} {reason}" for name, reason in self.damaged.items())])
 
 
 def read_caches(folder: Path) -> list[CacheContents]:
@@ -188,39 +171,31 @@ def read_caches(folder: Path) -> list[CacheContents]:
 def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = False) -> int:
     """Remove damaged shards and remains of killed writers, which no run reads. Returns the bytes that are freed.
 
-    Args:
-        folder: of caches.
-        days: remove whole caches, too, in which so long nothing was written.
-        dry_run: only count the bytes.
-
-    Raises:
-        SettingsError: a process is writing there; nothing of that cache is removed.
-        StorageError: something cannot be removed.
+    With `days`, whole caches are removed, too, in which so long nothing was written; a `dry_run` only counts. A cache
+    to which a process is writing is a SettingsError, and nothing of it is removed.
     """
     freed = 0
     for path in _cache_folders(folder):
-        try:
-            with (path / ".lock").open("wb") as lock:
+        with storage_errors(path), (path / ".lock").open("wb") as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # In a cache that is in use, only damaged and unfinished files are useless.
-                shards = shard_paths(path)
-                newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
-                old = days is not None and time.time() - newest > days * 86400
-                if old:
-                    useless = list(path.iterdir())
-                else:
-                    useless = [*path.glob(ASIDE + "*"), *path.glob(".*.tmp-*"), *filter(find_damage, shards)]
-                freed += sum(file.stat().st_size for file in useless)
+            except BlockingIOError as error:
+                raise SettingsError(f"a process is writing to {path}: wait for it, and prune again") from error
 
-                if not dry_run:
-                    for file in useless:
-                        file.unlink()
-                    if old:
-                        path.rmdir()
-        except BlockingIOError as error:
-            raise SettingsError(f"a process is writing to {path}: wait for it, and prune again") from error
-        except OSError as error:
-            raise storage_error(path, 0, error) from error
+            # In a cache that is in use, only damaged and unfinished files are useless.
+            shards = shard_paths(path)
+            useless = [*path.glob(ASIDE + "*"), *path.glob(".*.tmp-*"), *filter(find_damage, shards)]
+            newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
+            old = days is not None and time.time() - newest > days * 86400
+            if old:
+                useless = list(path.iterdir())
+            freed += sum(file.stat().st_size for file in useless)
+
+            if not dry_run:
+                for file in useless:
+                    file.unlink()
+                if old:
+                    path.rmdir()
     return freed
 
 

@@ -1,15 +1,14 @@
 """The usable pictures of a source, checked by their headers, each with its caption or its class."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from davae.data.buckets import Bucket, choose_bucket
 from davae.data.loading import in_threads
-from davae.data.pictures import PictureRefused, check_picture
-from davae.data.stored import Refusal, Sample, StoredBytes
+from davae.data.pictures import PictureRefused, Refusal, check_picture
+from davae.data.stored import Sample, StoredBytes, parse_json
 from davae.errors import DataError
 
 MAX_FILE_BYTES = 512 << 20
@@ -32,8 +31,10 @@ class PictureEntry:
     width: int
     height: int
     bucket: Bucket
-    # Class number, or name of the sub-folder until that has one; None in a set of captioned pictures.
-    label: int | str | None = None
+    # Class number; None in a set of captioned pictures.
+    label: int | None = None
+    # The sub-folder that the number stands for, or "" if the number is beside the picture.
+    folder: str = ""
 
 
 def make_entries(
@@ -45,7 +46,7 @@ def make_entries(
         try:
             return make_entry(key, samples[key], buckets, folders, needs_caption)
         except PictureRefused as error:
-            return Refusal(error.name, error.reason, error.kind)
+            return error.refusal
 
     # Headers are read by several threads; the order stays.
     entries, refused = [], []
@@ -53,7 +54,6 @@ def make_entries(
         first, *others = sample.pictures
         for other in others:
             refused.append(Refusal(other.name, f"same name as {first.name}; rename one of them", "same name"))
-
         if isinstance(entry, Refusal):
             refused.append(entry)
         else:
@@ -64,9 +64,9 @@ def make_entries(
 def make_entry(
     key: str, sample: Sample, buckets: Sequence[Bucket], folders: Mapping[str, int] | None, needs_caption: bool
 ) -> PictureEntry:
-    """A picture with its caption or, if `folders` is given, its class number or the name of its class's folder."""
+    """A picture with its caption or, if numbers of `folders` are given, its own class or that of its sub-folder."""
     picture = sample.pictures[0]
-    width, height = _size(picture)
+    width, height = _read_size(picture)
     bucket = choose_bucket(width, height, buckets)
     if bucket is None:
         smallest = smallest_size(buckets)
@@ -74,23 +74,37 @@ def make_entry(
         raise PictureRefused(picture.name, reason, "too small")
 
     # A set has captions or classes; with classes a caption may be there or not.
-    caption = read_caption(picture.name, sample)
+    caption = _read_caption(sample)
     if folders is None:
-        if caption is None and needs_caption:
+        if not caption and needs_caption:
             reason = 'no caption; put it beside the picture as .txt, or as "caption" in a .json or in metadata.jsonl'
             raise PictureRefused(picture.name, reason, "no caption")
-        return PictureEntry(key, picture, caption or "", width, height, bucket)
+        return PictureEntry(key, picture, caption, width, height, bucket)
 
     # A number beside the picture goes before its sub-folder.
-    label: int | str | None = read_class(picture.name, sample)
-    folder, slash, _ = key.partition("/")
-    if label is None and slash and folder in folders:
-        label = folder
+    label, folder = _read_class(sample), ""
+    if label is None and "/" in key:
+        folder = key.partition("/")[0]
+        label = folders.get(folder)
     if label is None:
-        reason = 'no class; put its number beside the picture as .cls, or as "class" in a .json, or sort a folder of '
-        reason += "pictures into a sub-folder for each class"
+        reason = (
+            'no class; put its number beside the picture as .cls, or as "class" in a .json, or sort a folder of '
+            "pictures into a sub-folder for each class"
+        )
         raise PictureRefused(picture.name, reason, "no class")
-    return PictureEntry(key, picture, caption or "", width, height, bucket, label)
+    return PictureEntry(key, picture, caption, width, height, bucket, label, folder)
+
+
+def name_classes(entries: Sequence[PictureEntry], folders: Mapping[str, int]) -> list[str]:
+    """The names of the classes in the order of their numbers, if they are sub-folders; no names otherwise."""
+    named = [entry.folder for entry in entries if entry.folder]
+    numbered = [entry.label for entry in entries if not entry.folder]
+    if named and numbered:
+        raise DataError(
+            f"some pictures give their class as a number, like {numbered[0]}, and some only by their sub-folder, like "
+            f"{named[0]!r}: do one or the other for all of them"
+        )
+    return list(folders) if named else []
 
 
 def smallest_size(buckets: Sequence[Bucket]) -> str:
@@ -99,58 +113,7 @@ def smallest_size(buckets: Sequence[Bucket]) -> str:
     return f"{bucket.width} pixels" if bucket.width == bucket.height else f"{bucket.width}x{bucket.height} pixels"
 
 
-# ------------------------------------------------------------------------------------------------ captions and classes
-
-
-def read_caption(name: str, sample: Sample) -> str | None:
-    """The caption of a picture without white space around it, or None.
-
-    The first that is there of its `.txt`, its `.caption`, its `.json` and its row in a table.
-    """
-    # A .json that is broken is refused even if another text has the caption.
-    metadata = _read_metadata(name, sample)
-    for suffix in (".txt", ".caption"):
-        if suffix in sample.texts:
-            return _read_text(sample.texts[suffix]).strip() or None
-
-    for table in (metadata, sample.row):
-        for key in CAPTION_KEYS:
-            if isinstance(caption := table.get(key), str):
-                return caption.strip() or None
-    return None
-
-
-def read_class(name: str, sample: Sample) -> int | None:
-    """The class number of a picture, from its `.cls`, its `.json` or its row in a table, or None."""
-    number, place = _find_class(name, sample)
-    if number is None:
-        return None
-    if type(number) is not int or not 0 <= number < 10**9:  # a bool is an int, too
-        raise PictureRefused(name, f"{place} is {str(number)[:40]!r}; allowed is a whole number from 0", "text")
-    return number
-
-
-def folder_classes(samples: Mapping[str, Sample]) -> dict[str, int]:
-    """Numbers, in sorted order, of the sub-folders of a source that hold pictures, at any depth."""
-    names = {key.partition("/")[0] for key, sample in samples.items() if sample.pictures and "/" in key}
-    return {name: number for number, name in enumerate(sorted(names))}
-
-
-def number_classes(entries: Sequence[PictureEntry], names: Mapping[str, int]) -> tuple[list[PictureEntry], list[str]]:
-    """The entries with numbers in place of the names of sub-folders, and these names in the order of numbers."""
-    kinds = {type(entry.label): entry.label for entry in entries}
-    if len(kinds) > 1:
-        raise DataError(
-            f"some pictures give their class as a number, like {kinds[int]}, and some only by their sub-folder, like "
-            f"{kinds[str]!r}: do one or the other for all of them"
-        )
-    if str not in kinds:
-        return list(entries), []
-    return [replace(entry, label=names[str(entry.label)]) for entry in entries], list(names)
-
-
-def _size(picture: StoredBytes) -> tuple[int, int]:
-    """Width and height of the upright picture."""
+def _read_size(picture: StoredBytes) -> tuple[int, int]:
     if picture.length > MAX_FILE_BYTES:
         reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
         raise PictureRefused(picture.name, reason, "too large")
@@ -161,32 +124,52 @@ def _size(picture: StoredBytes) -> tuple[int, int]:
         raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
 
 
-def _find_class(name: str, sample: Sample) -> tuple[Any, str]:
-    """The class as it is written, and where; None if it is nowhere."""
-    if ".cls" in sample.texts:
-        text = _read_text(sample.texts[".cls"]).strip()
-        return int(text) if re.fullmatch("[0-9]{1,9}", text) else text, sample.texts[".cls"].name
+# ------------------------------------------------------------------------------------------------ captions and classes
 
-    beside = sample.texts[".json"].name if ".json" in sample.texts else ""
-    for table, place in ((_read_metadata(name, sample), beside), (sample.row, "its row")):
-        for key in CLASS_KEYS:
-            if table.get(key) is not None:
-                return table[key], f'the "{key}" of {place}'
+
+def _read_caption(sample: Sample) -> str:
+    """The caption without white space around it, or ""."""
+    caption, _ = _find(sample, (".txt", ".caption"), CAPTION_KEYS, str)
+    return (caption or "").strip()
+
+
+def _read_class(sample: Sample) -> int | None:
+    """The class number, or None."""
+    number, place = _find(sample, (".cls",), CLASS_KEYS, object)
+    if ".cls" in sample.texts and re.fullmatch("[0-9]{1,9}", number):
+        number = int(number)
+    if number is not None and (type(number) is not int or not 0 <= number < 10**9):  # a bool is an int, too
+        reason = f"{place} is {str(number)[:40]!r}; allowed is a whole number from 0"
+        raise PictureRefused(sample.pictures[0].name, reason, "text")
+    return number
+
+
+def _find(sample: Sample, suffixes: Sequence[str], keys: Sequence[str], kind: type) -> tuple[Any, str]:
+    """The first of these texts, or else of these values in the `.json` and then in the row; and where it stands."""
+    # A .json that is broken is refused even if another text has the value.
+    tables = [(sample.row, "its row")]
+    if ".json" in sample.texts:
+        tables.insert(0, (_read_metadata(sample), sample.texts[".json"].name))
+    for suffix in suffixes:
+        if suffix in sample.texts:
+            return _read_text(sample.texts[suffix]).strip(), sample.texts[suffix].name
+
+    for table, place in tables:
+        for key in keys:
+            value = table.get(key)
+            if value is not None and isinstance(value, kind):
+                return value, f'the "{key}" of {place}'
     return None, ""
 
 
-def _read_metadata(name: str, sample: Sample) -> dict[str, Any]:
-    """The object in the `.json`; empty if there is none."""
-    stored = sample.texts.get(".json")
-    if stored is None:
-        return {}
+def _read_metadata(sample: Sample) -> dict[str, Any]:
+    """The object in the `.json`, or an empty one if something else is there."""
+    text = _read_text(sample.texts[".json"])
     try:
-        metadata = json.loads(_read_text(stored))
-        json.dumps(metadata, ensure_ascii=False).encode()  # escapes can spell half characters, which are no text
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, PictureRefused):
-            raise
-        raise PictureRefused(name, f"its {stored.name} is no JSON ({error}); mend it", "text") from error
+        metadata = parse_json(text)
+    except ValueError as error:
+        reason = f"its {sample.texts['.json'].name} is no JSON ({error}); mend it"
+        raise PictureRefused(sample.pictures[0].name, reason, "text") from error
     return metadata if isinstance(metadata, dict) else {}
 
 

@@ -1,17 +1,19 @@
 """The content of a source, listed without decoding: a folder, shards, a table of rows; on this machine or elsewhere."""
 
-import json
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from davae.data.pictures import Refusal
 from davae.data.rows import SCHEME, is_rows, list_rows, load_parquet, load_rows, load_saved
 from davae.data.shards import list_shards, remote_shards
-from davae.data.stored import PICTURE_SUFFIXES, FileBytes, LocalFile, Refusal, Sample, Samples
+from davae.data.stored import PICTURE_SUFFIXES, FileBytes, LocalFile, Sample, Samples, parse_json
 from davae.errors import DataError, SettingsError
 
 # A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`.
@@ -63,11 +65,11 @@ def _list_folder(folder: Path) -> Listing:
     shards = sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")])
     tables = sorted(path for path in folder.glob("*.parquet") if path.name != "metadata.parquet")
     if not shards and not tables:
-        return list_pictures(folder)
+        return _list_pictures(folder)
 
     # A folder with several kinds of content is more likely a mistake than a choice.
-    loose = Counter(path.suffix.lower() for path in folder.iterdir())
-    contents = {"shards": shards, "parquet files": tables, "pictures": loose.keys() & PICTURE_SUFFIXES}
+    pictures = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+    contents = {"shards": shards, "parquet files": tables, "pictures": pictures}
     kinds = [kind for kind, files in contents.items() if files]
     if len(kinds) > 1:
         raise DataError(f"{folder} holds both {' and '.join(kinds)}; move either to a folder of its own")
@@ -79,7 +81,7 @@ def _list_folder(folder: Path) -> Listing:
 # ------------------------------------------------------------------------------------------------- folders of pictures
 
 
-def list_pictures(folder: Path) -> Listing:
+def _list_pictures(folder: Path) -> Listing:
     """Everything below `folder` that is not hidden; the key is the path without its suffix, as in "cats/tabby".
 
     Links to files are followed, links to folders are not. Pictures that are no regular files are refused.
@@ -93,9 +95,7 @@ def list_pictures(folder: Path) -> Listing:
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in METADATA:
-            if name in names:
-                tables.append(Path(parent, name))
+        tables += [Path(parent, name) for name in METADATA if name in names]
         for name in sorted(names):
             if not name.startswith(".") and name not in METADATA:
                 _add_file(listing, Path(parent, name), folder)
@@ -149,9 +149,7 @@ def _read_rows(table: Path) -> Iterator[tuple[str, Any]]:
     """Rows with their places; None in place of a line that is no row."""
     if table.suffix == ".jsonl":
         with table.open("rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
+            for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
                 if line.strip():
                     yield f"line {number}", _parse_line(line)
         return
@@ -163,19 +161,15 @@ def _read_rows(table: Path) -> Iterator[tuple[str, Any]]:
         raise SettingsError(f"{table} needs pyarrow: pip install 'davae[datasets]'") from error
     try:
         with parquet.ParquetFile(table) as file:
-            for number, batch in enumerate(file.iter_batches(batch_size=1000)):
-                for index, row in enumerate(batch.to_pylist()):
-                    yield f"row {1000 * number + index + 1}", row
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1000))
+            for number, row in enumerate(chain.from_iterable(batches), 1):
+                yield f"row {number}", row
     except (ArrowException, OSError, ValueError) as error:
         raise DataError(f"{table}: no sound parquet file ({error}); make or download it again") from error
 
 
 def _parse_line(line: bytes) -> Any:
-    if len(line) > MAX_LINE_BYTES:
-        return None
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters, which are no text
-    except (ValueError, RecursionError):
-        return None
-    return row
+    with suppress(ValueError):
+        if len(line) <= MAX_LINE_BYTES:
+            return parse_json(line.decode("utf-8-sig"))
+    return None

@@ -43,9 +43,6 @@ def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int
     Each bucket has its own stream of batches (`batch_indices`), and so its own epochs. Batch k of a bucket of n
     pictures stands at (k + 1/2) batch_size / n epochs, and the steps take all batches in the order of these places: at
     any step every bucket, however small, has had its share to within one batch. One bucket gives `batch_indices`.
-
-    Raises:
-        SettingsError: a number is outside its range.
     """
     if not counts or min(counts) < 1 or batch_size < 1 or step < 0:
         raise SettingsError(
@@ -70,18 +67,11 @@ def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int
 def random_crops(
     images: Shaped[Tensor, "batch channels height width"], size: int, *, seed: int, samples: Sequence[int]
 ) -> Shaped[Tensor, "batch channels size size"]:
-    """A square of side `size` out of each image; each place is equally likely.
-
-    Args:
-        images: a batch, or a part of one.
-        size: side of the squares.
-        seed: of the run.
-        samples: the number of each image in the run, by which its place is drawn.
-    """
+    """A square of side `size` out of each image, at a place that is drawn by its number in the run, from `samples`."""
     height, width = images.shape[-2:]
     if not 1 <= size <= min(height, width):
         raise SettingsError(f"size={size}: allowed are crops of side 1 to {min(height, width)} out of these images")
-    # The place of each crop depends on the sample alone, not on its batch or rank.
+
     crops = []
     for image, random in zip(images, sample_generators(seed, "crop", samples), strict=True):
         top = int(torch.randint(height - size + 1, (), generator=random))

@@ -1,6 +1,8 @@
 """One encoded picture, from anywhere, to the pixels that a person sees in it, or a refusal that says why not."""
 
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Literal
@@ -38,20 +40,27 @@ LEFT_OUT: tuple[RefusalKind, ...] = ("too small", "no caption", "no class", "sam
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A picture that is left out, why, and how to mend it."""
+
+    name: str
+    reason: str
+    kind: RefusalKind = "damaged"
+
+
 class PictureRefused(DataError):
-    """A picture that is not used: `name` says which, `reason` why and how to mend it, `kind` what sort of reason."""
+    """A picture that cannot be used, for the reason in `refusal`."""
 
     def __init__(self, name: str, reason: str, kind: RefusalKind = "damaged") -> None:
         super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
-        self.kind = kind
+        self.refusal = Refusal(name, reason, kind)
 
 
 def read_picture(
     data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_PICTURE_SIDE, enough: int | None = None
 ) -> UInt8[Tensor, "3 height width"]:
-    """Decode one picture to sRGB, as a person sees it.
+    """Decode one picture to sRGB, as a person sees it, or raise a PictureRefused that says why it cannot be used.
 
     - Format, number of pixels, sides and a JPEG's scans are checked by the header, before anything is decoded. These
       limits bound time and memory (under 1 GiB for 64 million pixels). There is no clock: a busy machine reads the
@@ -67,12 +76,7 @@ def read_picture(
         name: how messages call it.
         max_pixels: most pixels that are decoded. Pillow's own limit, `Image.MAX_IMAGE_PIXELS`, holds, too.
         min_side: shortest side that is accepted, in pixels.
-        enough: libjpeg may divide both sides of a JPEG by 2, 4 or 8 as long as they stay at least so long, which is
-            several times as fast. None is full size.
-
-    Raises:
-        PictureRefused: the picture is empty, damaged, truncated, too large, too small, or has a format or a colour
-            mode that is not read.
+        enough: libjpeg may divide a JPEG's sides by 2, 4 or 8, which is fast, as long as they stay at least so long.
     """
     with _open(BytesIO(data), name, max_pixels=max_pixels, min_side=min_side) as image:
         # Hostile scans cost time and have few bytes: counted before they are decoded.
@@ -109,13 +113,9 @@ def read_picture(
 def check_picture(
     stream: Stream, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_PICTURE_SIDE
 ) -> tuple[int, int]:
-    """The checks of `read_picture` that need the header only.
+    """The checks of `read_picture` that need the header only; returns width and height of the upright picture.
 
-    Returns:
-        Width and height of the upright picture, as far as the header tells: a PNG may have its orientation at the end.
-
-    Raises:
-        PictureRefused: as `read_picture`.
+    A PNG that lies on its side may say so behind its pixels, where this does not look.
     """
     with _open(stream, name, max_pixels=max_pixels, min_side=min_side) as image:
         lies = ("exif" in image.info or image.format == "TIFF") and _orientation(image) in (5, 6, 7, 8)
@@ -133,11 +133,7 @@ def to_floats(images: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 
 
 
 def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> None:
-    """Write one picture, whole or not at all; `origin` goes into its metadata.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write one picture, whole or not at all; `origin` goes into its metadata."""
     text, stream = PngImagePlugin.PngInfo(), BytesIO()
     text.add_text(ORIGIN, origin)
     Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(stream, format="PNG", pnginfo=text)
@@ -158,11 +154,9 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(stream, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"{error}; scale it down to at most {max_pixels} pixels"
-        raise PictureRefused(name, reason, "too large") from error
+        raise PictureRefused(name, f"{error}; scale it down to at most {max_pixels} pixels", "too large") from error
     except Image.UnidentifiedImageError as error:
-        reason = f"not a picture of a format that is read ({', '.join(FORMATS)}); convert it to one"
-        raise PictureRefused(name, reason, "format") from error
+        raise PictureRefused(name, f"not of a format that is read ({', '.join(FORMATS)})", "format") from error
     except Exception as error:  # as above
         raise PictureRefused(name, f"its header is damaged ({error}); save or download it again") from error
 
@@ -233,11 +227,9 @@ def _scale_grey(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if not profile:
-        return image.convert("RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        converted = None
+    converted = None
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a profile that cannot be applied
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image.convert("RGB") if converted is None else converted

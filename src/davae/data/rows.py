@@ -33,15 +33,15 @@ def load_rows(source: str) -> Any:
         )
 
     # The rest is for `datasets` to understand.
-    load = partial(_datasets(source).load_dataset, path, streaming=streaming == "true", **options)
-    rows = _loaded(load, source)
+    load = _import_datasets(source).load_dataset
+    rows = _load(partial(load, path, streaming=streaming == "true", **options), source)
     return rows if take is None else rows.take(int(take))
 
 
 def load_saved(folder: Path) -> Any:
     """The dataset that `Dataset.save_to_disk` wrote."""
-    datasets = _datasets(str(folder))
-    rows = _loaded(partial(datasets.load_from_disk, str(folder)), str(folder))
+    datasets = _import_datasets(str(folder))
+    rows = _load(partial(datasets.load_from_disk, str(folder)), str(folder))
     if isinstance(rows, datasets.DatasetDict):
         raise SettingsError(f"{folder} holds splits: give the folder of one, such as {folder / next(iter(rows))}")
     return rows
@@ -50,7 +50,7 @@ def load_saved(folder: Path) -> Any:
 def load_parquet(files: list[Path]) -> Any:
     """Parquet files whose rows hold pictures, which `datasets` converts once, into its cache."""
     name = str(files[0])
-    return _loaded(partial(_datasets(name).Dataset.from_parquet, list(map(str, files))), name)
+    return _load(partial(_import_datasets(name).Dataset.from_parquet, list(map(str, files))), name)
 
 
 def is_rows(source: object) -> bool:
@@ -63,18 +63,9 @@ def list_rows(rows: Any, name: str) -> Samples:
 
     The pictures of a dataset that is not streamed stay where they are, and are read at every use. A stream is read to
     its end, once and in its order, and its encoded pictures stay in memory, so that the order of training is as exact
-    as for any other source.
-
-    Args:
-        rows: a `Dataset` or an `IterableDataset` of `datasets`.
-        name: how messages call it.
-
-    Raises:
-        DataError: no column holds pictures; two rows have the same key; or a stream holds more than
-            `MAX_UNPACKED_BYTES`.
-        SettingsError: it has several splits.
+    as for any other source; more than `MAX_UNPACKED_BYTES` are refused. `name` is for messages.
     """
-    datasets = _datasets(name)
+    datasets = _import_datasets(name)
     if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise SettingsError(f"{name} has several splits: give one of {', '.join(rows)}")
     streamed = isinstance(rows, datasets.IterableDataset)
@@ -85,28 +76,27 @@ def list_rows(rows: Any, name: str) -> Samples:
     column, held = "", 0
     for index, row in enumerate(rows if streamed else _without_pictures(rows, datasets)):
         if not index:
-            column = _picture_column(row if streamed else rows[0], name)
+            column = _find_picture_column(row if streamed else rows[0], name)
         key = str(row.get("__key__", f"{index:09d}"))
         if key in samples:
             raise DataError(f"{name}: two rows have the key {key!r}; every key must be there once")
 
         # A stream cannot be read again: its pictures stay in memory.
+        read = partial(_read_stored_cell, rows, index, column, key)
         if streamed:
-            cell = row[column]
-            held += len(_bytes(cell))
-            if held > MAX_UNPACKED_BYTES:
-                raise DataError(
-                    f"{name}: more than {MAX_UNPACKED_BYTES} bytes of pictures in {index + 1} rows, which a stream "
-                    "keeps in memory; take fewer rows (take=), do not stream it, or bring it as shards"
-                )
-            picture = CellBytes(key, partial(_read_cell, cell, key))
-        else:
-            picture = CellBytes(key, partial(_read_stored_cell, rows, index, column, key))
-        samples[key] = Sample([picture], row={field: value for field, value in row.items() if field != column})
+            read = partial(_read_cell, row[column], key)
+            held += len(_get_bytes(row[column]))
+        if held > MAX_UNPACKED_BYTES:
+            raise DataError(
+                f"{name}: more than {MAX_UNPACKED_BYTES} bytes of pictures in {index + 1} rows, which a stream keeps "
+                "in memory; take fewer rows (take=), do not stream it, or bring it as shards"
+            )
+        rest = {field: value for field, value in row.items() if field != column}
+        samples[key] = Sample([CellBytes(key, read)], row=rest)
     return samples
 
 
-def _datasets(source: str) -> Any:
+def _import_datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -114,7 +104,7 @@ def _datasets(source: str) -> Any:
     return datasets
 
 
-def _loaded(load: Callable[[], Any], name: str) -> Any:
+def _load(load: Callable[[], Any], name: str) -> Any:
     try:
         return load()
     except Exception as error:  # the Hub, the network, arrow and the operating system each have their own
@@ -123,10 +113,8 @@ def _loaded(load: Callable[[], Any], name: str) -> Any:
 
 def _without_pictures(rows: Any, datasets: Any) -> Iterable[Mapping[str, Any]]:
     """The rows without their pictures, so that these are not read."""
-    columns = []
-    for column, kind in rows.features.items():
-        if not isinstance(kind, datasets.Image) and column not in PICTURE_COLUMNS:
-            columns.append(column)
+    columns = [name for name in rows.column_names if name not in PICTURE_COLUMNS]
+    columns = [name for name in columns if not isinstance(rows.features[name], datasets.Image)]
     return rows.select_columns(columns) if columns else ({} for _ in range(len(rows)))
 
 
@@ -137,7 +125,7 @@ def _without_decoding(rows: Any, datasets: Any) -> Any:
     return rows
 
 
-def _picture_column(row: Mapping[str, Any], name: str) -> str:
+def _find_picture_column(row: Mapping[str, Any], name: str) -> str:
     for column, value in row.items():
         if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
             return column
@@ -158,9 +146,9 @@ def _read_cell(cell: Any, key: str) -> bytes:
             return Path(cell["path"]).read_bytes()
         except OSError as error:
             raise PictureRefused(key, f"cannot be read ({error.strerror}); mend its rights") from error
-    return _bytes(cell)
+    return _get_bytes(cell)
 
 
-def _bytes(cell: Any) -> bytes:
+def _get_bytes(cell: Any) -> bytes:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     return data if isinstance(data, bytes) else b""

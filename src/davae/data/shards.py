@@ -23,27 +23,24 @@ MAX_HEADER_BYTES = 1 << 20
 
 
 def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
-    """The members of several shards, in their order."""
+    """The members of several shards, in their order, by WebDataset's key: the path up to the name's first dot.
+
+    A plain tar is read in place; at a URL only the members' headers are fetched. A `.tar.gz` is unpacked into memory,
+    never to disk.
+    """
     samples: Samples = {}
     for shard in shards:
-        members = list_shard(shard)
+        members = _list_shard(shard)
         for key in members.keys() & samples.keys():
             raise DataError(f"{shard.name}: its key {key!r} is in an earlier shard too; every key must be there once")
         samples |= members
     return samples
 
 
-def list_shard(shard: LocalFile | RemoteFile) -> Samples:
-    """The members of one shard, in its order, by WebDataset's key: the path up to the name's first dot.
-
-    A plain tar is read in place; at a URL only the members' headers are fetched. A `.tar.gz` is unpacked into memory,
-    never to disk.
-    """
+def _list_shard(shard: LocalFile | RemoteFile) -> Samples:
     short = shard.name.rpartition("/")[2]
     file = _unpack(shard) if short.endswith(".gz") else shard
     samples: Samples = {}
-
-    # Every member is a place in the file.
     try:
         with file.open() as stream:
             for member in _members(stream, shard.name):
@@ -52,31 +49,28 @@ def list_shard(shard: LocalFile | RemoteFile) -> Samples:
                 sample = samples.setdefault((path.parent / stem).as_posix(), Sample())
                 content = FileBytes(f"{short}/{path}", file, member.offset_data, member.size)
                 sample.add((dot + suffix).lower(), content)
+    except DavaeError:
+        raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        if isinstance(error, DavaeError):
-            raise
         raise DataError(f"{shard.name}: no sound, uncompressed tar ({error}); make or download it again") from error
     return samples
 
 
 def remote_shards(url: str) -> list[RemoteFile]:
     """The shards of a URL: one, a range such as `train-{0000..0099}.tar`, a pattern with `*`, or a folder's."""
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", url)
-    # Numbers keep their leading zeros.
-    if span is not None:
+    if span := re.search(r"\{(\d+)\.\.(\d+)\}", url):
+        # Numbers keep their leading zeros.
         first, last = span.groups()
         numbered: list[RemoteFile] = []
         for number in range(int(first), int(last) + 1):
             numbered += remote_shards(url.replace(span.group(), str(number).zfill(len(first)), 1))
         return numbered
 
-    if "*" in url:
-        shards = RemoteFile(url).matches()
-    elif url.endswith((".tar", ".tar.gz")):
-        shards = [RemoteFile(url)]
-    else:
-        folder = url.rstrip("/")
-        shards = [*RemoteFile(f"{folder}/*.tar").matches(), *RemoteFile(f"{folder}/*.tar.gz").matches()]
+    if "*" not in url and url.endswith((".tar", ".tar.gz")):
+        return [RemoteFile(url)]
+    folder = url.rstrip("/")
+    patterns = [url] if "*" in url else [f"{folder}/*.tar", f"{folder}/*.tar.gz"]
+    shards = [shard for pattern in patterns for shard in RemoteFile(pattern).matches()]
     if not shards:
         raise DataError(f"{url} holds no shards; give the URL of a .tar, of a folder of them, or a pattern")
     return shards
@@ -98,12 +92,11 @@ def _members(stream: Stream, shard: str) -> Iterator[tarfile.TarInfo]:
     """The files of a tar, each checked; the end of the tar is checked, too."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
-    # Members are not remembered, for there may be a million.
     headers: Any = _Headers(stream)
     seen: set[str] = set()
     with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
         for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]
+            tar.members.clear()  # type: ignore[attr-defined]  # there may be a million
             if not member.isdir():
                 _check_member(shard, member, seen, size)
                 yield member
@@ -130,12 +123,7 @@ def _unpack(shard: LocalFile | RemoteFile) -> LocalFile:
 
 
 def _check_member(shard: str, member: tarfile.TarInfo, seen: set[str], size: int) -> None:
-    """Refuse a member that no honest shard has.
-
-    Raises:
-        DataError: it is no plain file; its name is absolute, leads upward, is too long or is there twice; it is longer
-            than the shard; or there are too many members.
-    """
+    """Refuse a member that no honest shard has."""
     place = f"{shard}: member {member.name[:100]!r}"
     name = PurePosixPath(member.name)
 

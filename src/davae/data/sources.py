@@ -12,12 +12,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from davae.data.buckets import Bucket, Crop, central_crop, fit
-from davae.data.entries import PictureEntry, folder_classes, make_entries, number_classes, smallest_size
-from davae.data.listing import PictureSource, list_source
+from davae.data.entries import PictureEntry, make_entries, name_classes, smallest_size
+from davae.data.listing import Listing, PictureSource, list_source
 from davae.data.loading import in_threads
 from davae.data.order import bucket_batch
-from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, read_picture, to_floats
-from davae.data.stored import PICTURE_SUFFIXES, Refusal, summarise
+from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, Refusal, read_picture, to_floats
+from davae.data.stored import PICTURE_SUFFIXES
 from davae.errors import DataError, SettingsError
 from davae.run import faults
 from davae.run.storage import write_json
@@ -41,22 +41,19 @@ class PictureSet:
     ) -> None:
         self._entries, self.size = list(entries), size
         self.refused, self.class_names = list(refused), list(class_names)
-        self.keys: list[str] = []
-        self.captions: list[str] = []
-        self.classes: list[int] = []
-        members: dict[Bucket, list[int]] = {}
-        for index, entry in enumerate(entries):
-            self.keys.append(entry.key)
-            self.captions.append(entry.caption)
-            if isinstance(entry.label, int):
-                self.classes.append(entry.label)
-            members.setdefault(entry.bucket, []).append(index)
-        self.buckets = sorted(members)
-        self.members = list(map(members.__getitem__, self.buckets))
+        self.keys = [entry.key for entry in entries]
+        self.captions = [entry.caption for entry in entries]
+        self.classes = [entry.label for entry in entries if entry.label is not None]
 
-        # Decoded pictures, if all of them are few enough.
+        self.buckets = sorted({entry.bucket for entry in entries})
+        members: dict[Bucket, list[int]] = {bucket: [] for bucket in self.buckets}
+        for index, entry in enumerate(entries):
+            members[entry.bucket].append(index)
+        self.members = list(members.values())
+
+        # Decoded pictures by key, if all of them are few enough.
         self._in_memory = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
-        self._memory: dict[int, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -67,24 +64,24 @@ class PictureSet:
         A JPEG of at least four times the bucket's longer side is decoded at a smaller scale, never under twice it.
         Pixels that are damaged, which no header shows, raise a PictureRefused: `sound` finds such pictures at once.
         """
-        if index in self._memory:
-            return self._memory[index].clone()
+        key = self.keys[index]
+        if key in self._memory:
+            return self._memory[key].clone()
+
         faults.at("decode")
         picture = self.decode(index)
         if self._in_memory:
-            self._memory[index] = picture.clone()
+            self._memory[key] = picture.clone()
         return picture
 
     def decode(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """As `image`, but always from the encoded bytes."""
         stored, bucket = self._entries[index].picture, self._entries[index].bucket
-        enough = 2 * max(bucket.height, bucket.width)
-        picture = read_picture(stored.read(), stored.name, min_side=1, enough=enough)
+        picture = read_picture(stored.read(), stored.name, min_side=1, enough=2 * max(bucket.height, bucket.width))
         height, width = picture.shape[1:]
         if height < bucket.height or width < bucket.width:
             # A PNG that lies on its side, and says so behind its pixels only.
-            reason = f"{width}x{height} pixels when upright, too small; save it upright"
-            raise PictureRefused(stored.name, reason, "too small")
+            raise PictureRefused(stored.name, f"{width}x{height} pixels when upright; save it upright", "too small")
         return fit(picture, bucket)
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
@@ -141,23 +138,13 @@ class PictureSet:
     def sound(self, report: Path | None = None, *, max_unreadable: float = 1.0) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
 
-        Args:
-            report: a JSON file for the reasons of all refusals, by name; without any there is none.
-            max_unreadable: the largest share of the source's pictures, rounded up to whole pictures, that may be
-                refused because they cannot be read. The kinds in `LEFT_OUT` do not count: any collection has some,
-                while many damaged files mean a broken download.
-
-        Raises:
-            DataError: none is left, or too many cannot be read.
-            StorageError: `report` cannot be written.
+        The reasons of all refusals go to the JSON file `report`, by name. A DataError says that no picture is left, or
+        that more than the share `max_unreadable` of them, rounded up to whole pictures, cannot be read: many damaged
+        files mean a broken download. The kinds in `LEFT_OUT` do not count, since any collection has some.
         """
-        usable: list[int] = []
-        refused = list(self.refused)
-        for index, refusal in enumerate(in_threads(self._try_to_decode, range(len(self)))):
-            if refusal is None:
-                usable.append(index)
-            else:
-                refused.append(refusal)
+        outcomes = in_threads(self._try_to_decode, range(len(self)))
+        usable = [index for index, refusal in enumerate(outcomes) if refusal is None]
+        refused = [*self.refused, *filter(None, outcomes)]
 
         # The report of this run, in place of an earlier one's.
         if report is not None and refused:
@@ -165,42 +152,40 @@ class PictureSet:
         elif report is not None:
             report.unlink(missing_ok=True)
 
-        # A set that lost many pictures is a broken download.
         if not usable:
-            raise DataError(f"every picture is damaged; {summarise(refused)}")
+            raise DataError(f"every picture is damaged; {_summarise(refused)}")
         where = f"; all are in {report}" if report and refused else ""
         unreadable = [refusal for refusal in refused if refusal.kind not in LEFT_OUT]
         total = len(usable) + len(unreadable)
         if len(unreadable) > math.ceil(max_unreadable * total):
             raise DataError(
                 f"{len(unreadable)} of {total} pictures cannot be read, more than the allowed {max_unreadable:.1%} "
-                f"(max_unreadable): is the set complete? {summarise(unreadable)}{where}"
+                f"(max_unreadable): is the set complete? {_summarise(unreadable)}{where}"
             )
         if refused:
-            logger.warning("%d pictures are used, %s%s", len(usable), summarise(refused), where)
+            logger.warning("%d pictures are used, %s%s", len(usable), _summarise(refused), where)
         if len(usable) == len(self):
             return self
 
-        # The decoded pictures go along, under their new numbers.
+        # The decoded pictures go along.
         entries = [self._entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        for new, old in enumerate(usable):
-            if old in self._memory:
-                rest._memory[new] = self._memory[old]
+        rest._memory = self._memory
         return rest
 
     def refusals_summary(self) -> str:
         """How many pictures were refused, and the reasons of the first ones, for people."""
-        return summarise(self.refused)
+        return _summarise(self.refused)
 
     def _images(self, indices: Sequence[int]) -> list[Tensor]:
-        return in_threads(self.image, indices, alone=self._memory.keys() >= set(indices))
+        decoded = all(self.keys[index] in self._memory for index in indices)
+        return in_threads(self.image, indices, alone=decoded)
 
     def _try_to_decode(self, index: int) -> Refusal | None:
         try:
             self.image(index)
         except PictureRefused as error:
-            return Refusal(error.name, error.reason, error.kind)
+            return error.refusal
         return None
 
 
@@ -232,7 +217,12 @@ def open_pictures(
         DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or classes are numbers
             and sub-folders at once.
     """
-    _check_arguments(size, split, limit)
+    if size < MIN_PICTURE_SIDE:
+        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
+    if split not in (None, "train", "heldout"):
+        raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
 
     # In the order of keys; the key alone decides the split.
     listing = list_source(source)
@@ -241,23 +231,21 @@ def open_pictures(
         if sample.pictures and (split is None or heldout(key) == (split == "heldout")):
             samples[key] = sample
 
-    # Headers say which of them are usable.
+    # Classes have numbers whatever the split; headers say which pictures are usable.
     buckets = tuple(buckets) or (Bucket(size, size),)
-    folders = folder_classes(listing.samples) if classes and listing.folders else {}
-    entries, unusable = make_entries(samples, buckets, folders if classes else None, captions)
+    folders = _number_folders(listing) if classes else None
+    entries, unusable = make_entries(samples, buckets, folders, captions)
     refused = [*listing.refused, *unusable]
     if not entries:
         labels = " with classes" if classes else " with captions beside them" if captions else ""
         rule = "(about one key in ten is held out, by a hash of its name: give more pictures)"
         raise DataError(
             f"no usable picture{'' if split is None else f' of the split {split!r} {rule}'} in {source}; looked for "
-            f"{' '.join(sorted(PICTURE_SUFFIXES))} of at least {smallest_size(buckets)}{labels}; {summarise(refused)}"
+            f"{' '.join(sorted(PICTURE_SUFFIXES))} of at least {smallest_size(buckets)}{labels}; {_summarise(refused)}"
         )
 
-    # Classes get their numbers before the limit, which takes pictures from all over the list.
-    names: list[str] = []
-    if classes:
-        entries, names = number_classes(entries, folders)
+    # The limit takes pictures from all over the list.
+    names = name_classes(entries, folders) if folders is not None else []
     if limit is not None and limit < len(entries):
         entries = [entries[index * len(entries) // limit] for index in range(limit)]
     return PictureSet(entries, size=size, refused=refused, class_names=names)
@@ -268,10 +256,18 @@ def heldout(key: str) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
 
 
-def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
-    if size < MIN_PICTURE_SIDE:
-        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
-    if split not in (None, "train", "heldout"):
-        raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
-    if limit is not None and limit < 1:
-        raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
+def _number_folders(listing: Listing) -> dict[str, int]:
+    """Numbers, in sorted order, of the sub-folders that hold pictures at any depth, in a folder of pictures."""
+    names: set[str] = set()
+    for key, sample in listing.samples.items():
+        if listing.folders and sample.pictures and "/" in key:
+            names.add(key.partition("/")[0])
+    return {name: number for number, name in enumerate(sorted(names))}
+
+
+def _summarise(refused: Sequence[Refusal]) -> str:
+    """The number of refusals and the first five of them, in one line."""
+    if not refused:
+        return "0 refused"
+    shown = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:5])
+    return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"

@@ -1,14 +1,15 @@
-"""Encoded pictures and the texts beside them, wherever they lie; and the pictures that are left out, with reasons."""
+"""Encoded pictures and the texts beside them, wherever they lie."""
 
 import io
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from davae.data.pictures import PictureRefused, RefusalKind, Stream
+from davae.data.pictures import PictureRefused, Stream
 from davae.errors import DataError, SettingsError
 
 PICTURE_SUFFIXES = frozenset(
@@ -24,31 +25,13 @@ HEADER_BYTES = 1 << 15
 ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A picture that is left out, and why."""
-
-    name: str
-    reason: str
-    kind: RefusalKind = "damaged"
-
-
-def summarise(refused: Sequence[Refusal]) -> str:
-    """The number of refusals and the first five of them, in one line."""
-    if not refused:
-        return "0 refused"
-    shown = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:5])
-    return f"{len(refused)} refused: {shown}{'; ...' if len(refused) > 5 else ''}"
-
-
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on this machine, or the content of a compressed one in memory."""
+    """A file on this machine by its path, or the content of a compressed one in memory."""
 
-    # Its path.
     name: str
     unpacked: bytes | None = field(default=None, repr=False, compare=False)
 
@@ -65,9 +48,8 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at any URL that fsspec knows: s3://, gs://, hf://, https://, file://, memory://, ..."""
+    """A file by its URL, any that fsspec knows: s3://, gs://, hf://, https://, file://, memory://, ..."""
 
-    # Its URL.
     name: str
 
     @cached_property
@@ -147,66 +129,49 @@ class _Range(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class StoredBytes:
-    """Bytes that can be read again and again."""
+class FileBytes:
+    """A part of a file: all of it, or the content of a shard's member. `name` is its path inside the source."""
 
-    # The path inside the source, for messages.
     name: str
+    file: LocalFile | RemoteFile
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """All of the bytes, or a PictureRefused if they have changed since they were listed."""
+        try:
+            data = self.file.read(self.offset, self.offset + self.length)
+        except OSError as error:
+            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
+        if len(data) != self.length:
+            raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
+        return data
+
+    def open(self) -> Stream:
+        """A seekable stream that begins with the bytes, and need not fetch them all."""
+        if isinstance(self.file, RemoteFile):
+            return self.file.open(self.offset, self.offset + self.length)
+        return io.BytesIO(self.read()) if self.offset else self.file.open()
+
+
+@dataclass(frozen=True)
+class CellBytes:
+    """The content of a cell in a table, which `read` fetches anew at every call."""
+
+    name: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
 
     @property
     def length(self) -> int:
         """How many bytes there are."""
         return len(self.read())
 
-    def read(self) -> bytes:
-        """All of the bytes, or a PictureRefused if they have changed since they were listed."""
-        raise NotImplementedError
-
     def open(self) -> Stream:
-        """A seekable stream of the bytes, which need not fetch them all."""
+        """A seekable stream of the bytes."""
         return io.BytesIO(self.read())
 
 
-@dataclass(frozen=True)
-class FileBytes(StoredBytes):
-    """A part of a file: all of it, or the content of a shard's member."""
-
-    file: LocalFile | RemoteFile
-    offset: int
-    size: int
-
-    @property
-    def length(self) -> int:
-        """As listed."""
-        return self.size
-
-    def read(self) -> bytes:
-        """As `StoredBytes.read`."""
-        try:
-            data = self.file.read(self.offset, self.offset + self.size)
-        except OSError as error:
-            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
-        if len(data) != self.size:
-            raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
-        return data
-
-    def open(self) -> Stream:
-        """As `StoredBytes.open`."""
-        if isinstance(self.file, RemoteFile):
-            return self.file.open(self.offset, self.offset + self.size)
-        # Pillow needs a stream that begins with the picture.
-        return super().open() if self.offset else self.file.open()
-
-
-@dataclass(frozen=True)
-class CellBytes(StoredBytes):
-    """A picture in a table, or in memory."""
-
-    get: Callable[[], bytes] = field(repr=False, compare=False)
-
-    def read(self) -> bytes:
-        """As `StoredBytes.read`."""
-        return self.get()
+StoredBytes = FileBytes | CellBytes
 
 
 @dataclass
@@ -226,3 +191,13 @@ class Sample:
 
 
 Samples = dict[str, Sample]
+
+
+def parse_json(text: str) -> Any:
+    """The value in a JSON text, or a ValueError; escapes can spell half characters, which are no text."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    return value

@@ -16,9 +16,8 @@ from rich.progress import track
 from torch import Tensor
 
 from davae.data.loading import WORKERS, in_threads
-from davae.data.pictures import LEFT_OUT, PictureRefused, to_floats
+from davae.data.pictures import LEFT_OUT, PictureRefused, Refusal, to_floats
 from davae.data.sources import PictureSet
-from davae.data.stored import Refusal
 from davae.method.metrics import half_size_psnr
 
 TIMED_PICTURES = 64
@@ -111,7 +110,7 @@ def _decode_all(pictures: PictureSet) -> tuple[list[int], list[float], list[Refu
         try:
             image = to_floats(pictures.decode(index)[None])
         except PictureRefused as error:
-            damaged.append(Refusal(error.name, error.reason, error.kind))
+            damaged.append(error.refusal)
         else:
             sound.append(index)
             softness.append(half_size_psnr(image).item())
@@ -119,12 +118,9 @@ def _decode_all(pictures: PictureSet) -> tuple[list[int], list[float], list[Refu
 
 
 def _count_refused(refused: Sequence[Refusal]) -> dict[str, Any]:
-    kinds: Counter[str] = Counter()
-    unreadable, each = 0, []
-    for refusal in refused:
-        kinds[refusal.kind] += 1
-        unreadable += refusal.kind not in LEFT_OUT
-        each.append({"name": refusal.name, "kind": refusal.kind, "reason": refusal.reason})
+    kinds = Counter(refusal.kind for refusal in refused)
+    unreadable = sum(count for kind, count in kinds.items() if kind not in LEFT_OUT)
+    each = [{"name": refusal.name, "kind": refusal.kind, "reason": refusal.reason} for refusal in refused]
     return {"pictures": len(refused), "unreadable": unreadable, "kinds": dict(kinds.most_common()), "each": each}
 
 
