@@ -1,5 +1,6 @@
 """Pictures and captions as files and as shards, and what came of them, for the tests of this folder."""
 
+import hashlib
 import io
 import re
 import tarfile
@@ -37,6 +38,16 @@ def captioned(count: int) -> dict[str, bytes]:
 def reasons(pictures: PictureSet) -> dict[str, str]:
     """Why pictures were refused, by name."""
     return {refusal.name: refusal.reason for refusal in pictures.refused}
+
+
+def digest(pictures: PictureSet) -> str:
+    """SHA-256 over keys, captions, classes and the encoded bytes."""
+    total = hashlib.sha256()
+    for entry in pictures.entries:
+        label = [] if entry.label is None else [str(entry.label).encode()]
+        for part in (entry.key.encode(), entry.caption.encode(), *label, entry.picture.read()):
+            total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from davae.errors import SettingsError
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -23,7 +21,7 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], *, alone: bool = 
 
 
 class Ahead(Generic[T]):
-    """`make` of one number after another, while a thread makes the next `count` of them.
+    """`make` of one number after another, while a thread makes the next two of them.
 
         with Ahead(make) as load:
             for step in range(start, end):
@@ -33,10 +31,8 @@ class Ahead(Generic[T]):
     and asked for again. An error of `make` is raised where its number is asked for.
     """
 
-    def __init__(self, make: Callable[[int], T], *, count: int = 2) -> None:
-        if count < 1:
-            raise SettingsError(f"count={count}: allowed is at least one batch ahead")
-        self._make, self._count = make, count
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
         self._pending: dict[int, Future[T]] = {}
 
     def __enter__(self) -> "Ahead[T]":
@@ -49,7 +45,7 @@ class Ahead(Generic[T]):
     def __call__(self, number: int) -> T:
         """`make(number)`."""
         # Forget what was skipped, ask for what comes next.
-        needed = range(number, number + self._count + 1)
+        needed = range(number, number + 3)
         for other in self._pending.keys() - needed:
             self._pending.pop(other).cancel()
         for each in needed:

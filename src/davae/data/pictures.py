@@ -90,8 +90,7 @@ def read_picture(
             if jpeg and enough is not None:
                 image.draft(None, (enough, enough))
             pixels = image.width * image.height
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # notes on metadata; errors in the pixels are raised
+            with warnings.catch_warnings(action="ignore"):  # notes on metadata; errors in the pixels are raised
                 image.load()
         except Exception as error:  # decoders have many kinds for damaged and hostile bytes
             raise PictureRefused(name, f"damaged or truncated ({error}); save or download it again") from error
@@ -149,8 +148,7 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
     if not stream.read(1):
         raise PictureRefused(name, "empty, zero bytes; save or download it again")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(stream, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -172,8 +170,7 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
 def _orientation(image: Image.Image) -> int:
     # To be read after the pixels: a PNG may have EXIF behind them, and loading turns a TIFF.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as above; broken EXIF means upright
         return 1
@@ -184,7 +181,6 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
     rows = max(1, STRIP_PIXELS // image.width)
     if rows >= image.height:
         return _strip_to_srgb(image, name)
-
     rgb = Image.new("RGB", image.size)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))

@@ -4,14 +4,13 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from davae.data.buckets import Bucket, Crop, central_crop, fit
+from davae.data.buckets import Bucket, fit
 from davae.data.entries import PictureEntry, make_entries, name_classes, smallest_size
 from davae.data.listing import Listing, PictureSource, list_source
 from davae.data.loading import in_threads
@@ -31,15 +30,15 @@ MEMORY_BYTES = 1 << 30
 class PictureSet:
     """Captioned pictures in the order of their keys, decoded when they are first used; made by `open_pictures`.
 
-    `keys`, `captions` and `classes` run in step with the pictures; `classes` is empty if the set was opened without.
-    `class_names` are in the order of class numbers, if the classes are sub-folders. `buckets` are the sizes that the
-    pictures have, and `members` the pictures of each. `refused` lists the source's other pictures.
+    `entries`, `keys`, `captions` and `classes` run in step with the pictures; `classes` is empty if the set was opened
+    without. `class_names` are in the order of class numbers, if the classes are sub-folders. `buckets` are the sizes
+    that the pictures have, and `members` the pictures of each. `refused` lists the source's other pictures.
     """
 
     def __init__(
         self, entries: Sequence[PictureEntry], *, size: int, refused: Sequence[Refusal], class_names: Sequence[str] = ()
     ) -> None:
-        self._entries, self.size = list(entries), size
+        self.entries, self.size = list(entries), size
         self.refused, self.class_names = list(refused), list(class_names)
         self.keys = [entry.key for entry in entries]
         self.captions = [entry.caption for entry in entries]
@@ -56,7 +55,7 @@ class PictureSet:
         self._memory: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """One picture, centre-cropped to the shape of its bucket and scaled down by `fit`.
@@ -76,7 +75,7 @@ class PictureSet:
 
     def decode(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """As `image`, but always from the encoded bytes."""
-        stored, bucket = self._entries[index].picture, self._entries[index].bucket
+        stored, bucket = self.entries[index].picture, self.entries[index].bucket
         picture = read_picture(stored.read(), stored.name, min_side=1, enough=2 * max(bucket.height, bucket.width))
         height, width = picture.shape[1:]
         if height < bucket.height or width < bucket.width:
@@ -86,7 +85,7 @@ class PictureSet:
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
         """Several pictures of one bucket, float32 in [-1, 1]; they are decoded in `WORKERS` threads."""
-        if len({self._entries[index].bucket[:2] for index in indices}) > 1:
+        if len({self.entries[index].bucket[:2] for index in indices}) > 1:
             raise SettingsError("a batch of several buckets: take the pictures of one, see PictureSet.members")
         return to_floats(torch.stack(self._images(indices)))
 
@@ -98,7 +97,7 @@ class PictureSet:
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterable[list[int]]:
         """These pictures' numbers, in their order, in batches of one bucket each."""
         for bucket in self.buckets:
-            chosen = [index for index in indices if self._entries[index].bucket == bucket]
+            chosen = [index for index in indices if self.entries[index].bucket == bucket]
             for start in range(0, len(chosen), batch_size):
                 yield chosen[start : start + batch_size]
 
@@ -107,33 +106,12 @@ class PictureSet:
         bucket, places = bucket_batch(list(map(len, self.members)), batch_size, seed=seed, step=step)
         return [self.members[bucket][place] for place in places]
 
-    def crop(self, index: int) -> Crop:
-        """The part of the stored, upright picture that `image` shows."""
-        entry = self._entries[index]
-        return central_crop(entry.width, entry.height, entry.bucket)
-
-    def original_size(self, index: int) -> tuple[int, int]:
-        """Width and height of the stored picture held upright, in pixels."""
-        return self._entries[index].width, self._entries[index].height
-
     def fingerprint(self, index: int) -> str:
         """SHA-256, as hexadecimal, of all that decides what `image` gives: the encoded bytes, and how they are cut."""
-        entry = self._entries[index]
+        entry = self.entries[index]
         content = hashlib.sha256(entry.picture.read()).hexdigest()
         size = f"{entry.bucket.width}x{entry.bucket.height} pixels"
         return hashlib.sha256(f"{content}, centre, {size}".encode()).hexdigest()
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256, as hexadecimal, over keys, captions, classes and the encoded bytes; reads every file once."""
-        total = hashlib.sha256()
-        for entry in self._entries:
-            parts = [entry.key.encode(), entry.caption.encode()]
-            if entry.label is not None:
-                parts.append(str(entry.label).encode())
-            for part in (*parts, entry.picture.read()):
-                total.update(hashlib.sha256(part).digest())
-        return total.hexdigest()
 
     def sound(self, report: Path | None = None, *, max_unreadable: float = 1.0) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
@@ -168,7 +146,7 @@ class PictureSet:
             return self
 
         # The decoded pictures go along.
-        entries = [self._entries[index] for index in usable]
+        entries = [self.entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
         rest._memory = self._memory
         return rest

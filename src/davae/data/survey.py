@@ -1,6 +1,5 @@
 """Look at a set of pictures before training on it: counts, sizes, detail, captions, speed, a contact sheet."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +10,15 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
+from davae.data.buckets import Bucket, central_crop
+from davae.data.entries import PictureEntry
 from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import LEFT_OUT, PictureRefused, Refusal, to_floats
 from davae.data.sources import PictureSet
 from davae.method.metrics import half_size_psnr
+from davae.run.progress import track
 
 TIMED_PICTURES = 64
 # A picture of more dB of `half_size_psnr` says little about detail.
@@ -30,14 +30,13 @@ SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, LINE = 8, 6, 128, 14
 def survey(pictures: PictureSet) -> dict[str, Any]:
     """The facts about a set, as JSON holds them; decodes every picture once.
 
-    `refused`: counts by kind, and each picture's reason; `unreadable` are those whose kind is not in `LEFT_OUT`.
-    `stored`: widths, heights and megapixels of the upright pictures. `buckets`: size, pictures, and the mean share that
-    the crop cuts off. `half_size_psnr_db` at the bucket's size; `soft` counts the pictures above `soft_db`. `loader`:
-    pictures and megapixels a second, decoded and fitted, by one thread and by `threads`, from files that were just
-    read; not a benchmark (see benchmarks/loading.py).
+    `unreadable` pictures are those that are refused for a kind that is not in `LEFT_OUT`. `stored` has the sizes of the
+    upright pictures. `loader` has the speed of decoding and fitting files that were just read, by one thread and by
+    `threads`; benchmarks/loading.py measures it well.
     """
     sound, softness, damaged = _decode_all(pictures)
-    sizes = np.array([pictures.original_size(index) for index in sound]).reshape(-1, 2)
+    entries = [pictures.entries[index] for index in sound]
+    sizes = np.array([(entry.width, entry.height) for entry in entries]).reshape(-1, 2)
     facts: dict[str, Any] = {
         "pictures": len(sound),
         "refused": _count_refused([*pictures.refused, *damaged]),
@@ -46,15 +45,15 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
             "height": quantiles(sizes[:, 1]),
             "megapixels": quantiles(sizes.prod(1) / 1e6),
         },
-        "buckets": _describe_buckets(pictures, sound),
+        "buckets": [_describe_bucket(bucket, entries) for bucket in pictures.buckets],
         "half_size_psnr_db": quantiles(softness),
         "soft": int((np.array(softness) > SOFT_DB).sum()),
         "soft_db": SOFT_DB,
-        "captions": _describe_captions([pictures.captions[index] for index in sound]),
+        "captions": _describe_captions([entry.caption for entry in entries]),
     }
 
     if pictures.classes:
-        counts = Counter(pictures.classes[index] for index in sound)
+        counts = Counter(entry.label for entry in entries)
         facts["classes"] = {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
     return {**facts, "loader": _time_loader(pictures, sound)}
 
@@ -68,10 +67,7 @@ def quantiles(values: Sequence[float] | Sequence[int] | np.ndarray) -> dict[str,
 
 
 def contact_sheet(pictures: PictureSet) -> UInt8[Tensor, "3 height width"]:
-    """Up to 48 pictures, evenly spread over the set, as training sees them, with the beginning of their captions.
-
-    A picture that cannot be decoded is a grey field.
-    """
+    """Up to 48 pictures, evenly spread over the set, as training sees them, above the beginning of their captions."""
     count = min(len(pictures), SHEET_COLUMNS * SHEET_ROWS)
     rows = -(-count // SHEET_COLUMNS)
     sheet = Image.new("RGB", (SHEET_COLUMNS * THUMBNAIL, rows * (THUMBNAIL + LINE)), "white")
@@ -80,7 +76,7 @@ def contact_sheet(pictures: PictureSet) -> UInt8[Tensor, "3 height width"]:
         index = place * len(pictures) // count
         left, top = place % SHEET_COLUMNS * THUMBNAIL, place // SHEET_COLUMNS * (THUMBNAIL + LINE)
 
-        # The picture, in the middle of its field.
+        # The picture in the middle of its field, which is grey if the picture is damaged.
         try:
             image = Image.fromarray(pictures.decode(index).permute(1, 2, 0).contiguous().numpy())
         except PictureRefused:
@@ -102,11 +98,11 @@ def source_name(source: Path | str) -> str:
 
 
 def _decode_all(pictures: PictureSet) -> tuple[list[int], list[float], list[Refusal]]:
-    """The sound pictures, their softness in dB, and the pictures that are damaged behind their headers."""
+    """The sound pictures, their `half_size_psnr`, and the pictures that are damaged behind their headers."""
     sound: list[int] = []
     softness: list[float] = []
     damaged: list[Refusal] = []
-    for index in track(range(len(pictures)), "decoding pictures", console=Console(stderr=True), transient=True):
+    for index in track(range(len(pictures)), "decoding", unit="pictures"):
         try:
             image = to_floats(pictures.decode(index)[None])
         except PictureRefused as error:
@@ -124,18 +120,15 @@ def _count_refused(refused: Sequence[Refusal]) -> dict[str, Any]:
     return {"pictures": len(refused), "unreadable": unreadable, "kinds": dict(kinds.most_common()), "each": each}
 
 
-def _describe_buckets(pictures: PictureSet, sound: Sequence[int]) -> list[dict[str, Any]]:
-    usable = set(sound)
-    rows = []
-    for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
-        # The share of each picture that its crop keeps.
-        shares = []
-        for index in usable.intersection(members):
-            crop, (width, height) = pictures.crop(index), pictures.original_size(index)
-            shares.append(crop.width * crop.height / (width * height))
-        cut_off = round(1 - sum(shares) / len(shares), 4) if shares else None
-        rows.append({"width": bucket.width, "height": bucket.height, "pictures": len(shares), "cut_off": cut_off})
-    return rows
+def _describe_bucket(bucket: Bucket, entries: Sequence[PictureEntry]) -> dict[str, Any]:
+    """Its size, its pictures, and the mean share of them that the crop cuts off."""
+    shares = []
+    for entry in entries:
+        if entry.bucket == bucket:
+            crop = central_crop(entry.width, entry.height, bucket)
+            shares.append(crop.width * crop.height / (entry.width * entry.height))
+    cut_off = round(1 - sum(shares) / len(shares), 4) if shares else None
+    return {"width": bucket.width, "height": bucket.height, "pictures": len(shares), "cut_off": cut_off}
 
 
 def _describe_captions(captions: Sequence[str]) -> dict[str, Any]:
@@ -151,7 +144,7 @@ def _describe_captions(captions: Sequence[str]) -> dict[str, Any]:
 def _time_loader(pictures: PictureSet, sound: Sequence[int]) -> dict[str, Any]:
     """Rates of one thread and of several, on pictures from all over the set."""
     chosen = sound[:: -(-len(sound) // TIMED_PICTURES)] if sound else []
-    megapixels = sum(math.prod(pictures.original_size(index)) for index in chosen) / 1e6
+    megapixels = sum(pictures.entries[index].width * pictures.entries[index].height for index in chosen) / 1e6
     rates = []
     for alone in (True, False):
         began = time.perf_counter()
