@@ -22,10 +22,7 @@ def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: 
     every epoch has every picture exactly once, and a batch may reach from one epoch into the next.
     """
     if count < 1 or batch_size < 1 or step < 0:
-        raise SettingsError(
-            f"count={count}, batch_size={batch_size}, step={step}: allowed are at least one picture, a batch of at "
-            "least 1, and steps from 0"
-        )
+        raise SettingsError(f"{count=}, {batch_size=}, {step=}: allowed are numbers from 1, 1 and 0")
     # Start inside the epoch that the step falls into, and go on into the next as far as needed.
     indices: list[int] = []
     epoch, start = divmod(step * batch_size, count)
@@ -45,10 +42,7 @@ def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int
     any step every bucket, however small, has had its share to within one batch. One bucket gives `batch_indices`.
     """
     if not counts or min(counts) < 1 or batch_size < 1 or step < 0:
-        raise SettingsError(
-            f"counts={list(counts)}, batch_size={batch_size}, step={step}: allowed are buckets of at least one "
-            "picture, batches of at least 1, steps from 0"
-        )
+        raise SettingsError(f"{counts=}, {batch_size=}, {step=}: allowed are buckets, and numbers from 1, 1 and 0")
     # Jump near the step: rounding leaves out or adds at most half a batch of each bucket, so this is never too far.
     epochs = Fraction(max(0, step - len(counts)) * batch_size, sum(counts))
     done = [int(epochs * count / batch_size + Fraction(1, 2)) for count in counts]

@@ -7,7 +7,6 @@ values, and manifest.json, which names every file with its length and SHA-256 an
 import hashlib
 import json
 import logging
-import os
 import re
 import uuid
 from collections.abc import Mapping
@@ -47,13 +46,8 @@ class DamagedCheckpointError(CheckpointError):
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, recipe_digest: str, keep: int) -> None:
     """Write `checkpoint` below `folder`, verify it, and only then delete all but the newest `keep` checkpoints.
 
-    Whatever goes wrong, the old checkpoints stay.
-
-    Raises:
-        NumericsError: a tensor holds a number that is not finite, or above `LARGEST`; nothing is written.
-        StorageError: the disk is full, read-only or failing; nothing of the new checkpoint is left or, if only the last
-            fsync failed, all of it.
-        DamagedCheckpointError: the disk does not hold what was written.
+    A tensor with a number that is not finite, or above `LARGEST`, is a NumericsError, and nothing is written. If the
+    disk fails, that is a StorageError, or a DamagedCheckpointError if it shows on reading only; the old ones stay.
     """
     target = folder / f"step-{checkpoint.step:08d}"
     needed = sum(tensor.nbytes for tensors in checkpoint.groups.values() for tensor in tensors.values())
@@ -100,10 +94,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     A missing or damaged file is a DamagedCheckpointError, a checkpoint of a newer davae is a CheckpointError.
     """
     manifest = _read_manifest(path / "manifest.json")
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {manifest['format_version']}, davae reads {FORMAT_VERSION}: update davae"
-        )
+    version = manifest["format_version"]
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, davae reads {FORMAT_VERSION}: update davae")
     if "state.json" not in manifest["files"] or any(Path(name).name != name for name in manifest["files"]):
         raise DamagedCheckpointError(f"{path / 'manifest.json'} is damaged: these are no files of a checkpoint")
     if path.name != f"step-{manifest['step']:08d}":
@@ -146,7 +139,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         faults.at("load", path)
         content = path.read_bytes()
         manifest = json.loads(content)
-        if content != _canonical({**manifest, "digest": _digest(manifest)}):
+        if content != _seal(manifest):
             raise DamagedCheckpointError(f"{path} is damaged: its own digest does not fit")
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -194,7 +187,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint, recipe_digest: str) -> No
         "recipe_digest": recipe_digest,
         "files": {file.name: _fingerprint(file) for file in sorted(folder.iterdir())},
     }
-    write(folder / "manifest.json", _canonical({**manifest, "digest": _digest(manifest)}))
+    write(folder / "manifest.json", _seal(manifest))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -205,14 +198,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def _seal(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest.json with its own SHA-256 in it."""
     content = dict(manifest)
     content.pop("digest", None)
-    return hashlib.sha256(_canonical(content)).hexdigest()
+    return _canonical({**content, "digest": hashlib.sha256(_canonical(content)).hexdigest()})
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:

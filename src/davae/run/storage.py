@@ -20,11 +20,9 @@ from davae.run import faults
 def replaced_whole(folder: Path, *, needed: int = 0) -> Iterator[Path]:
     """A sibling folder to write into, which takes the place of `folder` only once all of it is on the disk.
 
-    If `folder` is a symbolic link, the folder that it leads to is replaced; the link stays.
-
-    Raises:
-        StorageError: there is less room than the `needed` bytes, or something cannot be written; `folder` stays as it
-            was, or is all new if only the last fsync failed.
+    If `folder` is a symbolic link, the folder that it leads to is replaced; the link stays. Less room than the `needed`
+    bytes, or something that cannot be written, is a StorageError: `folder` stays as it was or, if only the last fsync
+    failed, is all new.
     """
     folder = folder.resolve()
     partial, old = folder.with_name(f".{folder.name}.tmp-new"), folder.with_name(f".{folder.name}.old")
@@ -67,11 +65,7 @@ def _put_back(old: Path, folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds all of it or its old content, even after a power cut; make its folder.
-
-    Raises:
-        StorageError: the disk is full, read-only or failing; no temporary file stays.
-    """
+    """Write `content` so that `path` holds all of it or its old content, even after a power cut; make its folder."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with storage_errors(path, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +118,7 @@ def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
     """The error to raise when `path` (`needed` bytes) could not be written; it tells how much room there is."""
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())).free
     return StorageError(
         f"cannot write {path}: {error}. {needed:,} bytes are needed, {free:,} are free. "
         "Make room (or lift the quota, or make the folder writable) or choose another folder, and run again"
