@@ -208,7 +208,7 @@ def test_an_adapter_leaves_out_the_bases_half_of_the_autoencoder(trained_layers,
 
 def test_an_adapters_autoencoder_without_its_base_or_on_another_is_refused(trained_layers):
     folder, _ = trained_layers
-    with pytest.raises(SettingsError, match="half the base pipeline's"):
+    with pytest.raises(SettingsError, match="half an autoencoder"):
         load_autoencoder(folder / "adapter")
     with pytest.raises(CheckpointError, match=r"lacks the weights base_encoder.*give .*adapter and the base"):
         load_autoencoder(folder / "adapter" / "vae")

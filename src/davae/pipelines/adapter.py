@@ -114,17 +114,30 @@ def save_adapter(
     check_replaceable(folder, holds=INDEX)
     with replaced_whole(folder) as partial:
         (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
-        _write_tensors(_select_ports(transformer), partial / PORTS_FILE)
-        if facts is not None:
-            _write_tensors(get_peft_model_state_dict(transformer), partial / LORA_FILE)
-        if layers:
-            _write_tensors(_select_layers(transformer, layers), partial / LAYERS_FILE)
+        for name, tensors in _select_tensors(transformer, index).items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
 
         # The autoencoder as it saves itself, then without the base's half.
         vae.save_pretrained(partial / VAE_FOLDER)
         (weights,) = (partial / VAE_FOLDER).glob("*.safetensors")
         _, own = split_frozen_half(load_file(weights))
         save_file(own, weights, metadata={"format": "pt"})
+
+
+def _select_tensors(transformer: ModelMixin, index: AdapterIndex) -> dict[str, dict[str, Tensor]]:
+    """An adapter's tensors as they are in the transformer, by the names of the files that hold them."""
+    files: dict[str, dict[str, Tensor]] = {PORTS_FILE: {}}
+    ports = backbone_of(transformer).ports
+    for name, tensor in transformer.state_dict().items():
+        if name.rpartition(".")[0] in (ports.input, ports.output):
+            files[PORTS_FILE][name] = tensor
+
+    if index.lora is not None:
+        files[LORA_FILE] = get_peft_model_state_dict(transformer)
+    if index.layers:
+        layers = find_target_layers(transformer, index.layers)
+        files[LAYERS_FILE] = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
+    return files
 
 
 def check_base(digest: str, folder: Path) -> None:
@@ -144,57 +157,39 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     weights, so that a plain transformer results.
     """
     index = read_index(folder)
-    ports = _read_tensors(folder / PORTS_FILE, like=_select_ports(transformer))
-    transformer.load_state_dict(ports, strict=False)
-    if index.layers:
-        _load_layers(transformer, index.layers, folder)
-    if index.lora is None:
-        return
+    if index.lora is not None:
+        _prepare_lora(transformer, index.lora, folder)
+    files = _select_tensors(transformer, index)
+    for name, tensors in files.items():
+        files[name] = _read_tensors(folder / name, like=tensors)
 
-    _load_lora(transformer, index.lora, folder)
+    # New parameters, not copies in place: a base pipeline may share the old ones.
+    lora = files.pop(LORA_FILE, None)
+    for tensors in files.values():
+        transformer.load_state_dict(tensors, strict=False, assign=True)
+    if lora is None:
+        return
+    set_peft_model_state_dict(transformer, lora)
     if fuse:
-        # "Safe" makes new tensors: a base pipeline may share the old ones.
+        # "Safe" makes new tensors, for the same reason.
         transformer.fuse_lora(safe_fusing=True)
         transformer.unload_lora()
         transformer.requires_grad_(True)
 
 
-def _load_layers(transformer: ModelMixin, layers: Sequence[str], folder: Path) -> None:
-    weights = _read_tensors(folder / LAYERS_FILE, like=_select_layers(transformer, layers))
-    for name, layer in find_target_layers(transformer, layers).items():
-        # A new parameter, not a copy in place: a base pipeline may share the old one.
-        weight = weights[f"{name}.weight"].to(layer.weight)
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-
-
-def _load_lora(transformer: ModelMixin, facts: LoraFacts, folder: Path) -> None:
-    layers = getattr(transformer, "peft_config", None)
-    if not layers:
+def _prepare_lora(transformer: ModelMixin, facts: LoraFacts, folder: Path) -> None:
+    """Add LoRA layers for an adapter's tensors; refuses layers of another alpha that are there already."""
+    configs = getattr(transformer, "peft_config", None)
+    if not configs:
         settings = {"r": facts.rank, "lora_alpha": facts.alpha, "target_modules": list(facts.targets)}
         transformer.add_adapter(LoraConfig(**settings, init_lora_weights=False))
-    elif layers["default"].lora_alpha != facts.alpha:
-        alpha = layers["default"].lora_alpha
+    elif configs["default"].lora_alpha != facts.alpha:
+        alpha = configs["default"].lora_alpha
         raise CheckpointError(f"{folder} has LoRA of alpha {facts.alpha}, and {alpha} was asked for: ask for its own")
-    tensors = _read_tensors(folder / LORA_FILE, like=get_peft_model_state_dict(transformer))
-    set_peft_model_state_dict(transformer, tensors)
-
-
-def _select_ports(transformer: ModelMixin) -> dict[str, Tensor]:
-    ports, tensors = backbone_of(transformer).ports, transformer.state_dict()
-    return {name: tensors[name] for name in tensors if name.rpartition(".")[0] in (ports.input, ports.output)}
-
-
-def _select_layers(transformer: ModelMixin, layers: Sequence[str]) -> dict[str, Tensor]:
-    chosen = find_target_layers(transformer, layers)
-    return {f"{name}.weight": layer.weight.detach() for name, layer in chosen.items()}
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file that must have the names and shapes of `like`."""
+    """The tensors of a file that must have the names and shapes of `like`, in their precision and place."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -205,4 +200,5 @@ def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
             shape = list((like if name in like else tensors)[name].shape)
             causes = "its rank, its targets or its number of detail channels differ"
             raise CheckpointError(f"{path} does not fit this transformer, first at {name} {shape}: {causes}")
+        tensors[name] = tensors[name].to(like[name])
     return tensors

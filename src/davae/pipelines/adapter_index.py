@@ -9,13 +9,13 @@ An adapter folder holds
 - `vae/`, the AutoencoderDA without its frozen half, which is the base autoencoder's encoder.
 """
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from davae.errors import CheckpointError
+from davae.run.storage import read_json
 
 FORMAT_VERSION: Literal[2] = 2
 INDEX = "adapter.json"
@@ -58,21 +58,17 @@ class AdapterIndex(BaseModel):
 def read_index(folder: Path) -> AdapterIndex:
     """Read `adapter.json`; refuses an adapter that is missing, damaged or newer than this code."""
     path = folder / INDEX
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no adapter folder: {INDEX} cannot be read ({error.strerror})") from error
+    values = read_json(path)
+    if "format_version" not in values:
+        raise CheckpointError(f"{path} is damaged: it has no format_version. Copy it anew")
 
     # The version first: a newer index may have fields that this code does not know.
-    try:
-        version = json.loads(text)["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: it has no format_version. Copy it anew") from error
+    version = values["format_version"]
     if isinstance(version, int) and version > FORMAT_VERSION:
-        newest = FORMAT_VERSION
-        raise CheckpointError(f"{folder} has format version {version}, davae reads up to {newest}: update davae")
-
+        raise CheckpointError(
+            f"{folder} has format version {version}, davae reads up to {FORMAT_VERSION}: update davae"
+        )
     try:
-        return AdapterIndex.model_validate_json(text)
+        return AdapterIndex.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(f"{path} is damaged: {error}. Copy it anew") from error

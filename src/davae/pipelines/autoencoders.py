@@ -38,11 +38,8 @@ def load_autoencoder(
 ) -> AutoencoderDA:
     """Load the AutoencoderDA of a folder that `save_pretrained` wrote, or of an adapter folder, in evaluation mode.
 
-    Args:
-        folder: the autoencoder's, or the adapter's.
-        base: the base pipeline's VAE, whose encoder is the frozen half of an adapter's autoencoder.
-        dtype: of the weights; float32 if None.
-        device: where they go.
+    `base` is the base pipeline's VAE, whose encoder is the frozen half of an adapter's autoencoder. The weights are
+    loaded in `dtype` (float32 if None) onto `device`.
 
     Raises:
         CheckpointError: the folder is damaged or holds something else, or the adapter belongs to another base.
@@ -51,23 +48,18 @@ def load_autoencoder(
     frozen: dict[str, Tensor] = {}
     if (folder / INDEX).is_file():
         expected = read_index(folder).base_encoder_sha256
-        if expected is not None:
-            frozen = _take_frozen_half(base, folder, expected)
+        if expected is not None:  # format 1 has the whole autoencoder
+            if base is None:
+                raise SettingsError(f"{folder} is an adapter, with half an autoencoder: give the base pipeline's, too")
+            frozen = select_frozen_half(base)
+            digest = digest_tensors(frozen)
+            if digest != expected:
+                raise CheckpointError(
+                    f"the autoencoder of {folder} was made from another base: from an encoder with SHA-256 {expected}, "
+                    f"and this one's is {digest}. Give the base pipeline that the adapter names"
+                )
         folder = folder / VAE_FOLDER
     return load_model(AutoencoderDA, folder, frozen=frozen, dtype=dtype, device=device)
-
-
-def _take_frozen_half(base: nn.Module | None, folder: Path, expected: str) -> dict[str, Tensor]:
-    if base is None:
-        raise SettingsError(f"{folder} is an adapter, whose autoencoder is half the base pipeline's: give that, too")
-    frozen = select_frozen_half(base)
-    digest = digest_tensors(frozen)
-    if digest != expected:
-        raise CheckpointError(
-            f"the autoencoder of {folder} was made from another base than this one: from an encoder with SHA-256 "
-            f"{expected}, and this one's is {digest}. Give the base pipeline that the adapter names"
-        )
-    return frozen
 
 
 def load_model(
