@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from davae import load_pipeline
 from davae.pipelines.autoencoders import load_base_vae
-from davae.pipelines.previews import preview_callback
+from davae.pipelines.sampling import preview_callback
 
 
 def main(folder: str, base: str, out: str, prompt: str, steps: str = "28") -> None:

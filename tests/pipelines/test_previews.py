@@ -7,7 +7,7 @@ from PIL import ImageChops
 
 from davae import AutoencoderDA, upgrade
 from davae.errors import SettingsError
-from davae.pipelines.previews import preview_callback
+from davae.pipelines.sampling import preview_callback
 from tiny import tiny_sd3_pipeline, tiny_taesd, tiny_vae
 
 CALL = {"num_inference_steps": 5, "max_sequence_length": 8}

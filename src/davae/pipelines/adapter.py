@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, AdapterIndex, LoraFacts, read_index
-from davae.pipelines.autoencoders import digest_tensors, split_frozen_half
+from davae.pipelines.autoencoders import digest_tensors, find_frozen_half
 from davae.run.storage import check_replaceable, replaced_whole
 
 PORTS_FILE = "transformer_ports.safetensors"
@@ -94,11 +94,11 @@ def save_adapter(
     from before the training; `base` is a name for people.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
-    frozen, _ = split_frozen_half(vae.state_dict())
-    lora = getattr(transformer, "peft_config", {}).get("default")
-    facts = None
-    if lora is not None:
-        facts = LoraFacts(rank=lora.r, alpha=lora.lora_alpha, targets=tuple(sorted(lora.target_modules)))
+    frozen = find_frozen_half(vae)
+    config = getattr(transformer, "peft_config", {}).get("default")
+    lora = None
+    if config is not None:
+        lora = LoraFacts(rank=config.r, alpha=config.lora_alpha, targets=tuple(sorted(config.target_modules)))
     index = AdapterIndex(
         base=base,
         base_sha256=base_sha256,
@@ -106,7 +106,7 @@ def save_adapter(
         transformer=type(transformer).__name__,
         base_channels=vae.config.base_channels,
         detail_channels=vae.config.detail_channels,
-        lora=facts,
+        lora=lora,
         layers=tuple(layers),
     )
 
@@ -120,8 +120,10 @@ def save_adapter(
         # The autoencoder as it saves itself, then without the base's half.
         vae.save_pretrained(partial / VAE_FOLDER)
         (weights,) = (partial / VAE_FOLDER).glob("*.safetensors")
-        _, own = split_frozen_half(load_file(weights))
-        save_file(own, weights, metadata={"format": "pt"})
+        tensors = load_file(weights)
+        for name in frozen:
+            del tensors[name]
+        save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def _select_tensors(transformer: ModelMixin, index: AdapterIndex) -> dict[str, dict[str, Tensor]]:
@@ -159,18 +161,14 @@ def load_adapter(transformer: ModelMixin, folder: Path, *, fuse: bool) -> None:
     index = read_index(folder)
     if index.lora is not None:
         _prepare_lora(transformer, index.lora, folder)
-    files = _select_tensors(transformer, index)
-    for name, tensors in files.items():
-        files[name] = _read_tensors(folder / name, like=tensors)
+    for name, like in _select_tensors(transformer, index).items():
+        tensors = _read_tensors(folder / name, like=like)
+        if name == LORA_FILE:
+            set_peft_model_state_dict(transformer, tensors)
+        else:  # new parameters, not copies in place: a base pipeline may share the old ones
+            transformer.load_state_dict(tensors, strict=False, assign=True)
 
-    # New parameters, not copies in place: a base pipeline may share the old ones.
-    lora = files.pop(LORA_FILE, None)
-    for tensors in files.values():
-        transformer.load_state_dict(tensors, strict=False, assign=True)
-    if lora is None:
-        return
-    set_peft_model_state_dict(transformer, lora)
-    if fuse:
+    if fuse and index.lora is not None:
         # "Safe" makes new tensors, for the same reason.
         transformer.fuse_lora(safe_fusing=True)
         transformer.unload_lora()

@@ -148,8 +148,7 @@ def check_whole(module: nn.Module, name: str) -> None:
 
 def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:
     """Refuse an autoencoder whose frozen half is not `vae`'s encoder."""
-    frozen, _ = split_frozen_half(autoencoder.state_dict())
-    ours, theirs = digest_tensors(frozen), digest_tensors(select_frozen_half(vae))
+    ours, theirs = digest_tensors(find_frozen_half(autoencoder)), digest_tensors(select_frozen_half(vae))
     if ours != theirs:
         raise SettingsError(
             f"the autoencoder's frozen base encoder is not this pipeline's (SHA-256 {ours} against {theirs}). "
@@ -179,11 +178,7 @@ def select_frozen_half(vae: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def split_frozen_half(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """An AutoencoderDA's tensors in two: its frozen half, and the others."""
-    frozen: dict[str, Tensor] = {}
-    own: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        half = frozen if name.partition(".")[0] in FROZEN_HALF else own
-        half[name] = tensor
-    return frozen, own
+def find_frozen_half(autoencoder: AutoencoderDA) -> dict[str, Tensor]:
+    """The tensors of an AutoencoderDA that are its base's."""
+    tensors = autoencoder.state_dict()
+    return {name: tensors[name] for name in tensors if name.partition(".")[0] in FROZEN_HALF}

@@ -1,11 +1,10 @@
-"""Load LoRAs of a base model on its upgraded model: LoRA of the latent ports is padded with zeros, as the ports were.
+"""Load LoRAs of a base model on its upgraded model.
 
-A LoRA of other layers fits as it is, because an upgrade leaves those alone. A LoRA of a port has one matrix with a
+A LoRA of most layers fits as it is, because an upgrade leaves those alone. A LoRA of a port has one matrix with a
 channel axis: the first one (A) of the input port, the second one (B) of the output port. Padded with zeros, the LoRA
 changes the base channels as in the base model, and the others not at all.
 """
 
-import inspect
 import json
 import tempfile
 from collections.abc import Mapping
@@ -32,11 +31,9 @@ def load_base_lora(
 ) -> None:
     """Load a LoRA that was trained on the base of an upgraded pipeline, or on the pipeline itself.
 
-    Args:
-        pipeline: upgraded or not, of a class with `load_lora_weights`.
-        lora: a folder, a file or a name on the Hub, in any layout that diffusers reads for this pipeline.
-        weight_name: the file in it; found if there is only one.
-        adapter_name: as in `load_lora_weights`; `set_adapters` then sets the strength of this one and of others.
+    `lora` is a folder, a file or a name on the Hub, in any layout that diffusers reads for this pipeline, and
+    `weight_name` the file in it, found if there is only one. After it, `set_adapters` sets the strength of the LoRA
+    `adapter_name` and of others.
 
     Raises:
         SettingsError: the pipeline's class has no LoRA, or this one is of a model with other latent channels.
@@ -68,11 +65,17 @@ def _load(pipeline: DiffusionPipeline, source: str, weight_name: str | None, ada
     """Load a LoRA by the stock call, padded if the pipeline is upgraded and the LoRA is of its base's ports."""
     padded: dict[str, Tensor] = {}
     if isinstance(pipeline.vae, AutoencoderDA):
-        tensors, metadata = _read(pipeline, source, weight_name)
+        # Tensors under diffusers' names, and from some pipelines LoRA's alphas.
+        settings: dict[str, Any] = {"weight_name": weight_name, "return_alphas": True, "return_lora_metadata": True}
+        tensors, *alphas, metadata = pipeline.lora_state_dict(source, **settings)
         padded = pad_lora(tensors, pipeline)
     if not padded:
         pipeline.load_lora_weights(source, weight_name=weight_name, adapter_name=adapter_name)
         return
+
+    for values in alphas:
+        for name, alpha in (values or {}).items():
+            padded[name] = torch.as_tensor(alpha)
 
     # By way of a file: from a dict, diffusers would not take the metadata, and with it LoRA's alpha.
     header = {"format": "pt"}
@@ -117,14 +120,3 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
 def _find_weight(transformer: Any, name: str) -> Tensor:
     layer = transformer.get_submodule(name)
     return getattr(layer, "base_layer", layer).weight  # below a LoRA that is there already
-
-
-def _read(pipeline: Any, source: str, weight_name: str | None) -> tuple[dict[str, Tensor], dict | None]:
-    """The tensors of a LoRA under diffusers' names, alphas among them, and its metadata."""
-    settings: dict[str, Any] = {"weight_name": weight_name, "return_lora_metadata": True}
-    if "return_alphas" not in inspect.signature(pipeline.lora_state_dict).parameters:
-        tensors, metadata = pipeline.lora_state_dict(source, **settings)
-        return dict(tensors), metadata
-    tensors, alphas, metadata = pipeline.lora_state_dict(source, return_alphas=True, **settings)
-    alphas = {name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}
-    return {**tensors, **alphas}, metadata

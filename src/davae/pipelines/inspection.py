@@ -15,27 +15,27 @@ RESOLUTION_FACTOR = 2  # of the default upgrade
 def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str, Any]:
     """Facts of a pipeline as plain JSON values: factor, channels, tokens per size, ports, and the upgrade's effect.
 
-    Tokens are counted at half the default size, at that and at twice that, and at `size`, by width and height.
-    `"upgrade"` holds the changes of the default upgrade (as many detail channels as base channels, twice the side
-    length); None for a pipeline that is upgraded already.
+    Tokens are counted at half the default size, at that and at twice that, and at `size`. `"upgrade"` holds the changes
+    of the default upgrade (as many detail channels as base channels, twice the side length); None for a pipeline that
+    is upgraded already.
     """
     check_parts(pipeline)
     transformer, config = pipeline.transformer, pipeline.vae.config
     backbone = backbone_of(transformer)
-    ports = backbone.ports
-    patch = patch_side(transformer, ports)
+    ports, patch = backbone.ports, patch_side(transformer, backbone.ports)
     factor = downsample_factor(config)  # some pipelines' own count differs from their VAE's
     channels = transformer.config.in_channels // ports.packed**2
     detail_channels = config.get("detail_channels", 0)
     sample_size = getattr(pipeline, "default_sample_size", None) or transformer.config.get("sample_size")
     side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
 
-    # Sizes to count tokens at, by name.
-    sizes = {str(side // 2): (side // 2, side // 2), str(side): (side, side), str(2 * side): (2 * side, 2 * side)}
+    unit = factor * patch  # side of a token in pixels
+    tokens = {}
+    for each in (side // 2, side, 2 * side):
+        tokens[str(each)] = (each // unit) ** 2
     if size is not None:
         width, height = size if isinstance(size, tuple) else (size, size)
-        unit = factor * patch
-        sizes[f"{width}x{height}"] = checked_side(width, unit=unit), checked_side(height, unit=unit)
+        tokens[f"{width}x{height}"] = checked_side(width, unit=unit) * checked_side(height, unit=unit) // unit**2
 
     facts: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
@@ -54,13 +54,11 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         "scaling_factor": config.get("scaling_factor"),
         "shift_factor": config.get("shift_factor"),
         "default_size": side,
-    }
-    facts["tokens"] = {
-        name: (width // factor // patch) * (height // factor // patch) for name, (width, height) in sizes.items()
-    }
-    facts["ports"] = {
-        "input": _describe_port(transformer, ports.input, ports.input_layout),
-        "output": _describe_port(transformer, ports.output, ports.output_layout),
+        "tokens": tokens,
+        "ports": {
+            "input": _describe_port(transformer, ports.input, ports.input_layout),
+            "output": _describe_port(transformer, ports.output, ports.output_layout),
+        },
     }
     if backbone.advice:
         facts["once_upgraded"] = backbone.advice
@@ -78,10 +76,8 @@ def _describe_upgrade(pipeline: DiffusionPipeline, facts: dict[str, Any]) -> dic
     layers = [facts["ports"]["input"]["layer"], facts["ports"]["output"]["layer"]]
 
     # Both weights double, and so does the output port's bias.
-    output = pipeline.transformer.get_submodule(layers[1])
-    added = pipeline.transformer.get_submodule(layers[0]).weight.numel() + output.weight.numel()
-    if output.bias is not None:
-        added += output.bias.numel()
+    input_port, output_port = map(pipeline.transformer.get_submodule, layers)
+    added = input_port.weight.numel() + sum(parameter.numel() for parameter in output_port.parameters())
 
     # Numbers of a token beyond the transformer's width would keep their noise (`widen.lost_directions`).
     most = facts["transformer_width"] // facts["patch_size"] ** 2 - channels

@@ -16,7 +16,7 @@ from davae.run.record import environment
 from davae.run.storage import write_atomically
 
 CARD = "README.md"
-# Settings of a recipe that may be paths on this machine: the card has only the last part of such a path.
+# Settings that may be paths on this machine: the card has only the last part of such a path.
 PATH_SETTINGS = ("base", "autoencoder", "adapter", "pictures")
 
 # Every folder of a pipeline, an adapter or a model has one of these files.
@@ -55,18 +55,18 @@ def make_model_card(
     words; `metrics` are of the last step, and `counts` tells how many samples they stand on.
     """
     # Paths of this machine mean nothing to others.
-    values = recipe.model_dump()
     shortened = {}
     for name in PATH_SETTINGS:
-        if Path(values.get(name, "")).is_absolute():
-            shortened[name] = Path(values[name]).name
+        path = Path(getattr(recipe, name, ""))
+        if path.is_absolute():
+            shortened[name] = path.name
     settings = recipe.model_copy(update=shortened).to_toml().strip()
 
-    made_in = environment()
     rows = []
     for name, value in metrics.items():
         rows.append([name.replace("_", " "), "-" if value is None else f"{value:.4g}"])
     amounts = ", ".join(f"{name} {count:,}" for name, count in counts.items()).replace("_", " ")
+    made_in = environment()
     details = [
         markdown_table(["metric, of the last step", ""], rows),
         f"Counts: {amounts}.",
@@ -84,7 +84,7 @@ def make_upgrade_card(base: str, *, portable: bool) -> str:
     return _make_card(base, data=data, usage=usage, details=f"Made at {_describe_versions(environment())}")
 
 
-def _make_card(base: str, *, data: str, usage: str, details: str) -> str:
+def _make_card(base: str, **texts: str) -> str:
     """`base` is a folder, whose own card may name a licence, or a name on the Hub, which is not asked."""
     is_folder = Path(base).is_dir()
     facts = ModelCardData(
@@ -94,7 +94,7 @@ def _make_card(base: str, *, data: str, usage: str, details: str) -> str:
         pipeline_tag="text-to-image",
         tags=["davae", "da-vae"],
     )
-    texts = {"name": Path(base).name if is_folder else base, "data": data, "usage": usage, "details": details}
+    texts["name"] = Path(base).name if is_folder else base
     return f"{ModelCard.from_template(facts, template_str=TEMPLATE, **texts)}\n"
 
 
@@ -107,9 +107,7 @@ def read_licence(folder: Path) -> str | None:
     """The licence in the card of a folder; None without a card, or without a licence in it."""
     if not (folder / CARD).is_file():
         return None
-    text = (folder / CARD).read_text(encoding="utf-8")
-    licence = ModelCard(text, ignore_metadata_errors=True).data.get("license")
-    return None if licence is None else str(licence)
+    return ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license")
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -129,8 +127,7 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
     """Upload the folder of a pipeline, an adapter or a model to `name` on the Hub, and return its address.
 
     The repository is made if there is none. huggingface_hub knows the token (`hf auth login`, or HF_TOKEN) and the
-    address (HF_ENDPOINT). A pipeline's own `push_to_hub` would leave out a portable folder's code and an adapter's
-    files.
+    address (HF_ENDPOINT). A pipeline's own `push_to_hub` would leave out portable code and adapters' files.
 
     Raises:
         SettingsError: `folder` holds none of these, or the Hub cannot have a `name` like this.

@@ -1,17 +1,22 @@
-"""Images from prompts, from any pipeline that takes captions; base and upgraded pipelines can share their noise."""
+"""Images from prompts, from any pipeline that takes captions; noise that a base shares with its upgrade; previews."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from jaxtyping import UInt8
+from PIL.Image import Image
 from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.backbones.sizes import Size
 from davae.data.pictures import to_bytes
+from davae.errors import SettingsError
 from davae.models.base_autoencoders import base_facts, downsample_factor
 from davae.seeds import generator
+
+Callback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 def draw_shared_noise(
@@ -23,8 +28,7 @@ def draw_shared_noise(
     index begin alike, and can be compared side by side.
     """
     # From the outermost autoencoder down to the base: each upgrade put its detail channels behind.
-    detail_channels: list[int] = []
-    config = pipeline.vae.config
+    config, detail_channels = pipeline.vae.config, []
     while isinstance(config.get("base_config"), dict) and config["base_channels"]:
         detail_channels.insert(0, config["detail_channels"])
         config = config["base_config"]
@@ -33,7 +37,7 @@ def draw_shared_noise(
     for number, count in enumerate(detail_channels, 1):
         channels["detail noise" if number == 1 else f"detail noise {number}"] = count
 
-    # Each half of each image has a generator of its own, so that neither depends on the other's size.
+    # Each part of each image has a generator of its own, so that none depends on another's size.
     images = []
     for index in indices:
         parts = []
@@ -65,16 +69,10 @@ def sample(
     factor = downsample_factor(pipeline.vae.config)  # some pipelines' own count differs from their VAE's
     indices = range(first_index, first_index + len(prompts))
     noise = draw_shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
+    noise = noise.to(pipeline.device, pipeline.transformer.dtype)
 
-    arguments = backbone.call_arguments(
-        pipeline,
-        prompts,
-        noise=noise.to(pipeline.device, pipeline.transformer.dtype),
-        height=height,
-        width=width,
-        guidance_scale=guidance_scale,
-        prompt_tokens=prompt_tokens,
-    )
+    settings = {"height": height, "width": width, "guidance_scale": guidance_scale, "prompt_tokens": prompt_tokens}
+    arguments = backbone.call_arguments(pipeline, prompts, noise=noise, **settings)
     images = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
     return to_bytes(images * 2 - 1)
 
@@ -88,3 +86,52 @@ def to_vae_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
         return latents + (config.shift_factor or 0.0)
     mean, std = (torch.tensor(list(values)).to(latents).view(1, -1, 1, 1) for values in (mean, std))
     return latents * std + mean
+
+
+def preview_callback(decoder: ModelMixin, show: Callable[[int, list[Image]], object], *, every: int = 1) -> Callback:
+    """Make a `callback_on_step_end` for an upgraded pipeline that shows where the sampling is heading.
+
+    The first C channels of upgraded latents are the base's latents of the image at 1/s of its size. The base's decoder,
+    or a tiny one for the same latents, makes an image of them for at most 1/s^2 of the work. The noisy latents x are
+    first extrapolated to sigma = 0 with the velocity of the last step, which began at x':
+    x - sigma (x - x') / (sigma - sigma').
+
+    Args:
+        decoder: the base pipeline's VAE, or an AutoencoderTiny for the same latents. For an upgrade of an upgrade, the
+            first upgrade's AutoencoderDA or its base.
+        show: called with the number of the step and the B images; not for step 0, which has none before it.
+        every: show only steps whose number is a multiple of this, and the last.
+
+    Raises:
+        SettingsError: here, if `every` is below 1; when called, if the latents are packed or have too few channels, or
+            the scheduler is not a FlowMatchEulerDiscreteScheduler.
+    """
+    if every < 1:
+        raise SettingsError(f"every={every}: allowed are 1 or more")
+    channels = decoder.config.latent_channels
+    previous: Tensor | None = None
+
+    @torch.no_grad()
+    def callback(pipeline: DiffusionPipeline, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        nonlocal previous
+        scheduler, latents = pipeline.scheduler, arguments["latents"]
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise SettingsError(f"previews are for a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
+        if latents.ndim != 4 or latents.shape[1] < channels:
+            raise SettingsError(
+                f"latents {list(latents.shape)}: previews need [B, {channels} or more, h, w], which packed ones are not"
+            )
+
+        base = latents[:, :channels].float()
+        index = scheduler.step_index
+        is_last = index == len(scheduler.sigmas) - 1
+        if step > 0 and previous is not None and (is_last or step % every == 0):
+            sigma, sigma_before = scheduler.sigmas[index].item(), scheduler.sigmas[index - 1].item()
+            end = base - sigma * (base - previous) / (sigma - sigma_before)
+            scaled = to_vae_scale(decoder, end).to(decoder.device, decoder.dtype)
+            images = decoder.decode(scaled, return_dict=False)[0]
+            show(step, pipeline.image_processor.postprocess(images, output_type="pil"))
+        previous = base
+        return arguments
+
+    return callback
