@@ -1,13 +1,4 @@
-"""Adapter folders: the results of fine-tuning without the base pipeline.
-
-An adapter folder holds
-
-- `adapter.json`, an `AdapterIndex`;
-- `transformer_ports.safetensors`, both latent ports in full, base channels included;
-- `transformer_lora.safetensors`, the LoRA tensors under peft's names, if there are any;
-- `transformer_layers.safetensors`, the weights of layers that were trained without LoRA, if there are any;
-- `vae/`, the AutoencoderDA without its frozen half, which is the base autoencoder's encoder.
-"""
+"""`adapter.json`, the index of an adapter folder; docs/formats.md describes the others of its files."""
 
 from pathlib import Path
 from typing import Literal
@@ -46,8 +37,7 @@ class AdapterIndex(BaseModel):
     base_channels: int
     detail_channels: int
     lora: LoraFacts | None
-    # Ends of the names of layers that were trained without LoRA.
-    layers: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()  # ends of the names of layers that were trained without LoRA
 
     @property
     def changed(self) -> tuple[str, ...]:

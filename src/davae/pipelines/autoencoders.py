@@ -59,6 +59,7 @@ def load_autoencoder(
                     f"and this one's is {digest}. Give the base pipeline that the adapter names"
                 )
         folder = folder / VAE_FOLDER
+
     return load_model(AutoencoderDA, folder, frozen=frozen, dtype=dtype, device=device)
 
 

@@ -30,15 +30,10 @@ def make_time_grid(steps: int, shift: float) -> list[float]:
 
 
 class ClassConditionalFlowPipeline(DiffusionPipeline):
-    """Images of class numbers: a LightningDiT2DModel, an autoencoder and the stock Euler scheduler.
+    """Images of class numbers: a LightningDiT2DModel, an autoencoder and the stock Euler scheduler, with shift 1.
 
-    `davae.load_pipeline` loads what `save_pretrained` wrote; so does `from_pretrained` of this class.
-
-    Args:
-        transformer: base or widened.
-        vae: an AutoencoderKL, with per-channel `latents_mean` and `latents_std` in its config or without; or an
-            AutoencoderDA, whose statistics are inside.
-        scheduler: with shift 1, because this pipeline sets its own times.
+    `vae` is an AutoencoderKL, with per-channel `latents_mean` and `latents_std` in its config or without, or an
+    AutoencoderDA. `davae.load_pipeline` loads what `save_pretrained` wrote; so does `from_pretrained` of this class.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -75,8 +70,8 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
             guidance_scale: g of null + g (class - null), on all channels; at 1 the null half is not computed.
             guidance_interval: first and last t' (0 = noise, 1 = data) with guidance.
             timestep_shift: s of t' = s t / (1 + (s - 1) t); see `make_time_grid`.
-            height: only the default is allowed, because the transformer's positions are fixed.
-            width: the same.
+            height: as `width`, only the default is allowed, because the transformer's positions are fixed.
+            width: see `height`.
             generator: of the noise.
             latents: the noise, [B, channels, h, w]; drawn if None.
             output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (in the transformer's units).
@@ -88,8 +83,8 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         times = make_time_grid(num_inference_steps, timestep_shift)
 
         if latents is None:
-            size = self.transformer.config.sample_size
-            shape = (len(condition), self.transformer.config.in_channels, size, size)
+            config = self.transformer.config
+            shape = (len(condition), config.in_channels, config.sample_size, config.sample_size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         # 249 small steps add up in float32 at least, whatever the transformer computes in.
         latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))

@@ -30,11 +30,10 @@ def load_pipeline(
     """Load a pipeline, upgraded or not, or a base pipeline with one or more adapters applied to it.
 
     Args:
-        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. Components that were None when it
-            was saved are None again. A class-conditional pipeline must be a folder; from the Hub it loads by
-            `ClassConditionalFlowPipeline.from_pretrained`.
-        adapter: a folder (`davae.pipelines.adapter_index`) for the base pipeline. Several are applied in order,
-            each an upgrade of the pipeline so far.
+        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. A class-conditional pipeline must be
+            a folder; from the Hub it loads by `ClassConditionalFlowPipeline.from_pretrained`.
+        adapter: a folder (docs/formats.md) for the base pipeline. Several are applied in order, each an upgrade of the
+            pipeline so far.
         fuse: add the last adapter's LoRA to the weights, so that the transformer is a plain one. Otherwise it stays
             apart, as the LoRA "default": loading another one by the stock call switches it off, `set_adapters` on.
         dtype: of all weights; float32 if None.

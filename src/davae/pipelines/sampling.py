@@ -28,7 +28,8 @@ def draw_shared_noise(
     index begin alike, and can be compared side by side.
     """
     # From the outermost autoencoder down to the base: each upgrade put its detail channels behind.
-    config, detail_channels = pipeline.vae.config, []
+    detail_channels: list[int] = []
+    config = pipeline.vae.config
     while isinstance(config.get("base_config"), dict) and config["base_channels"]:
         detail_channels.insert(0, config["detail_channels"])
         config = config["base_config"]

@@ -51,10 +51,9 @@ _SOURCE = Path(__file__).read_bytes()
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool = False) -> None:
-    """Save a pipeline whole or not at all; a pipeline that is in `folder` already is replaced.
+    """Save a pipeline whole or not at all; a pipeline that is in `folder` already is replaced, anything else is not.
 
-    With `portable` the autoencoder's code is saved, too, and the folder loads without davae. A LoRA that is not fused
-    is refused, and so is a `folder` that holds something else.
+    With `portable` the autoencoder's code is saved, too, and the folder loads without davae. A LoRA must be fused.
     """
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and any(".base_layer." in tensor for tensor in part.state_dict()):
@@ -62,8 +61,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
                 f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
                 "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
             )
-    check_replaceable(folder, holds="model_index.json")
 
+    check_replaceable(folder, holds="model_index.json")
     with replaced_whole(folder) as partial:
         try:
             pipeline.save_pretrained(partial)
@@ -86,14 +85,12 @@ def make_portable_source() -> str:
 
 def _make_portable(folder: Path) -> None:
     """Write the autoencoder's code into a saved pipeline, and the entry in its index that names the code."""
-    path = folder / "model_index.json"
-    index = read_json(path)
+    index = read_json(folder / "model_index.json")
     own = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] == "davae"]
-    is_stock = own == ["vae"] and index["_class_name"] != "ClassConditionalFlowPipeline"
-    if not is_stock or index["vae"][1] != "AutoencoderDA":
+    if own != ["vae"] or index["vae"][1] != "AutoencoderDA":
         raise SettingsError(
             f"a {index['_class_name']} with {', '.join(own) or 'nothing'} of davae's cannot be portable: allowed is an "
             "upgraded pipeline whose other parts are all stock. Save it plainly"
         )
     (folder / "vae" / f"{MODULE}.py").write_text(make_portable_source(), encoding="utf-8")
-    write_json(path, {**index, "vae": PORTABLE_ENTRY})
+    write_json(folder / "model_index.json", {**index, "vae": PORTABLE_ENTRY})

@@ -73,14 +73,13 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
             problem = "is not there"
         raise CheckpointError(f"{path} {problem}; allowed are files in {', '.join(SUFFIXES)}")
 
-    opened, beside = [], []
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
+        if path.suffix != ".safetensors":
             tensors, opened, beside = _unpickle(path, (*EMA_WRAPPERS, *WRAPPERS) if ema else WRAPPERS)
+        else:
+            tensors, opened, beside = load_file(path), [], []
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint, copy it anew: {error}") from error
 
