@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from davae.backbones import backbone_of
 from davae.training.optimizers import LIBRARIES, make_optimizer
+from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import load_upgraded_base
 from davae.training.stage_two_transformer import choose_parameters
@@ -35,8 +36,7 @@ def measure(parameters: list[nn.Parameter]) -> dict[str, tuple[int, float]]:
     optimizers, times = {}, {name: [] for name in names}
     for name in names:
         own = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
-        settings = {"learning_rate": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0}
-        optimizers[name] = make_optimizer(name, own, **settings), own
+        optimizers[name] = make_optimizer(OptimisationRecipe(optimizer=name, betas=(0.9, 0.999)), own), own
 
     # One step of each in turns; the first ones allocate.
     for _ in range(REPEATS + 1):

@@ -11,8 +11,7 @@ from torch import nn
 from davae.errors import RankError
 from davae.run.ranks import Ranks
 from davae.seeds import generator
-from davae.training.optimizers import OptimizerName
-from davae.training.recipes import OptimisationRecipe
+from davae.training.recipes import OptimisationRecipe, OptimizerName
 from davae.training.state import TrainingState
 
 STEPS, BATCH = 40, 8

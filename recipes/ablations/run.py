@@ -37,11 +37,10 @@ from davae.run.ranks import Ranks
 from davae.run.record import environment, read_metrics
 from davae.run.storage import replaced_whole, write_json
 from davae.seeds import generator
-from davae.training.conditions import encode_captions
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
-from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_one_run import heldout_metrics, train_autoencoder
 from davae.training.stage_one_start import start_autoencoder
-from davae.training.stage_one_validation import heldout_metrics
+from davae.training.stage_two_inputs import encode_captions
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 

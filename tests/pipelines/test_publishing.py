@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from davae import assets
 from davae.pipelines.publishing import make_model_card, read_licence, write_card
 from davae.training.stage_two_recipe import FinetuneRecipe
-from davae.training.stage_two_saving import write_cards
+from davae.training.stage_two_run import write_cards
 
 FACTS = {
     "usage": 'load_pipeline("this folder")',

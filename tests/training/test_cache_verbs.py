@@ -18,8 +18,7 @@ from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
-from davae.training.conditions import cache_conditions, encode_captions_online
-from davae.training.latents import cache_latents, encode_online
+from davae.training.stage_two_inputs import cache_conditions, cache_latents, encode_captions_online, encode_online
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from hashes import digests

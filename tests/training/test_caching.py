@@ -24,9 +24,16 @@ from davae.errors import StorageError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
-from davae.training.conditions import cache_conditions, encode_captions, restore_repeats, trim_repeats
-from davae.training.fingerprints import digest_model, digest_text_encoding
-from davae.training.latents import ReadLatents, cache_latents, encode_latents
+from davae.training.caching import digest_model, digest_text_encoding
+from davae.training.stage_two_inputs import (
+    ReadLatents,
+    cache_conditions,
+    cache_latents,
+    encode_captions,
+    encode_latents,
+    restore_repeats,
+    trim_repeats,
+)
 from forks import exit_code, forked
 from hashes import digests
 from rank_forks import run_ranks

@@ -23,7 +23,7 @@ from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.seeds import rand, randn, sample_generators
-from davae.training.latents import cache_latents
+from davae.training.stage_two_inputs import cache_latents
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from scenes import scene

@@ -12,15 +12,18 @@ from davae.errors import CheckpointError, NumericsError
 from davae.run.ranks import Ranks
 from davae.seeds import generator
 from davae.training.companion import Companion
+from davae.training.recipes import OptimisationRecipe
 from davae.training.state import TrainingState
 from tiny_training import constant_rate, tiny_recipe
 
+SETTINGS = {"learning_rate": 1e-2, "betas": (0.5, 0.9), "weight_decay": 0.01, "clip_norm": 0.5}
 
-def companion() -> Companion:
+
+def companion(**changes: object) -> Companion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-    return Companion("second", model, learning_rate=1e-2, betas=(0.5, 0.9), weight_decay=0.01, clip_norm=0.5)
+    return Companion("second", model, OptimisationRecipe(**SETTINGS, **changes))
 
 
 def begun(folder: Path, second: Companion | None) -> tuple[TrainingState, nn.Module]:
@@ -107,9 +110,9 @@ def test_numbers_that_are_not_finite_change_nothing_buffers_included(bad: float)
     assert not same(tensors(second), before), "BatchNorm has seen them"
     second.update(loss)
     assert same(tensors(second), before)
-    assert second.values() == {"skipped": 1, "skipped_in_a_row": 1}
+    assert second.guard.values() == {"skipped": 1, "skipped_in_a_row": 1}
     second.update(loss_of(second, 1))
-    assert second.values() == {"skipped": 1, "skipped_in_a_row": 0}
+    assert second.guard.values() == {"skipped": 1, "skipped_in_a_row": 0}
     assert not same(tensors(second), before)
 
 
@@ -131,11 +134,10 @@ def test_a_checkpoint_without_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_batches_of_a_step_are_one_batch_in_parts() -> None:
-    whole, parts = companion(), companion()
+    whole, parts = companion(), companion(gradient_accumulation=2)
     for second in (whole, parts):
         second.model.eval()  # BatchNorm would see another batch
         second.prepare(Ranks())
-    parts.gradient_accumulation = 2
     before = tensors(parts)
     batch = torch.randn(8, 4, generator=generator(0, "batch", 0))
     whole.update((whole.model(batch) - 1).square().mean())

@@ -42,7 +42,7 @@ def test_numbers_that_are_not_finite_never_reach_the_weights(tmp_path, bad):
         before = snapshot(state, model)
         state.update(BAD_LOSSES[bad](loss) if step in (3, 5) else loss)
         assert same(snapshot(state, model), before) == (step in (3, 5))
-    assert state.skipped == 2
+    assert state.guard.skipped == 2
     skipped = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "skipped" in line]
     assert skipped == [3, 5]
 
@@ -56,7 +56,7 @@ def test_five_skipped_steps_in_a_row_end_the_run_even_across_a_restart(tmp_path)
         state.update(loss_of(state, model, step) * (math.nan if step > 1 else 1.0))
     model = tiny_model()
     state = tiny_state(tmp_path, model, checkpoint_every=1)
-    assert (state.step, state.skipped) == (5, 3)
+    assert (state.step, state.guard.skipped) == (5, 3)
 
     def run() -> None:
         for step in state.steps():
@@ -65,7 +65,7 @@ def test_five_skipped_steps_in_a_row_end_the_run_even_across_a_restart(tmp_path)
     with pytest.raises(NumericsError, match="5 steps in a row") as caught:
         run()
     assert caught.value.exit_code == 6
-    assert state.skipped == 5
+    assert state.guard.skipped == 5
     assert tiny_state(tmp_path, tiny_model(), checkpoint_every=1).step == 6, "the last sound checkpoint stays"
 
 
@@ -107,4 +107,4 @@ def test_a_step_with_a_batch_that_is_not_finite_is_skipped_whole(tmp_path):
         for batch in state.batches():
             state.update(loss_of(state, model, batch) * (math.nan if batch == 2 else 1.0))
         assert same(snapshot(state, model), before) == (step == 1)
-    assert state.skipped == 1
+    assert state.guard.skipped == 1

@@ -17,7 +17,7 @@ from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator
-from davae.training.latents import cache_latents
+from davae.training.stage_two_inputs import cache_latents
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from scenes import scene

@@ -38,10 +38,10 @@ def small() -> nn.Sequential:
 
 def train(folder: Path, *, total_steps: int) -> TrainingState:
     """A model with a buffer and a companion beside it."""
-    model, second = small(), Companion("second", small(), learning_rate=1e-2)
     recipe = OldRecipe(
         steps=total_steps, betas=(0.9, 0.999), checkpoint_every=100, precision="float32", **constant_rate(1e-2)
     )
+    model, second = small(), Companion("second", small(), recipe)
     models, console = {"model": model}, Console(quiet=True)
     state = TrainingState(recipe, folder, models, model.parameters(), companion=second, console=console)
     for step in state.steps():
@@ -67,7 +67,7 @@ def test_of_every_format_version_there_is_one_and_they_are_small() -> None:
 def test_an_old_checkpoint_goes_on(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run" / "checkpoints")
     state = train(tmp_path / "run", total_steps=8)
-    assert (state.step, state.skipped) == (8, 0)
+    assert (state.step, state.guard.skipped) == (8, 0)
     new = train(tmp_path / "new", total_steps=8)
     found, expected = (
         {path.name: path.stat().st_size for path in (run.record.folder / "checkpoints").glob("*/*.safetensors")}

@@ -18,8 +18,8 @@ from davae.run.record import read_metrics
 from davae.seeds import generator
 from davae.training.devices import lay_out
 from davae.training.interruption import Interrupted
-from davae.training.optimizers import LIBRARIES, OptimizerName, averages
-from davae.training.recipes import OptimisationRecipe
+from davae.training.optimizers import LIBRARIES, averages
+from davae.training.recipes import OptimisationRecipe, OptimizerName
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
@@ -78,7 +78,7 @@ def run(folder: Path, name: OptimizerName, *, stop_at: int | None = None, **chan
 
 
 def copies(state: TrainingState) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in state.whole("model").parameters()]
+    return [parameter.detach().clone() for parameter in state.weights.whole("model").parameters()]
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:

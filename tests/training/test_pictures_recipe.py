@@ -18,10 +18,10 @@ from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
 from davae.training.folders import open_training_pictures
-from davae.training.latents import cache_latents, encode_latents
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two import choose_objectives
+from davae.training.stage_two_inputs import cache_latents, encode_latents
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune, load_upgraded_base
 from scenes import caption, fill_with_scenes, keys, scene

@@ -19,8 +19,7 @@ from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_recipe import FinetuneRecipe
-from davae.training.stage_two_run import finetune
-from davae.training.stage_two_validation import choose_prompts
+from davae.training.stage_two_run import choose_prompts, finetune
 from hashes import digests
 from stages import finetune_recipe
 from tiny import tiny_class_pipeline

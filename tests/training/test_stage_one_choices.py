@@ -21,8 +21,7 @@ from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators
 from davae.training.stage_one import base_reconstruction, choose_trained
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
-from davae.training.stage_one_run import train_autoencoder
-from davae.training.stage_one_validation import heldout_metrics
+from davae.training.stage_one_run import heldout_metrics, train_autoencoder
 from stages import stage_one_recipe
 from tiny import tiny_taesd, tiny_vae
 

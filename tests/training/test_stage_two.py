@@ -22,8 +22,7 @@ from davae.pipelines.loading import load_pipeline
 from davae.pipelines.upgrade import upgrade
 from davae.run.record import alone, read_metrics
 from davae.seeds import generator, rand, randn, sample_generators
-from davae.training.conditions import encode_captions
-from davae.training.latents import cache_latents
+from davae.training.stage_two_inputs import cache_latents, encode_captions
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from forks import exit_code, forked

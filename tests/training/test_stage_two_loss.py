@@ -21,7 +21,7 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.seeds import generator, randn, sample_generators
-from davae.training.latents import cache_latents, expect_noise
+from davae.training.stage_two_inputs import cache_latents, expect_noise
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from davae.training.stage_two_transformer import choose_parameters

@@ -14,12 +14,12 @@ from davae.run.checkpoint import LARGEST
 from davae.run.ranks import Ranks
 from davae.training.guards import StepGuard
 from davae.training.optimizers import make_optimizer
-from davae.training.tensors import (
-    copy_into,
-    find_names,
-    live_tensors,
+from davae.training.recipes import OptimisationRecipe
+from davae.training.weights import (
+    name_parameters,
     optimizer_tensors,
     restore_optimizer,
+    restore_tensors,
     saved_tensors,
 )
 
@@ -27,44 +27,26 @@ logger = logging.getLogger(__name__)
 
 
 class Companion:
-    """A model, an AdamW at a constant learning rate, and their part of a `TrainingState`'s checkpoints.
+    """A model, its optimiser at the recipe's constant learning rate, and their part of a `TrainingState`'s checkpoints.
 
     The state moves it to its device and loads it when it resumes. For every batch of a step in which the model is
-    trained, call `update` once; `gradient_accumulation` calls make one step of its optimiser. All parameters of the
-    model are trained, and its buffers are saved. It has no EMA. Every rank holds it whole, with FSDP2, too. A
-    checkpoint has the files `name`.safetensors and `name`_optimizer.safetensors.
+    trained, call `update` once. All parameters of the model are trained, and its buffers are saved. It has no EMA.
+    Every rank holds it whole, with FSDP2, too. A checkpoint has the files `name`.safetensors and
+    `name`_optimizer.safetensors.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        clip_norm: float = 1.0,
-        gradient_accumulation: int = 1,
-    ) -> None:
-        self.name, self.model = name, model
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
-        self.clip_norm, self.gradient_accumulation = clip_norm, gradient_accumulation
+    def __init__(self, name: str, model: nn.Module, recipe: OptimisationRecipe) -> None:
+        self.name, self.model, self.recipe = name, model, recipe
         self.guard = StepGuard(name)
         self._pending: list[Tensor] = []
-        names = find_names({name: model}, model.parameters())
+        names = name_parameters({name: model}, model.parameters())
         self._trained = dict(zip(names, model.parameters(), strict=True))
 
     def prepare(self, ranks: Ranks) -> None:
         """Move the model to this rank's device and make its optimiser."""
         self._ranks = ranks
         self.model.to(ranks.device)
-        self.optimizer = make_optimizer(
-            "AdamW",
-            list(self._trained.values()),
-            learning_rate=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.recipe, list(self._trained.values()))
         self._keep_buffers()
 
     def update(self, loss: Tensor) -> None:
@@ -78,9 +60,9 @@ class Companion:
             NumericsError: five steps in a row were skipped.
         """
         loss = faults.at("discriminator", loss)
-        (loss / self.gradient_accumulation).backward()
+        (loss / self.recipe.gradient_accumulation).backward()
         self._pending.append(loss.detach().float())
-        if len(self._pending) < self.gradient_accumulation:
+        if len(self._pending) < self.recipe.gradient_accumulation:
             return
 
         # Loss and gradients are the means over the batches and the ranks.
@@ -89,7 +71,7 @@ class Companion:
         if self._ranks.count > 1:
             mean = mean.new_tensor(self._ranks.mean([mean.item()])[0])
             self._ranks.average_(p.grad for p in self._trained.values() if p.grad is not None)
-        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.recipe.clip_norm)
 
         # All numbers that decide come from the device at once.
         largest = [buffer.abs().amax().float() for buffer in self.model.buffers()]
@@ -105,8 +87,7 @@ class Companion:
                 buffer.copy_(before)
             logger.warning("a step of the %s skipped: loss %g, gradient norm %g", self.name, mean_value, norm_value)
         self.optimizer.zero_grad(set_to_none=True)
-        self.guard.see(finite=finite, skipped=not finite)
-        self.guard.check(mean_value, norm_value)
+        self.guard.see(mean_value, norm_value, finite=finite, skipped=not finite)
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Its tensors for a checkpoint, on the CPU."""
@@ -115,14 +96,9 @@ class Companion:
             f"{self.name}_optimizer": optimizer_tensors(self.optimizer, self._trained, self._trained),
         }
 
-    def values(self) -> dict[str, int]:
-        """Its plain values for a checkpoint."""
-        return self.guard.values()
-
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
-        """Take back the `groups` and `values` of the checkpoint `path`, or refuse those of another model."""
-        live = live_tensors(self.model, self.name, self._trained)
-        copy_into(live, groups.get(self.name, {}), path / f"{self.name}.safetensors")
+        """Take back the `groups` and guard's `values` of the checkpoint `path`, or refuse those of another model."""
+        restore_tensors(self.model, self.name, self._trained, groups, path)
         restore_optimizer(self.optimizer, self._trained, self._trained, groups[f"{self.name}_optimizer"])
         self.guard.restore(values)
         self._keep_buffers()

@@ -38,10 +38,7 @@ def fastest_layout(device: torch.device) -> torch.memory_format:
 
 
 def lay_out(model: Model, layout: torch.memory_format) -> Model:
-    """Give the weights of 2-D convolutions a layout, in place.
-
-    The weights of 3-D convolutions stay as they are; `nn.Module.to` would fail on them.
-    """
+    """Give the weights of 2-D convolutions a layout, in place; `nn.Module.to` would fail on those of 3-D ones."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)

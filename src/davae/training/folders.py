@@ -21,11 +21,12 @@ def claim_folder(recipe: OptimisationRecipe, folder: Path, ranks: Ranks) -> Iter
 
     Raises:
         CheckpointError: one has; the message names the settings that differ.
-        SettingsError: another process trains there, or the optimiser cannot be used.
+        SettingsError: another process trains there, or the ranks cannot use the optimiser or share the batch.
         StorageError: the folder cannot be written.
         RankError: a process of this run is missing, now or before the end.
     """
     check_optimizer(recipe.optimizer, ranks)
+    ranks.check_divides("batch_size", recipe.batch_size)
     with ExitStack() as stack, ranks.together("a step"):
 
         def enter() -> None:
@@ -66,31 +67,17 @@ def check_same_recipe(recipe: OptimisationRecipe, folder: Path) -> None:
 def open_training_pictures(
     recipe: PicturesRecipe, folder: Path | None, *, captions: bool = True, classes: bool = False
 ) -> PictureSet:
-    """The training split, every image decoded once; refused images are listed in `folder`/refused.json.
-
-    Raises:
-        SettingsError: sizes that do not fit each other.
-        DataError: no image is usable, or too many are unreadable.
-    """
+    """The training split, every image decoded once; refused images are listed in `folder`/refused.json."""
+    kind = {"captions": captions, "classes": classes}
     pictures = open_pictures(
-        recipe.source,
-        size=recipe.size,
-        split="train",
-        limit=recipe.limit,
-        captions=captions,
-        classes=classes,
-        buckets=recipe.buckets,
+        recipe.source, size=recipe.size, split="train", limit=recipe.limit, buckets=recipe.buckets, **kind
     )
     report = None if folder is None else folder / "refused.json"
     return pictures.sound(report, max_unreadable=recipe.max_unreadable)
 
 
 def check_same_pictures(folder: Path, keys: Sequence[str]) -> None:
-    """Note in `folder`/pictures.json which images a run trains on, and refuse to resume with others.
-
-    Raises:
-        CheckpointError: the run in `folder` has trained on images of other names.
-    """
+    """Note in `folder`/pictures.json which images a run trains on; refuse to resume with images of other names."""
     path = folder / "pictures.json"
     facts = {"count": len(keys), "sha256_of_names": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
     if not path.is_file() or not any((folder / "checkpoints").glob("step-*")):

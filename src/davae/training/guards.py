@@ -19,19 +19,23 @@ There a spike enters the statistics as it is, and hides the next ones; here it e
 
 
 class StepGuard:
-    """Counts the steps that are skipped, and ends a run after five steps in a row that were not finite."""
+    """Counts the steps that the model, or the training, of a name has skipped; ends a run after five in a row."""
 
     def __init__(self, name: str) -> None:
-        """The guard of the model, or the training, of that name."""
         self.name = name
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0
 
-    def see(self, *, finite: bool, skipped: bool) -> None:
-        """Count a step."""
+    def see(self, loss: float, norm: float, *, finite: bool, skipped: bool) -> None:
+        """Count a step of this loss and gradient norm; a NumericsError if it is the fifth in a row not `finite`."""
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if skipped:
             self.skipped += 1
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise NumericsError(
+                f"{self.name}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (at last: loss "
+                f"{loss}, gradient norm {norm}). The weights are as before these steps; look at their data, or lower "
+                "the learning rate"
+            )
 
     def values(self) -> dict[str, int]:
         """The counts, for a checkpoint."""
@@ -41,27 +45,13 @@ class StepGuard:
         """Take back the counts."""
         self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
 
-    def check(self, loss: float, norm: float) -> None:
-        """End the run if too many steps were skipped, after a step with this loss and gradient norm.
-
-        Raises:
-            NumericsError: they were.
-        """
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise NumericsError(
-                f"{self.name}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (at last: loss "
-                f"{loss}, gradient norm {norm}). The weights are as before these steps; look at their data, or lower "
-                "the learning rate"
-            )
-
 
 class Spikes:
     """The losses and gradient norms of the last `WINDOW` steps, cut where spikes begin: a new level is soon usual."""
 
-    def __init__(self, recent: Iterable[tuple[float, float]] = ()) -> None:
-        """Go on from the (loss, gradient norm) pairs of former steps, oldest first."""
-        self.recent = deque(recent, maxlen=WINDOW)
-        self.count = 0
+    def __init__(self, recent: Iterable[tuple[float, float]] = (), count: int = 0) -> None:
+        """Go on from the (loss, gradient norm) pairs of former steps, oldest first, and from the count of spikes."""
+        self.recent, self.count = deque(recent, maxlen=WINDOW), count
 
     def see(self, loss: float, norm: float) -> bool:
         """Whether one of two finite numbers is above the mean of those before by over `SIGMAS` standard deviations.

@@ -17,16 +17,15 @@ class Interrupted(DavaeError):
     """Training was asked to stop by a signal and has saved its state; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, signum: int, step: int) -> None:
-        """Name the signal, and the number of steps after which the state was saved."""
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name}; saved after {step} steps. Run the same command again to go on")
         self.exit_code = 128 + signum
 
 
 class StopRequest:
-    """The number of the first signal that came, or None."""
+    """The number of the first signal that came, or 0."""
 
-    signum: int | None = None
+    signum = 0
 
 
 @contextmanager
@@ -41,7 +40,6 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
 
-    # Remember who handled these signals before.
     former = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def restore() -> None:
@@ -53,7 +51,7 @@ def stop_requests() -> Iterator[StopRequest]:
         restore()
 
     try:
-        for signum in former:
+        for signum in SIGNALS:
             signal.signal(signum, note)
         yield request
     finally:

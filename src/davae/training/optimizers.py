@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from davae.errors import SettingsError
 from davae.run.ranks import Ranks
-
-OptimizerName = Literal["AdamW", "AdamW8bit", "AdamWScheduleFree"]
+from davae.training.recipes import OptimisationRecipe, OptimizerName
 
 LIBRARIES = {"AdamW": "torch.optim", "AdamW8bit": "bitsandbytes.optim", "AdamWScheduleFree": "schedulefree"}
 """The module of each class. Its package has the name of the extra of davae that installs it."""
@@ -22,11 +21,7 @@ COUNTS = ("k", "weight_sum", "lr_max")
 
 
 def check_optimizer(name: OptimizerName, ranks: Ranks) -> None:
-    """Refuse an optimiser that cannot be used here.
-
-    Raises:
-        SettingsError: its package is not installed, or FSDP2 cannot shard it.
-    """
+    """Refuse an optimiser that cannot be used here: its package is not installed, or FSDP2 cannot shard it."""
     if name == "AdamW8bit" and ranks.sharded:
         raise SettingsError(
             f'optimizer="{name}" with FSDP2: its moments share scales in blocks of 256, which sharding would cut. '
@@ -41,26 +36,19 @@ def check_optimizer(name: OptimizerName, ranks: Ranks) -> None:
         ) from error
 
 
-def make_optimizer(
-    name: OptimizerName,
-    weights: list[nn.Parameter],
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> torch.optim.Optimizer:
-    """The optimiser of these weights, in training mode if it has one."""
-    # The fused kernel of torch's AdamW is its fastest.
-    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
-    if name == "AdamW":
-        settings["fused"] = True
-    if name == "AdamW8bit":
+def make_optimizer(recipe: OptimisationRecipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimiser of these weights, in training mode if it has one."""
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "AdamW":
+        settings["fused"] = True  # the fastest of torch's kernels
+    if recipe.optimizer == "AdamW8bit":
         # Its first step would do it, but a resumed run has no first step.
         for weight in weights:
             weight.data = weight.data.contiguous()
 
     # Schedule-free has a mode for training and one for use.
-    optimizer: torch.optim.Optimizer = getattr(import_module(LIBRARIES[name]), name)(weights, **settings)
+    optimizer_class = getattr(import_module(LIBRARIES[recipe.optimizer]), recipe.optimizer)
+    optimizer: torch.optim.Optimizer = optimizer_class(weights, **settings)
     if hasattr(optimizer, "train"):
         optimizer.train()
     return optimizer

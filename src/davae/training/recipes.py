@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 from davae import assets
 from davae.data.buckets import Bucket, bucket_table
 from davae.run.recipe import Recipe
-from davae.training.optimizers import OptimizerName
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+OptimizerName = Literal["AdamW", "AdamW8bit", "AdamWScheduleFree"]
 
 
 class OptimisationRecipe(Recipe):
@@ -94,11 +94,7 @@ class PicturesRecipe(OptimisationRecipe):
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """The sizes of the training images.
-
-        Raises:
-            SettingsError: sides and ratios do not fit each other.
-        """
+        """The sizes of the training images, or a SettingsError if sides and ratios do not fit each other."""
         several = self.aspect_ratios or self.sizes
         return bucket_table((self.size, *self.sizes), self.aspect_ratios, multiple=self.bucket_step if several else 1)
 
@@ -128,10 +124,6 @@ def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: 
 
 def schedule_learning_rate(recipe: OptimisationRecipe) -> Callable[[int], float]:
     """The recipe's learning rate as a function of the step; schedule-free stays at the peak."""
-    schedule_free = recipe.optimizer == "AdamWScheduleFree"
-    return warmup_cosine(
-        recipe.learning_rate,
-        floor=recipe.learning_rate if schedule_free else recipe.final_learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        total_steps=recipe.steps,
-    )
+    peak = recipe.learning_rate
+    floor = peak if recipe.optimizer == "AdamWScheduleFree" else recipe.final_learning_rate
+    return warmup_cosine(peak, floor=floor, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)

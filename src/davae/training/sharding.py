@@ -41,11 +41,11 @@ def shard(models: Mapping[str, nn.Module], ranks: Ranks, whole: Iterable[Tensor]
             modules.append(model)
 
         for module in modules:
-            ignored = {p for p in module.parameters() if id(p) in kept}
-            if len(ignored) < len(list(module.parameters())):
-                fully_shard(
-                    module, mesh=mesh, reshard_after_forward=ranks.reshard_after_forward, ignored_params=ignored
-                )
+            parameters = set(module.parameters())
+            ignored = {p for p in parameters if id(p) in kept}
+            if ignored != parameters:
+                reshard = ranks.reshard_after_forward
+                fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored)
     return twins
 
 
@@ -70,9 +70,9 @@ def own_part(parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.to_local(), requires_grad=parameter.requires_grad)
 
 
-def own_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """The gradient of `own_part`."""
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+def own_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, such as a gradient; or this rank's piece of a sharded one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
@@ -93,10 +93,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_into(twin: nn.Module, model: nn.Module) -> nn.Module:
-    """The twin of `shard` with the model's whole tensors on rank 0's CPU; on other ranks it stays empty.
-
-    All ranks must call.
-    """
+    """The twin of `shard` with the model's whole tensors on rank 0's CPU; elsewhere empty. All ranks must call."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if state:
         twin.load_state_dict(state, assign=True)

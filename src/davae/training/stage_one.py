@@ -41,15 +41,9 @@ def make_discriminator(recipe: AutoencoderRecipe) -> Companion | None:
     """The PatchGAN and its optimiser, if the adversarial term has a weight."""
     if not recipe.loss.adversarial:
         return None
-    return Companion(
-        "discriminator",
-        PatchDiscriminator(generator(recipe.seed, "discriminator")),
-        learning_rate=recipe.loss.discriminator_learning_rate,
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-        gradient_accumulation=recipe.gradient_accumulation,
-    )
+    own = {"optimizer": "AdamW", "learning_rate": recipe.loss.discriminator_learning_rate}
+    model = PatchDiscriminator(generator(recipe.seed, "discriminator"))
+    return Companion("discriminator", model, recipe.model_copy(update=own))
 
 
 @torch.no_grad()

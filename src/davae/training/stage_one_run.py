@@ -5,16 +5,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from einops import rearrange
+from jaxtyping import UInt8
 from torch import Tensor
 
 from davae.data.loading import Ahead
 from davae.data.order import random_crops
+from davae.data.pictures import to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import NumericsError
+from davae.method.metrics import METRICS, compare_images
 from davae.method.perceptual import LPIPS
 from davae.method.stage_one_loss import compared_weights
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import load_base_vae
+from davae.run import faults
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable
 from davae.seeds import generator
@@ -23,7 +28,6 @@ from davae.training.folders import check_same_pictures, claim_folder, open_train
 from davae.training.stage_one import choose_trained, make_discriminator, train_networks
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_start import find_base, save_autoencoder, start_autoencoder
-from davae.training.stage_one_validation import evaluate_heldout
 from davae.training.state import TrainingState
 from davae.training.trackers import check_trackers
 
@@ -51,16 +55,17 @@ def train_autoencoder(
     """
     check_trackers(report_to)
     ranks = Ranks(rank_timeout)
-    ranks.check_divides("batch_size", recipe.batch_size)
     with claim_folder(recipe, folder, ranks):
         ranks.on_first(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
         return _train_autoencoder(recipe, folder, ranks, report_to)
 
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
-    # The images to train on, and those held out.
+    # The images to train on, and those held out; rank 0 lists the refused ones.
     pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False)
-    heldout = open_heldout_pictures(recipe, folder if ranks.first else None)
+    heldout = open_pictures(
+        recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
+    ).sound(folder / "refused_heldout.json" if ranks.first else None)
 
     # The networks: the autoencoder, its discriminator, and the frozen ones that judge.
     alex = LPIPS.alex()
@@ -100,7 +105,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         if not (recipe.decoder_only and recipe.autoencoder):
             calibrate(autoencoder, pictures, recipe)
         values = evaluate()
-        whole = state.whole("autoencoder")
+        whole = state.weights.whole("autoencoder")
         ranks.on_first(lambda: save_autoencoder(whole, folder / "autoencoder"))
 
     # The record: the last metrics, and how many images they stand on.
@@ -110,14 +115,6 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     counts["heldout_pictures"] = len(heldout)
     ranks.on_first(lambda: state.finish({**values, "autoencoder": folder / "autoencoder"}, counts=counts))
     return folder / "autoencoder"
-
-
-def open_heldout_pictures(recipe: AutoencoderRecipe, folder: Path | None) -> PictureSet:
-    """The held-out images; refused ones are listed in `folder`/refused_heldout.json."""
-    heldout = open_pictures(
-        recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
-    )
-    return heldout.sound(None if folder is None else folder / "refused_heldout.json")
 
 
 def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, number: int) -> tuple[list[str], Tensor]:
@@ -131,14 +128,45 @@ def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, nu
 
 
 def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:
-    """Measure the latent statistics on a part of the training images.
-
-    Raises:
-        NumericsError: the detail latents came to nothing.
-    """
+    """Measure the latent statistics on a part of the training images; a NumericsError if the latents are nothing."""
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
     chunks = pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16)
     try:
         autoencoder.calibrate(pictures.batch(chunk) for chunk in chunks)
     except ValueError as error:  # the models know no errors of davae
         raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
+
+
+@torch.no_grad()
+def evaluate_heldout(
+    state: TrainingState, autoencoder: AutoencoderDA, heldout: PictureSet, lpips: LPIPS
+) -> dict[str, float]:
+    """Log the metrics, draw pictures/STEP.png, and return the metrics."""
+    faults.at("eval")
+    values = heldout_metrics(autoencoder, heldout, lpips, state.ranks)
+    state.log(values)
+
+    # All ranks draw, as sharded models need; rank 0 writes.
+    path, picture = state.record.folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout)
+    state.ranks.on_first(lambda: write_png(path, picture))
+    return values
+
+
+@torch.no_grad()
+def heldout_metrics(autoencoder: AutoencoderDA, heldout: PictureSet, lpips: LPIPS, ranks: Ranks) -> dict[str, float]:
+    """PSNR, SSIM and LPIPS of reconstructions of whole held-out images, averaged over them; the ranks share them."""
+
+    def measure(indices: Tensor) -> Tensor:
+        image = heldout.batch(indices.tolist()).to(autoencoder.device)
+        return compare_images(autoencoder(image).sample.clamp(-1, 1), image, lpips)
+
+    rows = ranks.map_chunks(torch.arange(len(heldout)).split(8), measure)
+    means = torch.cat(rows, dim=1).mean(dim=1).tolist()
+    return {f"heldout_{name}": value for name, value in zip(METRICS, means, strict=True)}
+
+
+def heldout_picture(autoencoder: AutoencoderDA, heldout: PictureSet) -> UInt8[Tensor, "3 h w"]:
+    """The first eight held-out images side by side, their reconstructions below them."""
+    image = heldout.batch(range(min(8, len(heldout)))).to(autoencoder.device)
+    rows = torch.stack([image, autoencoder(image).sample.float()])
+    return to_bytes(rearrange(rows, "rows columns c h w -> c (rows h) (columns w)"))

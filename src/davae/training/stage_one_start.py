@@ -61,15 +61,11 @@ def find_base(recipe: AutoencoderRecipe) -> str:
 
 
 def make_untrained(recipe: AutoencoderRecipe, vae: ModelMixin) -> AutoencoderDA:
-    """A new AutoencoderDA of the base autoencoder `vae`.
-
-    Raises:
-        SettingsError: its channels do not fit the base's.
-    """
+    """A new AutoencoderDA of the base autoencoder `vae`; refuses channels that do not fit the base's."""
     closed_form = recipe.start == "closed form"
 
-    # The random start draws from torch's global generator.
     try:
+        # The random start draws from torch's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(recipe.seed, "start").initial_seed())
             return AutoencoderDA.from_base(
@@ -86,12 +82,7 @@ def make_untrained(recipe: AutoencoderRecipe, vae: ModelMixin) -> AutoencoderDA:
 
 
 def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
-    """The AutoencoderDA that the recipe names, to go on from.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        SettingsError: its settings are not the recipe's, or its base is another.
-    """
+    """The AutoencoderDA that the recipe names, to go on from; refuses one of other settings or of another base."""
     # The base is not read without need: it may not be there.
     base_needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
     vae = load_base_vae(find_base(recipe)) if base_needed else None
@@ -110,15 +101,13 @@ def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
 def make_slim(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe) -> AutoencoderDA:
     """A copy with the recipe's slim decoder, untrained; the autoencoder itself if nothing changes.
 
-    Raises:
-        SettingsError: widths or depths that the base's decoder does not allow, or another slim decoder is there.
+    Refuses widths or depths that the base's decoder does not allow, and an autoencoder with another slim decoder.
     """
-    widths, depths = tuple(recipe.decoder_block_out_channels), tuple(recipe.decoder_layers_per_block)
+    widths, depths = recipe.decoder_block_out_channels, recipe.decoder_layers_per_block
     config = autoencoder.config
     present = (tuple(config["decoder_block_out_channels"] or ()), tuple(config["decoder_layers_per_block"] or ()))
     if not (widths or depths) or (widths, depths) == present:
         return autoencoder
-
     try:
         return slimmed(autoencoder, widths, depths)
     except ValueError as error:  # the models know no errors of davae
@@ -134,11 +123,8 @@ def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pict
     # Each slim layer is fitted on crops of the training images.
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
     crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
-    squared_error = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed)
-    logger.info(
-        "slim decoder: its pictures differ from the full one's by %.4f, root mean square of [-1, 1]",
-        squared_error**0.5,
-    )
+    error = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed) ** 0.5
+    logger.info("slim decoder: its pictures differ from the full one's by %.4f, root mean square of [-1, 1]", error)
     return slim
 
 

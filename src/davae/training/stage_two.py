@@ -1,7 +1,6 @@
 """Stage 2: the widened transformer learns the detail latents, whose part of the loss is faded in."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from davae.data.buckets import Bucket
 from davae.method.flow import detail_weight
 from davae.run import faults
-from davae.run.ranks import Ranks
-from davae.seeds import rand, randn, sample_generators
+from davae.seeds import rand, randn
 from davae.training.devices import attention_on
 from davae.training.stage_two_loss import Objective, choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe, flow_settings
@@ -31,34 +29,11 @@ class Batch(NamedTuple):
     """Each sample's own."""
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Batches of latents and conditions, from a cache or encoded anew."""
+ReadConditions = Callable[[Sequence[int]], dict[str, Tensor]]
+"""Rows -> the transformer's keyword arguments beside latents and time, each [B, ...], on any device.
 
-    names: Sequence[str]
-    """Of all pictures, by index."""
-    choose: Callable[[int], list[int]]
-    """The indices of a batch, by its number in the run."""
-    read_latents: Callable[[Sequence[int], int], Tensor]
-    """(indices, number of the batch) -> latents on any device."""
-    read_conditions: Callable[[Sequence[int]], dict[str, Tensor]]
-    """Rows -> what the transformer is told. Row 0 is the empty caption or the null class, row 1 + i is picture i."""
-    seed: int
-    ranks: Ranks
-
-    def load(self, number: int) -> Batch:
-        """This rank's share of batch `number`."""
-        chosen = self.choose(number)
-        indices = self.ranks.share(chosen)
-        latents = faults.at("encode", self.read_latents(indices, number).to(self.ranks.device))
-        random = sample_generators(self.seed, "flow", self.ranks.sample_numbers(number, len(indices)))
-        return Batch([self.names[index] for index in chosen], indices, latents, random)
-
-    def load_conditions(self, batch: Batch, is_told: Tensor) -> dict[str, Tensor]:
-        """The caption or class of each sample where `is_told` [B], the empty one elsewhere."""
-        rows = torch.where(is_told, torch.tensor(batch.indices) + 1, 0)
-        condition = self.read_conditions(rows.tolist())
-        return {name: faults.at("text", values.to(self.ranks.device)) for name, values in condition.items()}
+Row 0 is the empty caption or the null class, row 1 + i belongs to image i.
+"""
 
 
 def choose_objectives(
@@ -79,7 +54,8 @@ def train_transformer(
     transformer: ModelMixin,
     recipe: FinetuneRecipe,
     state: TrainingState,
-    loader: Loader,
+    load: Callable[[int], Batch],
+    read_conditions: ReadConditions,
     objectives: Mapping[int, Objective],
     draw_pictures: Callable[[], None],
 ) -> None:
@@ -95,14 +71,15 @@ def train_transformer(
 
         for number in state.batches():
             # Clean latents of base and detail channels, with noise and a time for each sample.
-            batch = loader.load(number)
+            batch = load(number)
             latents, objective = batch.latents, objectives[batch.latents[0, 0].numel()]
             noise = randn(latents.shape, batch.random).to(state.device)
             time = objective.draw_times(batch.random).to(state.device)
 
             # Some samples lose their caption or class: guidance compares with those.
             is_told = rand(batch.random) >= recipe.caption_dropout
-            condition = loader.load_conditions(batch, is_told)
+            told = read_conditions(torch.where(is_told, torch.tensor(batch.indices) + 1, 0).tolist())
+            condition = {name: faults.at("text", values.to(state.device)) for name, values in told.items()}
 
             with attention_on(state.device):
                 # The transformer sees noisy latents and predicts their velocity, noise - latents, or the noise.

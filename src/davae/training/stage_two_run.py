@@ -7,38 +7,41 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from einops import rearrange
 
 from davae import assets
 from davae.backbones import backbone_of
+from davae.data.pictures import write_png
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.method.widen import start_ports
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.adapter import digest_base
+from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.adapter_index import INDEX
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
+from davae.pipelines.publishing import make_model_card, write_card
+from davae.pipelines.sampling import sample
+from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import digest_encoding_half, upgrade
 from davae.run.ranks import TIMEOUT, Ranks
-from davae.run.storage import check_replaceable, write_json
+from davae.run.record import read_metrics
+from davae.run.storage import check_replaceable
 from davae.seeds import generator
-from davae.training.conditions import (
-    ReadConditions,
-    cache_conditions,
-    check_classes,
-    encode_captions_online,
+from davae.training.folders import check_same_pictures, claim_folder
+from davae.training.stage_two import choose_objectives, train_transformer
+from davae.training.stage_two_inputs import (
+    expect_noise,
+    find_cache_folder,
+    load_batch,
+    load_pictures,
     move_frozen,
-    read_classes,
+    prepare_inputs,
 )
-from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
-from davae.training.latents import ReadLatents, cache_latents, encode_online, expect_noise
-from davae.training.stage_two import Loader, choose_objectives, train_transformer
 from davae.training.stage_two_recipe import FinetuneRecipe
-from davae.training.stage_two_saving import finish_record, save_upgrade
 from davae.training.stage_two_transformer import choose_parameters, choose_targets, compile_blocks
-from davae.training.stage_two_validation import choose_prompts, draw_pictures
 from davae.training.state import TrainingState
-from davae.training.trackers import check_trackers
+from davae.training.trackers import check_trackers, show_picture
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,6 @@ def finetune(
     """
     check_trackers(report_to)
     ranks = Ranks(rank_timeout)
-    ranks.check_divides("batch_size", recipe.batch_size)
     if recipe.compile and ranks.sharded:
         raise SettingsError(
             "compile = true with FSDP2: untested together. Leave it out, or launch with recipes/launch/ddp.yaml"
@@ -109,24 +111,15 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
 
     # Encode what the caches lack, then train.
     read_latents, read_conditions = prepare_inputs(recipe, pipeline, pictures, folder, ranks)
-    loader = Loader(
-        names=pictures.keys,
-        choose=lambda number: pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=number),
-        read_latents=read_latents,
-        read_conditions=read_conditions,
-        seed=recipe.seed,
-        ranks=ranks,
-    )
-    draw = partial(draw_pictures, state, pipeline, recipe, prompts, folder)
-    train_transformer(transformer, recipe, state, loader, objectives, draw)
+    load = partial(load_batch, recipe, pictures, read_latents, ranks)
+    draw = partial(draw_pictures, state, pipeline, recipe, prompts)
+    train_transformer(transformer, recipe, state, load, read_conditions, objectives, draw)
 
     # The result has the EMA's weights.
-    base = recipe.base or str(assets.base_pipeline())
     with state.ema_weights():
-        pipeline.register_modules(transformer=state.whole("transformer"))
-        names = {"base": base, "base_sha256": base_sha256}
-        ranks.on_first(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, **names))
-    ranks.on_first(lambda: finish_record(state, folder, recipe, base=base, pictures=len(pictures)))
+        pipeline.register_modules(transformer=state.weights.whole("transformer"))
+        ranks.on_first(lambda: save_upgrade(pipeline.to("cpu"), folder, recipe, targets, base_sha256))
+    ranks.on_first(lambda: finish_record(state, recipe, pictures=len(pictures)))
     return folder / "pipeline"
 
 
@@ -148,9 +141,17 @@ def build_caches(recipe: FinetuneRecipe, folder: Path, *, rank_timeout: float = 
     return find_cache_folder(recipe, folder)
 
 
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+def name_base(recipe: FinetuneRecipe) -> str:
+    """Folder or Hub name of the base pipeline."""
+    return recipe.base or str(assets.base_pipeline())
+
+
 def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """The base pipeline, upgraded with the recipe's autoencoder, if it can make all of the recipe's sizes."""
-    pipeline = load_pipeline(recipe.base or str(assets.base_pipeline()))
+    pipeline = load_pipeline(name_base(recipe))
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
     if recipe.adapter and recipe.adapter != recipe.autoencoder:
         warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)
@@ -176,44 +177,111 @@ def warn_of_other_latents(autoencoder: AutoencoderDA, other: AutoencoderDA, reci
         )  # fmt: skip
 
 
-def load_pictures(recipe: FinetuneRecipe, transformer: ModelMixin, folder: Path, ranks: Ranks) -> PictureSet:
-    """The training images with captions, or with classes and classes.json if the backbone has those."""
-    backbone = backbone_of(transformer)
-    pictures = open_training_pictures(recipe, folder if ranks.first else None, classes=backbone.classes)
-    if backbone.classes:
-        check_classes(pictures, backbone.null_class(transformer))
-    if pictures.class_names and ranks.first:
-        numbers = range(len(pictures.class_names))
-        write_json(folder / "classes.json", dict(zip(pictures.class_names, numbers, strict=True)))
-    return pictures
+# ---------------------------------------------------------------------------------------------------------- validation
 
 
-def find_cache_folder(recipe: FinetuneRecipe, folder: Path) -> Path:
-    """The folder of the caches of a run in `folder`."""
-    return Path(recipe.cache) if recipe.cache else folder / "cache"
+def choose_prompts(recipe: FinetuneRecipe, transformer: ModelMixin, pictures: PictureSet) -> list[str]:
+    """The recipe's validation prompts, or else the captions of the first four pictures; refuses class conditions."""
+    if recipe.validation_every and backbone_of(transformer).classes:
+        raise SettingsError(
+            f"validation_every={recipe.validation_every}: pictures are drawn from captions, and a "
+            f"{type(transformer).__name__} has classes. Leave it out"
+        )
+    return list(recipe.validation_prompts or pictures.captions[:4])
 
 
-def prepare_inputs(
-    recipe: FinetuneRecipe, pipeline: DiffusionPipeline, pictures: PictureSet, folder: Path, ranks: Ranks
-) -> tuple[ReadLatents, ReadConditions]:
-    """Functions that read an upgraded pipeline's latents and conditions; all ranks first fill what the caches lack.
+@torch.no_grad()
+def draw_pictures(
+    state: TrainingState, pipeline: DiffusionPipeline, recipe: FinetuneRecipe, prompts: Sequence[str]
+) -> None:
+    """Write pictures/STEP.png and show it to the trackers: raw weights above, EMA weights below.
 
-    The pipeline's frozen parts encode on the ranks' device, and stay there only if every step needs them.
+    Training goes on as if no picture had been drawn: modes, devices and random state are restored.
     """
-    backbone, autoencoder, tokens = backbone_of(pipeline.transformer), pipeline.vae, recipe.prompt_tokens
-    noise, seed = recipe.detail_noise, recipe.seed
-    move_frozen(pipeline, ranks.device)
-    read_told = read_classes(pipeline, backbone, pictures) if backbone.classes else None
+    # The frozen parts may rest on the CPU; they go back there.
+    transformer = pipeline.transformer
+    was_training = transformer.training
+    places = {name: module.device for name, module in pipeline.components.items() if hasattr(module, "device")}
+    pipeline.set_progress_bar_config(disable=True)
+    move_frozen(pipeline, state.device)
+    transformer.eval()
 
-    # Every step encodes.
-    if recipe.online:
-        latents = encode_online(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed, ranks=ranks)
-        return latents, read_told or encode_captions_online(pipeline, backbone, pictures, tokens)
+    rows = []
+    with torch.random.fork_rng():
+        for weights in (state.weights.evaluated, state.ema_weights):
+            # Autocast keeps the weights that it has cast, so each set of weights needs a context of its own.
+            with weights(), state.autocast():
+                images = sample(
+                    pipeline,
+                    prompts,
+                    seed=recipe.seed,
+                    steps=recipe.validation_steps,
+                    guidance_scale=recipe.validation_guidance_scale,
+                    size=recipe.size,
+                    prompt_tokens=recipe.prompt_tokens,
+                )
+            rows.append(images.cpu())
 
-    # All is encoded once, and then the frozen parts make room for training.
-    caches = find_cache_folder(recipe, folder)
-    latents = cache_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, ranks=ranks)
-    if read_told is None:
-        read_told = cache_conditions(pipeline, backbone, pictures, caches, tokens=tokens, ranks=ranks)
-    move_frozen(pipeline, torch.device("cpu"))
-    return latents, read_told
+    transformer.train(was_training)
+    for name, device in places.items():
+        if name != "transformer":
+            pipeline.components[name].to(device)
+
+    # A column for each prompt.
+    grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
+    path = state.record.folder / "pictures" / f"{state.step:08d}.png"
+    state.ranks.on_first(lambda: write_png(path, grid))
+    show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def save_upgrade(
+    pipeline: DiffusionPipeline, folder: Path, recipe: FinetuneRecipe, targets: Sequence[str], base_sha256: str
+) -> None:
+    """Write the stock pipeline with LoRA fused and, unless everything was trained, the adapter beside it."""
+    pipeline.transformer.eval()
+    if recipe.trained != "full":
+        base = name_base(recipe)
+        base = Path(base).name if Path(base).is_dir() else base  # paths of this machine mean nothing to others
+        layers = targets if recipe.trained == "layers" else ()
+        save_adapter(folder / "adapter", pipeline, base=base, base_sha256=base_sha256, layers=layers)
+
+    # A stock pipeline has no LoRA layers.
+    if recipe.trained == "lora":
+        pipeline.transformer.fuse_lora(safe_fusing=True)
+        pipeline.transformer.unload_lora()
+    save_pipeline(pipeline, folder / "pipeline")
+
+
+def finish_record(state: TrainingState, recipe: FinetuneRecipe, *, pictures: int) -> None:
+    """Write result.json with the losses of the last line of metrics.jsonl, and the model cards."""
+    # A finished run that is started again has its lines, too.
+    path = state.record.metrics_path
+    lines = read_metrics(path) if path.exists() else []
+    losses = {}
+    for name, value in lines[-1].items() if lines else ():
+        if name.endswith("loss"):
+            losses[name] = value
+
+    counts = {"pictures": pictures, "batch_size": recipe.batch_size}
+    state.finish(losses, counts=counts)
+    write_cards(state.record.folder, recipe, base=name_base(recipe), metrics=losses, counts=counts)
+
+
+def write_cards(
+    folder: Path, recipe: FinetuneRecipe, *, base: str, metrics: dict[str, float | None], counts: dict[str, int]
+) -> None:
+    """Write a model card into the pipeline's folder and, if there is one, into the adapter's."""
+    name = "base" if Path(base).is_dir() else base
+    calls = {"pipeline": 'load_pipeline("this folder")', "adapter": f'load_pipeline("{name}", adapter="this folder")'}
+    source = Path(recipe.pictures).name or "the set that davae ships (Fluent Emoji 3D, MIT)"
+    data = f"{counts['pictures']:,} pictures of {source}"
+
+    # Both cards show the same facts and their own line of Python.
+    for result, call in calls.items():
+        if (folder / result).is_dir():
+            usage = f"from davae import load_pipeline\n\npipe = {call}"
+            card = make_model_card(recipe, usage=usage, base=base, data=data, metrics=metrics, counts=counts)
+            write_card(folder / result, card)

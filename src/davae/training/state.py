@@ -26,7 +26,7 @@ from davae.training.devices import computes_bfloat16
 from davae.training.guards import Spikes, StepGuard
 from davae.training.interruption import Interrupted, stop_requests
 from davae.training.recipes import OptimisationRecipe, schedule_learning_rate
-from davae.training.trackers import check_trackers, start_trackers
+from davae.training.trackers import start_trackers
 from davae.training.weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ class TrainingState:
     Without gradient accumulation a step has one batch, of the step's own number, and needs no inner loop.
 
     With several processes (`Ranks`) each gives the loss of its part of a batch. Loss, logs and gradients of a step are
-    the means over the processes, and these means decide whether the step is skipped. Gradients are averaged here, after
-    the last backward pass of a step, not by a DDP wrapper, which lacks the methods that losses call. Only rank 0
-    writes. A checkpoint resumes on any number of ranks, with or without FSDP2.
+    the means over the processes, and these means decide whether the step is skipped. Gradients are averaged here, not
+    by a DDP wrapper, which lacks the methods that losses call. Only rank 0 writes. A checkpoint resumes on any number
+    of ranks, with or without FSDP2.
 
     On the CPU a run that was killed at any moment and started again ends with the same weights, bit for bit, if the
     loss is a function of the weights, the batch and random numbers keyed by it (`seeds.generator`). torch's global
@@ -67,12 +67,12 @@ class TrainingState:
         label: what is trained, for the progress bar.
         ranks: the processes of the run; by default those of the environment.
         companion: another model with an optimiser of its own, which joins the checkpoints; the caller updates it.
-        report_to: trackers that get the lines of metrics.jsonl, too (`start_trackers`).
+        report_to: trackers that get the lines of metrics.jsonl, too, and passed `check_trackers`.
         whole: parameters that FSDP2 does not shard, such as those at which a loss takes gradients.
         console: where progress is shown; by default stderr.
 
     Raises:
-        SettingsError: a parameter of no model, a reserved name, or a tracker that is not there.
+        SettingsError: a parameter of no model, or a model with a reserved name.
         RankError: another process is missing.
         CheckpointError: the newest checkpoint belongs to another recipe or to other models.
         StorageError: the folder cannot be written.
@@ -92,7 +92,6 @@ class TrainingState:
         whole: Iterable[Tensor] = (),
         console: Console | None = None,
     ) -> None:
-        check_trackers(report_to)
         self.recipe, self.label, self.report_to = recipe, label, tuple(report_to)
         self.ranks = ranks or Ranks()
         self.device = self.ranks.device
@@ -111,8 +110,7 @@ class TrainingState:
             companion.prepare(self.ranks)
 
         # A checkpoint, if there is one, overwrites these.
-        self.step = 0
-        self.seconds = 0.0
+        self.step, self.seconds = 0, 0.0
         self.guard, self._spikes = StepGuard(label), Spikes()
         self._loss = math.nan
         self._updated = False
@@ -137,12 +135,12 @@ class TrainingState:
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
         total, samples = self.recipe.steps, self.recipe.batch_size * self.recipe.gradient_accumulation
-        bar = StepProgress(
+        progress = StepProgress(
             self.label, done=self.step, total=total, console=self._console, samples=samples, device=self.device
         )
-        with lock, stop_requests() as request, bar as progress:
+        with lock, stop_requests() as request, progress:
             self.ranks.on_first(self._begin)
-            while self.step < self.recipe.steps:
+            while self.step < total:
                 began = time.monotonic()
                 self._seed_torch()
                 self._updated = False
@@ -154,14 +152,14 @@ class TrainingState:
                 progress.show(self.step, self._loss)
 
                 # A signal may have come to one rank only.
-                signum = self.ranks.largest(request.signum or 0)
-                if signum or self.step % self.recipe.checkpoint_every == 0 or self.step == self.recipe.steps:
+                signum = self.ranks.largest(request.signum)
+                if signum or self.step % self.recipe.checkpoint_every == 0 or self.step == total:
                     self._save()
                 if signum:
                     raise Interrupted(signum, self.step)
 
             # A signal may have come during the last save.
-            if signum := self.ranks.largest(request.signum or 0):
+            if signum := self.ranks.largest(request.signum):
                 raise Interrupted(signum, self.step)
 
         if self.guard.skipped_in_a_row:
@@ -170,25 +168,11 @@ class TrainingState:
                 "there is no result. Lower the learning rate, and give a new folder"
             )
 
-    @property
-    def skipped(self) -> int:
-        """How many steps of the whole run were skipped."""
-        return self.guard.skipped
-
-    @property
-    def spikes(self) -> int:
-        """How many steps of the whole run were spikes."""
-        return self._spikes.count
-
-    @property
-    def batch(self) -> int:
-        """The number of the running batch, counted over all steps, which keys its random numbers."""
-        return self.step * self.recipe.gradient_accumulation + len(self._pending)
-
     def batches(self) -> Iterator[int]:
-        """Yield `batch` for every batch of the running step; `update` must be called once for each."""
-        for _ in range(self.recipe.gradient_accumulation):
-            yield self.batch
+        """Yield the number of every batch of the running step, counted over all steps; call `update` once for each."""
+        count = self.recipe.gradient_accumulation
+        for position in range(count):
+            yield self.step * count + position
 
     def update(self, loss: Tensor, logs: Logs | None = None, *, samples: Sequence[str] = ()) -> None:
         """Backward pass of a batch's loss; after the step's last one a step of optimiser and EMA, and a metrics line.
@@ -230,7 +214,6 @@ class TrainingState:
         if not skipped:
             self.weights.step(rate)
         self.weights.drop_gradients()
-        self.guard.see(finite=finite, skipped=skipped)
 
         # Steps that stand out are always logged, with the samples that they saw.
         marks = [name for name, seen in {"skipped": skipped, "spike": spike}.items() if seen]
@@ -244,7 +227,7 @@ class TrainingState:
             message = "step %d: %s: loss %g, gradient norm %g; its samples: %s"
             names = ", ".join(samples) or "not named"
             logger.warning(message, self.step, " and ".join(marks), self._loss, norm, names)
-        self.guard.check(self._loss, norm)
+        self.guard.see(self._loss, norm, finite=finite, skipped=skipped)
 
     def _step_means(self) -> tuple[Tensor, Logs]:
         """The mean loss and the means of the logs over the step's batches and the ranks."""
@@ -254,9 +237,8 @@ class TrainingState:
             logs = {name: sum(batch_logs[name] for _, batch_logs in self._pending) / count for name in logs}
 
         if self.ranks.count > 1:
-            numbers = [
-                float(value.detach()) if isinstance(value, Tensor) else value for value in (loss, *logs.values())
-            ]
+            values = (loss, *logs.values())
+            numbers = [float(value.detach()) if isinstance(value, Tensor) else value for value in values]
             mean_loss, *mean_logs = self.ranks.mean(numbers)
             loss, logs = loss.new_tensor(mean_loss), dict(zip(logs, mean_logs, strict=True))
         return loss, logs
@@ -265,8 +247,6 @@ class TrainingState:
         position = (self.step, self.ranks.rank) if self.ranks.rank else (self.step,)
         torch.manual_seed(generator(self.recipe.seed, f"{self.label} step", *position).initial_seed())
 
-    # ------------------------------------------------------------------------------------------ weights and metrics
-
     def autocast(self) -> torch.autocast:
         """The context for the networks' forward pass: bfloat16 if `precision` says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
@@ -274,10 +254,6 @@ class TrainingState:
     def ema_weights(self) -> AbstractContextManager[None]:
         """The models with the EMA's weights; the trained weights come back exactly at the end."""
         return self.weights.averaged()
-
-    def whole(self, name: str) -> nn.Module:
-        """The model of that name; with FSDP2 a copy on rank 0's CPU, to save it, for which all ranks must call."""
-        return self.weights.whole(name)
 
     def log(self, values: Mapping[str, Tensor | float | str | bool | list[str]]) -> None:
         """Append a line to metrics.jsonl at once, under the running step: for example, held-out metrics."""
@@ -294,12 +270,10 @@ class TrainingState:
     def finish(self, values: Mapping[str, Any], *, counts: Mapping[str, int]) -> None:
         """Write result.json, with these counts and those of the steps, and end the trackers; for rank 0."""
         recipe, device = self.recipe, str(self.device)
-        all_counts = {**counts, "steps": self.step, "skipped_steps": self.skipped, "spikes": self.spikes}
-        self.record.finish(values, recipe=recipe, device=device, seed=recipe.seed, counts=all_counts)
+        steps = {"steps": self.step, "skipped_steps": self.guard.skipped, "spikes": self._spikes.count}
+        self.record.finish(values, recipe=recipe, device=device, seed=recipe.seed, counts={**counts, **steps})
         for tracker in self.trackers:
             tracker.finish()
-
-    # ------------------------------------------------------------------------------------------ checkpoints
 
     def _begin(self) -> None:
         remove_temporaries(self._checkpoints)
@@ -323,7 +297,7 @@ class TrainingState:
         }
         if self._companion is not None:
             groups |= self._companion.groups()
-            values["companion"] = self._companion.values()
+            values["companion"] = self._companion.guard.values()
 
         checkpoint, digest = Checkpoint(self.step, groups, values), self.recipe.digest()
         self.ranks.on_first(
@@ -342,8 +316,7 @@ class TrainingState:
         groups, values = checkpoint.groups, checkpoint.values
         self.weights.restore(groups, values, path)
         self.guard.restore(values)
-        self._spikes = Spikes(tuple(pair) for pair in values["recent"])
-        self._spikes.count = values["spikes"]
+        self._spikes = Spikes(map(tuple, values["recent"]), values["spikes"])
         self.step, self.seconds = checkpoint.step, values["seconds"]
         if self._companion is not None:
             self._companion.restore(groups, values.get("companion", {}), path)

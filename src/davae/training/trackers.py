@@ -22,11 +22,7 @@ TRACKERS: dict[str, type[GeneralTracker]] = {
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are not there.
-
-    Raises:
-        SettingsError: an unknown one, or a package that is not installed.
-    """
+    """Refuse a tracker that is unknown, or whose package is not installed."""
     for name in names:
         if name not in TRACKERS:
             raise SettingsError(f"--report-to {name}: allowed are {', '.join(TRACKERS)}")
@@ -66,7 +62,6 @@ def show_picture(trackers: Sequence[GeneralTracker], name: str, picture: UInt8[T
     """Show a picture on the trackers that take pictures."""
     batch = picture.permute(1, 2, 0).unsqueeze(0).numpy()
     for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({name: batch}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({name: batch}, step=step)
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if tracker.name in ("tensorboard", "wandb"):
+            tracker.log_images({name: batch}, step=step, **layout)
