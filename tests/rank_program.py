@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from davae.errors import RankError
@@ -39,8 +38,7 @@ def train(
     # What a rank says when another is missing is kept for the test.
     try:
         with ranks.together("a step"):
-            models, console = {"mlp": model}, Console(quiet=True)
-            state = TrainingState(recipe, folder, models, model.parameters(), ranks=ranks, console=console)
+            state = TrainingState(recipe, folder, {"mlp": model}, model.parameters())
             for step in state.steps():
                 batch = ranks.share(torch.randn(BATCH, 4, generator=generator(7, "batch", step)))
                 loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()

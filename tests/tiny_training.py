@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from davae.run.record import read_metrics
@@ -49,7 +48,7 @@ def tiny_model() -> nn.Sequential:
 
 def tiny_state(folder: Path, model: nn.Module, **changes: object) -> TrainingState:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return TrainingState(tiny_recipe(**changes), folder, {"mlp": model}, trained, console=Console(quiet=True))
+    return TrainingState(tiny_recipe(**changes), folder, {"mlp": model}, trained)
 
 
 def loss_of(state: TrainingState, model: nn.Module, step: int) -> Tensor:

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, NumericsError
-from davae.run.ranks import Ranks
 from davae.seeds import generator
 from davae.training.companion import Companion
 from davae.training.recipes import OptimisationRecipe
@@ -31,8 +29,7 @@ def begun(folder: Path, second: Companion | None) -> tuple[TrainingState, nn.Mod
     nn.init.eye_(first.weight)
     nn.init.zeros_(first.bias)
     recipe = tiny_recipe(steps=8, checkpoint_every=3, **constant_rate(1e-2))
-    models, console = {"first": first}, Console(quiet=True)
-    return TrainingState(recipe, folder, models, first.parameters(), companion=second, console=console), first
+    return TrainingState(recipe, folder, {"first": first}, first.parameters(), companion=second), first
 
 
 def loss_of(second: Companion, step: int) -> Tensor:
@@ -86,7 +83,6 @@ def test_an_empty_optimiser_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_its_step_is_adamw_with_its_own_settings(tmp_path: Path) -> None:
     """Loshchilov and Hutter 1711.05101 in numpy float64, gradients clipped to their norm, first step."""
     second = companion()
-    second.prepare(Ranks())
     loss = loss_of(second, 0)
     weights = [p.detach().double().numpy().copy() for p in second.model.parameters()]
     gradients = [g.double().numpy() for g in torch.autograd.grad(loss, list(second.model.parameters()))]
@@ -102,7 +98,6 @@ def test_its_step_is_adamw_with_its_own_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_change_nothing_buffers_included(bad: float) -> None:
     second = companion()
-    second.prepare(Ranks())
     second.update(loss_of(second, 0))
     before = tensors(second)
     picture = torch.full((8, 4), bad)
@@ -118,7 +113,6 @@ def test_numbers_that_are_not_finite_change_nothing_buffers_included(bad: float)
 
 def test_five_skipped_steps_in_a_row_end_the_run() -> None:
     second = companion()
-    second.prepare(Ranks())
     for _ in range(4):
         second.update(loss_of(second, 0) * math.nan)
     with pytest.raises(NumericsError, match="second: loss or gradient was not finite in 5 steps in a row"):
@@ -137,7 +131,6 @@ def test_batches_of_a_step_are_one_batch_in_parts() -> None:
     whole, parts = companion(), companion(gradient_accumulation=2)
     for second in (whole, parts):
         second.model.eval()  # BatchNorm would see another batch
-        second.prepare(Ranks())
     before = tensors(parts)
     batch = torch.randn(8, 4, generator=generator(0, "batch", 0))
     whole.update((whole.model(batch) - 1).square().mean())

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from davae.errors import CheckpointError
@@ -42,8 +41,7 @@ def train(folder: Path, *, total_steps: int) -> TrainingState:
         steps=total_steps, betas=(0.9, 0.999), checkpoint_every=100, precision="float32", **constant_rate(1e-2)
     )
     model, second = small(), Companion("second", small(), recipe)
-    models, console = {"model": model}, Console(quiet=True)
-    state = TrainingState(recipe, folder, models, model.parameters(), companion=second, console=console)
+    state = TrainingState(recipe, folder, {"model": model}, model.parameters(), companion=second)
     for step in state.steps():
         batch = torch.randn(8, 4, generator=generator(0, "batch", step))
         state.update((model(batch) - 1).square().mean())

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,8 +62,7 @@ def tiny_state(folder: Path, model: nn.Module, name: OptimizerName, **changes: o
     settings |= {"learning_rate": PEAK, "warmup_steps": WARMUP}
     if name != "AdamWScheduleFree":
         settings["final_learning_rate"] = PEAK
-    recipe, console = OptimisationRecipe(**(settings | changes)), Console(quiet=True)
-    return TrainingState(recipe, folder, {"model": model}, model.parameters(), console=console)
+    return TrainingState(OptimisationRecipe(**(settings | changes)), folder, {"model": model}, model.parameters())
 
 
 def run(folder: Path, name: OptimizerName, *, stop_at: int | None = None, **changes: object) -> TrainingState:

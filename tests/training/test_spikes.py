@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from davae.run.record import read_metrics
@@ -62,7 +61,7 @@ def train(folder: Path, *, bad: tuple[int, ...] = BAD, stop: int = STEPS, skip_s
         skip_spikes=skip_spikes,
         **constant_rate(1e-2),
     )
-    state = TrainingState(recipe, folder, {"model": model}, model.parameters(), console=Console(quiet=True))
+    state = TrainingState(recipe, folder, {"model": model}, model.parameters())
 
     def loss(purpose: str, step: int, factor: float = 1.0) -> Tensor:
         batch = factor * torch.randn(64, 8, generator=generator(0, purpose, step))

@@ -33,7 +33,6 @@ def fill_cache(
     *,
     block: int,
     unit: str,
-    ranks: Ranks,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Compute the entries of all `keys` that are missing or damaged, on all ranks at once.
@@ -42,6 +41,8 @@ def fill_cache(
     bits of an entry depend neither on kills and restarts nor on the number of ranks. Equal keys have the first place's
     entry. `unit` is a plural noun for the progress bar.
     """
+    ranks = Ranks()
+
     # Damaged shards are renamed by all ranks before any rank looks for entries.
     cache.set_damaged_aside(process=ranks.rank, processes=ranks.count)
     ranks.wait("encoding")

@@ -15,13 +15,7 @@ from davae.run.ranks import Ranks
 from davae.training.guards import StepGuard
 from davae.training.optimizers import make_optimizer
 from davae.training.recipes import OptimisationRecipe
-from davae.training.weights import (
-    name_parameters,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_tensors,
-    saved_tensors,
-)
+from davae.training.weights import optimizer_tensors, restore_optimizer, restore_tensors, saved_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +23,18 @@ logger = logging.getLogger(__name__)
 class Companion:
     """A model, its optimiser at the recipe's constant learning rate, and their part of a `TrainingState`'s checkpoints.
 
-    The state moves it to its device and loads it when it resumes. For every batch of a step in which the model is
-    trained, call `update` once. All parameters of the model are trained, and its buffers are saved. It has no EMA.
-    Every rank holds it whole, with FSDP2, too. A checkpoint has the files `name`.safetensors and
-    `name`_optimizer.safetensors.
+    For every batch of a step in which the model is trained, call `update` once. All parameters of the model are
+    trained, and its buffers are saved. It has no EMA. Every rank holds it whole, with FSDP2, too. A checkpoint has the
+    files `name`.safetensors and `name`_optimizer.safetensors.
     """
 
     def __init__(self, name: str, model: nn.Module, recipe: OptimisationRecipe) -> None:
-        self.name, self.model, self.recipe = name, model, recipe
+        self._ranks = Ranks()
+        self.name, self.model, self.recipe = name, model.to(self._ranks.device), recipe
         self.guard = StepGuard(name)
         self._pending: list[Tensor] = []
-        names = name_parameters({name: model}, model.parameters())
-        self._trained = dict(zip(names, model.parameters(), strict=True))
-
-    def prepare(self, ranks: Ranks) -> None:
-        """Move the model to this rank's device and make its optimiser."""
-        self._ranks = ranks
-        self.model.to(ranks.device)
-        self.optimizer = make_optimizer(self.recipe, list(self._trained.values()))
+        self._trained = {f"{name}.{own_name}": parameter for own_name, parameter in model.named_parameters()}
+        self.optimizer = make_optimizer(recipe, list(self._trained.values()))
         self._keep_buffers()
 
     def update(self, loss: Tensor) -> None:

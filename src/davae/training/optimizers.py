@@ -1,7 +1,6 @@
 """The optimisers that a recipe may name: torch's AdamW, one whose moments have 8 bits, one that needs no schedule."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -54,31 +53,8 @@ def make_optimizer(recipe: OptimisationRecipe, weights: list[nn.Parameter]) -> t
     return optimizer
 
 
-@contextmanager
-def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Give its weights the values to be used; the trained ones come back exactly at the end.
-
-    They differ for schedule-free only: it trains at y, between the averages x, which are to be used, and the sequence z
-    of its steps (arXiv 2405.15682).
-    """
-    if not (hasattr(optimizer, "train") and hasattr(optimizer, "eval")):
-        yield
-        return
-
-    # Copies, because going to and fro has rounding errors.
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    trained = [weight.detach().clone() for weight in weights]
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        optimizer.train()
-        with torch.no_grad():
-            torch._foreach_copy_(weights, trained)
-
-
 def averages(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The values that `evaluated` gives its weights, bit for bit, for reading only."""
+    """The values that `TrainedWeights.evaluated` gives its weights, bit for bit, for reading only."""
     if not hasattr(optimizer, "eval"):
         return list(weights)
 
@@ -89,14 +65,3 @@ def averages(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) 
         z = optimizer.state.get(weight, {}).get("z")
         values.append(weight if z is None else torch.lerp(weight.detach(), z, toward).requires_grad_())
     return values
-
-
-def counts(optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
-    """What an optimiser keeps beside its tensors, for a checkpoint: `COUNTS`, or nothing."""
-    return {name: value for name, value in optimizer.param_groups[0].items() if name in COUNTS}
-
-
-def restore_counts(optimizer: torch.optim.Optimizer, saved: Mapping[str, int | float]) -> None:
-    """Take back the values of `counts`."""
-    for group in optimizer.param_groups:
-        group.update(saved)

@@ -85,7 +85,6 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         {"autoencoder": autoencoder},
         choose_trained(autoencoder, recipe),
         label="stage 1",
-        ranks=ranks,
         companion=discriminator,
         report_to=report_to,
         whole=compared_weights(autoencoder).values(),

@@ -72,14 +72,14 @@ def prepare_inputs(
 
     # Every step encodes.
     if recipe.online:
-        latents = encode_online(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed, ranks=ranks)
+        latents = encode_online(autoencoder, pictures, flips=recipe.flips, detail_noise=noise, seed=seed)
         return latents, conditions or encode_captions_online(pipeline, backbone, pictures, tokens)
 
     # All is encoded once, and then the frozen parts make room for training.
     caches = find_cache_folder(recipe, folder)
-    latents = cache_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed, ranks=ranks)
+    latents = cache_latents(autoencoder, pictures, caches, detail_noise=noise, seed=seed)
     if conditions is None:
-        conditions = cache_conditions(pipeline, backbone, pictures, caches, tokens=tokens, ranks=ranks)
+        conditions = cache_conditions(pipeline, backbone, pictures, caches, tokens=tokens)
     move_frozen(pipeline, torch.device("cpu"))
     return latents, conditions
 
@@ -130,7 +130,6 @@ def cache_latents(
     *,
     detail_noise: float = 0.0,
     seed: int = 0,
-    ranks: Ranks | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> ReadLatents:
     """Encode what the cache in `folder` lacks, and return a function that reads latents from it.
@@ -150,8 +149,7 @@ def cache_latents(
                 entries[index] = {"latents": latents}
         return [entries[index] for index in indices]
 
-    ranks = ranks or Ranks()
-    fill_cache(cache, keys, encode_block, block=IMAGES_TOGETHER, unit="pictures", ranks=ranks, shard_bytes=shard_bytes)
+    fill_cache(cache, keys, encode_block, block=IMAGES_TOGETHER, unit="pictures", shard_bytes=shard_bytes)
     add_noise = _fix_detail_noise(autoencoder, detail_noise, seed)
 
     def read(indices: Sequence[int], _batch: int = 0) -> Tensor:
@@ -161,24 +159,17 @@ def cache_latents(
 
 
 def encode_online(
-    autoencoder: AutoencoderDA,
-    pictures: PictureSet,
-    *,
-    flips: bool,
-    detail_noise: float,
-    seed: int,
-    ranks: Ranks | None = None,
+    autoencoder: AutoencoderDA, pictures: PictureSet, *, flips: bool, detail_noise: float, seed: int
 ) -> ReadLatents:
     """A function that encodes latents when they are asked for, of images half of which are mirrored with `flips`."""
     autoencoder.eval()
-    ranks = ranks or Ranks()
     add_noise = _fix_detail_noise(autoencoder, detail_noise, seed)
 
     def read(indices: Sequence[int], batch: int) -> Tensor:
         image = pictures.batch(indices)
         if flips:
             # Drawn anew for every sample of the run, the same for any number of ranks.
-            samples = ranks.sample_numbers(batch, len(indices))
+            samples = Ranks().sample_numbers(batch, len(indices))
             mirrored = rand(sample_generators(seed, "flips", samples)) < 0.5
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
         return add_noise(encode_latents(autoencoder, image), indices)
@@ -206,13 +197,7 @@ def _fix_detail_noise(autoencoder: AutoencoderDA, noise: float, seed: int) -> Ca
 
 
 def cache_conditions(
-    pipeline: DiffusionPipeline,
-    backbone: Backbone,
-    pictures: PictureSet,
-    folder: Path,
-    *,
-    tokens: int,
-    ranks: Ranks | None = None,
+    pipeline: DiffusionPipeline, backbone: Backbone, pictures: PictureSet, folder: Path, *, tokens: int
 ) -> ReadConditions:
     """Encode the captions that the cache in `folder` lacks, and return a function that reads conditions from it.
 
@@ -230,7 +215,7 @@ def cache_conditions(
             entries.append(trim_repeats({name: values[place] for name, values in encoded.items()}))
         return entries
 
-    fill_cache(cache, keys, encode_block, block=CAPTIONS_TOGETHER, unit="captions", ranks=ranks or Ranks())
+    fill_cache(cache, keys, encode_block, block=CAPTIONS_TOGETHER, unit="captions")
 
     def read(rows: Sequence[int]) -> dict[str, Tensor]:
         # Several rows may have one caption, which is read once.

@@ -85,13 +85,9 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     # The upgraded base and its pictures.
     pipeline = load_upgraded_base(recipe)
     transformer = pipeline.transformer
-    start_ports(
-        transformer,
-        backbone_of(transformer).ports,
-        base_channels=pipeline.vae.config.base_channels,
-        start=recipe.ports_start,
-        generator=generator(recipe.seed, "ports"),
-    )
+    ports, random = backbone_of(transformer).ports, generator(recipe.seed, "ports")
+    channels = pipeline.vae.config.base_channels
+    start_ports(transformer, ports, base_channels=channels, start=recipe.ports_start, generator=random)
     pictures = load_pictures(recipe, transformer, folder, ranks)
 
     # The trained parameters: both latent ports, and LoRA, layers or all others.
@@ -105,7 +101,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     # All refusals come before the hours of encoding.
     objectives = choose_objectives(pipeline, recipe, pictures.buckets)
     models = {"transformer": transformer}
-    state = TrainingState(recipe, folder, models, parameters, label="stage 2", ranks=ranks, report_to=report_to)
+    state = TrainingState(recipe, folder, models, parameters, label="stage 2", report_to=report_to)
     ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
     prompts = choose_prompts(recipe, transformer, pictures)
 
@@ -198,10 +194,8 @@ def draw_pictures(
 
     Training goes on as if no picture had been drawn: modes, devices and random state are restored.
     """
-    # The frozen parts may rest on the CPU; they go back there.
     transformer = pipeline.transformer
     was_training = transformer.training
-    places = {name: module.device for name, module in pipeline.components.items() if hasattr(module, "device")}
     pipeline.set_progress_bar_config(disable=True)
     move_frozen(pipeline, state.device)
     transformer.eval()
@@ -222,10 +216,10 @@ def draw_pictures(
                 )
             rows.append(images.cpu())
 
+    # Frozen parts whose results are cached make room for training again.
     transformer.train(was_training)
-    for name, device in places.items():
-        if name != "transformer":
-            pipeline.components[name].to(device)
+    if not recipe.online:
+        move_frozen(pipeline, torch.device("cpu"))
 
     # A column for each prompt.
     grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")

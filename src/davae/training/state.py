@@ -65,11 +65,9 @@ class TrainingState:
         parameters: the parameters to train, all of them out of `models`. Only these and the models' buffers are saved:
             the caller loads frozen weights again.
         label: what is trained, for the progress bar.
-        ranks: the processes of the run; by default those of the environment.
         companion: another model with an optimiser of its own, which joins the checkpoints; the caller updates it.
         report_to: trackers that get the lines of metrics.jsonl, too, and passed `check_trackers`.
         whole: parameters that FSDP2 does not shard, such as those at which a loss takes gradients.
-        console: where progress is shown; by default stderr.
 
     Raises:
         SettingsError: a parameter of no model, or a model with a reserved name.
@@ -86,28 +84,21 @@ class TrainingState:
         parameters: Iterable[nn.Parameter],
         *,
         label: str = "training",
-        ranks: Ranks | None = None,
         companion: Companion | None = None,
         report_to: Sequence[str] = (),
         whole: Iterable[Tensor] = (),
-        console: Console | None = None,
     ) -> None:
         self.recipe, self.label, self.report_to = recipe, label, tuple(report_to)
-        self.ranks = ranks or Ranks()
+        self.ranks = Ranks()
         self.device = self.ranks.device
         self.learning_rate = schedule_learning_rate(recipe)
         self.bfloat16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_bfloat16(self.device))
 
-        # Only rank 0 writes and shows progress.
         self.record = RunRecord(folder)
         self.trackers: list[GeneralTracker] = []
         self._checkpoints = self.record.folder / "checkpoints"
-        self._console = (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
-
-        self.weights = TrainedWeights(recipe, models, parameters, self.ranks, whole=whole)
+        self.weights = TrainedWeights(recipe, models, parameters, whole)
         self._companion = companion
-        if companion is not None:
-            companion.prepare(self.ranks)
 
         # A checkpoint, if there is one, overwrites these.
         self.step, self.seconds = 0, 0.0
@@ -135,8 +126,9 @@ class TrainingState:
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
         total, samples = self.recipe.steps, self.recipe.batch_size * self.recipe.gradient_accumulation
+        console = Console(stderr=True, quiet=not self.ranks.first)
         progress = StepProgress(
-            self.label, done=self.step, total=total, console=self._console, samples=samples, device=self.device
+            self.label, done=self.step, total=total, console=console, samples=samples, device=self.device
         )
         with lock, stop_requests() as request, progress:
             self.ranks.on_first(self._begin)

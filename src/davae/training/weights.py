@@ -1,7 +1,7 @@
 """The weights of a training run: trained parameters, whole or sharded, their optimiser and EMA, all of a checkpoint."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from davae.errors import CheckpointError, SettingsError
 from davae.run import faults
 from davae.run.ranks import Ranks
-from davae.training.optimizers import averages, counts, evaluated, make_optimizer, restore_counts
+from davae.training.optimizers import COUNTS, averages, make_optimizer
 from davae.training.recipes import OptimisationRecipe
 from davae.training.sharding import gather, gather_into, own_part, own_tensor, part_of, shard
 
@@ -34,17 +34,15 @@ class TrainedWeights:
         recipe: OptimisationRecipe,
         models: Mapping[str, nn.Module],
         parameters: Iterable[nn.Parameter],
-        ranks: Ranks,
-        *,
         whole: Iterable[Tensor],
     ) -> None:
-        self._ranks, self._models = ranks, dict(models)
+        self._ranks, self._models = Ranks(), dict(models)
         for model in self._models.values():
-            model.to(ranks.device)
+            model.to(self._ranks.device)
 
         # Sharding puts other parameters in the models; the optimiser and the EMA see this rank's part of each.
-        names = name_parameters(self._models, parameters)
-        self._twins = shard(self._models, ranks, whole) if ranks.sharded else {}
+        names = _find_names(self._models, parameters)
+        self._twins = shard(self._models, self._ranks, whole) if self._ranks.sharded else {}
         present = _all_parameters(self._models)
         self._trained = {name: present[name] for name in names}
         self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
@@ -95,9 +93,28 @@ class TrainedWeights:
         for parameter in (*self._trained.values(), *self._parts.values()):
             parameter.grad = None
 
-    def evaluated(self) -> AbstractContextManager[None]:
-        """The models with the trained weights as they are to be used: `optimizers.evaluated`."""
-        return evaluated(self.optimizer)
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The models with the trained weights as they are to be used; the trained values come back exactly at the end.
+
+        They differ for schedule-free only: it trains at y, between the averages x, which are to be used, and the
+        sequence z of its steps (arXiv 2405.15682).
+        """
+        optimizer: Any = self.optimizer
+        if not hasattr(optimizer, "eval"):
+            yield
+            return
+
+        # Copies, because going to and fro has rounding errors.
+        weights = list(self._parts.values())
+        trained = [weight.detach().clone() for weight in weights]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                torch._foreach_copy_(weights, trained)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -130,9 +147,8 @@ class TrainedWeights:
     def values(self) -> dict[str, Any]:
         """The plain values for a checkpoint."""
         values: dict[str, Any] = {"ema_steps": self._ema.optimization_step}
-        if optimizer_counts := counts(self.optimizer):
-            values["optimizer"] = optimizer_counts
-        return values
+        counts = {name: value for name, value in self.optimizer.param_groups[0].items() if name in COUNTS}
+        return {**values, "optimizer": counts} if counts else values
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], path: Path) -> None:
         """Take back the `groups` and `values` of the checkpoint `path`, or refuse those of other models."""
@@ -147,21 +163,8 @@ class TrainedWeights:
         self._ema.optimization_step = values["ema_steps"]
 
         restore_optimizer(self.optimizer, self._trained, self._parts, groups["optimizer"])
-        restore_counts(self.optimizer, values.get("optimizer", {}))
-
-
-def name_parameters(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> list[str]:
-    """The names "model.name" of parameters; refuses those of no model, none, and a model with a reserved name."""
-    if reserved := {"ema", "optimizer"} & set(models):
-        raise SettingsError(f"a model cannot be called {reserved.pop()}: a checkpoint has a file of that name")
-
-    # Parameters are found by identity: two may hold equal values.
-    names = {id(parameter): name for name, parameter in _all_parameters(models).items()}
-    parameters = list(parameters)
-    strangers = [tuple(p.shape) for p in parameters if id(p) not in names]
-    if strangers or not parameters:
-        raise SettingsError(f"parameters to train must belong to the models given; these do not (shapes): {strangers}")
-    return [names[id(p)] for p in parameters]
+        for group in self.optimizer.param_groups:
+            group.update(values.get("optimizer", {}))
 
 
 def saved_tensors(model: nn.Module, model_name: str, trained: Parameters) -> dict[str, Tensor]:
@@ -206,6 +209,20 @@ def restore_optimizer(
         is_int = not own.ndim and own.dtype == torch.int64
         state.setdefault(positions[name], {})[key] = int(own) if is_int else own
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _find_names(models: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> list[str]:
+    """The names "model.name" of parameters; refuses those of no model, none, and a model with a reserved name."""
+    if reserved := {"ema", "optimizer"} & set(models):
+        raise SettingsError(f"a model cannot be called {reserved.pop()}: a checkpoint has a file of that name")
+
+    # Parameters are found by identity: two may hold equal values.
+    names = {id(parameter): name for name, parameter in _all_parameters(models).items()}
+    parameters = list(parameters)
+    strangers = [tuple(p.shape) for p in parameters if id(p) not in names]
+    if strangers or not parameters:
+        raise SettingsError(f"parameters to train must belong to the models given; these do not (shapes): {strangers}")
+    return [names[id(p)] for p in parameters]
 
 
 def _all_parameters(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
