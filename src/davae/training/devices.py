@@ -65,12 +65,7 @@ def keep_stream_in_float32(model: Model) -> Model:
     steps of 1/256, as large as a good autoencoder's errors: a third of the decoder's gradient was rounding
     (experiments/LOG.md, 2026-11-30). Parameters and their names stay.
     """
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is not nn.Conv2d or name not in STREAM_CONVOLUTIONS:
-                continue
-            size, stride, padding = child.kernel_size, child.stride, child.padding
-            convolution = StreamConv2d(child.in_channels, child.out_channels, size, stride, padding, device="meta")
-            convolution.weight, convolution.bias = child.weight, child.bias
-            setattr(module, name, convolution)
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d and name.rpartition(".")[2] in STREAM_CONVOLUTIONS:
+            module.__class__ = StreamConv2d
     return model

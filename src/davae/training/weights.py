@@ -106,7 +106,7 @@ class TrainedWeights:
             return
 
         # Copies, because going to and fro has rounding errors.
-        weights = list(self._parts.values())
+        weights: list[Tensor] = list(self._parts.values())
         trained = [weight.detach().clone() for weight in weights]
         optimizer.eval()
         try:
