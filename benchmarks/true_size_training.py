@@ -41,7 +41,7 @@ from davae.seeds import generator
 from davae.training.devices import lay_out
 from davae.training.stage_one import make_discriminator
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights, loss_settings
-from davae.training.stage_two_loss import choose_objective
+from davae.training.stage_two import choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_transformer import choose_parameters, compile_blocks
 from davae.training.state import TrainingState

@@ -23,7 +23,7 @@ from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import draw_shared_noise, sample
 from davae.pipelines.saving import save_pipeline
 from davae.seeds import sample_generators
-from davae.training.stage_two_loss import choose_objective
+from davae.training.stage_two import choose_objective
 from tiny_upgrades import PROMPTS, TEXT_TOKENS, encode_tiny, make_images, numbers, record_calls, upgrade_tiny
 
 # Of diffusers' DPM solver: numpy is given a tensor.

@@ -15,7 +15,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.sampling import sample
 from davae.pipelines.saving import save_pipeline
-from davae.training.stage_two_loss import choose_objective
+from davae.training.stage_two import choose_objective
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from scenes import scene

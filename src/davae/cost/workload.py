@@ -24,7 +24,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.training.stage_one import base_reconstruction
 from davae.training.stage_one_recipe import AutoencoderRecipe, loss_settings
-from davae.training.stage_two_loss import FlowObjective, NoiseObjective, Objective
+from davae.training.stage_two import FlowObjective, NoiseObjective, Objective
 from davae.training.stage_two_recipe import FinetuneRecipe, flow_settings
 
 LAYERS = (torch.conv2d, F.linear)

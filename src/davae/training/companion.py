@@ -42,10 +42,7 @@ class Companion:
 
         If the loss or the norm of the gradients is not finite, or a buffer (BatchNorm's statistics) is not fit for a
         checkpoint, the step is skipped: weights and moments stay bit for bit as they were, and the buffers go back to
-        their values after the last step that was taken.
-
-        Raises:
-            NumericsError: five steps in a row were skipped.
+        their values after the last step that was taken. A NumericsError ends the run at the fifth skip in a row.
         """
         loss = faults.at("discriminator", loss)
         (loss / self.recipe.gradient_accumulation).backward()

@@ -71,9 +71,7 @@ class TrainingState:
 
     Raises:
         SettingsError: a parameter of no model, or a model with a reserved name.
-        RankError: another process is missing.
         CheckpointError: the newest checkpoint belongs to another recipe or to other models.
-        StorageError: the folder cannot be written.
     """
 
     def __init__(
@@ -118,11 +116,8 @@ class TrainingState:
         Shows progress, saves every `checkpoint_every` steps and at the end.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the state after the running step is saved.
-            SettingsError: another process trains in the same folder.
-            StorageError: a checkpoint or a metrics line cannot be written.
+            Interrupted: one of `SIGNALS` came; the state after the running step is saved.
             NumericsError: the last step was skipped, because its loss or gradients were not finite.
-            RankError: another rank is missing.
         """
         lock = alone(self.record.folder) if self.ranks.first else nullcontext()
         total, samples = self.recipe.steps, self.recipe.batch_size * self.recipe.gradient_accumulation
@@ -171,15 +166,11 @@ class TrainingState:
 
         Loss and logs of a step are the means over its batches. A step whose loss or gradient norm is not finite is
         skipped: weights, optimiser and EMA stay bit for bit as they were. The skip is counted, and logged with the
-        names of the step's samples. So is a spike of loss or norm, which is skipped only if `skip_spikes`.
+        names of the step's samples. So is a spike of loss or norm, which is skipped only if `skip_spikes`. A
+        NumericsError ends the run when five steps in a row were not finite.
 
-        Args:
-            loss: a scalar with a graph, the mean over one batch.
-            logs: more scalars for the metrics line.
-            samples: names of the samples in the batch.
-
-        Raises:
-            NumericsError: five steps in a row were skipped.
+        `loss` is a scalar with a graph, the mean over one batch; `logs` has more scalars for the metrics line, and
+        `samples` the names of the samples in the batch.
         """
         assert not self._updated, "call update() once for every batch of a step, inside the loop over steps()"
         loss = faults.at("backward", faults.at("loss", loss))
