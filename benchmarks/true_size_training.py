@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from davae import AutoencoderDA, assets
 from davae.backbones import backbone_of
-from davae.cost.geometry import META, Geometry
-from davae.cost.random_weights import build
+from davae.cost.geometry import META, Geometry, build
 from davae.cost.timing import Run, compute_paired_ratios, compute_spread, find_dense_peak, measure_interleaved
 from davae.cost.workload import count_stage_one, count_stage_two
 from davae.method.discriminator import PatchDiscriminator
@@ -85,9 +84,8 @@ def stage_two_flops(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> int:
     with META:
         transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
         autoencoder = AutoencoderDA.from_config(pipeline.vae.config)
-    backbone = backbone_of(transformer)
     choose_parameters(transformer, recipe, TARGETS, "")
-    return count_stage_two(transformer, autoencoder, recipe, backbone).flops
+    return count_stage_two(transformer, autoencoder, recipe).flops
 
 
 def stage_two(

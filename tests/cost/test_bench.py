@@ -27,7 +27,7 @@ def pair() -> dict:
 
 
 def measured(*seconds: float) -> Measured:
-    return Measured(cold=9.0, calls=1, seconds=seconds, peak_bytes=2**30, added_bytes=0)
+    return Measured(cold=9.0, calls=1, seconds=list(seconds), peak_bytes=2**30, added_bytes=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- cases

@@ -90,7 +90,7 @@ def test_a_forward_pass_costs_what_was_counted_before(sd35m, finetune_figures) -
     assert small == pytest.approx(closed_form(32**2) / 1e12, rel=0.005)
     backbone, transformer = BACKBONES["SD3Transformer2DModel"], to_half(sd35m.transformer)
     with torch.no_grad(), counting(transformer) as work:
-        backbone.velocity(transformer, meta(1, 16, 128, 128), meta(1), make_condition(transformer, backbone, 256))
+        backbone.velocity(transformer, meta(1, 16, 128, 128), meta(1), make_condition(transformer, 256))
     assert work.flops / 1e12 == pytest.approx(11.25, rel=0.01)
     assert work.flops == pytest.approx(closed_form(64**2), rel=0.005)
 

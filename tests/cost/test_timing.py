@@ -1,6 +1,5 @@
 """The logic of timing; how long anything takes is never asserted."""
 
-import itertools
 import os
 import time
 
@@ -12,7 +11,6 @@ from davae.cost.timing import (
     compute_paired_ratios,
     compute_spread,
     find_dense_peak,
-    interleave,
     measure_ceilings,
     measure_interleaved,
 )
@@ -36,11 +34,18 @@ def test_ratios_are_of_pairs_not_of_medians() -> None:
 
 
 def test_runs_are_interleaved_and_numbers_kept_apart() -> None:
-    order, clock = [], itertools.count()
-    runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    found = interleave(runs, 3, lambda name, run: run() or float(next(clock)))
+    order: list[str] = []
+
+    def run(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    runs = {"a": lambda: run("a", 0), "b": lambda: run("b", 0.1), "c": lambda: run("c", 0)}
+    found = measure_interleaved(runs, CPU, repeats=2, warm_up=1, shortest=0.0)
     assert order == list("abcabcabc")
-    assert found == {"a": [0, 3, 6], "b": [1, 4, 7], "c": [2, 5, 8]}
+    assert list(found) == list("abc")
+    assert min(found["b"].seconds) >= 0.1
+    assert max(found["a"].seconds + found["c"].seconds) < 0.1
 
 
 def test_the_warm_up_is_run_and_not_counted() -> None:

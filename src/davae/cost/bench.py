@@ -19,7 +19,7 @@ from davae.cost.cases import (
     count_weight_bytes,
     make_runs,
 )
-from davae.cost.random_weights import build
+from davae.cost.geometry import build
 from davae.cost.timing import (
     SHORTEST,
     Ceilings,
@@ -42,11 +42,10 @@ from davae.training.devices import lay_out
 from davae.training.stage_two_transformer import compile_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# By the type of device: the sizes of the matrix product and of the copy that measure the ceilings.
 CEILINGS = {"cuda": {"side": 8192, "copied_bytes": 8 * 10**9}, "cpu": {"side": 1024, "copied_bytes": 256 * 2**20}}
-"""By the type of device: the sizes of the matrix product and of the copy that measure the ceilings."""
-
+# The parts whose share of the ceiling of products is in the table.
 RATED = ("step", "decode", "whole")
-"""The parts whose share of the ceiling of products is in the table."""
 
 
 def load_pair(
@@ -63,7 +62,7 @@ def load_pair(
     """The candidate and, if there is a comparison, the pipeline that it is compared with, by name.
 
     Either `pipeline` with its adapters and perhaps `against`, folders or names on the Hub; or a `geometry`, a base of
-    `layers` blocks with random weights (`random_weights.build`), which is compared with its own upgrade.
+    `layers` blocks with random weights (`davae.cost.geometry.build`), which is compared with its own upgrade.
     """
     place = torch.device(device)
     chosen = dtype or ("float32" if place.type == "cpu" else "bfloat16")
@@ -72,15 +71,14 @@ def load_pair(
     if (pipeline is None) == (geometry is None):
         raise SettingsError("give a PIPELINE, or a --geometry to build one with random weights, and not both")
 
+    # The candidate is named after its folder and its adapters' folders.
     if pipeline is not None:
         if layers is not None:
             raise SettingsError("--layers is for a --geometry: a loaded pipeline is as deep as it is")
-        # The candidate is named after its folder and its adapters' folders.
         name = " + ".join(path.name for path in (Path(pipeline), *adapter))
-        settings: dict[str, Any] = {"dtype": DTYPES[chosen], "device": place}
-        pair = {name: load_pipeline(pipeline, adapter=adapter, **settings)}
+        pair = {name: load_pipeline(pipeline, adapter=adapter, dtype=DTYPES[chosen], device=place)}
         if against is not None:
-            pair[f"against {Path(against).name}"] = load_pipeline(against, **settings)
+            pair[f"against {Path(against).name}"] = load_pipeline(against, dtype=DTYPES[chosen], device=place)
         return pair
 
     # A geometry has text encoders only if they are timed, because they may be its larger part.
@@ -104,11 +102,9 @@ def make_cases(
     """
     (name, pipeline), *others = pair.items()
     side = Case(name, pipeline, 0).backbone.picture_side(pipeline, size)
-    candidate = Case(f"{name}, {side} px", pipeline, side, **settings)
-
-    cases = [candidate]
+    cases = [Case(f"{name}, {side} px", pipeline, side, **settings)]
     for other, base in others:
-        for each in against_sizes or choose_sizes(candidate, base):
+        for each in against_sizes or choose_sizes(cases[0], base):
             cases.append(Case(f"{other}, {each} px", base, each, **settings))
     return cases
 
@@ -168,9 +164,8 @@ def bench(
         measured[part] = measure_interleaved(turns, device, shortest=shortest, **counts)
 
     # The others are compared with the candidate: measured times, and counted operations.
-    lines = [describe_case(case, measured, ceilings) for case in cases]
-    candidate = lines[0]
-    for line in lines[1:]:
+    candidate, *others = lines = [_describe_case(case, measured, ceilings) for case in cases]
+    for line in others:
         line["against"] = candidate["case"]
         line["ratios"] = compare_times(measured, line["case"], candidate["case"])
         line["counted_ratios"] = {}
@@ -185,12 +180,11 @@ def bench(
     return table
 
 
-def describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ceilings: Ceilings) -> dict[str, Any]:
+def _describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ceilings: Ceilings) -> dict[str, Any]:
     """One line of bench.jsonl: plain JSON values, in seconds, bytes and operations."""
     pipeline, device = case.pipeline, case.pipeline.device
     dtype = pipeline.transformer.dtype
     peak, flops, weights = find_dense_peak(device, dtype), count_flops(case), count_weight_bytes(case)
-    is_gpu = device.type == "cuda"
 
     parts: dict[str, dict[str, Any]] = {}
     for part, measurements in measured.items():
@@ -211,6 +205,7 @@ def describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ce
             "weights_read_of_copy_ceiling": reading / ceilings.copy if reading else None,
         }
 
+    is_gpu = device.type == "cuda"
     return {
         "case": case.name,
         "pipeline": type(pipeline).__name__,
@@ -262,24 +257,23 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_case(line: Mapping[str, Any], rated: Sequence[str]) -> list[str]:
     parts, speed = line["parts"], line["images_per_second"]
-    cells = [
-        line["case"],
-        f"{line['tokens']}",
-        f"{sum(line['parameters'].values()) / 1e6:,.2f}",
-        f"{line['flops']['whole'] / line['batch'] / 1e12:.3g}",
-    ]
+    cells = [line["case"], f"{line['tokens']}", f"{sum(line['parameters'].values()) / 1e6:,.2f}"]
+    cells.append(f"{line['flops']['whole'] / line['batch'] / 1e12:.3g}")
 
-    # A column for the time of each part, and the largest peak of all.
-    peaks = []
+    # Times with three significant digits of the median: a column for each part.
     for part in parts.values():
-        cells.append(_format_milliseconds(part["seconds"]))
-        peaks.append(part["peak_bytes"])
+        median, p10, p90 = (1000 * part["seconds"][key] for key in ("median", "p10", "p90"))
+        digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 0
+        cells.append(f"{median:.{digits}f} [{p10:.{digits}f}, {p90:.{digits}f}]")
+
+    # The largest peak of all parts, and shares in percent.
+    peaks = [part["peak_bytes"] for part in parts.values()]
     cells.append("-" if speed is None else f"{speed:.3g}")
     cells.append("-" if None in peaks else f"{max(peaks) / 2**30:.2f}")
-
-    for part in rated:
-        cells.append(_format_percent(parts[part]["of_product_ceiling"]))
-    return [*cells, _format_percent(parts.get("step", {}).get("mfu"))]
+    shares = [parts[part]["of_product_ceiling"] for part in rated]
+    for share in (*shares, parts.get("step", {}).get("mfu")):
+        cells.append("-" if share is None else f"{100 * share:.1f}")
+    return cells
 
 
 def _format_ratios(line: Mapping[str, Any]) -> list[str]:
@@ -290,14 +284,3 @@ def _format_ratios(line: Mapping[str, Any]) -> list[str]:
             cell += f" {line['counted_ratios'][part]:.3f}"
         cells.append(cell)
     return cells
-
-
-def _format_milliseconds(seconds: Mapping[str, float]) -> str:
-    """Median, p10 and p90, with three significant digits of the median."""
-    median = 1000 * seconds["median"]
-    digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 0
-    return f"{median:.{digits}f} [{1000 * seconds['p10']:.{digits}f}, {1000 * seconds['p90']:.{digits}f}]"
-
-
-def _format_percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

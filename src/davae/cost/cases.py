@@ -32,8 +32,8 @@ call, a batch of 2 for each image, or of 1 where guidance is an input. decode: t
 decoded images on the device to Pillow's. whole: the stock pipeline, from prompts to Pillow's images."""
 PROMPT = "a red apple on a wooden table"
 GUIDANCE = 4.0
+# How the names of an autoencoder's decoding parts begin.
 DECODING = ("decoder", "post_quant_conv", "joint_", "detail_upsample")
-"""How the names of an autoencoder's decoding parts begin."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,11 @@ class Case:
 
     name: str
     pipeline: DiffusionPipeline
-    size: int
-    """Side of the images in pixels."""
+    size: int  # side of the images in pixels
     batch: int = 1
-    """Batch size in images."""
-    steps: int = 28
-    """Sampling steps, all guided; they matter to "whole" only."""
-    prompt_tokens: int = 256
-    """Length to which the longest text encoder pads."""
-    seed: int = 0
-    """Of latents and conditions."""
+    steps: int = 28  # sampling steps, all guided; they matter to "whole" only
+    prompt_tokens: int = 256  # length to which the longest text encoder pads
+    seed: int = 0  # of latents and conditions
 
     @property
     def backbone(self) -> Backbone:
@@ -64,6 +59,11 @@ class Case:
         return self.batch * self.backbone.guided_rows
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return base_facts(self.pipeline.vae.config).latent_channels
+
+    @property
     def latent_side(self) -> int:
         """Side of the latents."""
         return self.size // downsample_factor(self.pipeline.vae.config)
@@ -74,13 +74,18 @@ class Case:
         return (self.latent_side // patch_side(self.pipeline.transformer, self.backbone.ports)) ** 2
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """By component name; empty for class-conditional pipelines, and for those that were built without."""
-        encoders = {}
+    def text_encoders(self) -> list[nn.Module]:
+        """Empty for class-conditional pipelines, and for those that were built without."""
+        encoders = []
         for name, part in self.pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
-                encoders[name] = part
+                encoders.append(part)
         return encoders
+
+    def make_condition(self, transformer: ModelMixin) -> dict[str, Tensor]:
+        """A condition without values; CLIPs pad as the pipeline's own tokenizers do."""
+        clip_tokens = self.pipeline.tokenizer_max_length if self.backbone.clip_tokens else 0
+        return make_condition(transformer, self.prompt_tokens, clip_tokens)
 
 
 def choose_sizes(candidate: Case, base: DiffusionPipeline) -> list[int]:
@@ -112,9 +117,8 @@ def choose_parts(case: Case, names: Sequence[str]) -> list[str]:
 
 def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object]]:
     """A function without arguments for each part. Its inputs are made here on the device, random and never zero."""
-    pipeline, device = case.pipeline, case.pipeline.device
-    dtype, batch, rows = pipeline.transformer.dtype, case.batch, case.rows
-    channels, side = base_facts(pipeline.vae.config).latent_channels, case.latent_side
+    pipeline, device, dtype = case.pipeline, case.pipeline.device, case.pipeline.transformer.dtype
+    rows, latent = case.rows, (case.latent_channels, case.latent_side, case.latent_side)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(purpose: str, *shape: int) -> Tensor:
@@ -122,14 +126,14 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
 
     runs: dict[str, Callable[[], object]] = {}
     if "text" in parts:
-        prompts = [PROMPT] * batch + [""] * (rows - batch)
+        prompts = [PROMPT] * case.batch + [""] * (rows - case.batch)
         runs["text"] = lambda: case.backbone.condition(pipeline, prompts, max_sequence_length=case.prompt_tokens)
 
     if "step" in parts:
-        latents = draw("bench latents", rows, channels, side, side)
+        latents = draw("bench latents", rows, *latent)
         sigma = torch.full((rows,), 0.5, device=device, dtype=dtype)
         condition = {}
-        for name, blank in _make_condition(case, pipeline.transformer).items():
+        for name, blank in case.make_condition(pipeline.transformer).items():
             shape = (rows, *blank.shape[1:])
             # Masks and class numbers are ones.
             is_real = blank.is_floating_point()
@@ -137,11 +141,11 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
         runs["step"] = lambda: case.backbone.predict(pipeline.transformer, latents, sigma, condition)
 
     if "decode" in parts:
-        codes = draw("bench codes", batch, channels, side, side)
+        codes = draw("bench codes", case.batch, *latent)
         runs["decode"] = lambda: decode_latents(pipeline.vae, codes)
 
     if "to-cpu" in parts:
-        images = draw("bench pictures", batch, 3, case.size, case.size).clamp(-1, 1)
+        images = draw("bench pictures", case.batch, 3, case.size, case.size).clamp(-1, 1)
         runs["to-cpu"] = lambda: pipeline.image_processor.postprocess(images, output_type="pil")
 
     if "whole" in parts:
@@ -149,22 +153,16 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
     return runs
 
 
-def _make_condition(case: Case, transformer: ModelMixin) -> dict[str, Tensor]:
-    """A condition without values; CLIPs pad as the pipeline's own tokenizers do."""
-    clip = case.pipeline.tokenizer_max_length if case.backbone.clip_tokens else 0
-    return make_condition(transformer, case.backbone, case.prompt_tokens, clip)
-
-
 def _sample(case: Case) -> object:
     """One call of the stock pipeline."""
-    # Classes have no captions, and their pipelines draw the noise themselves.
     pipeline, size = case.pipeline, case.size
-    settings: dict[str, Any] = {"num_inference_steps": case.steps}
+    settings: dict[str, Any] = {"num_inference_steps": case.steps, "guidance_scale": GUIDANCE}
+
+    # Classes have no captions, and their pipelines draw the noise themselves.
     if case.backbone.classes:
-        settings |= {"guidance_scale": GUIDANCE, "generator": torch.Generator().manual_seed(case.seed)}
         if isinstance(pipeline, ClassConditionalFlowPipeline):
             settings |= {"height": size, "width": size, "guidance_interval": (0.0, 1.0)}
-        return pipeline([0] * case.batch, **settings)
+        return pipeline([0] * case.batch, generator=torch.Generator().manual_seed(case.seed), **settings)
 
     side = case.latent_side
     noise = draw_shared_noise(pipeline, range(case.batch), seed=case.seed, height=side, width=side)
@@ -177,28 +175,26 @@ def _sample(case: Case) -> object:
         guidance_scale=GUIDANCE,
         prompt_tokens=case.prompt_tokens,
     )
-    return pipeline(**arguments, **settings)
+    return pipeline(**arguments, num_inference_steps=case.steps)
 
 
 def count_part_parameters(case: Case) -> dict[str, int]:
     """Parameters of transformer, autoencoder and all text encoders."""
-    groups = {
-        "transformer": [case.pipeline.transformer],
-        "autoencoder": [case.pipeline.vae],
-        "text encoders": list(case.text_encoders.values()),
+    return {
+        "transformer": count_parameters(case.pipeline.transformer),
+        "autoencoder": count_parameters(case.pipeline.vae),
+        "text encoders": count_parameters(*case.text_encoders),
     }
-    return {name: count_parameters(*parts) for name, parts in groups.items()}
 
 
 def count_weight_bytes(case: Case) -> dict[str, int]:
     """Bytes of the weights that each part must read at least once; decoding does not read the encoder."""
     vae = case.pipeline.vae
     decoder = [part for name, part in vae.named_children() if name.startswith(DECODING)]
-    groups = {"text": list(case.text_encoders.values()), "step": [case.pipeline.transformer], "decode": decoder}
-    sizes = dict.fromkeys(groups, 0)
-    for name, parts in groups.items():
-        for part in parts:
-            sizes[name] += sum(parameter.nbytes for parameter in part.parameters())
+    modules = {"text": case.text_encoders, "step": [case.pipeline.transformer], "decode": decoder}
+    sizes = {}
+    for part, own in modules.items():
+        sizes[part] = sum(parameter.nbytes for parameter in nn.ModuleList(own).parameters())
     return sizes
 
 
@@ -207,20 +203,15 @@ def count_flops(case: Case) -> dict[str, int]:
 
     A multiplication and its addition count as two. "whole" is text, all steps and decode.
     """
-    pipeline, backbone, side = case.pipeline, case.backbone, case.latent_side
+    pipeline, side = case.pipeline, case.latent_side
     with META:
         transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
-    step = count_transformer_flops(
-        transformer,
-        backbone,
-        channels=base_facts(pipeline.vae.config).latent_channels,
-        side=side,
-        condition=_make_condition(case, transformer),
-    )
+    condition = case.make_condition(transformer)
+    step = count_transformer_flops(transformer, channels=case.latent_channels, side=side, condition=condition)
 
     # Text encoders that pad, each for one prompt.
     text = 0
-    for encoder in case.text_encoders.values() if backbone.padded_text else []:
+    for encoder in case.text_encoders if case.backbone.padded_text else []:
         with META:
             copy = to_half(type(encoder)(encoder.config))
         # A CLIP pads to all of its positions, a T5 to the length that it is told.

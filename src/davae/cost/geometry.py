@@ -1,13 +1,21 @@
-"""The models of a base pipeline from its configs: on the meta device, without weights."""
+"""Base pipelines made from their configs: without weights, to count on; or with random weights, to time.
+
+Neither speed nor a count depends on what the weights are.
+"""
 
 import importlib
+import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+from transformers import CLIPTokenizer, T5Tokenizer
 
+import davae
 from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
@@ -16,13 +24,22 @@ from davae.pipelines.autoencoders import LOADING_ERRORS
 
 META = torch.device("meta")
 
+# Folders in `assets.geometry()` by their short names.
+GEOMETRIES = {
+    "sd35m": "stable-diffusion-3.5-medium",
+    "flux": "FLUX.1-dev",
+    "sana": "Sana_1600M_1024px_diffusers",
+    "lightningdit-xl": "vavae-lightningdit-xl",
+}
+# The configs' keys for the number of blocks, or of blocks of one kind.
+DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers")
+
 
 @dataclass(frozen=True)
 class Geometry:
     """A base pipeline's autoencoder and transformer on the meta device."""
 
-    source: str
-    """The folder or the Hub's name where the configs come from."""
+    source: str  # the folder or the Hub's name where the configs come from
     vae: ModelMixin
     transformer: ModelMixin
 
@@ -33,12 +50,11 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     If it is no folder, its configs are looked for in the folder of the same name in `geometry/` beside the recipe, then
     among the shipped ones, then on the Hub.
     """
-    # The places where configs may be, nearest first.
     local = beside.parent / "geometry" / Path(base).name
     source = base or str(assets.base_pipeline())
     if not Path(source).is_dir():
-        shipped = assets.geometry() / Path(base).name
-        source = str(next((folder for folder in (local, shipped) if folder.is_dir()), source))
+        places = (local, assets.geometry() / Path(base).name)
+        source = str(next((folder for folder in places if folder.is_dir()), source))
 
     # Only classes that davae knows are made.
     try:
@@ -49,9 +65,13 @@ def read_geometry(base: str, beside: Path) -> Geometry:
                 f"{source} has a {vae} and a {transformer}; allowed are {', '.join(BASE_AUTOENCODERS)} and "
                 f"{', '.join(BACKBONES)}"
             )
-        kind = getattr(importlib.import_module("davae" if library == "davae" else "diffusers"), transformer)
-        vae_class = BASE_AUTOENCODERS[vae].load_class()
-        return Geometry(source, _make_blank(vae_class, source, "vae"), _make_blank(kind, source, "transformer"))
+        transformer_class = _find_class("davae" if library == "davae" else "diffusers", transformer)
+        with META:
+            return Geometry(
+                source,
+                vae=_make_part(BASE_AUTOENCODERS[vae].load_class(), source, "vae"),
+                transformer=_make_part(transformer_class, source, "transformer"),
+            )
     except SettingsError:  # a ValueError, too, as diffusers' errors are
         raise
     except LOADING_ERRORS as error:
@@ -61,7 +81,100 @@ def read_geometry(base: str, beside: Path) -> Geometry:
         ) from error
 
 
-def _make_blank(kind: type[Any], source: str, subfolder: str) -> Any:
-    config = kind.load_config(source, subfolder=subfolder)
-    with META:
-        return kind.from_config(config)
+def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """The base pipeline of a key of `GEOMETRIES` or a folder of configs, with random weights, none of them all zero.
+
+    The transformer and each text encoder keep `layers` blocks of each kind, or all; without `text` there are no text
+    encoders, which may be the larger part.
+    """
+    folder = assets.geometry() / GEOMETRIES[name] if name in GEOMETRIES else Path(name)
+    if not (folder / "model_index.json").is_file():
+        raise SettingsError(
+            f"geometry {name!r}: allowed are {', '.join(GEOMETRIES)}, or a folder of a pipeline's configs"
+        )
+
+    # Tokenizers need files that configs lack, so stand-ins take their place.
+    index = DiffusionPipeline.load_config(folder)
+    parts: dict[str, Any] = {}
+    for part, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        library, class_name = entry
+        if class_name is None or (library == "transformers" and not text):
+            parts[part] = None
+        elif class_name in TOKENIZERS:
+            parts[part] = TOKENIZERS[class_name]()
+        else:
+            with torch.random.fork_rng(), device:
+                torch.manual_seed(0)
+                parts[part] = _make_part(_find_class(library, class_name), str(folder), part, layers)
+                if isinstance(parts[part], nn.Module):
+                    _settle(parts[part], dtype)
+
+    name = index["_class_name"]
+    return _find_class("davae" if name in davae.__all__ else "diffusers", name)(**parts)
+
+
+def _find_class(library: str, name: str) -> type[Any]:
+    return getattr(importlib.import_module(library), name)
+
+
+def _make_part(kind: type[Any], source: str, part: str, layers: int | None = None) -> Any:
+    """A model with at most `layers` blocks of a kind; or a scheduler."""
+    where = f"{Path(source).name}'s {part}"
+    if not hasattr(kind, "config_class"):  # of diffusers
+        config = kind.load_config(source, subfolder=part)
+        return kind.from_config({**config, **_cut_depth(config, layers, where)})
+    config = kind.config_class.from_pretrained(source, subfolder=part)
+    config.update(_cut_depth(config.to_dict(), layers, where))
+    return kind(config)
+
+
+def _cut_depth(config: dict[str, Any], layers: int | None, where: str) -> dict[str, Any]:
+    """The changes of a config that leave `layers` blocks of each kind."""
+    depths = [name for name in DEPTHS if name in config]
+    if layers is None or not depths:
+        return {}
+
+    # A model of several kinds of blocks keeps as many of each.
+    least = min(config[name] for name in depths)
+    if not 1 <= layers <= least:
+        raise SettingsError(f"layers={layers}: {where} has 1 to {least}")
+
+    changes: dict[str, Any] = dict.fromkeys(depths, layers)
+    if "dual_attention_layers" in config:
+        changes["dual_attention_layers"] = [layer for layer in config["dual_attention_layers"] if layer < layers]
+    return changes
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the model to `dtype` and evaluation mode; no parameter stays zero, since zeros could be faster."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    nn.Module.to(model, dtype=dtype).eval().requires_grad_(False)
+
+
+def _make_clip_tokenizer() -> CLIPTokenizer:
+    # Each letter stands within a word, and at its end.
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for ending in ("", "</w>"):
+        for letter in string.ascii_lowercase:
+            vocabulary[letter + ending] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def _make_t5_tokenizer() -> T5Tokenizer:
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0)]
+    for letter in "\u2581" + string.ascii_lowercase:
+        vocabulary.append((letter, -1.0))
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+
+
+# By class: a tokenizer that knows only single letters. It pads prompts to the same length as the true one.
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "CLIPTokenizer": _make_clip_tokenizer,
+    "T5Tokenizer": _make_t5_tokenizer,
+    "T5TokenizerFast": _make_t5_tokenizer,
+}

@@ -4,20 +4,21 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 Run = Callable[[], object]
 
+# Least seconds of one measurement: a shorter run is repeated within it, and the mean counts.
 SHORTEST = 0.2
-"""Least seconds of one measurement: a shorter run is repeated within it, and the mean counts."""
+# Calls of a run within one measurement, at most.
 MOST_CALLS = 100
-"""Calls of a run within one measurement, at most."""
+# Dense bfloat16 operations a second from the data sheets, by a part of the device's name.
 DENSE_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations a second from the data sheets, by a part of the device's name."""
+
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -33,31 +34,25 @@ class Spread:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """The measurements of one run."""
 
-    cold: float
-    """Seconds of the first call, compilation and caches included."""
-    calls: int
-    """Calls within one measurement."""
-    seconds: tuple[float, ...]
-    """Of one call, for each measurement after the warm-up."""
-    peak_bytes: int | None
-    """Peak memory during a measurement, with weights and all other cases: allocated by torch on a GPU, resident on the
-    CPU. None where the system does not report it."""
-    added_bytes: int | None
-    """The same above the memory in use when that measurement began."""
+    cold: float  # seconds of the first call, compilation and caches included
+    calls: int  # within one measurement
+    seconds: list[float] = field(default_factory=list)  # of one call, for each measurement after the warm-up
+    # Peak memory during a measurement, with weights and all other cases: allocated by torch on a GPU, resident on the
+    # CPU. None where the system does not report it.
+    peak_bytes: int | None = None
+    added_bytes: int | None = None  # the same above the memory in use when that measurement began
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """The measured limits of the machine."""
 
-    products: float
-    """Operations a second of a large matrix product, in the requested precision."""
-    copy: float
-    """Bytes a second, read and written, of a large copy."""
+    products: float  # operations a second of a large matrix product, in the requested precision
+    copy: float  # bytes a second, read and written, of a large copy
 
 
 def compute_spread(values: Sequence[float]) -> Spread:
@@ -73,49 +68,28 @@ def compute_paired_ratios(numerators: Sequence[float], denominators: Sequence[fl
     return compute_spread([above / below for above, below in zip(numerators, denominators, strict=True)])
 
 
-def interleave(runs: Mapping[str, Run], repeats: int, measure: Callable[[str, Run], float]) -> dict[str, list[float]]:
-    """The results of `measure` for each run, in the order A B C A B C: what slows the machine down slows down all."""
-    results: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            results[name].append(measure(name, run))
-    return results
-
-
 @torch.no_grad()
 def measure_interleaved(
     runs: Mapping[str, Run], device: torch.device, *, repeats: int, warm_up: int, shortest: float = SHORTEST
 ) -> dict[str, Measured]:
     """Time runs against each other, without gradients: `repeats` measurements of at least `shortest` seconds each."""
-    # The warm-up says how many calls a measurement needs; its first call is recorded as `cold`.
-    warm = interleave(runs, warm_up, lambda name, run: _time(run, 1, device))
-    calls = {}
+    warm: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in _interleave(runs, warm_up):
+        warm[name].append(_time(run, 1, device))
+
+    # The warm-up says how many calls a measurement needs.
+    measured = {}
     for name, seconds in warm.items():
-        calls[name] = min(MOST_CALLS, max(1, math.ceil(shortest / max(seconds[-1], 1e-9))))
+        calls = math.ceil(shortest / max(seconds[-1], 1e-9))
+        measured[name] = Measured(cold=seconds[0], calls=min(MOST_CALLS, max(1, calls)))
 
-    # A measurement also tells the peak of memory, and how much was in use before.
-    peaks: dict[str, int] = {}
-    added: dict[str, int] = {}
-
-    def measure(name: str, run: Run) -> float:
-        before = _reset_peak(device)
-        seconds = _time(run, calls[name], device)
+    for name, run in _interleave(runs, repeats):
+        own, before = measured[name], _reset_peak(device)
+        own.seconds.append(_time(run, own.calls, device))
         if before is not None:
             peak = _read_peak(device)
-            peaks[name] = max(peaks.get(name, 0), peak)
-            added[name] = max(added.get(name, peak - before), peak - before)
-        return seconds
-
-    times = interleave(runs, repeats, measure)
-    measured = {}
-    for name in runs:
-        measured[name] = Measured(
-            cold=warm[name][0],
-            calls=calls[name],
-            seconds=tuple(times[name]),
-            peak_bytes=peaks.get(name),
-            added_bytes=added.get(name),
-        )
+            own.peak_bytes = max(own.peak_bytes or 0, peak)
+            own.added_bytes = max(own.added_bytes or 0, peak - before)
     return measured
 
 
@@ -147,6 +121,12 @@ def find_dense_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
+def _interleave(runs: Mapping[str, Run], rounds: int) -> Iterator[tuple[str, Run]]:
+    """The runs in the order A B C A B C: what slows the machine down slows down all."""
+    for _ in range(rounds):
+        yield from runs.items()
+
+
 def _time(run: Run, calls: int, device: torch.device) -> float:
     """Seconds of one call, the mean of several."""
     began = _read_clock(device)
@@ -176,6 +156,6 @@ def _read_peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_resident("VmHWM")
 
 
-def _read_resident(field: str) -> int:
-    after = _STATUS.read_text().split(f"{field}:")[1]
+def _read_resident(field_name: str) -> int:
+    after = _STATUS.read_text().split(f"{field_name}:")[1]
     return 1024 * int(after.split()[0])

@@ -5,7 +5,7 @@ A meta tensor has a shape and no values, so a pass through a model of any size t
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from davae.backbones import BACKBONES, Backbone
+from davae.backbones import BACKBONES, backbone_of
 from davae.cost.geometry import META, Geometry
 from davae.errors import SettingsError
 from davae.method.perceptual import LPIPS, alex_stages, vgg_stages
@@ -27,25 +27,59 @@ from davae.training.stage_one_recipe import AutoencoderRecipe, loss_settings
 from davae.training.stage_two import FlowObjective, NoiseObjective, Objective
 from davae.training.stage_two_recipe import FinetuneRecipe, flow_settings
 
+# The functions whose inputs autocast brings to the precision of their weights.
 LAYERS = (torch.conv2d, F.linear)
-"""The functions whose inputs autocast brings to the precision of their weights."""
-ATTENTION = ("query", "key", "value")
+# Names of integers in a condition.
+INTEGERS = ("class_labels", "attention_mask", "encoder_attention_mask")
+
+
+@dataclass
+class Work:
+    """Counts of some work: matrix products, convolutions and attention; and what the backward pass needs."""
+
+    flops: int = 0  # a multiplication and its addition count as two
+    kept_bytes: int = 0  # all tensors that autograd keeps, each storage once, without weights
+
+
+@contextmanager
+def counting(*models: nn.Module) -> Iterator[Work]:
+    """Count what runs inside. The parameters and buffers of `models` are not activations."""
+    work = Work()
+    # By storage, because layers may see views of a tensor. The tensors are held, so that no address is used again.
+    storages: dict[int, Tensor] = {}
+    for model in models:
+        for weight in (*model.parameters(), *model.buffers()):
+            storages[weight.untyped_storage()._cdata] = weight
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in storages:
+            storages[storage._cdata] = tensor
+            work.kept_bytes += storage.nbytes()
+        return tensor
+
+    # Everything that autograd saves for the backward pass goes through `keep`.
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    mapping = {torch.ops.aten.convolution_backward: _count_convolution_backward}
+    with _AsOnAGpu(), FlopCounterMode(display=False, custom_mapping=mapping) as counter, hooks:
+        yield work
+    work.flops = counter.get_total_flops()
 
 
 class _AsOnAGpu(TorchFunctionMode):
-    """Behave like autocast and fused kernels on a GPU, for models in bfloat16 on the meta device.
-
-    Attention is one kernel, which keeps no matrix of scores; a layer casts its input to the precision of its weights.
-    """
+    """Behave like autocast and fused kernels on a GPU, for models in bfloat16 on the meta device."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Flash attention is one kernel, which keeps no matrix of scores.
         if func is F.scaled_dot_product_attention:
-            # As on a GPU with flash attention.
-            query, key, value = (args + tuple(kwargs.get(name) for name in ATTENTION))[:3]
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            inputs = (named["query"], named["key"], named["value"])
+            return torch.ops.aten._scaled_dot_product_flash_attention(*inputs)[0]
+
+        # A layer casts its input to the precision of its weights.
         if func in LAYERS:
             layer_input, weight, *others = args
             return func(layer_input.to(weight.dtype), weight, *others, **kwargs)
@@ -58,43 +92,6 @@ def _count_convolution_backward(
     """Each gradient costs as much as the forward pass; torch's own count forgets the groups of a convolution."""
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = others
     return conv_flop_count(list(image), list(weight), list(grad), transposed=transposed) * (wanted[0] + wanted[1])
-
-
-@dataclass
-class Work:
-    """Counts of some work: matrix products, convolutions and attention; and what the backward pass needs."""
-
-    flops: int = 0
-    """A multiplication and its addition count as two."""
-    kept_bytes: int = 0
-    """All tensors that autograd keeps, each storage once, without weights."""
-    _storages: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-
-@contextmanager
-def counting(*models: nn.Module) -> Iterator[Work]:
-    """Count what runs inside. The parameters and buffers of `models` are not activations."""
-    # Weights are known by their storages, because layers may see views of them.
-    work = Work()
-    weights = set()
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            weights.add(tensor.untyped_storage()._cdata)
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in work._storages:
-            work._storages[storage._cdata] = tensor  # held, so that its address is not used again
-            work.kept_bytes += storage.nbytes()
-        return tensor
-
-    # Everything that autograd saves for the backward pass goes through `keep`.
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    mapping = {torch.ops.aten.convolution_backward: _count_convolution_backward}
-    with _AsOnAGpu(), FlopCounterMode(display=False, custom_mapping=mapping) as counter, hooks:
-        yield work
-    work.flops = counter.get_total_flops()
-    work._storages.clear()
 
 
 def count_parameters(*modules: nn.Module | None, trained: bool = False) -> int:
@@ -143,35 +140,30 @@ def count_stage_one(
         target = image
         if recipe.target == "base reconstruction":
             target = base_reconstruction(autoencoder, geometry.vae, image)
-        loss = stage_one_loss(
-            autoencoder, image, lpips, loss_settings(recipe), target=target, discriminator=discriminator
-        )
+        settings = loss_settings(recipe)
+        loss = stage_one_loss(autoencoder, image, lpips, settings, target=target, discriminator=discriminator)
         loss.total.backward()
         if discriminator is not None:
             loss.discriminator.backward()
     return work
 
 
-def count_stage_two(
-    transformer: ModelMixin, autoencoder: AutoencoderDA, recipe: FinetuneRecipe, backbone: Backbone
-) -> Work:
+def count_stage_two(transformer: ModelMixin, autoencoder: AutoencoderDA, recipe: FinetuneRecipe) -> Work:
     """One image through the widened transformer and stage 2's loss, with the backward pass."""
-    config = autoencoder.config
+    config, backbone = autoencoder.config, backbone_of(transformer)
     side = recipe.size // autoencoder.downsample_factor
     latents = meta(1, config.latent_channels, side, side)
     noise = torch.empty_like(latents)
 
     # Shift and noise schedule change no shape.
-    objective: Objective
-    if backbone.noise is None:
-        objective = FlowObjective(backbone, config.base_channels, shift=1.0, settings=flow_settings(recipe))
-        time = meta(1)
-    else:
-        objective = NoiseObjective(backbone, config.base_channels, torch.linspace(0.999, 0.001, 1000))
+    time = meta(1)
+    objective: Objective = FlowObjective(backbone, config.base_channels, shift=1.0, settings=flow_settings(recipe))
+    if backbone.noise is not None:
         time = meta(1, dtype=torch.long)
+        objective = NoiseObjective(backbone, config.base_channels, torch.linspace(0.999, 0.001, 1000))
 
     # One sample, as in `davae.training.stage_two`.
-    condition = make_condition(transformer, backbone, recipe.prompt_tokens)
+    condition = make_condition(transformer, recipe.prompt_tokens)
     with counting(to_half(transformer)) as work:
         prediction = objective.predict(transformer, latents, noise, time, condition)
         loss, _ = objective.loss(prediction, latents, noise, time, detail_weight=1.0)
@@ -179,29 +171,25 @@ def count_stage_two(
     return work
 
 
-def count_transformer_flops(
-    transformer: ModelMixin, backbone: Backbone, *, channels: int, side: int, condition: dict[str, Tensor]
-) -> int:
+def count_transformer_flops(transformer: ModelMixin, *, channels: int, side: int, condition: dict[str, Tensor]) -> int:
     """FLOPs of one image's pass through a transformer without weights, on latents [channels, side, side]."""
-    to_half(transformer)
-    with torch.no_grad(), counting(transformer) as work:
-        backbone.predict(transformer, meta(1, channels, side, side), meta(1), condition)
+    with torch.no_grad(), counting(to_half(transformer)) as work:
+        backbone_of(transformer).predict(transformer, meta(1, channels, side, side), meta(1), condition)
     return work.flops
 
 
-def make_condition(
-    transformer: ModelMixin, backbone: Backbone, prompt_tokens: int, clip_tokens: int | None = None
-) -> dict[str, Tensor]:
+def make_condition(transformer: ModelMixin, prompt_tokens: int, clip_tokens: int | None = None) -> dict[str, Tensor]:
     """One caption or class as the transformer is told it, without values; `clip_tokens` as published if None."""
+    backbone = backbone_of(transformer)
     if backbone.condition_shapes is None:
         known = [name for name, row in BACKBONES.items() if row.condition_shapes is not None]
         raise SettingsError(
             f"the budget of a {type(transformer).__name__} cannot be counted: davae does not know the shapes of its "
             f"captions. Allowed are {', '.join(known)}"
         )
+
     clip = backbone.clip_tokens if clip_tokens is None else clip_tokens
-    whole = {"class_labels", "attention_mask", "encoder_attention_mask"}
-    return {
-        name: meta(1, *shape, dtype=torch.long if name in whole else torch.bfloat16)
-        for name, shape in backbone.condition_shapes(transformer, clip + prompt_tokens).items()
-    }
+    condition = {}
+    for name, shape in backbone.condition_shapes(transformer, clip + prompt_tokens).items():
+        condition[name] = meta(1, *shape, dtype=torch.long if name in INTEGERS else torch.bfloat16)
+    return condition

@@ -9,8 +9,7 @@ from torch import nn
 
 import tiny_pipelines
 from davae import assets
-from davae.cost.geometry import read_geometry
-from davae.cost.random_weights import GEOMETRIES, build
+from davae.cost.geometry import GEOMETRIES, build, read_geometry
 from davae.errors import SettingsError
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline
 
