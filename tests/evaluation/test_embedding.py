@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from davae.errors import SettingsError
-from davae.evaluation.embedding import principal_components, tsne
-from davae.evaluation.structure import by_chance, neighbourhood_agreement
+from davae.evaluation.structure import by_chance, neighbourhood_agreement, principal_components, tsne
 
 
 def cloud(count: int = 60, width: int = 5) -> np.ndarray:

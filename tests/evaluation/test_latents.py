@@ -12,8 +12,8 @@ from PIL import Image
 from davae import AutoencoderDA, detail_alignment_loss
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
 from davae.evaluation.latents import choose_positions, describe, draw_latents, encode_halves
+from davae.evaluation.report import matrix_tile, place_colours, scatter_tile
 from davae.evaluation.structure import at_positions, neighbourhood_agreement
 from davae.method.closed_form import fit_closed_form
 from davae.pipelines.autoencoders import load_autoencoder, load_base_vae

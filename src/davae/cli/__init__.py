@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from davae import __version__
-from davae.cli import cache, data, making, measuring, training
+from davae.cli import data, making, measuring, training
 from davae.cli.options import by_first, is_first, say
 from davae.errors import DavaeError
 
@@ -39,7 +39,7 @@ verbs: dict[str, Callable[..., None]] = {
 for name, verb in verbs.items():
     app.command(name=name)(verb)
 app.add_typer(data.app, name="data")
-app.add_typer(cache.app, name="cache")
+app.add_typer(training.caches, name="cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

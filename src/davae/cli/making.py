@@ -6,19 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, parse_size, quiet_libraries, say, show
+from davae.cli.options import choose_device, quiet_libraries, say, show, with_dry_run
 from davae.errors import SettingsError
 
 
+@with_dry_run
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run that stopped resumes.")] = Path("runs/demo"),
     budget: Annotated[str, typer.Option(help="tiny (a check that everything runs) or short (the demo).")] = "short",
     seed: options.Seed = 0,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Train, upgrade, fine-tune, generate and measure with the shipped pair and images, and write a page."""
-    if dry_run:
-        return show({"out": out, "budget": budget, "seed": seed})
     quiet_libraries()
     from davae.demo import run_demo
 
@@ -27,21 +25,16 @@ def demo(
     say(page.with_name("figure.png"))
 
 
-def inspect(
-    pipeline: options.PipelinePath,
-    adapter: options.Adapter = [],
-    size: options.ImageSize = None,
-    dry_run: options.DryRun = False,
-) -> None:
+@with_dry_run
+def inspect(pipeline: options.PipelinePath, adapter: options.Adapter = [], size: options.ImageSize = None) -> None:
     """Print a pipeline's factor, channels, tokens per size and ports, and what an upgrade would change."""
-    if dry_run:
-        return show({"pipeline": pipeline, "adapter": adapter, "size": parse_size(size)})
     from davae.pipelines.inspection import describe
     from davae.pipelines.loading import load_pipeline
 
-    show(describe(load_pipeline(pipeline, adapter=adapter), parse_size(size)))
+    show(describe(load_pipeline(pipeline, adapter=adapter), size))
 
 
+@with_dry_run
 def upgrade(
     pipeline: options.PipelinePath,
     autoencoder: options.AutoencoderPath,
@@ -51,12 +44,8 @@ def upgrade(
     ] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="Also upload OUT to the Hub as NAME.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make NAME private if it is new.")] = False,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Write the upgraded, warm-started pipeline: a stock pipeline for twice the side length at the same tokens."""
-    if dry_run:
-        inputs = {"pipeline": pipeline, "autoencoder": autoencoder, "out": out}
-        return show({**inputs, "portable": portable, "push_to_hub": push_to_hub, "private": private})
     from davae.pipelines.autoencoders import load_autoencoder
     from davae.pipelines.loading import load_pipeline
     from davae.pipelines.publishing import check_repository_name, make_upgrade_card, push_folder, write_card
@@ -102,6 +91,7 @@ def import_(
         say(out)
 
 
+@with_dry_run
 def generate(
     pipeline: options.PipelinePath,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One image for each.")],
@@ -115,21 +105,14 @@ def generate(
     lora: Annotated[str | None, typer.Option(help="A LoRA of the base or this model: file, folder or name.")] = None,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Generate images from prompts."""
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": parse_size(size)}
-    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
-    if dry_run:
-        inputs = {"pipeline": pipeline, "adapter": adapter, "lora": lora, "prompts": prompts}
-        return show({**inputs, "out": out, **settings})
     from davae.evaluation.generation import generate
     from davae.pipelines.base_lora import load_base_lora
     from davae.pipelines.loading import load_pipeline
-    from davae.run.ranks import join_ranks
 
-    join_ranks(rank_timeout)
-    loaded = load_pipeline(pipeline, adapter=adapter, device=choose_device(device))
+    loaded = load_pipeline(pipeline, adapter=adapter, device=choose_device(device, rank_timeout))
     if lora is not None:
         load_base_lora(loaded, lora)
-    say(generate(loaded, prompts, out, **settings))
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    say(generate(loaded, prompts, out, prompt_tokens=prompt_tokens, seed=seed, **settings))

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, parse_size, quiet_libraries, say, show
+from davae.cli.options import choose_device, quiet_libraries, say, with_dry_run
 
 
+@with_dry_run
 def reconstruct(
     autoencoder: options.AutoencoderPath,
     pictures: options.ImageSource,
@@ -19,30 +20,25 @@ def reconstruct(
     compare: Annotated[list[Path], typer.Option(help="Folder of another autoencoder. Repeatable.")] = [],
     patch: Annotated[int, typer.Option(min=1, help="Patch size of a transformer, to count tokens.")] = 2,
     ablate_detail: Annotated[bool, typer.Option(help="Also measure with the detail zeroed, and randomised.")] = False,
-    kid: Annotated[bool, typer.Option(help="Also measure KID of the reconstructions.")] = False,
+    with_kid: Annotated[bool, typer.Option("--kid/--no-kid", help="Also measure KID of the reconstructions.")] = False,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS on held-out images, beside the base's bounds and other tokenizers if given."""
-    settings: dict[str, Any] = {"size": size, "limit": limit, "patch": patch}
-    settings |= {"ablate_detail": ablate_detail, "with_kid": kid}
-    if dry_run:
-        inputs = {"autoencoder": autoencoder, "pictures": pictures, "base": base, "compare": compare}
-        return show({**inputs, "out": out, **settings})
     from davae.evaluation.reconstruction import reconstruct
-    from davae.evaluation.tokenizers import load_tokenizers
+    from davae.evaluation.tokenizers import load_tokenizer, name_folders
     from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
-    from davae.run.ranks import join_ranks
 
-    join_ranks(rank_timeout)
-    where = choose_device(device)
+    where = choose_device(device, rank_timeout)
     vae = None if base is None else load_base_vae(base, device=where)
     loaded = load_autoencoder(autoencoder, base=vae, device=where)
-    tokenizers = load_tokenizers(compare, device=where)
-    say(reconstruct(loaded, pictures, out, base=vae, compare=tokenizers, **settings))
+    others = {name: load_tokenizer(folder, device=where) for name, folder in name_folders(compare).items()}
+    settings: dict[str, Any] = {"size": size, "limit": limit, "patch": patch}
+    settings |= {"ablate_detail": ablate_detail, "with_kid": with_kid}
+    say(reconstruct(loaded, pictures, out, base=vae, compare=others, **settings))
 
 
+@with_dry_run
 def latents(
     autoencoders: Annotated[list[Path], typer.Argument(metavar="AUTOENCODER...", help="Folders of AutoencoderDAs.")],
     pictures: options.ImageSource,
@@ -54,12 +50,8 @@ def latents(
     neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that are compared.")] = 10,
     seed: options.Seed = 0,
     device: options.Device = None,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Draw base and detail latents beside each other (t-SNE, PCA, spectra), and measure how alike they are."""
-    settings: dict[str, Any] = {"size": size, "limit": limit, "points": points, "neighbours": neighbours, "seed": seed}
-    if dry_run:
-        return show({"autoencoders": autoencoders, "pictures": pictures, "base": base, "out": out, **settings})
     from davae.evaluation.latents import draw_latents
     from davae.evaluation.tokenizers import name_folders
     from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
@@ -70,9 +62,11 @@ def latents(
     loaded = {}
     for name, folder in name_folders(autoencoders).items():
         loaded[name] = load_autoencoder(folder, base=vae, device=where)
+    settings: dict[str, Any] = {"size": size, "limit": limit, "points": points, "neighbours": neighbours, "seed": seed}
     say(draw_latents(loaded, pictures, out, **settings))
 
 
+@with_dry_run
 def evaluate(
     pipeline: options.PipelinePath,
     pictures: options.ImageSource,
@@ -86,31 +80,30 @@ def evaluate(
     adapter: options.Adapter = [],
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Generate from a set's captions, and measure KID against its images."""
-    settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale}
-    settings |= {"size": parse_size(size), "prompt_tokens": prompt_tokens, "seed": seed}
-    if dry_run:
-        return show({"pipeline": pipeline, "adapter": adapter, "pictures": pictures, "out": out, **settings})
     from davae.evaluation.generation import evaluate
     from davae.pipelines.loading import load_pipeline
-    from davae.run.ranks import join_ranks
 
-    join_ranks(rank_timeout)
-    loaded = load_pipeline(pipeline, adapter=adapter, device=choose_device(device))
-    say(evaluate(loaded, pictures, out, **settings))
+    loaded = load_pipeline(pipeline, adapter=adapter, device=choose_device(device, rank_timeout))
+    settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "size": size}
+    say(evaluate(loaded, pictures, out, prompt_tokens=prompt_tokens, seed=seed, **settings))
 
 
+@with_dry_run
 def bench(
     pipeline: Annotated[str | None, typer.Argument(metavar="[PIPELINE]", help="Folder or name on the Hub.")] = None,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="The pipeline to compare it with.")] = None,
     geometry: Annotated[str | None, typer.Option(help="Instead of PIPELINE: random weights, such as sd35m.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Blocks that a --geometry keeps.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.jsonl and bench.md.")] = Path("runs/bench"),
-    part: Annotated[list[str], typer.Option(help="text, step, decode, to-cpu, whole; default: all. Repeatable.")] = [],
+    parts: Annotated[
+        list[str], typer.Option("--part", help="text, step, decode, to-cpu, whole; default: all. Repeatable.")
+    ] = [],
     size: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the pipeline's.")] = None,
-    against_size: Annotated[list[int], typer.Option(help="BASE's; default: equal pixels and tokens. Repeatable.")] = [],
+    against_sizes: Annotated[
+        list[int], typer.Option("--against-size", help="BASE's; default: equal pixels and tokens. Repeatable.")
+    ] = [],
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the part whole.")] = 28,
     prompt_tokens: options.PromptTokens = 256,
@@ -119,28 +112,20 @@ def bench(
     whole_repeats: Annotated[
         int | None, typer.Option(min=1, help="Measurements of whole; by default --repeats.")
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformers' blocks.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="The autoencoders' memory format.")] = False,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on a CPU.")] = None,
     seed: options.Seed = 0,
     adapter: options.Adapter = [],
     device: options.Device = None,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Time a pipeline's parts, alone or against its base, beside counted operations and the machine's ceilings."""
-    # Options by the function that takes them.
-    source: dict[str, Any] = {"against": against, "adapter": adapter, "geometry": geometry, "layers": layers}
-    source |= {"parts": part, "dtype": dtype}
-    case: dict[str, Any] = {"size": size, "against_sizes": against_size, "batch": batch, "steps": steps}
-    case |= {"prompt_tokens": prompt_tokens, "seed": seed}
-    levers = {"compiled": compile, "channels_last": channels_last}
-    counts: dict[str, Any] = {"repeats": repeats, "warm_up": warm_up, "whole_repeats": whole_repeats}
-    if dry_run:
-        return show({"pipeline": pipeline, **source, **case, **levers, **counts, "out": out})
     quiet_libraries()
     from davae.cost.bench import bench, load_pair, make_cases, quicken
 
-    pair = load_pair(pipeline, device=choose_device(device), **source)
-    cases = make_cases(pair, **case)
-    quicken(pair.values(), **levers)
-    say(bench(cases, out, parts=part, **counts))
+    source: dict[str, Any] = {"adapter": adapter, "geometry": geometry, "layers": layers, "dtype": dtype}
+    pair = load_pair(pipeline, against, parts=parts, device=choose_device(device), **source)
+    case: dict[str, Any] = {"batch": batch, "steps": steps, "prompt_tokens": prompt_tokens, "seed": seed}
+    cases = make_cases(pair, size=size, against_sizes=against_sizes, **case)
+    quicken(pair.values(), compiled=compiled, channels_last=channels_last)
+    say(bench(cases, out, parts=parts, repeats=repeats, warm_up=warm_up, whole_repeats=whole_repeats))

@@ -1,6 +1,7 @@
 """What the verbs share: their common options, and how they print."""
 
 import functools
+import inspect
 import json
 import os
 import re
@@ -14,7 +15,20 @@ from rich.console import Console
 
 from davae.errors import SettingsError
 
+Verb = Callable[..., None]
+
 _stdout = Console(soft_wrap=True, highlight=False)
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """The side, or width and height, in pixels: "256" or "320x192"."""
+    # Up to six digits: larger numbers are typing errors.
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
+    if match is None:
+        raise typer.BadParameter(f"{text}: give a side in pixels, such as 256, or WIDTHxHEIGHT, such as 320x192")
+    width, height = match.groups()
+    return int(width) if height is None else (int(width), int(height))
+
 
 # Where things are read and written.
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
@@ -38,7 +52,10 @@ ResultFolder = Annotated[Path, typer.Option(help="Folder for the results and the
 
 # Images and how they are sampled.
 ImageSize = Annotated[
-    str | None, typer.Option(metavar="SIDE|WIDTHxHEIGHT", help="In pixels; by default the pipeline's own square.")
+    Any,
+    typer.Option(
+        metavar="SIDE|WIDTHxHEIGHT", help="In pixels; by default the pipeline's own square.", parser=parse_size
+    ),
 ]
 Side = Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most this many images.")]
@@ -57,13 +74,30 @@ ReportTo = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
 
 
-def choose_device(name: str | None) -> str:
-    """The device of that name, or by default a GPU if there is one; each rank has its own."""
+def with_dry_run(verb: Verb) -> Verb:
+    """Give a verb the option --dry-run: print its settings, and leave without calling it."""
+
+    @functools.wraps(verb)
+    def run(*, dry_run: bool, **settings: Any) -> None:
+        if not dry_run:
+            return verb(**settings)
+        # Where the verb would run is no setting.
+        show({name: value for name, value in settings.items() if name not in ("device", "rank_timeout")})
+
+    # typer reads the options from the signature.
+    signature = inspect.signature(verb)
+    option = inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DryRun)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    return run
+
+
+def choose_device(name: str | None, rank_timeout: float = 1800.0) -> str:
+    """The device of that name, or by default a GPU if there is one, for each rank its own; waits for the ranks."""
     import torch
 
-    from davae.run.ranks import Ranks
+    from davae.run.ranks import Ranks, join_ranks
 
-    # Several ranks on one machine have a GPU each, which `Ranks` knows.
+    join_ranks(rank_timeout)
     gpu = torch.cuda.is_available()
     allowed = ["cpu", "cuda"] if gpu else ["cpu"]
     if name is not None and name.partition(":")[0] not in allowed:
@@ -81,18 +115,6 @@ def choose_trackers(names: list[str]) -> list[str]:
     return names
 
 
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """The side, or width and height, in pixels: "256" or "320x192"."""
-    if text is None:
-        return None
-    # Up to six digits: larger numbers are typing errors.
-    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
-    if match is None:
-        raise SettingsError(f"--size {text}: give a side in pixels, such as 256, or WIDTHxHEIGHT, such as 320x192")
-    width, height = match.groups()
-    return int(width) if height is None else (int(width), int(height))
-
-
 def quiet_libraries() -> None:
     """Keep notes on torchvision, casts and cut captions out of a run's progress; errors are still shown."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
@@ -104,7 +126,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def by_first(verb: Callable[..., None]) -> Callable[..., None]:
+def by_first(verb: Verb) -> Verb:
     """Let rank 0 run the verb as if it were the only process; the other ranks leave at once."""
 
     @functools.wraps(verb)

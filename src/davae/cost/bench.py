@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from davae.cost import timing
 from davae.cost.cases import (
     Case,
     choose_parts,
@@ -20,16 +21,6 @@ from davae.cost.cases import (
     make_runs,
 )
 from davae.cost.geometry import build
-from davae.cost.timing import (
-    SHORTEST,
-    Ceilings,
-    Measured,
-    compute_paired_ratios,
-    compute_spread,
-    find_dense_peak,
-    measure_ceilings,
-    measure_interleaved,
-)
 from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_facts
@@ -46,6 +37,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CEILINGS = {"cuda": {"side": 8192, "copied_bytes": 8 * 10**9}, "cpu": {"side": 1024, "copied_bytes": 256 * 2**20}}
 # The parts whose share of the ceiling of products is in the table.
 RATED = ("step", "decode", "whole")
+
+# By part, then by the name of the case.
+Measurements = Mapping[str, Mapping[str, timing.Measured]]
 
 
 def load_pair(
@@ -129,20 +123,14 @@ def bench(
     repeats: int = 7,
     warm_up: int = 3,
     whole_repeats: int | None = None,
-    shortest: float = SHORTEST,
-    ceilings: Ceilings | None = None,
+    shortest: float = timing.SHORTEST,
+    ceilings: timing.Ceilings | None = None,
 ) -> str:
     """Time the cases against each other, and return the table in `out`/bench.md; bench.jsonl has a line for each.
 
-    Args:
-        cases: the candidate first; ratios are the others' times over its own.
-        out: a folder; files of an earlier run are replaced.
-        parts: names out of `cases.PARTS`; all that the cases have if none is named.
-        repeats: interleaved measurements of each part of each case.
-        warm_up: calls of each before the measurements.
-        whole_repeats: measurements of "whole" after a single call, for images that take long; None is like the others.
-        shortest: see `measure_interleaved`.
-        ceilings: of this machine; measured if None.
+    The first case is the candidate; ratios are the others' times over its own. `parts` are names out of `cases.PARTS`,
+    or all that the cases have. `whole_repeats` are the measurements of "whole" after a single call, for images that
+    take long; None is like the other parts. `shortest`: see `measure_interleaved`; `ceilings` are measured if None.
 
     Raises:
         SettingsError: a part or a size that a case does not have.
@@ -151,17 +139,17 @@ def bench(
     shared = set.intersection(*(set(choose_parts(case, parts)) for case in cases))
     parts = [part for part in choose_parts(cases[0], parts) if part in shared]
     device, dtype = cases[0].pipeline.device, cases[0].pipeline.transformer.dtype
-    ceilings = ceilings or measure_ceilings(device, dtype, **CEILINGS[device.type])
+    ceilings = ceilings or timing.measure_ceilings(device, dtype, **CEILINGS[device.type])
     runs = {case.name: make_runs(case, parts) for case in cases}
 
     # The cases take turns in each part, so that a change of the machine's speed changes all alike.
-    measured: dict[str, dict[str, Measured]] = {}
+    measured: dict[str, dict[str, timing.Measured]] = {}
     for part in parts:
         counts = {"repeats": repeats, "warm_up": warm_up}
         if part == "whole" and whole_repeats is not None:
             counts = {"repeats": whole_repeats, "warm_up": 1}
         turns = {name: own[part] for name, own in runs.items()}
-        measured[part] = measure_interleaved(turns, device, shortest=shortest, **counts)
+        measured[part] = timing.measure_interleaved(turns, device, shortest=shortest, **counts)
 
     # The others are compared with the candidate: measured times, and counted operations.
     candidate, *others = lines = [_describe_case(case, measured, ceilings) for case in cases]
@@ -180,17 +168,17 @@ def bench(
     return table
 
 
-def _describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], ceilings: Ceilings) -> dict[str, Any]:
+def _describe_case(case: Case, measured: Measurements, ceilings: timing.Ceilings) -> dict[str, Any]:
     """One line of bench.jsonl: plain JSON values, in seconds, bytes and operations."""
     pipeline, device = case.pipeline, case.pipeline.device
     dtype = pipeline.transformer.dtype
-    peak, flops, weights = find_dense_peak(device, dtype), count_flops(case), count_weight_bytes(case)
+    peak, flops, weights = timing.find_dense_peak(device, dtype), count_flops(case), count_weight_bytes(case)
 
     parts: dict[str, dict[str, Any]] = {}
     for part, measurements in measured.items():
         own = measurements[case.name]
         # Rates follow from the median time.
-        spread = compute_spread(own.seconds)
+        spread = timing.compute_spread(own.seconds)
         rate = flops[part] / spread.median if part in flops else None
         reading = weights[part] / spread.median if part in weights else None
         parts[part] = {
@@ -224,11 +212,11 @@ def _describe_case(case: Case, measured: Mapping[str, Mapping[str, Measured]], c
     }
 
 
-def compare_times(measured: Mapping[str, Mapping[str, Measured]], name: str, candidate: str) -> dict[str, Any]:
+def compare_times(measured: Measurements, name: str, candidate: str) -> dict[str, Any]:
     """By part: the spread of a case's time over the candidate's, measurement by measurement."""
     ratios = {}
     for part, cases in measured.items():
-        ratios[part] = dataclasses.asdict(compute_paired_ratios(cases[name].seconds, cases[candidate].seconds))
+        ratios[part] = dataclasses.asdict(timing.compute_paired_ratios(cases[name].seconds, cases[candidate].seconds))
     return ratios
 
 
@@ -250,7 +238,7 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
     facts, limit = first["environment"], first["ceilings"]
     return text + (
         f"\n{first['device']}, {first['dtype']}, batch {first['batch']}, {first['steps']} guided steps, torch "
-        f"{facts['versions']['torch']}, commit {facts['commit']}. Ceilings, measured: products "
+        f"{facts['versions']['torch']}, commit {facts['commit']}. timing.Ceilings, measured: products "
         f"{limit['products'] / 1e12:.3g} TFLOP/s, copy {limit['copy'] / 1e9:.3g} GB/s.\n"
     )
 

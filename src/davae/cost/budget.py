@@ -14,20 +14,9 @@ from torch import nn
 from davae import assets
 from davae.backbones import backbone_of, widen_transformer
 from davae.backbones.sizes import checked_side
+from davae.cost import workload
 from davae.cost.geometry import META, Geometry, read_geometry
 from davae.cost.timing import DENSE_PEAKS
-from davae.cost.workload import (
-    Work,
-    count_decode_flops,
-    count_parameters,
-    count_stage_one,
-    count_stage_two,
-    count_transformer_flops,
-    counting,
-    make_condition,
-    meta,
-    to_half,
-)
 from davae.errors import DavaeError, SettingsError
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.widen import measure_width, patch_side
@@ -52,6 +41,8 @@ BYTES = 4
 SAMPLING_STEPS, SAMPLING_EVALUATIONS = 28, 249
 
 GIB = 2**30
+
+Models = tuple[nn.Module | None, ...]
 
 
 class Figure(NamedTuple):
@@ -98,10 +89,10 @@ def estimate_stage_one(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Fi
     discriminator = PatchDiscriminator(torch.Generator()).to(META) if recipe.loss.adversarial else None
     models = (autoencoder, discriminator)
 
-    work = count_stage_one(autoencoder, discriminator, geometry, recipe)
+    work = workload.count_stage_one(autoencoder, discriminator, geometry, recipe)
     return [
         *_count_autoencoder(autoencoder, discriminator),
-        Figure("trained in this stage", count_parameters(*models, trained=True), "parameters", "counted"),
+        Figure("trained in this stage", workload.count_parameters(*models, trained=True), "parameters", "counted"),
         *_describe_tokens(autoencoder, geometry.transformer, recipe.size),
         *_count_passes(autoencoder, recipe.size),
         _tflop(f"one crop of {recipe.crop} px, forward and backward", work.flops),
@@ -144,13 +135,13 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
             geometry.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
         )
     figures = [
-        Figure("base transformer", count_parameters(geometry.transformer), "parameters", "counted"),
-        Figure("widened transformer", count_parameters(transformer), "parameters", "counted"),
+        Figure("base transformer", workload.count_parameters(geometry.transformer), "parameters", "counted"),
+        Figure("widened transformer", workload.count_parameters(transformer), "parameters", "counted"),
     ]
 
     # Sampling runs the transformer without LoRA, so its forward pass is counted before LoRA is added.
-    condition = make_condition(transformer, recipe.prompt_tokens)
-    forward = count_transformer_flops(transformer, channels=config.latent_channels, side=side, condition=condition)
+    condition = workload.make_condition(transformer, recipe.prompt_tokens)
+    forward = workload.count_transformer_flops(transformer, (config.latent_channels, side, side), condition)
     # An adapter to start from changes no count.
     with META:
         fresh = recipe.model_copy(update={"adapter": ""})
@@ -170,7 +161,7 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
     figures += [_tflop("transformer, one picture, forward", forward), encoding, decoding, sampling]
 
     # A training step, and the whole run.
-    work = count_stage_two(transformer, autoencoder, recipe)
+    work = workload.count_stage_two(transformer, autoencoder, recipe)
     figures.append(_tflop("transformer, one picture, forward and backward", work.flops))
     figures += _estimate_time(recipe, work)
     figures += _estimate_memory(recipe, (transformer,), work)
@@ -197,8 +188,8 @@ def _count_trained(transformer: ModelMixin) -> list[Figure]:
     ports = map(transformer.get_submodule, (names.input, names.output))
     return [
         *figures,
-        Figure("both latent ports", count_parameters(*ports), "parameters", "counted"),
-        Figure("trained in this stage", count_parameters(transformer, trained=True), "parameters", "counted"),
+        Figure("both latent ports", workload.count_parameters(*ports), "parameters", "counted"),
+        Figure("trained in this stage", workload.count_parameters(transformer, trained=True), "parameters", "counted"),
     ]
 
 
@@ -218,7 +209,7 @@ def _count_autoencoder(autoencoder: AutoencoderDA, discriminator: nn.Module | No
     }
     figures = []
     for name, modules in parts.items():
-        if count := count_parameters(*modules):
+        if count := workload.count_parameters(*modules):
             figures.append(Figure(name, count, "parameters", "counted"))
     return figures
 
@@ -238,14 +229,14 @@ def _describe_tokens(autoencoder: AutoencoderDA, transformer: ModelMixin, size: 
 
 def _count_passes(autoencoder: AutoencoderDA, size: int) -> tuple[Figure, Figure]:
     """Encoding and decoding of one image, in bfloat16 as under autocast."""
-    to_half(autoencoder)
-    with torch.no_grad(), counting(autoencoder) as encoding:
-        autoencoder.encode(meta(1, 3, size, size))
-    decoding = count_decode_flops(autoencoder, size // autoencoder.downsample_factor)
+    workload.to_half(autoencoder)
+    with torch.no_grad(), workload.counting(autoencoder) as encoding:
+        autoencoder.encode(workload.meta(1, 3, size, size))
+    decoding = workload.count_decode_flops(autoencoder, size // autoencoder.downsample_factor)
     return _tflop(f"encoding one picture of {size} px", encoding.flops), _tflop("decoding it", decoding)
 
 
-def _estimate_time(recipe: OptimisationRecipe, work: Work) -> list[Figure]:
+def _estimate_time(recipe: OptimisationRecipe, work: workload.Work) -> list[Figure]:
     """From one image's work to the days of a whole run; evaluation and encoding are not in it."""
     # All batches of a step, at the assumed share of the peak.
     images = recipe.batch_size * recipe.gradient_accumulation
@@ -261,12 +252,12 @@ def _estimate_time(recipe: OptimisationRecipe, work: Work) -> list[Figure]:
     ]
 
 
-def _estimate_memory(recipe: OptimisationRecipe, models: tuple[nn.Module | None, ...], work: Work) -> list[Figure]:
+def _estimate_memory(recipe: OptimisationRecipe, models: Models, work: workload.Work) -> list[Figure]:
     """Memory of the device: the state in float32, and the activations that autograd keeps of networks in bfloat16."""
     # Activations of one batch: accumulation holds one at a time.
-    trained, moments = count_parameters(*models, trained=True), STATE_BYTES[recipe.optimizer]
+    trained, moments = workload.count_parameters(*models, trained=True), STATE_BYTES[recipe.optimizer]
     state = {
-        "weights, 4 bytes each": BYTES * count_parameters(*models),
+        "weights, 4 bytes each": BYTES * workload.count_parameters(*models),
         "gradients, 4 bytes each that is trained": BYTES * trained,
         f"the optimiser's moments, {moments:.3g} bytes each": moments * trained,
         "EMA, 4 bytes each": BYTES * trained,

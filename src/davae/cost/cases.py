@@ -5,20 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from davae.backbones import Backbone, backbone_of
+from davae.cost import workload
 from davae.cost.geometry import META
-from davae.cost.workload import (
-    count_decode_flops,
-    count_parameters,
-    count_transformer_flops,
-    counting,
-    make_condition,
-    meta,
-    to_half,
-)
 from davae.errors import SettingsError
 from davae.method.widen import patch_side
 from davae.models.base_autoencoders import base_facts, decode_latents, downsample_factor
@@ -59,14 +51,14 @@ class Case:
         return self.batch * self.backbone.guided_rows
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents."""
-        return base_facts(self.pipeline.vae.config).latent_channels
-
-    @property
     def latent_side(self) -> int:
         """Side of the latents."""
         return self.size // downsample_factor(self.pipeline.vae.config)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels and sides of an image's latents."""
+        return base_facts(self.pipeline.vae.config).latent_channels, self.latent_side, self.latent_side
 
     @property
     def tokens(self) -> int:
@@ -82,10 +74,10 @@ class Case:
                 encoders.append(part)
         return encoders
 
-    def make_condition(self, transformer: ModelMixin) -> dict[str, Tensor]:
+    def make_condition(self) -> dict[str, Tensor]:
         """A condition without values; CLIPs pad as the pipeline's own tokenizers do."""
         clip_tokens = self.pipeline.tokenizer_max_length if self.backbone.clip_tokens else 0
-        return make_condition(transformer, self.prompt_tokens, clip_tokens)
+        return workload.make_condition(self.pipeline.transformer, self.prompt_tokens, clip_tokens)
 
 
 def choose_sizes(candidate: Case, base: DiffusionPipeline) -> list[int]:
@@ -118,7 +110,7 @@ def choose_parts(case: Case, names: Sequence[str]) -> list[str]:
 def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object]]:
     """A function without arguments for each part. Its inputs are made here on the device, random and never zero."""
     pipeline, device, dtype = case.pipeline, case.pipeline.device, case.pipeline.transformer.dtype
-    rows, latent = case.rows, (case.latent_channels, case.latent_side, case.latent_side)
+    rows = case.rows
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(purpose: str, *shape: int) -> Tensor:
@@ -130,10 +122,10 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
         runs["text"] = lambda: case.backbone.condition(pipeline, prompts, max_sequence_length=case.prompt_tokens)
 
     if "step" in parts:
-        latents = draw("bench latents", rows, *latent)
+        latents = draw("bench latents", rows, *case.latent_shape)
         sigma = torch.full((rows,), 0.5, device=device, dtype=dtype)
         condition = {}
-        for name, blank in case.make_condition(pipeline.transformer).items():
+        for name, blank in case.make_condition().items():
             shape = (rows, *blank.shape[1:])
             # Masks and class numbers are ones.
             is_real = blank.is_floating_point()
@@ -141,7 +133,7 @@ def make_runs(case: Case, parts: Sequence[str]) -> dict[str, Callable[[], object
         runs["step"] = lambda: case.backbone.predict(pipeline.transformer, latents, sigma, condition)
 
     if "decode" in parts:
-        codes = draw("bench codes", case.batch, *latent)
+        codes = draw("bench codes", case.batch, *case.latent_shape)
         runs["decode"] = lambda: decode_latents(pipeline.vae, codes)
 
     if "to-cpu" in parts:
@@ -181,9 +173,9 @@ def _sample(case: Case) -> object:
 def count_part_parameters(case: Case) -> dict[str, int]:
     """Parameters of transformer, autoencoder and all text encoders."""
     return {
-        "transformer": count_parameters(case.pipeline.transformer),
-        "autoencoder": count_parameters(case.pipeline.vae),
-        "text encoders": count_parameters(*case.text_encoders),
+        "transformer": workload.count_parameters(case.pipeline.transformer),
+        "autoencoder": workload.count_parameters(case.pipeline.vae),
+        "text encoders": workload.count_parameters(*case.text_encoders),
     }
 
 
@@ -203,26 +195,25 @@ def count_flops(case: Case) -> dict[str, int]:
 
     A multiplication and its addition count as two. "whole" is text, all steps and decode.
     """
-    pipeline, side = case.pipeline, case.latent_side
+    pipeline = case.pipeline
     with META:
         transformer = type(pipeline.transformer).from_config(pipeline.transformer.config)
-    condition = case.make_condition(transformer)
-    step = count_transformer_flops(transformer, channels=case.latent_channels, side=side, condition=condition)
+    step = workload.count_transformer_flops(transformer, case.latent_shape, case.make_condition())
 
     # Text encoders that pad, each for one prompt.
     text = 0
     for encoder in case.text_encoders if case.backbone.padded_text else []:
         with META:
-            copy = to_half(type(encoder)(encoder.config))
+            copy = workload.to_half(type(encoder)(encoder.config))
         # A CLIP pads to all of its positions, a T5 to the length that it is told.
         tokens = getattr(encoder.config, "max_position_embeddings", case.prompt_tokens)
-        with torch.no_grad(), counting() as work:
-            copy(meta(1, tokens, dtype=torch.long))
+        with torch.no_grad(), workload.counting() as work:
+            copy(workload.meta(1, tokens, dtype=torch.long))
         text += work.flops
 
     flops = {
         "text": case.rows * text,
         "step": case.rows * step,
-        "decode": case.batch * count_decode_flops(pipeline.vae, side),
+        "decode": case.batch * workload.count_decode_flops(pipeline.vae, case.latent_side),
     }
     return {**flops, "whole": flops["text"] + case.steps * flops["step"] + flops["decode"]}

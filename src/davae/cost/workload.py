@@ -171,10 +171,10 @@ def count_stage_two(transformer: ModelMixin, autoencoder: AutoencoderDA, recipe:
     return work
 
 
-def count_transformer_flops(transformer: ModelMixin, *, channels: int, side: int, condition: dict[str, Tensor]) -> int:
-    """FLOPs of one image's pass through a transformer without weights, on latents [channels, side, side]."""
+def count_transformer_flops(transformer: ModelMixin, shape: Sequence[int], condition: dict[str, Tensor]) -> int:
+    """FLOPs of one image's pass through a transformer without weights, on latents of a shape [channels, h, w]."""
     with torch.no_grad(), counting(to_half(transformer)) as work:
-        backbone_of(transformer).predict(transformer, meta(1, channels, side, side), meta(1), condition)
+        backbone_of(transformer).predict(transformer, meta(1, *shape), meta(1), condition)
     return work.flops
 
 

@@ -17,7 +17,7 @@ from davae.backbones import backbone_of
 from davae.backbones.sizes import Size
 from davae.data.buckets import Bucket
 from davae.data.listing import PictureSource
-from davae.data.pictures import ORIGIN, read_png, to_bytes, write_png
+from davae.data.pictures import ORIGIN, read_png, to_bytes, to_floats, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
@@ -41,9 +41,12 @@ def sample_many(
     """
     ranks = Ranks()
     pipeline.set_progress_bar_config(disable=True)
-    paths = [folder / f"{index:05d}.png" for index in range(len(prompts))]
-    weights = _weights_digest(pipeline)
-    origins = [_digest([weights, settings, prompt, index]) for index, prompt in enumerate(prompts)]
+    models = [component for _, component in sorted(pipeline.components.items()) if isinstance(component, nn.Module)]
+    weights = _digest([*(digest_tensors(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
+    paths, origins = [], []
+    for index, prompt in enumerate(prompts):
+        paths.append(folder / f"{index:05d}.png")
+        origins.append(_digest([weights, settings, prompt, index]))
 
     # Each rank makes every so many-th batch, if one of its images is missing.
     starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
@@ -68,8 +71,7 @@ def repeat_captions(pictures: PictureSet, count: int) -> list[str]:
 
 def resize(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 {side} {side}"]:
     """A square image at another side with bicubic, antialiased where it gets smaller."""
-    pixels = image[None].float() / 127.5 - 1
-    return to_bytes(F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True))[0]
+    return to_bytes(F.interpolate(to_floats(image[None]), size=(side, side), mode="bicubic", antialias=True))[0]
 
 
 def extract_features(images: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:
@@ -77,7 +79,7 @@ def extract_features(images: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> 
     extract = EfficientNetLite0Features()
     rows = []
     for start in range(0, len(images), 64):
-        batch = torch.stack(list(images[start : start + 64])).float() / 127.5 - 1
+        batch = to_floats(torch.stack(list(images[start : start + 64])))
         if batch.shape[-1] < side:
             batch = F.interpolate(batch, size=(side, side), mode="bicubic").clamp(-1, 1)
         rows.append(extract(batch))
@@ -110,11 +112,10 @@ def generate(
 
     The settings are those of `sample`.
     """
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
     width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
-    images = sample_many(
-        pipeline, prompts, out / "pictures", label="generating",
-        steps=steps, guidance_scale=guidance_scale, size=size, prompt_tokens=prompt_tokens, seed=seed,
-    )  # fmt: skip
+    images = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
 
     grid = ImageGrid([f"{width}x{height} px"], list(prompts), [[image] for image in images])
     lead = f"{len(images)} images, {steps} steps, guidance {guidance_scale}, seed {seed}."
@@ -157,13 +158,8 @@ def evaluate(
 
     # Generate, and compare features.
     prompts = repeat_captions(real, count)
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "size": (width, height),
-        "prompt_tokens": prompt_tokens,
-        "seed": seed,
-    }
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": (width, height)}
+    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
     generated = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
     references = extract_features([real.image(index) for index in range(len(real))], side=width)
     value, error = kid_with_error(extract_features(generated, side=width), references, seed=seed)
@@ -175,17 +171,12 @@ def evaluate(
 
     # The page shows the first images.
     table = Table(["", "KID x 1000"], [["generated images", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
-    shown = min(16, count)
-    grid = ImageGrid([f"{width}x{height} px"], prompts[:shown], [[image] for image in generated[:shown]])
+    cells = [[image] for image in generated[:16]]
+    grid = ImageGrid([f"{width}x{height} px"], prompts[:16], cells)
     lead = f"KID ({features}) of {count} images against {len(real)} real ones. {real.refusals_summary()}"
     report = Report("Generation", lead, [Section("Numbers", "", table), Section("Images", "", grid)])
     ranks.on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
-
-
-def _weights_digest(pipeline: DiffusionPipeline) -> str:
-    models = [component for _, component in sorted(pipeline.components.items()) if isinstance(component, nn.Module)]
-    return _digest([*(digest_tensors(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
 
 
 def _digest(facts: list[Any]) -> str:

@@ -18,17 +18,7 @@ from torch import Tensor
 from davae.data.listing import PictureSource
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
-from davae.evaluation.embedding import check_tsne_is_installed, principal_components, tsne
-from davae.evaluation.figures import matrix_tile, place_colours, scatter_tile
-from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, Table, write_figure, write_page
-from davae.evaluation.structure import (
-    at_positions,
-    by_chance,
-    channel_correlation,
-    group_mean_correlation,
-    neighbourhood_agreement,
-    radial_spectrum,
-)
+from davae.evaluation import report, structure
 from davae.method.losses import detail_alignment_loss
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.run.record import environment
@@ -36,32 +26,54 @@ from davae.run.storage import write_json
 from davae.seeds import generator
 
 BATCH_SIZE = 8
+# More dots hide each other, and the comparison of neighbours grows with the square of their number.
 MOST_POINTS = 2000
-"""More dots hide each other, and the comparison of neighbours grows with the square of their number."""
+# Pixels of a latent position that differ by less are background, whose latents are all alike. In [-1, 1].
 FLAT = 4 / 127.5
-"""Pixels of a latent position that differ by less are background, whose latents are all alike. In [-1, 1]."""
+
+STRUCTURE = (
+    "One dot is one latent position. Its colour shows where it lies in the t-SNE of its base latents, and is the same "
+    "in all plots of a row. Where colours stay together in the plots of detail latents, these keep the neighbourhoods "
+    "of the base latents. The axes of t-SNE and of principal components have no meaning of their own.\n\n"
+    "Correlation of channels: a row is a base channel, a column a detail channel; red is 1, white 0, blue -1."
+)
+NUMBERS = (
+    "Neighbours kept: the share of the {k} nearest neighbours in base latents that are among the {k} nearest in detail "
+    "latents, beside the share expected by chance. It is measured over single latent positions (without flat "
+    "background) and over whole images. Alignment loss: Eq. 3-4 of the paper. Correlation of group means: each base "
+    "channel with the mean of its group of detail channels, which that loss draws together."
+)
+SPECTRA = (
+    "Mean power of the latents, in the units that the transformer sees, by spatial frequency. White noise of unit "
+    "variance would be a level line at 1."
+)
+# Columns of the table -> keys of the numbers; the columns of the first kind are shares.
+SHARES = {
+    "positions kept": "agreement_positions",
+    "by chance, positions": "by_chance_positions",
+    "images kept": "agreement_pictures",
+    "by chance, images": "by_chance_pictures",
+}
+OTHERS = {"alignment loss": "alignment_loss", "correlation of group means": "group_mean_correlation"}
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Latents of one set of images, float32 on the CPU."""
+    """Latents of one set of images, float32 on the CPU: base and detail in the transformer's units."""
 
     base: Float[Tensor, "n base h w"]
-    """In the transformer's units."""
-    detail: Float[Tensor, "n detail h w"]
-    """In the transformer's units: standardised, once the autoencoder is calibrated."""
-    unscaled: Float[Tensor, "n detail h w"]
-    """The detail latents before standardisation, as the alignment loss sees them."""
-    own_base: bool
-    """Whether the base latents are the autoencoder's own. If all of its latents are new, they are another's."""
+    detail: Float[Tensor, "n detail h w"]  # standardised, once the autoencoder is calibrated
+    unscaled: Float[Tensor, "n detail h w"]  # the detail latents before that, as the alignment loss sees them
+    own_base: bool  # whether the base latents are its own; they are another's if all of its latents are new
+
+    def at(self, rows: Int64[Tensor, "p"]) -> tuple[Float[Tensor, "p base"], Float[Tensor, "p detail"]]:
+        """Base and detail latents of some positions, numbered row by row over all images."""
+        return structure.at_positions(self.base)[rows], structure.at_positions(self.detail)[rows]
 
 
 @torch.no_grad()
 def encode_halves(autoencoder: AutoencoderDA, pictures: PictureSet, *, base: Tensor | None = None) -> Halves:
     """The modes of both posteriors of whole images; `base` is for an autoencoder without base latents."""
-    mean = autoencoder.detail_mean.view(1, -1, 1, 1)
-    deviation = autoencoder.detail_std.view(1, -1, 1, 1)
-
     own_base, unscaled = [], []
     for indices in torch.arange(len(pictures)).split(BATCH_SIZE):
         image = pictures.batch(indices.tolist()).to(autoencoder.device, autoencoder.dtype)
@@ -69,6 +81,7 @@ def encode_halves(autoencoder: AutoencoderDA, pictures: PictureSet, *, base: Ten
         unscaled.append(autoencoder.encode_detail(image)[0])
 
     detail = torch.cat(unscaled)
+    mean, deviation = autoencoder.detail_mean.view(1, -1, 1, 1), autoencoder.detail_std.view(1, -1, 1, 1)
     return Halves(
         base=torch.cat(own_base).float().cpu() if base is None else base,
         detail=((detail - mean) / deviation).float().cpu(),
@@ -100,14 +113,14 @@ def choose_positions(pictures: PictureSet, factor: int, count: int, *, seed: int
 
 def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> dict[str, Any]:
     """The numbers of one autoencoder as JSON values, at the `rows` of `choose_positions`."""
-    base, detail = at_positions(halves.base)[rows], at_positions(halves.detail)[rows]
+    base, detail = halves.at(rows)
     facts: dict[str, Any] = {
         "base_channels": halves.base.shape[1],
         "detail_channels": halves.detail.shape[1],
         "base_latents": "its own" if halves.own_base else "another autoencoder's",
         "positions": len(rows),
-        "agreement_positions": neighbourhood_agreement(base, detail, neighbours).item(),
-        "by_chance_positions": by_chance(len(rows), neighbours),
+        "agreement_positions": structure.neighbourhood_agreement(base, detail, neighbours).item(),
+        "by_chance_positions": structure.by_chance(len(rows), neighbours),
         "agreement_pictures": None,
         "by_chance_pictures": None,
         "alignment_loss": None,
@@ -117,21 +130,21 @@ def describe(halves: Halves, rows: Int64[Tensor, "p"], *, neighbours: int) -> di
     # Whole images, if there are enough of them.
     count = len(halves.base)
     if count > neighbours + 1:
-        agreement = neighbourhood_agreement(halves.base.flatten(1), halves.detail.flatten(1), neighbours)
-        facts |= {"agreement_pictures": agreement.item(), "by_chance_pictures": by_chance(count, neighbours)}
+        agreement = structure.neighbourhood_agreement(halves.base.flatten(1), halves.detail.flatten(1), neighbours)
+        facts |= {"agreement_pictures": agreement.item(), "by_chance_pictures": structure.by_chance(count, neighbours)}
 
     # Groups of detail channels, if the base channels divide them.
     if halves.detail.shape[1] % halves.base.shape[1] == 0:
         facts["alignment_loss"] = detail_alignment_loss(halves.unscaled.double(), halves.base.double()).item()
-        facts["group_mean_correlation"] = group_mean_correlation(halves.base, halves.unscaled)
+        facts["group_mean_correlation"] = structure.group_mean_correlation(halves.base, halves.unscaled)
 
     # Every base channel with every detail channel, and the spectra of both halves.
-    correlation = channel_correlation(halves.base, halves.detail)
+    correlation = structure.channel_correlation(halves.base, halves.detail)
     return facts | {
         "largest_correlation": correlation.abs().amax(dim=1).mean().item(),
         "channel_correlation": correlation.tolist(),
-        "base_spectrum": radial_spectrum(halves.base).tolist(),
-        "detail_spectrum": radial_spectrum(halves.detail).tolist(),
+        "base_spectrum": structure.radial_spectrum(halves.base).tolist(),
+        "detail_spectrum": structure.radial_spectrum(halves.detail).tolist(),
     }
 
 
@@ -156,7 +169,7 @@ def draw_latents(
         DataError: there are no usable images, or too few positions.
     """
     # Refuse before anything is encoded.
-    check_tsne_is_installed()
+    structure.check_tsne_is_installed()
     if not 16 <= points <= MOST_POINTS:
         raise SettingsError(f"points={points}: allowed are 16 to {MOST_POINTS}")
     for name, autoencoder in autoencoders.items():
@@ -177,33 +190,15 @@ def draw_latents(
     grid = _draw(halves, rows, facts)
     result = {"autoencoders": facts, "count": len(heldout), "size": size, "neighbours": neighbours, "seed": seed}
     write_json(out / "result.json", {**result, "environment": environment()})
-    write_figure(out / "latents.png", grid, title="Base and detail latents")
+    report.write_figure(out / "latents.png", grid, title="Base and detail latents")
     sections = [
-        Section("Structure", _STRUCTURE, grid),
-        Section("Numbers", _NUMBERS.format(k=neighbours), _table(facts)),
-        Section("Spectra", _SPECTRA, _spectra(facts)),
+        report.Section("Structure", STRUCTURE, grid),
+        report.Section("Numbers", NUMBERS.format(k=neighbours), _make_table(facts)),
+        report.Section("Spectra", SPECTRA, _make_spectra(facts)),
     ]
     lead = f"{len(heldout)} held-out images at {size} px. {heldout.refusals_summary()}"
-    write_page(out / "index.html", Report("Base and detail latents", lead, sections))
+    report.write_page(out / "index.html", report.Report("Base and detail latents", lead, sections))
     return out / "index.html"
-
-
-_STRUCTURE = (
-    "One dot is one latent position. Its colour shows where it lies in the t-SNE of its base latents, and is the same "
-    "in all plots of a row. Where colours stay together in the plots of detail latents, these keep the neighbourhoods "
-    "of the base latents. The axes of t-SNE and of principal components have no meaning of their own.\n\n"
-    "Correlation of channels: a row is a base channel, a column a detail channel; red is 1, white 0, blue -1."
-)
-_NUMBERS = (
-    "Neighbours kept: the share of the {k} nearest neighbours in base latents that are among the {k} nearest in detail "
-    "latents, beside the share expected by chance. It is measured over single latent positions (without flat "
-    "background) and over whole images. Alignment loss: Eq. 3-4 of the paper. Correlation of group means: each base "
-    "channel with the mean of its group of detail channels, which that loss draws together."
-)
-_SPECTRA = (
-    "Mean power of the latents, in the units that the transformer sees, by spatial frequency. White noise of unit "
-    "variance would be a level line at 1."
-)
 
 
 def _encode(autoencoders: Mapping[str, AutoencoderDA], pictures: PictureSet) -> dict[str, Halves]:
@@ -224,67 +219,59 @@ def _encode(autoencoders: Mapping[str, AutoencoderDA], pictures: PictureSet) -> 
             )
 
         # Constant channels have no neighbours and no correlation.
-        deviations = at_positions(halves[name].detail).double().std(dim=0)
+        deviations = structure.at_positions(halves[name].detail).double().std(dim=0)
         if not (deviations > 1e-6).all():
             raise SettingsError(f"detail latents of {name} do not vary, or are not finite: train it first")
     return {name: halves[name] for name in autoencoders}
 
 
-def _draw(halves: Mapping[str, Halves], rows: Mapping[str, Tensor], facts: Mapping[str, dict[str, Any]]) -> ImageGrid:
+def _draw(
+    halves: Mapping[str, Halves], rows: Mapping[str, Tensor], facts: Mapping[str, dict[str, Any]]
+) -> report.ImageGrid:
     """A row of plots for each autoencoder; `facts` get the divergences of t-SNE."""
     labels, cells = [], []
     last_base: Tensor | None = None
     for name, half in halves.items():
-        base, detail = at_positions(half.base)[rows[name]], at_positions(half.detail)[rows[name]]
+        base, detail = half.at(rows[name])
 
         # Autoencoders of one base share its latents: their t-SNE is drawn once.
         if last_base is None or not torch.equal(last_base, base):
-            base_points, base_divergence = tsne(base)
+            base_points, base_divergence = structure.tsne(base)
             last_base = base
-        detail_points, detail_divergence = tsne(detail)
+        detail_points, detail_divergence = structure.tsne(detail)
         facts[name]["tsne_divergence"] = [base_divergence, detail_divergence]
 
         # All plots of a row have the colours of its base's t-SNE.
-        colours = place_colours(base_points.numpy())
-        plots = (base_points, detail_points, principal_components(base), principal_components(detail))
-        tiles = [scatter_tile(points.numpy(), colours) for points in plots]
-        cells.append([*tiles, matrix_tile(np.asarray(facts[name]["channel_correlation"]))])
+        colours = report.place_colours(base_points.numpy())
+        tiles = []
+        for points in (base_points, detail_points, *map(structure.principal_components, (base, detail))):
+            tiles.append(report.scatter_tile(points.numpy(), colours))
+        cells.append([*tiles, report.matrix_tile(np.asarray(facts[name]["channel_correlation"]))])
         agreement, chance = facts[name]["agreement_positions"], facts[name]["by_chance_positions"]
         labels.append(f"{name}: neighbours kept {agreement:.3f}, by chance {chance:.3f}")
 
-    methods = ("t-SNE", "principal components")
-    columns = [f"{method}, {half}" for method in methods for half in ("base", "detail")]
-    return ImageGrid([*columns, "correlation of channels"], labels, cells)
+    columns = ["t-SNE, base", "t-SNE, detail", "principal components, base", "principal components, detail"]
+    return report.ImageGrid([*columns, "correlation of channels"], labels, cells)
 
 
-def _table(facts: Mapping[str, Mapping[str, Any]]) -> Table:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f} %"
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    columns = {
-        "positions kept": ("agreement_positions", share),
-        "by chance, positions": ("by_chance_positions", share),
-        "images kept": ("agreement_pictures", share),
-        "by chance, images": ("by_chance_pictures", share),
-        "alignment loss": ("alignment_loss", number),
-        "correlation of group means": ("group_mean_correlation", number),
-    }
+def _make_table(facts: Mapping[str, Mapping[str, Any]]) -> report.Table:
     rows = []
     for name, fact in facts.items():
-        channels = f"{fact['base_channels']} + {fact['detail_channels']}"
-        rows.append([name, channels, *(write(fact[key]) for key, write in columns.values())])
-    return Table(["", "channels", *columns], rows)
+        cells = [name, f"{fact['base_channels']} + {fact['detail_channels']}"]
+        for key in SHARES.values():
+            cells.append("-" if fact[key] is None else f"{100 * fact[key]:.1f} %")
+        for key in OTHERS.values():
+            cells.append("-" if fact[key] is None else f"{fact[key]:.3f}")
+        rows.append(cells)
+    return report.Table(["", "channels", *SHARES, *OTHERS], rows)
 
 
-def _spectra(facts: Mapping[str, Mapping[str, Any]]) -> Curves:
+def _make_spectra(facts: Mapping[str, Mapping[str, Any]]) -> report.Curves:
     """One curve for each half; a base that several autoencoders share is drawn once."""
-    curves: list[Series] = []
+    curves: list[report.Series] = []
     for name, fact in facts.items():
         for half in ("base", "detail"):
             values = fact[f"{half}_spectrum"]
             if all(values != curve.values for curve in curves):
-                curves.append(Series(f"{half}, {name}", range(1, len(values) + 1), values))
-    return Curves(curves, logarithmic=True, labels=("cycles across the image", "power"))
+                curves.append(report.Series(f"{half}, {name}", range(1, len(values) + 1), values))
+    return report.Curves(curves, logarithmic=True, labels=("cycles across the image", "power"))

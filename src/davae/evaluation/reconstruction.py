@@ -15,7 +15,6 @@ from davae.errors import SettingsError
 from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
 from davae.evaluation.tokenizers import (
     Tokenizer,
-    count_cost,
     enlarge_base,
     make_tokenizer,
     randomise_detail,
@@ -89,10 +88,10 @@ def make_gallery(
     for name in differences:
         columns[f"4 x error, {name}"] = (2 * (columns[name] - image)).clamp(-1, 1)
 
-    cells = []
-    for row in range(len(indices)):
+    labels, cells = [], []
+    for row, index in enumerate(indices):
+        labels.append(pictures.captions[index])
         cells.append([to_bytes(column[row]).cpu() for column in columns.values()])
-    labels = [pictures.captions[index] for index in indices]
     return ImageGrid(list(columns), labels, cells, caption=f"Held-out images at {pictures.size} px.")
 
 
@@ -159,40 +158,40 @@ def reconstruct(
         DataError: there are no usable images.
     """
     # Refuse before anything is decoded.
-    tokenizers = choose_tokenizers(autoencoder, base, compare or {}, ablate_detail=ablate_detail)
+    tokenizers = _choose_tokenizers(autoencoder, base, compare or {}, ablate_detail=ablate_detail)
     for name in sorted(tokenizers, key=lambda name: name != OURS):
         factor = tokenizers[name].factor
         if size % factor:
             raise SettingsError(f"size={size} must be a multiple of {factor}, the downsample factor of {name}")
-    features = EfficientNetLite0Features(autoencoder.device) if with_kid else None
+    device, ranks = autoencoder.device, Ranks()
+    features = EfficientNetLite0Features(device) if with_kid else None
 
     # Measure, on all ranks.
-    ranks = Ranks()
     heldout = open_pictures(pictures, size=size, split="heldout", limit=limit, captions=False)
     heldout = heldout.sound(out / "refused.json" if ranks.first else None)
-    values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(autoencoder.device))
-    kids = {} if features is None else measure_kid(heldout, tokenizers, features, device=autoencoder.device)
+    values = measure(heldout, tokenizers, lpips=LPIPS.alex().to(device))
+    kids = {} if features is None else measure_kid(heldout, tokenizers, features, device=device)
 
     # Costs, at the patch of the caller and at the patch that makes all tokens equal.
     tokens = tokenizers[OURS].count_tokens(size, patch)
     costs = {}
     for name, tokenizer in tokenizers.items():
-        costs[name] = count_cost(tokenizer, size=size, patch=patch, equal_tokens=tokens)
+        costs[name] = tokenizer.count_cost(size=size, patch=patch, equal_tokens=tokens)
     result = {"values": values, "tokenizers": costs, "count": len(heldout), "size": size, "patch": patch}
     if features is not None:
         result |= {"kid": kids, "features": features.name}
-    result |= {"device": str(autoencoder.device), "environment": environment()}
+    result |= {"device": str(device), "environment": environment()}
     ranks.on_first(lambda: write_json(out / "result.json", result))
 
     table = make_tokenizer_table(values, costs, kids, patch=patch)
-    ranks.on_first(lambda: _write_page(out / "index.html", heldout, tokenizers, table, device=autoencoder.device))
+    ranks.on_first(lambda: _write_page(out / "index.html", heldout, tokenizers, table, device))
     return out / "index.html"
 
 
-def choose_tokenizers(
+def _choose_tokenizers(
     autoencoder: AutoencoderDA, base: ModelMixin | None, others: Mapping[str, Tokenizer], *, ablate_detail: bool
 ) -> dict[str, Tokenizer]:
-    """The rows of the table of `reconstruct`, whose arguments these are, by name and in order."""
+    """The rows of the table of `reconstruct`, by name and in order."""
     # An autoencoder with a frozen base encoder is compared with that base only.
     if base is not None and autoencoder.config.base_channels:
         check_base_encoder(autoencoder, base)
@@ -210,7 +209,7 @@ def choose_tokenizers(
 
 
 def _write_page(
-    path: Path, heldout: PictureSet, tokenizers: Mapping[str, Tokenizer], table: Table, *, device: torch.device
+    path: Path, heldout: PictureSet, tokenizers: Mapping[str, Tokenizer], table: Table, device: torch.device
 ) -> None:
     shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
     grid = make_gallery(heldout, shown, tokenizers, differences=[OURS], device=device)

@@ -7,20 +7,75 @@ folder. The page loads nothing, runs nothing, escapes all text, and follows the 
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle, pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import matplotlib
+import numpy as np
+import torch
 from jaxtyping import UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from davae.evaluation.figures import Curves, ImageGrid, Series, draw_curves, draw_grid
 from davae.run.storage import write_atomically
 
-__all__ = ["Curves", "ImageGrid", "Report", "Section", "Series", "Table", "write_figure", "write_page"]
+_COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
+_TEXT = "#010203"  # stands for the page's own text colour, see `draw_curves`
+_INK, _SOFT, _LINE = "#1b1b1a", "#6a6a64", "#d8d8d2"
+_TILE = 420  # side of a cloud of points or a matrix, in pixels
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """Images in rows and columns: one row per subject, one column per way of making it."""
+
+    template: ClassVar[str] = "images.html"
+
+    columns: Sequence[str]  # titles
+    rows: Sequence[str]  # labels, such as the prompts
+    cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"]]]  # `cells[row][column]`, RGB in 0..255
+    notes: Sequence[str] = ()  # nothing, or one short line under each title (size, tokens, filter)
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.cells}
+        if len(self.cells) != len(self.rows) or widths - {len(self.columns)}:
+            raise ValueError(
+                f"{len(self.rows)} labels and {len(self.columns)} titles do not fit {len(self.cells)} rows of {widths}"
+            )
+        if self.notes and len(self.notes) != len(self.columns):
+            raise ValueError(f"{len(self.notes)} notes for {len(self.columns)} columns: give one each, or none")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: its name, and values over steps."""
+
+    name: str
+    steps: Sequence[float | int]
+    values: Sequence[float | int]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Losses over the steps, or whatever `labels` names on the two axes."""
+
+    template: ClassVar[str] = "curves.html"
+
+    series: Sequence[Series]
+    # Above 1, the mean over this many neighbouring points is drawn strong and the points themselves faint.
+    smoothing: int = 1
+    logarithmic: bool = False
+    labels: tuple[str, str] = ("step", "loss")
 
 
 @dataclass(frozen=True)
@@ -53,25 +108,18 @@ class Report:
     """The content of a page."""
 
     title: str
-    lead: str
-    """One sentence: what was done, and the result."""
-    sections: Sequence[Section] = field(default_factory=list)
-    footer: str = ""
-    """Provenance: commit, versions, device, seed."""
+    lead: str  # one sentence: what was done, and the result
+    sections: Sequence[Section] = ()
+    footer: str = ""  # provenance: commit, versions, device, seed
 
 
 def write_page(path: Path, report: Report) -> None:
     """Write `report` as one HTML file that needs no other file, whole or not at all; make its folder."""
     # A name that a template misspells is an error, not an empty string.
-    environment = Environment(
-        loader=PackageLoader("davae.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
+    loader = PackageLoader("davae.evaluation")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     # matplotlib has escaped the names of the curves.
     environment.filters["svg"] = lambda curves: Markup(draw_curves(curves))
-    environment.filters["paragraphs"] = _split_paragraphs
     environment.filters["webp"] = _webp_url
 
     page = environment.get_template("page.html").render(report=report)
@@ -89,12 +137,187 @@ def write_figure(path: Path, grid: ImageGrid, *, title: str = "") -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _split_paragraphs(text: str) -> list[str]:
-    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
-
-
 def _webp_url(image: UInt8[Tensor, "3 _ _"]) -> str:
     """The image as a data URL, without loss."""
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, format="WEBP", lossless=True)
+    _to_pillow(image).save(buffer, format="WEBP", lossless=True)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# --------------------------------------------------------------------------------------------------------- drawings
+
+
+def draw_grid(grid: ImageGrid, *, title: str = "") -> Image.Image:
+    """The images side by side on white, column titles above, row labels on the left.
+
+    The cell is as large as the largest image. Smaller ones are enlarged by the largest whole factor that fits, with
+    nearest neighbours, and centred: no pixel is interpolated.
+    """
+    images = [cell for row in grid.cells for cell in row]
+    side_y = max((cell.shape[1] for cell in images), default=16)
+    side_x = max((cell.shape[2] for cell in images), default=16)
+
+    # Fonts and distances follow the width of a cell.
+    size = max(13, round(max(side_x, 160) / 15))
+    font, bold = _font(size), _font(size, bold=True)
+    line, gap, margin = round(size * 1.3), max(4, size // 2), round(size * 1.5)
+    label_width = size * 11 if any(grid.rows) else 0
+    title_height = round(size * 2.4) if title else 0
+
+    # Lines of text above each column: the title in bold, then the note.
+    heads = []
+    for index, name in enumerate(grid.columns):
+        note = grid.notes[index] if grid.notes else ""
+        lines = [(text, _INK, bold) for text in _wrap(name, bold, side_x)]
+        heads.append(lines + [(text, _SOFT, font) for text in _wrap(note, font, side_x)])
+    head_height = line * max(map(len, heads), default=0) + gap
+
+    # The canvas, with the report's title in its corner.
+    width = 2 * margin + label_width + len(grid.columns) * (side_x + gap) - gap
+    height = 2 * margin + title_height + head_height + len(grid.rows) * (side_y + gap) - gap
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((margin, margin), title, fill=_INK, font=_font(round(size * 1.35), bold=True))
+
+    # The titles stand on one line above their columns.
+    left, top = margin + label_width, margin + title_height + head_height
+    for index, head in enumerate(heads):
+        centre, upper = left + index * (side_x + gap) + side_x // 2, top - gap - line * len(head)
+        for text, colour, face in head:
+            draw.text((centre, upper), text, fill=colour, font=face, anchor="ma")
+            upper += line
+
+    # A row of images behind its label, each image in the middle of its cell.
+    for row, label in enumerate(grid.rows):
+        y = top + row * (side_y + gap)
+        text, middle = "\n".join(_wrap(label, font, label_width - size)), (margin, y + side_y // 2)
+        draw.multiline_text(middle, text, fill=_SOFT, font=font, anchor="lm", spacing=line - size)
+        for column, cell in enumerate(grid.cells[row]):
+            picture = _enlarge(cell, side_y, side_x)
+            x0 = left + column * (side_x + gap) + (side_x - picture.width) // 2
+            y0 = y + (side_y - picture.height) // 2
+            image.paste(picture, (x0, y0))
+            draw.rectangle((x0 - 1, y0 - 1, x0 + picture.width, y0 + picture.height), outline=_LINE)
+    return image
+
+
+def draw_curves(curves: Curves) -> str:
+    """The curves as an `<svg>` element, each named at its end; text has the colour of the page's text."""
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "davae", "font.family": "sans-serif", "font.size": 10}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for series, colour in zip(curves.series, cycle(_COLOURS), strict=False):
+            _draw_curve(axes, series, colour, curves.smoothing)
+        if curves.logarithmic:
+            axes.set_yscale("log")
+        _spread_labels(axes, figure)
+
+        # The frame is a line below; the grid shows heights.
+        axes.set_xlabel(curves.labels[0], color=_TEXT)
+        axes.set_ylabel(curves.labels[1], color=_TEXT)
+        axes.tick_params(colors=_TEXT, width=0.6, length=3)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#808080")
+
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
+
+
+def scatter_tile(points: np.ndarray, colours: np.ndarray) -> UInt8[Tensor, f"3 {_TILE} {_TILE}"]:
+    """Points [n, 2] as dots of their colours [n, 3] in 0..1 on white; both axes have one scale, and no numbers."""
+    figure, axes = _tile()
+    axes.scatter(points[:, 0], points[:, 1], c=colours, s=9, linewidths=0)
+    axes.set_aspect("equal", adjustable="datalim")
+    return _pixels(figure)
+
+
+def matrix_tile(matrix: np.ndarray) -> UInt8[Tensor, f"3 {_TILE} {_TILE}"]:
+    """A matrix of values in -1..1, from blue over white to red; each value is a square cell."""
+    figure, axes = _tile()
+    axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    return _pixels(figure)
+
+
+def place_colours(points: np.ndarray) -> np.ndarray:
+    """A colour [n, 3] for each point [n, 2] by its place: hue by the angle around the middle, paler towards it."""
+    centred = points - np.median(points, axis=0)
+    hue = (np.arctan2(centred[:, 1], centred[:, 0]) / (2 * np.pi)) % 1
+    distance = np.hypot(*centred.T)
+    # Ranks, not distances, so that an outlier does not make all others pale.
+    rank = distance.argsort().argsort() / max(1, len(points) - 1)
+    return hsv_to_rgb(np.stack([hue, 0.35 + 0.65 * rank, 0.85 - 0.15 * rank], axis=1))
+
+
+def _tile() -> tuple[Figure, Any]:
+    """A square figure without ticks or frame, for the grid frames its cells."""
+    figure = Figure(figsize=(_TILE / 100, _TILE / 100), dpi=100)
+    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96), xticks=[], yticks=[], frame_on=False)
+    return figure, axes
+
+
+def _pixels(figure: Figure) -> UInt8[Tensor, "3 _ _"]:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+def _draw_curve(axes, series: Series, colour: str, smoothing: int) -> None:
+    steps, values = np.asarray(series.steps, float), np.asarray(series.values, float)
+    # The points are faint behind their running mean.
+    if smoothing > 1 and len(values) >= 2 * smoothing:
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        kernel = np.ones(smoothing) / smoothing
+        values = np.convolve(values, kernel, mode="valid")
+        steps = np.convolve(steps, kernel, mode="valid")
+
+    axes.plot(steps, values, color=colour, linewidth=1.6, solid_capstyle="round")
+    if len(values):
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(series.name, (steps[-1], values[-1]), color=colour, **place)
+
+
+def _spread_labels(axes, figure: Figure) -> None:
+    """Move the names at the curves' ends apart where they would overlap."""
+    figure.draw_without_rendering()
+    to_points = 72 / figure.dpi
+    labels = sorted(axes.texts, key=lambda label: axes.transData.transform(label.xy)[1])
+    heights = [axes.transData.transform(label.xy)[1] * to_points for label in labels]
+
+    # From the lowest up, each is pushed at least a line above the one below it.
+    places = heights[:]
+    for lower, upper in pairwise(range(len(places))):
+        places[upper] = max(places[upper], places[lower] + 12)
+    for label, height, place in zip(labels, heights, places, strict=True):
+        label.xyann = (6, place - height)
+
+
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    path = findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal"))
+    return ImageFont.truetype(path, size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels, broken between words; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _enlarge(picture: UInt8[Tensor, "3 _ _"], height: int, width: int) -> Image.Image:
+    image = _to_pillow(picture)
+    factor = max(1, min(height // image.height, width // image.width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _to_pillow(image: UInt8[Tensor, "3 _ _"]) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -12,14 +12,8 @@ from torch import Tensor
 
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_autoencoders import (
-    BASE_AUTOENCODERS,
-    base_facts,
-    decode_latents,
-    downsample_factor,
-    encode_image,
-)
-from davae.pipelines.autoencoders import LOADING_ERRORS, load_model
+from davae.models.base_autoencoders import base_facts, decode_latents, downsample_factor, encode_image
+from davae.pipelines.autoencoders import load_base_vae
 from davae.seeds import generator
 
 
@@ -30,22 +24,37 @@ class Tokenizer:
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     factor: int
-    """Downsample factor: side of the measured image / side of the latents."""
     channels: int
-    """Latent channels."""
 
     def __call__(self, image: Tensor) -> Tensor:
         """The reconstruction of images, through their latents."""
         return self.decode(self.encode(image))
 
-    def describe(self, patch: int) -> str:
-        """FXcYpZ: downsample factor, channels, and a transformer's patch size."""
-        return f"f{self.factor}c{self.channels}p{patch}"
-
     def count_tokens(self, size: int, patch: int) -> int | None:
         """Tokens of a square image of `size` px; None where the patch does not divide the latents."""
         side, rest = divmod(size, self.factor * patch)
         return None if rest else side**2
+
+    def count_cost(self, *, size: int, patch: int, equal_tokens: int | None) -> dict[str, Any]:
+        """Latents and tokens at `size` px and a transformer's `patch`, as JSON values; "brief" is fXcYpZ.
+
+        "patch_at_equal_tokens" is the patch that gives `equal_tokens`, if there is one: the paper's Table 2 compares
+        tokenizers at such patches, f8c4p4 beside f32c128p1.
+        """
+        equal_patch = None
+        if equal_tokens is not None:
+            patches = range(1, size // self.factor + 1)
+            equal_patch = next((p for p in patches if self.count_tokens(size, p) == equal_tokens), None)
+
+        return {
+            "brief": f"f{self.factor}c{self.channels}p{patch}",
+            "downsample_factor": self.factor,
+            "channels": self.channels,
+            "numbers_per_picture": self.channels * (size // self.factor) ** 2,
+            "numbers_per_pixel": self.channels / self.factor**2,
+            "tokens": self.count_tokens(size, patch),
+            "patch_at_equal_tokens": equal_patch,
+        }
 
 
 def make_tokenizer(autoencoder: ModelMixin) -> Tokenizer:
@@ -127,26 +136,11 @@ def load_tokenizer(folder: Path, *, device: str = "cpu") -> Tokenizer:
 
     Raises:
         CheckpointError: the folder is missing, damaged, or holds no diffusers model.
-        SettingsError: it holds a class that is not in `BASE_AUTOENCODERS`.
+        SettingsError: it holds a class that davae does not know.
     """
-    if (folder / "model_index.json").is_file():
-        folder = folder / "vae"
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "model_index.json")):
         raise CheckpointError(f"{folder} is no autoencoder: it has no config.json; give a save_pretrained folder")
-
-    # The config of any diffusers model says its class.
-    try:
-        name = AutoencoderDA.load_config(folder).get("_class_name")
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
-    if name not in BASE_AUTOENCODERS:
-        raise SettingsError(f"{folder} holds a {name}; allowed are {', '.join(BASE_AUTOENCODERS)}")
-    return make_tokenizer(load_model(BASE_AUTOENCODERS[name].load_class(), folder, device=device))
-
-
-def load_tokenizers(folders: Sequence[Path], *, device: str = "cpu") -> dict[str, Tokenizer]:
-    """`load_tokenizer` of each folder, by `name_folders`."""
-    return {name: load_tokenizer(folder, device=device) for name, folder in name_folders(folders).items()}
+    return make_tokenizer(load_base_vae(str(folder), device=device))
 
 
 def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
@@ -166,25 +160,3 @@ def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
         named = {"/".join(path.parts[-depth:]): folder for path, folder in zip(paths, folders, strict=True)}
         depth += 1
     return named
-
-
-def count_cost(tokenizer: Tokenizer, *, size: int, patch: int, equal_tokens: int | None) -> dict[str, Any]:
-    """What a tokenizer costs at `size` px and a transformer's `patch`, as JSON values.
-
-    "patch_at_equal_tokens" is the patch that gives `equal_tokens`, if there is one: the paper's Table 2 compares
-    tokenizers at such patches, f8c4p4 beside f32c128p1.
-    """
-    equal_patch = None
-    if equal_tokens is not None:
-        patches = range(1, size // tokenizer.factor + 1)
-        equal_patch = next((p for p in patches if tokenizer.count_tokens(size, p) == equal_tokens), None)
-
-    return {
-        "brief": tokenizer.describe(patch),
-        "downsample_factor": tokenizer.factor,
-        "channels": tokenizer.channels,
-        "numbers_per_picture": tokenizer.channels * (size // tokenizer.factor) ** 2,
-        "numbers_per_pixel": tokenizer.channels / tokenizer.factor**2,
-        "tokens": tokenizer.count_tokens(size, patch),
-        "patch_at_equal_tokens": equal_patch,
-    }
