@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import by_first, say, show
+from davae.cli.options import by_first, say, show, with_dry_run
 
 app = typer.Typer(help="Look at images before training on them, or draw some.", no_args_is_help=True)
 
@@ -62,21 +62,18 @@ def inspect(
 
 @app.command()
 @by_first
+@with_dry_run
 def avatars(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards; a call that stopped resumes.")],
     training: Annotated[int, typer.Option(min=0, help="Images for training.")] = 8192,
     held_out: Annotated[int, typer.Option(min=0, help="Images that no training sees.")] = 512,
     size: options.Side = 256,
     start: Annotated[int, typer.Option(min=0, help="Number of the avatar to begin with, for other people.")] = 0,
-    dry_run: options.DryRun = False,
 ) -> None:
-    """Draw captioned avatars, the images of the small pair, into WebDataset shards. Needs davae[demo]."""
-    settings = {"training": training, "held_out": held_out, "size": size, "start": start}
-    if dry_run:
-        return show({"out": out, **settings})
+    """Draw captioned avatars, the images of the small pair, into WebDataset shards. Needs the extra `demo`."""
     from davae.data.avatar_shards import write_avatar_shards
 
-    say(write_avatar_shards(out, **settings))
+    say(write_avatar_shards(out, training=training, held_out=held_out, size=size, start=start))
 
 
 def _print(facts: dict[str, Any]) -> None:

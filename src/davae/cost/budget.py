@@ -197,7 +197,6 @@ def _count_trained(transformer: ModelMixin) -> list[Figure]:
 
 
 def _count_autoencoder(autoencoder: AutoencoderDA, discriminator: nn.Module | None) -> list[Figure]:
-    """The parameters of each part that there is."""
     a = autoencoder
     parts = {
         "base encoder, frozen": (a.base_encoder, a.base_quant_conv),
@@ -215,7 +214,6 @@ def _count_autoencoder(autoencoder: AutoencoderDA, discriminator: nn.Module | No
 
 
 def _describe_tokens(autoencoder: AutoencoderDA, transformer: ModelMixin, size: int) -> list[Figure]:
-    """The grid of latents and tokens of an image."""
     ports = backbone_of(transformer).ports
     patch, width = patch_side(transformer, ports), measure_width(transformer, ports)
     channels, side = autoencoder.config.latent_channels, size // autoencoder.downsample_factor
