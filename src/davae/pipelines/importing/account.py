@@ -67,15 +67,10 @@ class Import:
         return "\n".join(rows)
 
     def build(
-        self,
-        model_class: type[ModelMixin],
-        config: Mapping[str, Any],
-        spell: Callable[[str], str] = str,
-        given: dict[str, Tensor] | None = None,
+        self, model_class: type[ModelMixin], config: Mapping[str, Any], spell: Callable[[str], str] = str
     ) -> ModelMixin:
-        """Make a model of the file's tensors, which `spell` names, and of `given` ones."""
-        given = given or {}
-        # Parameters with shapes and no values; a config that was read from impossible shapes is refused.
+        """Make a model whose parameters are the file's tensors, by the names that `spell` gives them."""
+        # Shapes without values at first; a config that was read from impossible shapes is refused.
         try:
             with init_empty_weights(include_buffers=False):
                 model = model_class.from_config(dict(config))
@@ -83,8 +78,7 @@ class Import:
             path, name = self.checkpoint.path, model_class.__name__
             raise CheckpointError(f"{path}: no {name} has such shapes: {error}") from error
 
-        targets = {name: tensor for name, tensor in model.state_dict().items() if name not in given}
-        model.load_state_dict(self.match(targets, spell) | given, assign=True)
+        model.load_state_dict(self.match(dict(model.named_parameters()), spell), strict=False, assign=True)
         return model
 
     def match(

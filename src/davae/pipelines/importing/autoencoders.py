@@ -253,15 +253,17 @@ def _build_da_vae(
         "shift_factor": base_config["shift_factor"] or 0.0,
         "linear_blocks": False,
     }
+    model = job.build(AutoencoderDA, config, spelling)
+
+    # Statistics in float32 at least.
+    dtype = torch.promote_types(torch.float32, model.dtype)
     if statistics is None:
         reason = "none given: 0 and 1; AutoencoderDA.calibrate measures"
         job.missing.append({"target": "detail_mean, detail_std", "reason": reason})
         statistics = Statistics((0.0,) * (total - channels), (1.0,) * (total - channels))
-
-    # Statistics in float32 at least.
-    dtype = torch.promote_types(torch.float32, job.checkpoint.tensors[spelling("detail_upsample.conv.weight")].dtype)
-    mean, std = torch.tensor(statistics.mean, dtype=dtype), torch.tensor(statistics.std, dtype=dtype)
-    return job.build(AutoencoderDA, config, spelling, {"detail_mean": mean, "detail_std": std})
+    model.detail_mean = torch.tensor(statistics.mean, dtype=dtype)
+    model.detail_std = torch.tensor(statistics.std, dtype=dtype)
+    return model
 
 
 def _put_base_first(model: AutoencoderDA, job: Import) -> None:
@@ -276,10 +278,10 @@ def _put_base_first(model: AutoencoderDA, job: Import) -> None:
         )
 
     shifts = {"latents": base, "stream": stream, "rows": 4 * stream}
-    parameters = dict(model.named_parameters())
     for row in job.used:
         for pattern, axes in DETAIL_FIRST.items():
             if re.fullmatch(pattern, row["target"]):
-                tensor = parameters[row["target"]]
-                tensor.data = torch.roll(tensor.data, [shifts[order] for order in axes.values()], list(axes))
+                parameter = model.get_parameter(row["target"])
+                for axis, order in axes.items():
+                    parameter.data = parameter.data.roll(shifts[order], axis)
                 row["change"] = "base channels first"

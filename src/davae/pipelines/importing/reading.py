@@ -104,14 +104,15 @@ def read_statistics(path: Path) -> Statistics:
     """Read `mean` and `std`, one number a channel, from JSON or from tensors of any shape, such as [1, C, 1, 1]."""
     try:
         numbers = json.loads(path.read_bytes()) if path.suffix == ".json" else read_checkpoint(path).tensors
-        mean = torch.as_tensor(numbers["mean"], dtype=torch.float64).flatten().tolist()
-        std = torch.as_tensor(numbers["std"], dtype=torch.float64).flatten().tolist()
+        mean = torch.as_tensor(numbers["mean"], dtype=torch.float64).flatten()
+        std = torch.as_tensor(numbers["std"], dtype=torch.float64).flatten()
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         wanted = "`mean` and `std`, one number for each latent channel"
         raise CheckpointError(f"{path} holds no statistics, {wanted}: {error!r}") from error
-    if len(mean) != len(std) or not all(0 < deviation < float("inf") for deviation in std):
+
+    if len(mean) != len(std) or not (std.isfinite() & (std > 0)).all():
         raise CheckpointError(f"{path}: {len(mean)} means and {len(std)} deviations; wanted are as many, all above 0")
-    return Statistics(tuple(mean), tuple(std))
+    return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def _unpickle(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str], list[str]]:
