@@ -100,6 +100,8 @@ def test_statistics(tmp_path: Path) -> None:
         {"mean": [0, 1]},
         {"mean": [0], "std": [1, 1]},
         {"mean": [0], "std": [0]},
+        {"mean": [float("nan")], "std": [1]},
+        {"mean": [0], "std": [float("inf")]},
         {"mean": ["x"], "std": [1]},
         [],
     ):

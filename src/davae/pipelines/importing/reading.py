@@ -110,8 +110,9 @@ def read_statistics(path: Path) -> Statistics:
         wanted = "`mean` and `std`, one number for each latent channel"
         raise CheckpointError(f"{path} holds no statistics, {wanted}: {error!r}") from error
 
-    if len(mean) != len(std) or not (std.isfinite() & (std > 0)).all():
-        raise CheckpointError(f"{path}: {len(mean)} means and {len(std)} deviations; wanted are as many, all above 0")
+    if len(mean) != len(std) or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+        counts = f"{len(mean)} means and {len(std)} deviations"
+        raise CheckpointError(f"{path}: {counts}; wanted are as many, all finite, and deviations above 0")
     return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
