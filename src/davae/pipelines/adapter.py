@@ -37,18 +37,15 @@ def find_target_layers(transformer: ModelMixin, targets: Sequence[str]) -> dict[
 
     layers: dict[str, nn.Linear] = {}
     for target in targets:
-        matches = {name: layer for name, layer in linear.items() if _ends_in(name, target)}
+        suffix = f".{target}"
+        matches = {name: layer for name, layer in linear.items() if f".{name}".endswith(suffix)}
         if not matches:
             examples = sorted({".".join(name.split(".")[-2:]) for name in linear})[:12]
             raise SettingsError(f"target {target!r} is no linear layer of this model; it has, for example, {examples}")
-        if _ends_in(ports.input, target) or _ends_in(ports.output, target):
+        if f".{ports.input}".endswith(suffix) or f".{ports.output}".endswith(suffix):
             raise SettingsError(f"target {target!r} is a latent port, and those are trained in full: leave it out")
         layers |= matches
     return layers
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def add_lora(
