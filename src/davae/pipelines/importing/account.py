@@ -30,12 +30,9 @@ class Import:
     base: str | None = None  # the base pipeline, folder or Hub name
     autoencoder: Path | None = None  # folder of an AutoencoderDA
     lora: Path | None = None  # file of the LoRA tensors
-    # Key, target, shape, dtype and change of each key that was used.
-    used: list[dict[str, Any]] = field(default_factory=list)
-    # Key and reason of each key that was left.
-    left: list[dict[str, str]] = field(default_factory=list)
-    # Target and reason of each tensor that the file lacks.
-    missing: list[dict[str, str]] = field(default_factory=list)
+    used: list[dict[str, Any]] = field(default_factory=list)  # key, target, shape, dtype and change
+    left: list[dict[str, str]] = field(default_factory=list)  # key and reason
+    missing: list[dict[str, str]] = field(default_factory=list)  # target and reason: the file lacks it
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
