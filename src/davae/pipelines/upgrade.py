@@ -47,10 +47,9 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     _check_autoencoder(pipeline, autoencoder)
 
     # The warm start: on the base's latents the widened transformer computes the same as the base.
+    config = autoencoder.config
     transformer = widen_transformer(
-        pipeline.transformer,
-        base_channels=autoencoder.config.base_channels,
-        detail_channels=autoencoder.config.detail_channels,
+        pipeline.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
     )
     upgraded = replace_parts(pipeline, vae=autoencoder, transformer=transformer)
 
@@ -59,7 +58,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
         logger.warning(
             "detail_channels=%d is too many for this %s: it cannot predict the noise in %d directions of each token: "
             "it stays in every image. Use fewer detail channels (docs/method.md)",
-            autoencoder.config.detail_channels, type(transformer).__name__, lost,
+            config.detail_channels, type(transformer).__name__, lost,
         )  # fmt: skip
     if backbone.advice:
         logger.warning("the upgraded %s: %s", type(pipeline).__name__, backbone.advice)
