@@ -57,11 +57,7 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def backbone_of(transformer: ModelMixin) -> Backbone:
-    """The row of `BACKBONES` for a transformer, whose parameters FSDP2 may have spread over ranks.
-
-    Raises:
-        SettingsError: if its class is not in the table.
-    """
+    """The row of `BACKBONES` for a transformer, whose parameters FSDP2 may have spread over ranks."""
     # FSDP2 makes a class of its own for a model, under another name.
     name = next(kind.__name__ for kind in type(transformer).__mro__ if not issubclass(kind, FSDPModule))
     if name not in BACKBONES:
@@ -73,11 +69,7 @@ def backbone_of(transformer: ModelMixin) -> Backbone:
 
 
 def check_parts(pipeline: DiffusionPipeline) -> None:
-    """Refuse a pipeline without a transformer or without an autoencoder.
-
-    Raises:
-        SettingsError: one of them is missing, or the transformer is not in the table.
-    """
+    """Refuse a pipeline without an autoencoder or without a transformer of the table."""
     parts = {name for name, part in pipeline.components.items() if part is not None}
     if missing := {"vae", "transformer"} - parts:
         raise SettingsError(

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
@@ -18,7 +17,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     return transformer(latents, timestep=sigma, **condition, return_dict=False)[0]
 
 
@@ -29,7 +27,6 @@ BACKBONE = Backbone(
     # Attention, MLP output and modulation of the image stream.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.out_projection", "norm1.linear"),
     pipelines=("AuraFlowPipeline",),
-    call_arguments=stock_arguments,
     longest_grid=lambda config: math.isqrt(config["pos_embed_max_size"]),  # the number of all positions
     padded_text=True,
     advice="in half precision use bfloat16: in float16 its pipeline asks for a setting that only AutoencoderKL has",

@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from jaxtyping import Float, Int
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from davae.backbones.sizes import Size, checked_side
 from davae.errors import SettingsError
+from davae.method.flow import Latents, Sigma
+from davae.method.noise_prediction import Timestep
 from davae.method.widen import LatentPorts, patch_side
 from davae.models.base_autoencoders import downsample_factor
 
-Latents = Float[Tensor, "b latent h w"]
-"""Latents in the transformer's units, all C + D channels."""
-Sigma = Float[Tensor, " b"]
-"""Share of noise in [0, 1], of a flow model: noisy latents are (1 - sigma) latents + sigma noise."""
-Timestep = Int[Tensor, " b"]
-"""Step of a model that predicts noise, 0 to 999."""
 Condition = dict[str, Tensor]
 """The keyword arguments of the transformer besides latents and time, each value [B, ...]."""
+Size = int | tuple[int, int]
+"""Side of a square in pixels, or width and height, in the order of "320x192" and of Pillow's sizes."""
+UNBINNED = (
+    "call it with use_resolution_binning=False and with height and width: its tables of sizes are the base's, by which "
+    "it would make a small picture and enlarge it"
+)
+"""Advice for pipelines that have such tables."""
 
 
 def refuse_use(*arguments: Any, **keywords: Any) -> NoReturn:
@@ -40,9 +41,6 @@ def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
     A static shift is in the scheduler's config (`shift`, or `flow_shift` of the DPM solvers). A dynamic one is exp(mu),
     or mu where `time_shift_type` is "linear", and mu is a straight line through `base_shift` at `base_image_seq_len`
     tokens and `max_shift` at `max_image_seq_len`. An upgrade keeps the tokens, so it keeps s.
-
-    Raises:
-        SettingsError: the scheduler is not one of flow models.
     """
     config = pipeline.scheduler.config
     if not config.get("use_dynamic_shifting", False):
@@ -70,9 +68,9 @@ class Backbone:
     # Training.
     condition: Callable[..., Condition] = refuse_use
     """(pipeline, prompts, max_sequence_length=...) -> condition; for classes, (pipeline, class numbers)."""
-    velocity: Callable[[Any, Tensor, Tensor, Condition], Tensor] = refuse_use
+    velocity: Callable[[Any, Latents, Sigma, Condition], Latents] = refuse_use
     """(transformer, noisy latents, sigma, condition) -> velocity, noise - latents."""
-    noise: Callable[[Any, Tensor, Tensor, Condition], tuple[Tensor, Tensor | None]] | None = None
+    noise: Callable[[Any, Latents, Timestep, Condition], tuple[Latents, Latents | None]] | None = None
     """(transformer, noisy latents, timestep, condition) -> noise, and the variance in [-1, 1] if it is learned."""
     null_class: Callable[[Any], int] = refuse_use
     """(transformer) -> the class number that means no class, one above the classes; not for captions."""
@@ -84,9 +82,8 @@ class Backbone:
     # Sampling.
     pipelines: tuple[str, ...] = ()
     """Class names of the stock pipelines that davae trains and samples from."""
-    call_arguments: Callable[..., dict[str, Any]] = refuse_use
-    """(pipeline, prompts, noise=, height=, width=, guidance_scale=, prompt_tokens=) -> arguments of the stock call, for
-    noise [B, C + D, h, w] and sides in pixels; for captions."""
+    adjust_call: Callable[[dict[str, Any]], dict[str, Any]] = lambda call: call
+    """Arguments of a stock call, as `call_arguments` names them -> as these pipelines want them; for captions."""
     guided_rows: int = 2
     """Rows of the transformer's batch in a guided step for one image; 1 where guidance is an input of the model."""
 
@@ -128,11 +125,24 @@ class Backbone:
             return self.velocity(transformer, latents, sigma, condition)
         return self.noise(transformer, latents, (999 * sigma).long(), condition)[0]
 
+    def call_arguments(
+        self,
+        prompts: Sequence[str],
+        *,
+        noise: Latents,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        prompt_tokens: int,
+    ) -> dict[str, Any]:
+        """Arguments of the stock pipeline's call, for captions, sides in pixels and noise [B, C + D, h, w]."""
+        call = {"prompt": list(prompts), "latents": noise, "height": height, "width": width}
+        return self.adjust_call({**call, "guidance_scale": guidance_scale, "max_sequence_length": prompt_tokens})
+
     def picture_side(self, pipeline: DiffusionPipeline, size: int | None) -> int:
         """Side of an image in pixels: `size`, or the pipeline's default for None. Width and height are asked apart.
 
-        Raises:
-            SettingsError: a pipeline that davae neither trains nor samples from, or a size that it cannot make.
+        Refuses a pipeline that davae neither trains nor samples from, and a size that it cannot make.
         """
         config = pipeline.transformer.config
         if not self.one_size:
@@ -172,40 +182,31 @@ class Backbone:
             )
 
 
-def stock_arguments(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    noise: Tensor,
-    height: int,
-    width: int,
-    guidance_scale: float,
-    prompt_tokens: int,
-) -> dict[str, Any]:
-    """Arguments of a stock pipeline's call as most pipelines name them; see `Backbone.call_arguments`."""
-    return {
-        "prompt": list(prompts),
-        "height": height,
-        "width": width,
-        "guidance_scale": guidance_scale,
-        "latents": noise,
-        "max_sequence_length": prompt_tokens,
-    }
+def checked_side(side: int, *, unit: int, largest: int | None = None) -> int:
+    """The side itself, in pixels, if it is a multiple of `unit`, that of one token, and at most `largest`."""
+    if side < unit or side % unit or (largest is not None and side > largest):
+        limit = "" if largest is None else f", up to {largest}"
+        raise SettingsError(f"size={side}: allowed are multiples of {unit}, downsample factor x patch size{limit}")
+    return side
 
 
-def class_condition(transformer: ModelMixin, labels: Sequence[int], *, null: int) -> Condition:
-    """Class numbers as the condition of a transformer: `class_labels` [B], int64.
+def guide_from_zero(call: dict[str, Any]) -> dict[str, Any]:
+    """For pipelines whose guidance counts from 0; in davae, 1 or less means none."""
+    return {**call, "guidance_scale": max(call["guidance_scale"] - 1, 0.0)}
 
-    Raises:
-        SettingsError: a number that is neither a class nor `null`, which stands for no class.
-    """
+
+def encode_classes(
+    pipeline: DiffusionPipeline, labels: Sequence[int], *, null_class: Callable[[Any], int]
+) -> Condition:
+    """Class numbers as a condition, `class_labels` [B] in int64; the null class stands for no class."""
+    null = null_class(pipeline.transformer)
     foreign = [label for label in labels if label not in range(null + 1)]
     if foreign:
         raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")
-    return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=transformer.device)}
+    return {"class_labels": torch.tensor(list(labels), dtype=torch.long, device=pipeline.transformer.device)}
 
 
-def split_variance(output: Float[Tensor, "b outputs h w"], channels: int) -> tuple[Latents, Latents | None]:
+def split_variance(output: Tensor, channels: int) -> tuple[Latents, Latents | None]:
     """Noise, the first `channels`, and the variance on as many channels again; None if it is not learned."""
     noise, variance = output[:, :channels], output[:, channels:]
     return noise, (variance if variance.shape[1] else None)

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import flux
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
-from davae.backbones.packing import call_packed, packed_arguments, token_grid
+from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
@@ -22,7 +22,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     # The mask goes on over the image's tokens; their ids, and those of the text, are FLUX.1's.
     embeds, mask = condition["encoder_hidden_states"], condition["attention_mask"]
     grid = token_grid(latents)
@@ -44,7 +43,7 @@ BACKBONE = Backbone(
     # As for FLUX.1, but for the modulation, which one layer makes for all blocks.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_mlp"),
     pipelines=("ChromaPipeline",),
-    call_arguments=packed_arguments,
+    adjust_call=pack_noise,
     condition_shapes=lambda model, tokens: {
         "encoder_hidden_states": (tokens, model.config.joint_attention_dim),
         "attention_mask": (tokens,),

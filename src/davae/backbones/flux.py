@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import sd3
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
-from davae.backbones.packing import call_packed, packed_arguments, token_grid
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
+from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 GUIDANCE = 3.5
 """The guidance that a distilled model (FLUX.1-dev) is told in training: the stock pipeline's default."""
@@ -22,7 +21,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     # All text tokens are at the origin; an image token's id is 0, row, column.
     tokens = condition["encoder_hidden_states"].shape[1]
     return call_packed(
@@ -43,7 +41,7 @@ BACKBONE = Backbone(
     # As for Stable Diffusion 3, and the same of the single-stream blocks; their `proj_out` is named like a port.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear", "norm.linear", "proj_mlp"),
     pipelines=("FluxPipeline",),
-    call_arguments=packed_arguments,
+    adjust_call=pack_noise,
     guided_rows=1,
     condition_shapes=sd3.BACKBONE.condition_shapes,
     padded_text=True,

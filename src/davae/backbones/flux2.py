@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
 from davae.backbones.packing import call_packed, token_grid
-from davae.method.widen import LatentPorts
 
 GUIDANCE = 4.0
 """The guidance that a distilled model (FLUX.2-dev) is told in training: the stock pipeline's default."""
@@ -30,7 +28,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     # Ids are time, row, column, and place in the text.
     places = torch.arange(condition["encoder_hidden_states"].shape[1], device=latents.device)
     return call_packed(
@@ -44,13 +41,6 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     )
 
 
-def call_arguments(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, noise: Latents, **settings: Any
-) -> dict[str, Any]:
-    """Noise as patches in channels, not yet as tokens."""
-    return stock_arguments(pipeline, prompts, noise=F.pixel_unshuffle(noise, 2), **settings)
-
-
 BACKBONE = Backbone(
     LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
     condition,
@@ -60,5 +50,6 @@ BACKBONE = Backbone(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.linear_out", "to_qkv_mlp_proj"),
     shift=compute_shift,
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
-    call_arguments=call_arguments,
+    # Noise as patches in channels, not yet as tokens.
+    adjust_call=lambda call: {**call, "latents": F.pixel_unshuffle(call["latents"], 2)},
 )

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, compute_shift
-from davae.backbones.packing import call_packed, packed_arguments, token_grid
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, compute_shift, guide_from_zero
+from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 
 def shift(pipeline: DiffusionPipeline, tokens: int) -> float:
@@ -25,7 +23,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     embeds = condition["encoder_hidden_states"].unflatten(2, (transformer.config.num_text_layers, -1))
     # Text tokens are at the origin, and come first.
     places = torch.cat([torch.zeros(embeds.shape[1], 2, device=latents.device), token_grid(latents)])
@@ -39,13 +36,6 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     )
 
 
-def call_arguments(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, guidance_scale: float, **settings: Any
-) -> dict[str, Any]:
-    """The pipeline's guidance counts from 0; here 1 or less means none, as elsewhere."""
-    return packed_arguments(pipeline, prompts, guidance_scale=max(guidance_scale - 1, 0.0), **settings)
-
-
 BACKBONE = Backbone(
     LatentPorts("img_in", "d (c p q)", "final_layer.linear", "(c p q) d", packed=2),
     condition,
@@ -53,7 +43,7 @@ BACKBONE = Backbone(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.down"),
     shift=shift,
     pipelines=("Krea2Pipeline",),
-    call_arguments=call_arguments,
+    adjust_call=lambda call: guide_from_zero(pack_noise(call)),
     condition_shapes=lambda model, tokens: {
         "encoder_hidden_states": (tokens, model.config.num_text_layers * model.config.text_hidden_dim),
         "encoder_attention_mask": (tokens,),

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import flux, ovis_image
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
-from davae.backbones.packing import call_packed, packed_arguments, token_grid
+from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 TEXT_TOKENS = 512
 """The stock pipeline pads each prompt to so many tokens, and places the image's first token there."""
@@ -21,18 +21,16 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     # An image token's id is 1, row, column, counted from behind the text.
     text_ids = ovis_image.text_ids(condition)
     image_ids = F.pad(token_grid(latents) + TEXT_TOKENS, (1, 0), value=1.0)
     return call_packed(transformer, latents, sigma, txt_ids=text_ids, img_ids=image_ids, **condition)
 
 
-def call_arguments(pipeline: DiffusionPipeline, prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
+def adjust_call(call: dict[str, Any]) -> dict[str, Any]:
     """Prompts as they are, of the one length that the pipeline has."""
-    arguments = packed_arguments(pipeline, prompts, **settings)
-    del arguments["max_sequence_length"]
-    return {**arguments, "enable_prompt_rewrite": False}
+    del call["max_sequence_length"]
+    return {**pack_noise(call), "enable_prompt_rewrite": False}
 
 
 BACKBONE = Backbone(
@@ -41,7 +39,7 @@ BACKBONE = Backbone(
     velocity,
     lora_targets=flux.BACKBONE.lora_targets,
     pipelines=("LongCatImagePipeline",),
-    call_arguments=call_arguments,
+    adjust_call=adjust_call,
     condition_shapes=lambda model, _: {"encoder_hidden_states": (TEXT_TOKENS, model.config.joint_attention_dim)},
     advice="give it latents, davae.backbones.packing.pack(noise): it draws noise of 16 channels, whatever its VAE",
 )

@@ -5,8 +5,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
@@ -21,17 +20,13 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at (1 - sigma) latents + sigma noise; the model's t is 1 - sigma, its sign the other."""
     return -transformer(latents, timestep=1 - sigma, **condition, return_dict=False)[0]
 
 
-def call_arguments(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, noise: Latents, **settings: Any
-) -> dict[str, Any]:
+def adjust_call(call: dict[str, Any]) -> dict[str, Any]:
     """Height and width as the pipeline counts them: with a downsample factor of 8, whatever its VAE's is."""
-    height, width = noise.shape[-2:]
-    settings |= {"height": 8 * height, "width": 8 * width}
-    return stock_arguments(pipeline, prompts, noise=noise, **settings)
+    height, width = call["latents"].shape[-2:]
+    return {**call, "height": 8 * height, "width": 8 * width}
 
 
 BACKBONE = Backbone(
@@ -40,7 +35,7 @@ BACKBONE = Backbone(
     velocity,
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_2", "norm1.linear"),
     pipelines=("Lumina2Pipeline",),
-    call_arguments=call_arguments,
+    adjust_call=adjust_call,
     text_settings=("system_prompt",),
     advice="divide the side that you want by the resolution factor: Lumina2Pipeline counts with a factor of 8",
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from davae.backbones import flux
 from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
-from davae.backbones.packing import call_packed, packed_arguments, token_grid
+from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
@@ -30,7 +30,6 @@ def text_ids(condition: Condition) -> Float[Tensor, "tokens 3"]:
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     image_ids = F.pad(token_grid(latents), (1, 0))
     return call_packed(transformer, latents, sigma, txt_ids=text_ids(condition), img_ids=image_ids, **condition)
 
@@ -41,6 +40,6 @@ BACKBONE = Backbone(
     velocity,
     lora_targets=flux.BACKBONE.lora_targets,
     pipelines=("OvisImagePipeline",),
-    call_arguments=packed_arguments,
+    adjust_call=pack_noise,
     condition_shapes=lambda model, tokens: {"encoder_hidden_states": (tokens, model.config.joint_attention_dim)},
 )

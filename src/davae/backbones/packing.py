@@ -1,15 +1,14 @@
 """2x2 space-to-channel, which some pipelines do before the transformer sees the latents."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.backbones.backbone import Latents, Sigma, stock_arguments
+from davae.backbones.backbone import Latents, Sigma
 
 
 def pack(latents: Latents) -> Float[Tensor, "b tokens features"]:
@@ -36,8 +35,6 @@ def call_packed(transformer: ModelMixin, latents: Latents, sigma: Sigma, **argum
     return unpack(tokens, height, width)
 
 
-def packed_arguments(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, noise: Latents, **settings: Any
-) -> dict[str, Any]:
-    """`stock_arguments` of a pipeline that takes packed noise."""
-    return stock_arguments(pipeline, prompts, noise=pack(noise), **settings)
+def pack_noise(call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a stock pipeline's call, with packed noise."""
+    return {**call, "latents": pack(call["latents"])}

@@ -4,15 +4,12 @@ PixArt-alpha for 1024 px is told the image's size, which doubles with an upgrade
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Timestep, split_variance, stock_arguments
-from davae.backbones.sizes import UNBINNED
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import UNBINNED, Backbone, Condition, LatentPorts, Latents, Timestep, split_variance
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
@@ -43,7 +40,6 @@ def condition_shapes(transformer: ModelMixin, tokens: int) -> dict[str, tuple[in
 def noise(
     transformer: ModelMixin, latents: Latents, timestep: Timestep, condition: Condition
 ) -> tuple[Latents, Latents | None]:
-    """Predict the noise in latents at `timestep`, and its variance where that is learned."""
     # PixArt-alpha is told height and width in pixels, and their ratio.
     texts = dict(condition)
     factor = texts.pop("downsample_factor", None)
@@ -56,12 +52,6 @@ def noise(
     return split_variance(output, latents.shape[1])
 
 
-def call_arguments(pipeline: DiffusionPipeline, prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
-    """The pipeline leaves sizes and captions as they are."""
-    arguments = stock_arguments(pipeline, prompts, **settings)
-    return {**arguments, "clean_caption": False, "use_resolution_binning": False}
-
-
 BACKBONE = Backbone(
     LatentPorts("pos_embed.proj", "d c p q", "proj_out", "(p q k c) d"),
     condition,
@@ -69,7 +59,7 @@ BACKBONE = Backbone(
     # Both attentions and the MLP's output; the modulation is one layer for all blocks, and stays.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2"),
     pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
-    call_arguments=call_arguments,
+    adjust_call=lambda call: {**call, "clean_caption": False, "use_resolution_binning": False},
     condition_shapes=condition_shapes,
     padded_text=True,
     advice=UNBINNED,

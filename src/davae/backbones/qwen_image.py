@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
-from davae.backbones.packing import call_packed, packed_arguments
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
+from davae.backbones.packing import call_packed, pack_noise
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
@@ -25,21 +24,17 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     # Each image is one frame of so many tokens.
     height, width = latents.shape[-2:]
     shapes = [[(1, height // 2, width // 2)]] * len(latents)
     return call_packed(transformer, latents, sigma, img_shapes=shapes, **condition)
 
 
-def call_arguments(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, guidance_scale: float, **settings: Any
-) -> dict[str, Any]:
+def adjust_call(call: dict[str, Any]) -> dict[str, Any]:
     """Guidance of 1 or less means none; other guidance is against the empty prompt."""
-    arguments = packed_arguments(pipeline, prompts, guidance_scale=guidance_scale, **settings)
-    del arguments["guidance_scale"]  # this one is an input of distilled models
-    negative = [""] * len(prompts) if guidance_scale > 1 else None
-    return {**arguments, "negative_prompt": negative, "true_cfg_scale": guidance_scale}
+    scale = call.pop("guidance_scale")  # the pipeline's own argument of that name is an input of distilled models
+    negative = [""] * len(call["prompt"]) if scale > 1 else None
+    return {**pack_noise(call), "negative_prompt": negative, "true_cfg_scale": scale}
 
 
 BACKBONE = Backbone(
@@ -49,5 +44,5 @@ BACKBONE = Backbone(
     # Attention, MLP output and modulation of the image stream.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.2", "img_mod.1"),
     pipelines=("QwenImagePipeline",),
-    call_arguments=call_arguments,
+    adjust_call=adjust_call,
 )

@@ -2,14 +2,11 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
-from davae.backbones.sizes import UNBINNED
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import UNBINNED, Backbone, Condition, LatentPorts, Latents, Sigma
 
 
 def read_instruction() -> list[str]:
@@ -34,14 +31,8 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     timestep = 1000 * sigma * transformer.config.timestep_scale
     return transformer(latents, timestep=timestep, **condition, return_dict=False)[0]
-
-
-def call_arguments(pipeline: DiffusionPipeline, prompts: Sequence[str], **settings: Any) -> dict[str, Any]:
-    """The pipeline leaves the size as it is."""
-    return {**stock_arguments(pipeline, prompts, **settings), "use_resolution_binning": False}
 
 
 BACKBONE = Backbone(
@@ -51,7 +42,7 @@ BACKBONE = Backbone(
     # Linear attention and cross-attention; the MLP is made of convolutions.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     pipelines=("SanaPipeline",),
-    call_arguments=call_arguments,
+    adjust_call=lambda call: {**call, "use_resolution_binning": False},
     pixel_multiple=32,
     condition_shapes=lambda model, tokens: {
         "encoder_hidden_states": (tokens, model.config.caption_channels),

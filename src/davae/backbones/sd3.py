@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, stock_arguments
-from davae.method.widen import LatentPorts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
 
 
 def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
@@ -18,7 +17,6 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
-    """Predict noise - latents at `latents` = (1 - sigma) latents + sigma noise."""
     return transformer(hidden_states=latents, timestep=1000 * sigma, **condition, return_dict=False)[0]
 
 
@@ -29,7 +27,6 @@ BACKBONE = Backbone(
     # The reference's: attention, MLP output and modulation of the image stream.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"),
     pipelines=("StableDiffusion3Pipeline",),
-    call_arguments=stock_arguments,
     longest_grid=lambda config: config.get("pos_embed_max_size") or 0,
     condition_shapes=lambda model, tokens: {
         "encoder_hidden_states": (tokens, model.config.joint_attention_dim),

@@ -13,7 +13,7 @@ from torch import nn
 
 from davae import assets
 from davae.backbones import backbone_of, widen_transformer
-from davae.backbones.sizes import checked_side
+from davae.backbones.backbone import checked_side
 from davae.cost import workload
 from davae.cost.geometry import META, Geometry, read_geometry
 from davae.cost.timing import DENSE_PEAKS

@@ -159,7 +159,6 @@ def _sample(case: Case) -> object:
     side = case.latent_side
     noise = draw_shared_noise(pipeline, range(case.batch), seed=case.seed, height=side, width=side)
     arguments = case.backbone.call_arguments(
-        pipeline,
         [PROMPT] * case.batch,
         noise=noise.to(pipeline.device, pipeline.transformer.dtype),
         height=size,

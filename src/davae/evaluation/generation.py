@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from davae.backbones import backbone_of
-from davae.backbones.sizes import Size
+from davae.backbones.backbone import Size
 from davae.data.buckets import Bucket
 from davae.data.listing import PictureSource
 from davae.data.pictures import ORIGIN, read_png, to_bytes, to_floats, write_png

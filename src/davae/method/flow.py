@@ -10,25 +10,27 @@ from torch import Tensor
 from davae.errors import SettingsError
 from davae.models.precision import at_least_float32
 
+Latents = Float[Tensor, "b latent h w"]
+"""Latents in the transformer's units, all C + D channels, the base's first."""
+Sigma = Float[Tensor, " b"]
+"""Share of noise in each sample, in [0, 1]."""
+Scalar = Float[Tensor, ""]
 
-def interpolate(
-    latents: Float[Tensor, "b latent h w"], noise: Float[Tensor, "b latent h w"], sigma: Float[Tensor, " b"]
-) -> Float[Tensor, "b latent h w"]:
-    """The point (1 - sigma) latents + sigma noise of the straight path, one sigma in [0, 1] per sample."""
+
+def interpolate(latents: Latents, noise: Latents, sigma: Sigma) -> Latents:
+    """The point (1 - sigma) latents + sigma noise of the straight path, one sigma per sample."""
     sigma = sigma.to(latents.device, latents.dtype)[:, None, None, None]
     return (1 - sigma) * latents + sigma * noise
 
 
-def velocity_target(
-    latents: Float[Tensor, "b latent h w"], noise: Float[Tensor, "b latent h w"]
-) -> Float[Tensor, "b latent h w"]:
+def velocity_target(latents: Latents, noise: Latents) -> Latents:
     """The derivative of `interpolate` by sigma, noise - latents: the transformer learns to predict it."""
     return noise - latents
 
 
 def sample_timesteps(
     batch: int, *, shift: float, generator: torch.Generator, mean: float = 0.0, std: float = 1.0
-) -> Float[Tensor, " b"]:
+) -> Sigma:
     """Draw sigmas for training: logit-normal t, then the scheduler's shift s, sigma = s t / (1 + (s - 1) t).
 
     `mean` and `std` belong to the normal before the sigmoid. float32 [batch], strictly between 0 and 1, on the
@@ -59,8 +61,7 @@ def detail_weight(step: int, warmup_steps: int) -> float:
     """
     if step < 0 or warmup_steps < 0:
         raise SettingsError(f"step={step} and warmup_steps={warmup_steps} must not be negative")
-    # Also without a ramp, where warmup_steps is 0.
-    if step >= warmup_steps:
+    if step >= warmup_steps:  # also without a ramp
         return 1.0
     return (1 - math.cos(math.pi * step / warmup_steps)) / 2
 
@@ -68,9 +69,9 @@ def detail_weight(step: int, warmup_steps: int) -> float:
 class FlowMatchingLosses(NamedTuple):
     """The scheduled loss, and the mean squared errors of its two halves for the log."""
 
-    total: Float[Tensor, ""]
-    base: Float[Tensor, ""]
-    detail: Float[Tensor, ""]
+    total: Scalar
+    base: Scalar
+    detail: Scalar
 
     def to_logs(self, detail_weight: float) -> dict[str, Tensor | float]:
         """The halves and the weight between them, under their names in the log."""
@@ -78,18 +79,18 @@ class FlowMatchingLosses(NamedTuple):
 
 
 def flow_matching_losses(
-    prediction: Float[Tensor, "b latent h w"],
-    target: Float[Tensor, "b latent h w"],
+    prediction: Latents,
+    target: Latents,
     *,
     base_channels: int,
     detail_weight: float,
-    sample_weight: Float[Tensor, " b"] | None = None,
+    sample_weight: Sigma | None = None,
 ) -> FlowMatchingLosses:
     """The weighted mean (sum_base + w sum_detail) / ((C + w D) B H W) of the squared errors (Eq. 13), and its halves.
 
     The prediction is of the velocity, or of the latents (`latents_prediction`); base channels first. `sample_weight`
     (`min_snr_weight`) is a factor of each sample's errors, in the total and in both halves; the denominator stays.
-    Scalars in float32 (float64 if an argument is), whatever autocast left; `base` and `detail` are detached.
+    Scalars in float32 or float64, whatever autocast left; `base` and `detail` are detached.
     """
     channels = prediction.shape[1]
     if prediction.shape != target.shape:
@@ -112,9 +113,7 @@ def flow_matching_losses(
     return FlowMatchingLosses(total, base.detach(), detail.detach())
 
 
-def latents_prediction(
-    noisy: Float[Tensor, "b latent h w"], velocity: Float[Tensor, "b latent h w"], sigma: Float[Tensor, " b"]
-) -> Float[Tensor, "b latent h w"]:
+def latents_prediction(noisy: Latents, velocity: Latents, sigma: Sigma) -> Latents:
     """The clean latents that a velocity at `interpolate(latents, noise, sigma)` amounts to: noisy - sigma velocity.
 
     Its squared error is sigma^2 times the velocity's. In float32 (float64 if an argument is).
@@ -123,7 +122,7 @@ def latents_prediction(
     return noisy - sigma.to(velocity)[:, None, None, None] * velocity
 
 
-def min_snr_weight(sigma: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
+def min_snr_weight(sigma: Sigma, gamma: float) -> Sigma:
     """Weight of each sample's error in the latents, min((1 - sigma) / sigma, gamma), as in the reference's SD3 code.
 
     (1 - sigma) / sigma is the ratio of signal to noise in amplitude; min-SNR (arXiv 2303.09556) has its square. For the
@@ -134,7 +133,7 @@ def min_snr_weight(sigma: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " 
     return ((1 - sigma) / sigma).clamp_max(gamma)
 
 
-def cosine_loss(velocity: Float[Tensor, "b latent h w"], target: Float[Tensor, "b latent h w"]) -> Float[Tensor, ""]:
+def cosine_loss(velocity: Latents, target: Latents) -> Scalar:
     """LightningDiT's second term: the mean over positions of 1 - cos(velocity, target), all channels as one vector.
 
     In [0, 2], without the detail channels' weight. A scalar in float32 (float64 if an argument is).
@@ -143,17 +142,17 @@ def cosine_loss(velocity: Float[Tensor, "b latent h w"], target: Float[Tensor, "
 
 
 def flow_loss(
-    velocity: Float[Tensor, "b latent h w"],
-    latents: Float[Tensor, "b latent h w"],
-    noise: Float[Tensor, "b latent h w"],
-    sigma: Float[Tensor, " b"],
+    velocity: Latents,
+    latents: Latents,
+    noise: Latents,
+    sigma: Sigma,
     *,
     base_channels: int,
     detail_weight: float,
     data_objective: bool = False,
     min_snr: float | None = None,
     cosine_weight: float = 0.0,
-) -> tuple[Float[Tensor, ""], dict[str, Tensor | float]]:
+) -> tuple[Scalar, dict[str, Tensor | float]]:
     """Stage 2's loss of one batch for a flow model: Eq. 13, plus the cosine term if it has a weight.
 
         weight = detail_weight(step, 200)
@@ -161,7 +160,7 @@ def flow_loss(
 
     Args:
         velocity: the transformer's prediction at `interpolate(latents, noise, sigma)`.
-        latents: the clean latents, base channels first.
+        latents: the clean latents.
         noise: what they were mixed with.
         sigma: the noise level of each sample, in (0, 1).
         base_channels: C.
@@ -171,8 +170,8 @@ def flow_loss(
         cosine_weight: weight of `cosine_loss`.
 
     Returns:
-        The loss with its graph, and its parts for a log: `base_loss`, `detail_loss`, `detail_weight` and, if it has a
-        weight, `cosine_loss`. Eq. 13 holds between the first three and the loss without its cosine term.
+        The loss with its graph, and its parts for a log: the means of both halves and the weight between them, which
+        make the loss by Eq. 13, and `cosine_loss` if it has a weight.
     """
     target = velocity_target(latents, noise)
 
@@ -195,11 +194,7 @@ def flow_loss(
 
 
 def scheduled_flow_matching_loss(
-    velocity: Float[Tensor, "b latent h w"],
-    target: Float[Tensor, "b latent h w"],
-    *,
-    base_channels: int,
-    detail_weight: float,
-) -> Float[Tensor, ""]:
+    velocity: Latents, target: Latents, *, base_channels: int, detail_weight: float
+) -> Scalar:
     """The total of `flow_matching_losses` alone."""
     return flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=detail_weight).total

@@ -9,44 +9,43 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from davae.method.flow import flow_matching_losses
+from davae.method.flow import Latents, Scalar, flow_matching_losses
+
+Alphas = Float[Tensor, " steps"]
+"""Cumulative products a of a schedule of T numbers, falling from nearly 1 to nearly 0."""
+Timestep = Int[Tensor, " b"]
+"""Step of each sample, 0 to T - 1; T is 1000 in published models."""
 
 
-def add_noise(
-    latents: Float[Tensor, "b latent h w"],
-    noise: Float[Tensor, "b latent h w"],
-    alphas: Float[Tensor, " steps"],
-    timestep: Int[Tensor, " b"],
-) -> Float[Tensor, "b latent h w"]:
-    """x_t of each sample; `alphas` is the cumulative product a of T numbers, falling from nearly 1 to nearly 0."""
+def add_noise(latents: Latents, noise: Latents, alphas: Alphas, timestep: Timestep) -> Latents:
+    """x_t of each sample."""
     alpha = _at(alphas, timestep, latents)
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 def noise_loss(
-    prediction: Float[Tensor, "b latent h w"],
-    variance: Float[Tensor, "b latent h w"] | None,
-    noise: Float[Tensor, "b latent h w"],
-    alphas: Float[Tensor, " steps"],
-    timestep: Int[Tensor, " b"],
+    prediction: Latents,
+    variance: Latents | None,
+    noise: Latents,
+    alphas: Alphas,
+    timestep: Timestep,
     *,
     base_channels: int,
     detail_weight: float,
-) -> tuple[Float[Tensor, ""], dict[str, Tensor | float]]:
+) -> tuple[Scalar, dict[str, Tensor | float]]:
     """Stage 2's loss of one batch for a model that predicts noise: Eq. 13 of the noise, plus the variance's bound.
 
     Args:
         prediction: of the noise, at `add_noise(latents, noise, alphas, timestep)`.
         variance: the transformer's second prediction, in about [-1, 1]; None if it has none.
         noise: what was added to the latents.
-        alphas: cumulative products a_t.
+        alphas: the noise schedule.
         timestep: t of each sample.
         base_channels: C.
         detail_weight: weight of the detail channels (Eq. 12).
 
     Returns:
-        The loss with its graph, and its parts for a log: `base_loss`, `detail_loss`, `detail_weight` and, if the
-        variance is predicted, `variance_loss`.
+        The loss with its graph, and its parts for a log, as of `flow_loss`; `variance_loss` if that is predicted.
     """
     losses = flow_matching_losses(prediction, noise, base_channels=base_channels, detail_weight=detail_weight)
     logs = losses.to_logs(detail_weight)
@@ -60,15 +59,15 @@ def noise_loss(
 
 
 def variance_loss(
-    variance: Float[Tensor, "b latent h w"],
-    prediction: Float[Tensor, "b latent h w"],
-    noise: Float[Tensor, "b latent h w"],
-    alphas: Float[Tensor, " steps"],
-    timestep: Int[Tensor, " b"],
+    variance: Latents,
+    prediction: Latents,
+    noise: Latents,
+    alphas: Alphas,
+    timestep: Timestep,
     *,
     base_channels: int,
     detail_weight: float,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """The variational bound's term of step t, in bits, weighted over channels as Eq. 13: it trains the variance alone.
 
     It is the divergence of the model's Gaussian of x_{t-1} from the true posterior's (arXiv 2102.09672, Eq. 4 and 15;
@@ -100,6 +99,6 @@ def variance_loss(
     return (bits * weights.view(1, -1, 1, 1)).sum() / (weights.sum() * bits[:, 0].numel())
 
 
-def _at(values: Float[Tensor, " steps"], timestep: Int[Tensor, " b"], like: Tensor) -> Float[Tensor, "b 1 1 1"]:
+def _at(values: Alphas, timestep: Timestep, like: Tensor) -> Float[Tensor, "b 1 1 1"]:
     """The schedule's values at each sample's step, in float32."""
     return values.to(like.device)[timestep].to(torch.float32)[:, None, None, None]

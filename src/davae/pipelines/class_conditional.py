@@ -79,7 +79,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         """
         self._check(height, width, output_type)
         device = self._execution_device
-        condition = lightningdit.condition(self, class_labels)["class_labels"].to(device)
+        condition = lightningdit.BACKBONE.condition(self, class_labels)["class_labels"].to(device)
         times = make_time_grid(num_inference_steps, timestep_shift)
 
         if latents is None:

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from davae.backbones import backbone_of, check_parts
-from davae.backbones.sizes import Size, checked_side
+from davae.backbones.backbone import Size, checked_side
 from davae.method.widen import measure_width, patch_side
 from davae.models.base_autoencoders import downsample_factor
 

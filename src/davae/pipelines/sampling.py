@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from davae.backbones import backbone_of
-from davae.backbones.sizes import Size
+from davae.backbones.backbone import Size
 from davae.data.pictures import to_bytes
 from davae.errors import SettingsError
 from davae.models.base_autoencoders import base_facts, downsample_factor
@@ -73,7 +73,7 @@ def sample(
     noise = noise.to(pipeline.device, pipeline.transformer.dtype)
 
     settings = {"height": height, "width": width, "guidance_scale": guidance_scale, "prompt_tokens": prompt_tokens}
-    arguments = backbone.call_arguments(pipeline, prompts, noise=noise, **settings)
+    arguments = backbone.call_arguments(prompts, noise=noise, **settings)
     images = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
     return to_bytes(images * 2 - 1)
 
