@@ -118,8 +118,7 @@ def test_section_3_2_zeros_join_the_channel_axis(layout: str) -> None:
     widened = np.concatenate([full, np.zeros_like(np.repeat(full, 2, axis=axes.index("c")))], axis=axes.index("c"))
     flat = layout.startswith("(")
     weight, expected = (array.reshape(-1, 5) if flat else array for array in (full, widened))
-    inside = {axis: sizes[axis] for axis in axes if axis in "pqk"} if flat else {}
-    close(pad_channels(torch.from_numpy(weight), layout, 6, **inside), expected)
+    close(pad_channels(torch.from_numpy(weight), layout, 6, patch=2, predictions=sizes["k"]), expected)
 
 
 # ------------------------------------------------------------------------------------------------ the autoencoder

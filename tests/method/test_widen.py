@@ -13,7 +13,7 @@ PORTS = ("pos_embed.proj.weight", "pos_embed.proj.bias", "proj_out.weight", "pro
 
 def test_padding_keeps_each_channel_at_its_place_in_every_patch_position():
     weight = torch.arange(2 * 2 * 2 * 3 * 5.0).view(2 * 2 * 2 * 3, 5) + 1
-    padded = pad_channels(weight, "(p q k c) d", 4, p=2, q=2, k=2)
+    padded = pad_channels(weight, "(p q k c) d", 4, patch=2, predictions=2)
     before = rearrange(weight, "(p q k c) d -> p q k c d", p=2, q=2, k=2)
     after = rearrange(padded, "(p q k c) d -> p q k c d", p=2, q=2, k=2)
     assert torch.equal(after[:, :, :, :3], before)

@@ -1,9 +1,4 @@
-"""A start for the detail half without training: least squares and principal components in the decoder's metric.
-
-The latents of the full image, unshuffled onto the base grid, are s^2 C channels. The base latents predict a part of
-them; the rest is projected on the D directions that cost the decoder most pixels. Both maps are the 1x1 shortcuts of
-`AutoencoderDA` (docs/method.md 5).
-"""
+"""A start for the detail half without training: principal components in the decoder's metric (docs/method.md 5)."""
 
 from typing import Literal, NamedTuple
 
@@ -18,14 +13,9 @@ from davae.seeds import generator
 
 LOG_VARIANCE = -6.0
 """Of the code's posterior at the start: deviation 0.05 beside the code's 1."""
-PROBES = 2
-"""Random directions in pixels for each image of the decoder's metric."""
 
 Code = Literal["aligned", "unit variance", "residual", "base added", "zero sum"]
-"""What the detail latents are at the start: docs/method.md 5 defines each code.
-
-The decoder's map undoes all of them, so the first four start with the same image. "zero sum" holds D - C components.
-"""
+"""What the detail latents are at the start. The decoder's map undoes each, so the first four start with one image."""
 BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
 """Codes that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""
 
@@ -33,12 +23,9 @@ BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
 class _Maps(NamedTuple):
     """The linear blocks: weights [out, in] and offsets [out, 1]."""
 
-    encoder: tuple[Tensor, Tensor]
-    """Full latents -> code."""
-    base: Tensor
-    """Base latents -> a term of the code."""
-    decoder: tuple[Tensor, Tensor]
-    """Base latents and code -> full latents."""
+    encoder: tuple[Tensor, Tensor]  # full latents -> code
+    base: Tensor  # base latents -> a term of the code
+    decoder: tuple[Tensor, Tensor]  # base latents and code -> full latents
 
 
 @torch.no_grad()
@@ -100,13 +87,13 @@ def least_squares(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def decoder_metric(autoencoder: AutoencoderDA, pictures: Tensor, seed: int) -> Tensor:
     """M = E[J^T J], [s^2 C, s^2 C] in float64, over the positions of images [N, 3, H, W] in [-1, 1].
 
-    J is the decoder's Jacobian, so M says what an error of the unshuffled latents, in units, costs in pixels. It is
-    estimated from two random +-1 images v for each image: one backward pass gives g = J^T v, whose g g^T are averaged.
+    J is the decoder's Jacobian, so M says what an error of the unshuffled latents costs in pixels. Two random +-1
+    images v for each image estimate it: one backward pass gives g = J^T v, whose g g^T are averaged.
     """
     metric, count = torch.zeros(()).double(), 0
     for index, picture in enumerate(pictures.split(1)):
         latents = autoencoder.encode_pretrained(picture.to(autoencoder.device, autoencoder.dtype)).detach()
-        for probe in range(PROBES):
+        for probe in range(2):
             signs = torch.randint(2, picture.shape, generator=generator(seed, "metric probe", index, probe))
             with torch.enable_grad():
                 latents.requires_grad_(True)
@@ -124,30 +111,24 @@ def _count_components(autoencoder: AutoencoderDA, code: Code) -> int:
     if not autoencoder.config.linear_blocks:
         raise SettingsError("fit_closed_form needs an AutoencoderDA made with linear_blocks=True.")
     if code != "unit variance" and not base_channels:
-        raise SettingsError(
-            f"code={code!r}: all latents of this autoencoder are new, and this code needs base latents; "
-            'allowed is code="unit variance"'
-        )
-
-    # There are as many components as channels of the unshuffled latents, s^2 C.
-    most = autoencoder.detail_downsample.shortcut.in_channels
+        raise SettingsError(f'code={code!r}: all are new, and this code needs base latents; give code="unit variance".')
+    most = autoencoder.detail_downsample.shortcut.in_channels  # channels of the unshuffled latents, s^2 C
     if detail_channels > most:
         raise SettingsError(f"detail_channels={detail_channels}: the full latents have {most}; give at most so many.")
 
     if code in BASE_CODES and not autoencoder.config.base_in_detail:
         raise SettingsError(f"code={code!r} needs an AutoencoderDA made with base_in_detail=True.")
+
+    # One component of each group is left to the base latent.
     if code != "zero sum":
         return detail_channels
     if detail_channels == base_channels:
-        raise SettingsError(
-            f"code={code!r} has detail_channels - base_channels = 0 components: give detail_channels from "
-            f"{2 * base_channels}, or another code"
-        )
+        raise SettingsError(f"code={code!r} has 0 components: give detail_channels from {2 * base_channels}.")
     return detail_channels - base_channels
 
 
 def _encode_positions(autoencoder: AutoencoderDA, pictures: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Zb, [C, positions], and Zf, [s^2 C, positions], in float64."""
+    """Zb, [C, positions], and Zf, the full image's latents unshuffled onto the base grid, [s^2 C, positions]."""
     base_parts, full_parts = [], []
     for batch in pictures.split(batch_size):
         batch = batch.to(autoencoder.device, autoencoder.dtype)
@@ -185,10 +166,7 @@ def _map_full_latents(
     Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (S^-1 z_d + mean).
     """
     mean = code.mean(dim=1, keepdim=True)
-    if base is None:
-        coordinates = torch.diag(1 / code.std(dim=1, correction=0))
-    else:
-        coordinates = _align(code - mean, base)
+    coordinates = torch.diag(1 / code.std(dim=1, correction=0)) if base is None else _align(code - mean, base)
 
     # Outside of U, the base latents predict the full ones.
     keep = torch.eye(len(decode)).double() - decode @ encode
@@ -207,7 +185,6 @@ def _map_residual(
 
     Without `add_base` there is no Zb in z_d.
     """
-    # Zb in each of its r channels.
     channels = prediction.shape[1]
     repeat = torch.eye(channels).double().repeat_interleave(len(coordinates) // channels, dim=0)
     if not add_base:
@@ -225,8 +202,7 @@ def _map_residual(
 def _align(code: Tensor, base: Tensor) -> Tensor:
     """The rotation that brings a centred code [D, N] nearest to the base latents [C, N], each repeated; over its rms.
 
-    An orthogonal Procrustes problem. With one channel to a group (D = C) the distance is the alignment loss; with more
-    of them it also holds the channels of a group together, so a rotation of smaller alignment loss may exist.
+    An orthogonal Procrustes problem; for D = C the distance is the alignment loss.
     """
     target = (base - base.mean(dim=1, keepdim=True)).repeat_interleave(len(code) // len(base), dim=0)
     left, _, right = torch.linalg.svd(target @ code.T)

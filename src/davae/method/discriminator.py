@@ -26,14 +26,10 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient)
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the statistics of the whole batch, of which each rank has a part of the same size.
-
-    torch's own SyncBatchNorm runs on GPUs only. Running statistics come out the same on all ranks.
-    """
+class _GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over all ranks' parts of a batch, which have one size; torch's SyncBatchNorm runs on GPUs only."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same shape."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         assert self.running_mean is not None
@@ -60,13 +56,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 class PatchDiscriminator(nn.Module):
     """Images -> a map of logits, one for each overlapping patch of 70 px: above 0 looks real, below 0 looks made.
 
-    Five 4x4 convolutions with padding 1: three of stride 2, two of stride 1. LeakyReLU(0.2) after all but the last;
-    BatchNorm before it after all but the first and the last, and there the convolution has no bias. Give a real and a
-    made batch separately, as in the reference: each is then normalised with its own statistics.
-
-    The layers are called `main.0` to `main.11`, as in the reference's checkpoints (`loss.discriminator.main.*`). They
-    start from `generator`: weights of convolutions N(0, 0.02), of BatchNorm N(1, 0.02); BatchNorm's biases 0, the two
-    convolutions' biases uniform within 1 / sqrt(inputs).
+    Give a real and a made batch separately, as in the reference: each is then normalised with its own statistics. The
+    layers are called `main.0` to `main.11`, as in the reference's checkpoints (`loss.discriminator.main.*`).
     """
 
     def __init__(self, generator: torch.Generator, *, width: int = 64) -> None:
@@ -76,12 +67,12 @@ class PatchDiscriminator(nn.Module):
             channels = width * 2**depth
             layers += [
                 nn.Conv2d(channels, 2 * channels, 4, stride=stride, padding=1, bias=False),
-                GlobalBatchNorm2d(2 * channels),
+                _GlobalBatchNorm2d(2 * channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
-        # pix2pix's start, from one generator in the order of the layers.
+        # pix2pix's start, from one generator in the order of the layers; biases as torch starts them.
         for layer in self.main:
             if isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02, generator=generator)

@@ -12,6 +12,14 @@ from torch import Tensor
 from davae.errors import SettingsError
 from davae.models.precision import at_least_float32
 
+Images = Float[Tensor, "b 3 h w"]
+"""In [-1, 1]."""
+Logits = Float[Tensor, "b 1 h w"]
+"""Of the discriminator."""
+Moments = Float[Tensor, "b c h w"]
+"""Means or log-variances of a posterior."""
+Scalar = Float[Tensor, ""]
+
 
 def channel_group_mean(
     detail: Float[Tensor, "b detail h w"], base_channels: int
@@ -30,9 +38,7 @@ def channel_group_mean(
     return reduce(detail, "b (base ratio) h w -> b base h w", "mean", base=base_channels)
 
 
-def detail_alignment_loss(
-    detail: Float[Tensor, "b detail h w"], base: Float[Tensor, "b base h w"]
-) -> Float[Tensor, ""]:
+def detail_alignment_loss(detail: Float[Tensor, "b detail h w"], base: Float[Tensor, "b base h w"]) -> Scalar:
     """Mean squared error between the channel group mean of the detail latents and the base latents (Eq. 3-4).
 
     Args:
@@ -46,12 +52,12 @@ def detail_alignment_loss(
     return (group_mean - at_least_float32(base).detach()).square().mean()
 
 
-def kl_loss_mean(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+def kl_loss_mean(mean: Moments, logvar: Moments) -> Scalar:
     """KL to N(0, I) as the ImageNet set-up weighs it: the mean of mean^2 + var - 1 - logvar, without 1/2."""
     return _twice_kl(mean, logvar).mean()
 
 
-def kl_loss_sum(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+def kl_loss_sum(mean: Moments, logvar: Moments) -> Scalar:
     """KL to N(0, I) as the SD3 set-up weighs it: the divergence in nats of one image, averaged over the batch."""
     return 0.5 * _twice_kl(mean, logvar).sum((1, 2, 3)).mean()
 
@@ -61,20 +67,18 @@ def _twice_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return mean.square() + logvar.exp() - 1 - logvar
 
 
-def reconstruction_l1(reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of images in [-1, 1]."""
+def reconstruction_l1(reconstruction: Images, image: Images) -> Scalar:
+    """Mean absolute difference."""
     return (at_least_float32(reconstruction) - at_least_float32(image)).abs().mean()
 
 
-def gradient_l1(reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of the images' finite differences, the two directions added; blind to a constant."""
+def gradient_l1(reconstruction: Images, image: Images) -> Scalar:
+    """Mean absolute difference of finite differences, the two directions added; blind to a constant."""
     difference = at_least_float32(reconstruction) - at_least_float32(image)
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 
 
-def hinge_discriminator_loss(
-    real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]
-) -> Float[Tensor, ""]:
+def hinge_discriminator_loss(real_logits: Logits, fake_logits: Logits) -> Scalar:
     """1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake)): the discriminator minimises it (Lim and Ye, 1705.02894).
 
     The logits of reconstructions must not get a gradient: detach what the discriminator sees.
@@ -83,20 +87,18 @@ def hinge_discriminator_loss(
     return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
 
 
-def hinge_generator_loss(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+def hinge_generator_loss(fake_logits: Logits) -> Scalar:
     """-mean of the discriminator's logits of reconstructions: L_adv, which the joint decoder minimises."""
     return -at_least_float32(fake_logits).mean()
 
 
 def adaptive_weight(
     reference_gradient: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"], maximum: float
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """clamp(|g_ref| / (|g| + 1e-4), 0, maximum), detached: the weight that gives a loss the gradient norm of another.
 
     VQGAN's rule (arXiv 2012.09841, Eq. 7), for two losses (docs/method.md 2.3). g_ref is the gradient of the
-    reconstruction loss at the same parameter: the weight of the decoder's last convolution for the adversarial loss,
-    of the 3x3 convolution in the detail encoder's last block for the alignment loss. With the closed-form start that
-    convolution is zero at first; its gradient is not, because it depends on what the convolution reads.
+    reconstruction loss at the same parameter.
     """
     # 1e-4 keeps the weight finite where the loss has no gradient.
     reference = torch.linalg.vector_norm(at_least_float32(reference_gradient.detach()))

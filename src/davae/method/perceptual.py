@@ -1,9 +1,4 @@
-"""LPIPS v0.1 (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features") in plain torch.
-
-Images run through an ImageNet classifier. At five depths the feature vectors of each position are scaled to unit
-length; the distance is their squared difference, weighted per channel by a trained head, averaged over positions and
-summed over depths.
-"""
+"""LPIPS v0.1 (Zhang et al. 2018, arXiv 1801.03924) in plain torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +11,9 @@ from torch import Tensor, nn
 
 from davae import assets
 from davae.errors import CheckpointError, SettingsError
+from davae.method.losses import Images
 
+PerImage = Float[Tensor, "b"]
 LPIPS_MIN_SIDE = 32
 """Pixels; below this the last stage has no position left."""
 
@@ -28,7 +25,9 @@ INPUT_SCALE = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Perceptual distance of two batches of images; frozen, and differentiable with respect to both.
 
-    Build it with `LPIPS.alex()` or `LPIPS.vgg(path)`. Under autocast only the convolutions are not in float32.
+    Images run through an ImageNet classifier. At five depths the feature vectors of each position are scaled to unit
+    length; the distance is their squared difference, weighted per channel by a trained head, averaged over positions
+    and summed over depths. Under autocast only the convolutions are not in float32.
     """
 
     shift: Tensor
@@ -48,25 +47,18 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def _load(self, weights: Path) -> None:
-        try:
-            tensors = load_file(weights)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"no LPIPS weights can be read from {weights} ({error}): "
-                "write them with recipes/small_pair/build_lpips.py"
-            ) from error
-
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         try:
+            tensors = load_file(weights)
             for index, convolution in enumerate(convolutions):
                 convolution.load_state_dict({name: tensors[f"conv_{index}.{name}"] for name in ("weight", "bias")})
             for index in range(len(self.stages)):
                 head = self.get_buffer(f"head_{index}")
                 head.copy_(tensors[f"head_{index}"].view_as(head))
-        except (KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"{weights} does not hold the weights of this LPIPS network ({error}): "
-                "convert the right one with recipes/small_pair/build_lpips.py"
+                f"no LPIPS weights can be read from {weights} for this network ({error}): write them with "
+                "recipes/small_pair/build_lpips.py"
             ) from error
 
     @classmethod
@@ -79,7 +71,7 @@ class LPIPS(nn.Module):
         """The VGG16 variant from a local file (29 MB) that recipes/small_pair/build_lpips.py writes."""
         return cls(vgg_stages(), Path(path))
 
-    def forward(self, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+    def forward(self, image: Images, other: Images) -> PerImage:
         """The distance of each pair of images in [-1, 1], 0 for equal images, about 1 for unrelated ones."""
         height, width = image.shape[-2:]
         if min(height, width) < LPIPS_MIN_SIDE:
@@ -97,7 +89,6 @@ class LPIPS(nn.Module):
         return distance
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        """Feature vectors of unit length at the five depths, float32."""
         features, hidden = [], (image.float() - self.shift) / self.scale
         for stage in self.stages:
             hidden = stage(hidden)
@@ -137,9 +128,7 @@ def patch_starts(side: int, patch: int, stride: int) -> list[int]:
     return [*range(0, side - patch, stride), side - patch]
 
 
-def patchwise_lpips(
-    lpips: LPIPS, image: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"], *, patch: int, stride: int
-) -> Float[Tensor, "b"]:
+def patchwise_lpips(lpips: LPIPS, image: Images, other: Images, *, patch: int, stride: int) -> PerImage:
     """The mean of LPIPS over a grid of overlapping square patches, for images larger than LPIPS was made for.
 
     LPIPS was trained on patches of 64 px; the paper's SD3 set-up has patches of 256 px at a stride of 128. Every patch

@@ -1,10 +1,9 @@
 """A start for a slim joint decoder without training: some of the full one's channels, each layer by least squares.
 
-No start of a narrower decoder is exact: fewer channels cannot hold the output of more. The best one takes one layer
-at a time, from the latents outwards. The target of a slim layer is a choice of the full layer's channels, those from
-which the others are predicted best. Its input is the output of the slim layers before it for the same images, errors
-included, so that the fit corrects them where it can (He, Zhang and Sun, arXiv 1707.06168, prune so). Channels are
-chosen by whole groups of the next norm, which then has the same statistics, and keeps scale and shift of its channels.
+No start of a narrower decoder is exact. This one takes one layer at a time, from the latents outwards. The target of
+a slim layer is a choice of the full layer's channels, those from which the others are predicted best. Its input is the
+output of the slim layers before it for the same images, errors included, so that the fit corrects them where it can
+(arXiv 1707.06168 prunes so). Channels are chosen by whole groups of the next norm, which then has the same statistics.
 """
 
 from collections.abc import Sequence
@@ -34,8 +33,8 @@ def fit_slim_decoder(slim: AutoencoderDA, full: AutoencoderDA, pictures: Tensor,
     in memory at a time. Returns the mean squared difference of the two decoders' images in [-1, 1].
     """
     slim_decoder, full_decoder = slim.joint_decoder, full.joint_decoder
-    has_input_layer = isinstance(slim_decoder.conv_in, nn.Conv2d)
-    if not has_input_layer and _inner_width(slim_decoder) != _inner_width(full_decoder):
+    inner, full_inner = (decoder.mid_block.resnets[0].norm1.num_channels for decoder in (slim_decoder, full_decoder))
+    if not isinstance(slim_decoder.conv_in, nn.Conv2d) and inner != full_inner:
         raise SettingsError(
             "decoder_block_out_channels: the innermost stage is narrower than the base's, and without linear blocks "
             'nothing can be fitted to that. Keep its width, or use start="closed form"'
@@ -71,10 +70,6 @@ class _Front:
     def exact(self) -> bool:
         """Whether all layers so far are copies."""
         return torch.equal(self.slim, self.full)
-
-
-def _inner_width(decoder: Decoder) -> int:
-    return len(decoder.mid_block.resnets[0].norm1.weight)
 
 
 def _fit_decoder(front: _Front, slim: Decoder, full: Decoder) -> None:
@@ -194,12 +189,10 @@ def _fit_weights(convolutions: list[nn.Conv2d], sources: list[Tensor], target: T
     each = min(height * width, -(-POSITIONS_PER_UNKNOWN * sum(sizes) // number))
     positions = torch.randperm(height * width, generator=generator(seed, "positions"))[:each]
 
-    rows = [
-        _read_patches(source, conv.kernel_size[0], positions)
-        for source, conv in zip(sources, convolutions, strict=True)
-    ]
+    pairs = zip(sources, convolutions, strict=True)
+    rows = torch.cat([_read_patches(source, conv.kernel_size[0], positions) for source, conv in pairs])
     goal = rearrange(target.flatten(2)[:, :, positions].double(), "n c p -> c (n p)")
-    weights, bias = least_squares(torch.cat(rows), goal)
+    weights, bias = least_squares(rows, goal)
 
     for conv, part in zip(convolutions, weights.split(sizes, dim=1), strict=True):
         assert conv.bias is not None, "a decoder's convolutions have biases"

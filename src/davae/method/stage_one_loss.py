@@ -5,10 +5,10 @@ for image in images:
     stage_one_loss(autoencoder, image, lpips).total.backward()
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from davae.method.losses import (
     reconstruction_l1,
 )
 from davae.method.perceptual import LPIPS, patchwise_lpips
+from davae.models.autoencoder_da import AutoencoderDA
 from davae.seeds import rand, randn, sample_generators
 
 KL_LOSSES = {"mean": kl_loss_mean, "sum": kl_loss_sum}
@@ -32,23 +33,6 @@ LARGEST_FACTOR = {"alignment": 1e8, "adversarial": 1e4}
 
 Generators = Sequence[torch.Generator] | None
 """One random generator for each sample of a batch; None is torch's global generator."""
-
-
-@runtime_checkable
-class JointAutoencoder(Protocol):
-    """What the loss asks of an autoencoder, such as `davae.AutoencoderDA`."""
-
-    detail_downsample: nn.Module
-    joint_decoder: nn.Module
-
-    def encode_base(self, sample: Tensor) -> Tensor:
-        """Base latents [B, C, h, w] in units."""
-
-    def encode_detail(self, sample: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the detail latents, each [B, D, h, w]."""
-
-    def reconstruct(self, base: Tensor, detail: Tensor) -> Tensor:
-        """Images [B, 3, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +80,8 @@ class StageOneLoss(NamedTuple):
     """What the discriminator minimises; 0 without a discriminator."""
 
 
-def keep_part(part: Tensor) -> Tensor:
-    """Gather a batch that this process has alone."""
-    return part
-
-
-def keep_gradients(_gradients: Iterable[Tensor]) -> None:
-    """Average gradients over this process alone."""
-
-
 def stage_one_loss(
-    autoencoder: JointAutoencoder,
+    autoencoder: AutoencoderDA,
     image: Tensor,
     lpips: LPIPS,
     settings: StageOneSettings | None = None,
@@ -116,8 +91,8 @@ def stage_one_loss(
     ramp: float = 1.0,
     draws: StageOneDraws | None = None,
     autocast: AbstractContextManager[Any] | None = None,
-    gather: Callable[[Tensor], Tensor] = keep_part,
-    average_: Callable[[Iterable[Tensor]], None] = keep_gradients,
+    gather: Callable[[Tensor], Tensor] = lambda part: part,
+    average_: Callable[[Iterable[Tensor]], None] = lambda gradients: None,
 ) -> StageOneLoss:
     """L = L_rec + lambda_align L_align of one batch of images [B, 3, H, W] in [-1, 1] (Sec. 3.1, Table S1).
 
@@ -132,7 +107,7 @@ def stage_one_loss(
         # Encode: base latents from the small image, a sample of the detail posterior from the full one (Sec. 3.1).
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image, base)
-        detail = mean + (0.5 * log_variance).exp() * draw_normal(mean.shape, draws.posterior).to(mean)
+        detail = mean + (0.5 * log_variance).exp() * _draw_normal(mean.shape, draws.posterior).to(mean)
 
         # Decode both halves together. Noise and dropout prepare the decoder for what a transformer will give it.
         noisy_base, noisy_detail = add_latent_noise(base, detail, settings.latent_noise, draws.latent_noise, gather)
@@ -167,13 +142,16 @@ def stage_one_loss(
     return StageOneLoss(weighted_sum(terms, settings.weights, factors), logs, discriminator_loss)
 
 
-def draw_normal(shape: Sequence[int], generators: Generators) -> Tensor:
-    """Normal numbers of `shape` [B, ...]."""
+def _draw_normal(shape: Sequence[int], generators: Generators) -> Tensor:
     return torch.randn(*shape) if generators is None else randn(shape, generators)
 
 
 def add_latent_noise(
-    base: Tensor, detail: Tensor, scale: float, generators: Generators, gather: Callable[[Tensor], Tensor] = keep_part
+    base: Tensor,
+    detail: Tensor,
+    scale: float,
+    generators: Generators,
+    gather: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> tuple[Tensor, Tensor]:
     """Both halves [B, C or D, h, w] plus noise: |N(0, 1)| x `scale` x the channel's deviation over the whole batch.
 
@@ -181,13 +159,13 @@ def add_latent_noise(
     """
     if not scale:
         return base, detail
-    level = scale * draw_normal((len(base), 1, 1, 1), generators).abs()
+    level = scale * _draw_normal((len(base), 1, 1, 1), generators).abs()
 
     noisy = []
     for half in (base, detail):
         # There is no base half if all latents are new.
         if half.shape[1]:
-            noise = level * draw_normal(half.shape, generators)
+            noise = level * _draw_normal(half.shape, generators)
             # Detached: otherwise the detail encoder could make the noise vanish by shrinking its deviation.
             deviation = gather(half.detach().float()).std(dim=(0, 2, 3), keepdim=True)
             half = half + noise.to(half) * deviation.to(half)
@@ -224,20 +202,11 @@ def adversarial_losses(discriminator: nn.Module, reconstruction: Tensor, target:
     The first has a graph to the reconstruction only, the second to the discriminator only. As in the reference code the
     discriminator sees one batch at a time, so that each has its own BatchNorm statistics.
     """
-    with frozen(discriminator):
-        generator_loss = hinge_generator_loss(discriminator(reconstruction))
+    discriminator.requires_grad_(False)
+    generator_loss = hinge_generator_loss(discriminator(reconstruction))
+    discriminator.requires_grad_(True)
     real_logits, fake_logits = discriminator(target), discriminator(reconstruction.detach())
     return generator_loss, hinge_discriminator_loss(real_logits, fake_logits)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """The module without gradients for its parameters."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
 
 
 def adversarial_ramp(step: int, *, start: int, ramp_steps: int) -> float:
@@ -247,7 +216,7 @@ def adversarial_ramp(step: int, *, start: int, ramp_steps: int) -> float:
     return min(1.0, (step - start + 1) / max(1, ramp_steps))
 
 
-def compared_weights(autoencoder: JointAutoencoder) -> dict[str, Tensor]:
+def compared_weights(autoencoder: AutoencoderDA) -> dict[str, Tensor]:
     """The parameter at which an adaptive term's gradients are measured, by the name of the term."""
     return {
         "alignment": autoencoder.detail_downsample.get_parameter("conv.weight"),
@@ -265,7 +234,7 @@ def adaptive_factors(
     terms: Mapping[str, Tensor],
     settings: StageOneSettings,
     places: Mapping[str, Tensor],
-    average_: Callable[[Iterable[Tensor]], None] = keep_gradients,
+    average_: Callable[[Iterable[Tensor]], None] = lambda gradients: None,
 ) -> dict[str, Tensor]:
     """The gradient norm of the reconstruction loss over that of each adaptive term, at the term's place.
 

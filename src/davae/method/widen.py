@@ -3,7 +3,6 @@
 Nothing here knows a model: `davae.backbones` says where the ports of each backbone are and how they are laid out.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -30,11 +29,11 @@ class LatentPorts:
     input: str
     """Dotted name of the patch embed."""
     input_layout: str
-    """Layout of its weight, for instance `"d c p q"` for a convolution."""
+    """For instance `"d c p q"` for a convolution."""
     output: str
     """Dotted name of the output projection."""
     output_layout: str
-    """Layout of its weight, for instance `"(p q c) d"`."""
+    """For instance `"(p q c) d"`."""
     packed: int = 1
     """Side of the patches that the pipeline packs into channels before the transformer sees them; 1 if it does not."""
     patch: int | None = None
@@ -55,29 +54,28 @@ def lost_directions(transformer: ModelMixin, ports: LatentPorts) -> int:
     """In how many directions a token keeps the noise that sampling starts from, whatever the training; 0 if in none.
 
     A token has n = (C + D) p^2 numbers, and the output port makes them from `width` numbers. So all predictions lie in
-    one affine subspace of at most `width` dimensions, at every time and for every prompt, while noise fills n. In the
-    n - width others a sampler adds only a constant, and flow matching's loss is at least (n - width) / n in all
-    (docs/method.md 7; RAE, arXiv 2510.11690).
+    one affine subspace of at most `width` dimensions, while noise fills n (docs/method.md 7; RAE, arXiv 2510.11690).
     """
     numbers = transformer.config.in_channels // ports.packed**2 * patch_side(transformer, ports) ** 2
     return max(0, numbers - measure_width(transformer, ports))
 
 
-def pad_channels(weight: Tensor, layout: str, detail_channels: int, **axes: int) -> Tensor:
+def pad_channels(weight: Tensor, layout: str, detail_channels: int, *, patch: int = 1, predictions: int = 1) -> Tensor:
     """A port's weight or bias with `detail_channels` zero channels behind the old ones of its axis `c`.
 
-    `layout` is its einops pattern, in which `c` stands alone or inside brackets; `axes` are the sizes of the axes that
-    share brackets with it, for instance `p=2, q=2, k=1`.
+    `layout` is its einops pattern, `patch` the side of the axes p and q, and `predictions` the length of the axis k.
     """
-    channels_last = _put_channels_last(layout)
-    padded = pad(rearrange(weight, f"{layout} -> {channels_last}", **axes), (0, detail_channels))
-    return rearrange(padded, f"{channels_last} -> {layout}", **axes).contiguous()
+    channels_last, sizes = _put_channels_last(layout, patch, predictions)
+    padded = pad(rearrange(weight, f"{layout} -> {channels_last}", **sizes), (0, detail_channels))
+    return rearrange(padded, f"{channels_last} -> {layout}", **sizes).contiguous()
 
 
-def _put_channels_last(layout: str) -> str:
-    """The same axes without brackets, `c` behind the others."""
+def _put_channels_last(layout: str, patch: int, predictions: int) -> tuple[str, dict[str, int]]:
+    """The same axes without brackets, `c` behind the others; and the sizes of those that share brackets with it."""
     axes = layout.replace("(", " ").replace(")", " ").split()
-    return " ".join([*(axis for axis in axes if axis != "c"), "c"])
+    channels_last = " ".join([*(axis for axis in axes if axis != "c"), "c"])
+    sizes = {"p": patch, "q": patch, "k": predictions}
+    return channels_last, {axis: size for axis, size in sizes.items() if axis in axes and "(" in layout}
 
 
 def widen_ports(
@@ -114,9 +112,10 @@ def widen_ports(
     for name in list(tensors):
         if name.rpartition(".")[0] == ports.input:
             tensors[name] = tensors[name].clone()
+    layouts, sizes = _port_layouts(transformer, ports, base_channels)
     with torch.no_grad():
-        for name, (layout, axes) in _port_layouts(transformer, ports, base_channels).items():
-            tensors[name] = pad_channels(tensors[name], layout, detail_channels, **axes)
+        for name, layout in layouts.items():
+            tensors[name] = pad_channels(tensors[name], layout, detail_channels, **sizes)
     widened.load_state_dict(tensors, assign=True)
     _copy_state(transformer, widened)
     return widened
@@ -156,28 +155,14 @@ def _copy_state(source: ModelMixin, target: ModelMixin) -> None:
         target.enable_gradient_checkpointing()
 
 
-def _port_layouts(
-    transformer: ModelMixin, ports: LatentPorts, channels: int
-) -> Mapping[str, tuple[str, dict[str, int]]]:
-    """Layout and sizes of the axes in its brackets, for every tensor with a channel axis, which has `channels`."""
+def _port_layouts(transformer: ModelMixin, ports: LatentPorts, channels: int) -> tuple[dict[str, str], dict[str, int]]:
+    """Layout of every tensor with a channel axis, which has `channels`; and their `patch` and `predictions`."""
     tensors, patch = transformer.state_dict(), patch_side(transformer, ports)
-    predictions = tensors[f"{ports.output}.weight"].shape[0] // (patch * patch * channels)
-    layouts = {
-        f"{ports.input}.weight": ports.input_layout,
-        f"{ports.output}.weight": ports.output_layout,
-        f"{ports.output}.bias": ports.output_layout.removesuffix(" d"),
-    }
-    return {
-        name: (layout, bracket_sizes(layout, patch=patch, predictions=predictions))
-        for name, layout in layouts.items()
-        if name in tensors
-    }
-
-
-def bracket_sizes(layout: str, *, patch: int, predictions: int) -> dict[str, int]:
-    """The sizes of the axes in a layout's brackets, without the channels, as `pad_channels` takes them."""
-    sizes = {"p": patch, "q": patch, "k": predictions}
-    return {axis: size for axis, size in sizes.items() if axis in layout and "(" in layout}
+    layouts = {f"{ports.input}.weight": ports.input_layout, f"{ports.output}.weight": ports.output_layout}
+    if f"{ports.output}.bias" in tensors:
+        layouts[f"{ports.output}.bias"] = ports.output_layout.removesuffix(" d")
+    predictions = len(tensors[f"{ports.output}.weight"]) // (patch * patch * channels)
+    return layouts, {"patch": patch, "predictions": predictions}
 
 
 PortsStart = Literal["zero", "random", "repeat"]
@@ -185,12 +170,7 @@ PortsStart = Literal["zero", "random", "repeat"]
 
 @torch.no_grad()
 def start_ports(
-    transformer: ModelMixin,
-    ports: LatentPorts,
-    *,
-    base_channels: int,
-    start: PortsStart,
-    generator: torch.Generator,
+    transformer: ModelMixin, ports: LatentPorts, *, base_channels: int, start: PortsStart, generator: torch.Generator
 ) -> None:
     """Start the new half of a widened transformer's ports in place, otherwise than at zero (docs/method.md 9).
 
@@ -210,8 +190,9 @@ def start_ports(
 
     # In each tensor of a port, keep the base's channels and make the others anew.
     tensors, ratio = transformer.state_dict(), detail_channels // base_channels
-    for name, (layout, axes) in _port_layouts(transformer, ports, channels).items():
-        channels_last = _put_channels_last(layout)
+    layouts, sizes = _port_layouts(transformer, ports, channels)
+    for name, layout in layouts.items():
+        channels_last, axes = _put_channels_last(layout, **sizes)
         base = rearrange(tensors[name], f"{layout} -> {channels_last}", **axes)[..., :base_channels]
         if start == "random":
             fan_in = tensors[f"{name.rpartition('.')[0]}.weight"][0].numel()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
-from davae.method.widen import bracket_sizes, pad_channels, patch_side
+from davae.method.widen import pad_channels, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import LOADING_ERRORS
 
@@ -93,7 +93,7 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
     input_width = _find_weight(transformer, ports.input).shape[1]
     output_width = _find_weight(transformer, ports.output).shape[0]
     patch = patch_side(transformer, ports)
-    predictions = output_width // (patch * patch * config.latent_channels)
+    sizes = {"patch": patch, "predictions": output_width // (patch * patch * config.latent_channels)}
 
     # Name of a tensor with a channel axis -> its layout, that axis and its length once padded.
     bias_layout = ports.output_layout.removesuffix(" d")
@@ -112,7 +112,6 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
                 f"the LoRA's {name} is of a port of width {length}; this pipeline's is {width}, and its base's "
                 f"{base_width}: it is of another model"
             )
-        sizes = bracket_sizes(layout, patch=patch, predictions=predictions)
         padded[name] = pad_channels(tensors[name], layout, config.detail_channels, **sizes)
     return padded
 
