@@ -246,7 +246,7 @@ def test_missing_damaged_and_foreign_weights_are_told_apart(tmp_path):
     damaged.write_bytes(shipped.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="no LPIPS weights can be read"):
         LPIPS.vgg(damaged)
-    with pytest.raises(CheckpointError, match="no LPIPS weights can be read from .* for this network"):
+    with pytest.raises(CheckpointError, match=r"no LPIPS weights can be read from .* for this network"):
         LPIPS.vgg(shipped)
 
 

@@ -1,19 +1,10 @@
 """AuraFlow: one T5 whose padding is zero, learned positions, timestep = sigma."""
 
 import math
-from collections.abc import Sequence
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
-
-
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width]."""
-    embeds, _, _, _ = pipeline.encode_prompt(
-        list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-    )
-    return {"encoder_hidden_states": embeds}
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
@@ -22,7 +13,7 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
 
 BACKBONE = Backbone(
     LatentPorts("pos_embed.proj", "d (c p q)", "proj_out", "(p q c) d"),
-    condition,
+    encode_texts("encoder_hidden_states", do_classifier_free_guidance=False),
     velocity,
     # Attention, MLP output and modulation of the image stream.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.out_projection", "norm1.linear"),

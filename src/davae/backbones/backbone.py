@@ -29,9 +29,8 @@ UNBINNED = (
 def refuse_use(*arguments: Any, **keywords: Any) -> NoReturn:
     """The default of the functions in a row: it says that the row has ports only."""
     raise SettingsError(
-        "davae can widen and upgrade this transformer, but can neither train it nor sample from it: its row of "
-        "davae.backbones.BACKBONES has ports only. docs/backbones.md lists the rows that have more, and says how to "
-        "add one. The upgraded pipeline can be called as every pipeline of diffusers"
+        "davae can widen and upgrade this transformer, but neither train it nor sample from it: its row of BACKBONES "
+        "has ports only. docs/backbones.md says how to add the rest. The upgraded pipeline itself can be called"
     )
 
 
@@ -144,20 +143,17 @@ class Backbone:
 
         Refuses a pipeline that davae neither trains nor samples from, and a size that it cannot make.
         """
-        config = pipeline.transformer.config
         if not self.one_size:
             self._check_pipeline(pipeline)
 
         # The VAE's own factor, since some pipelines have another in their code. FLUX and its kin, whose transformers
         # have no sample size, count with 128.
-        factor = downsample_factor(pipeline.vae.config)
+        config, factor = pipeline.transformer.config, downsample_factor(pipeline.vae.config)
         default = config.get("sample_size", 128) * factor
         if self.one_size:
             if size not in (None, default):
-                raise SettingsError(
-                    f"size={size}: this {type(pipeline.transformer).__name__}'s positions fit one size, so allowed is "
-                    f"{default}"
-                )
+                kind = type(pipeline.transformer).__name__
+                raise SettingsError(f"size={size}: this {kind}'s positions fit one size, so allowed is {default}")
             return default
 
         # A side is a multiple of a token's, and ends where the positions do.
@@ -188,6 +184,16 @@ def checked_side(side: int, *, unit: int, largest: int | None = None) -> int:
         limit = "" if largest is None else f", up to {largest}"
         raise SettingsError(f"size={side}: allowed are multiples of {unit}, downsample factor x patch size{limit}")
     return side
+
+
+def encode_texts(*names: str, **settings: Any) -> Callable[..., Condition]:
+    """A `condition` that names the results of the pipeline's `encode_prompt`; "" for those that are not needed."""
+
+    def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int) -> Condition:
+        results = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length, **settings)
+        return {name: tensor for name, tensor in zip(names, results, strict=False) if name}
+
+    return condition
 
 
 def guide_from_zero(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """FLUX.2: layers of a language model, latents packed 2x2 and normalised there, timestep = sigma."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
 from davae.backbones.packing import call_packed, token_grid
 
 GUIDANCE = 4.0
@@ -20,30 +19,18 @@ def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
     return math.exp(compute_empirical_mu(image_seq_len=tokens, num_steps=50))
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width]."""
-    # The transformer sees the padding behind a prompt, too: sample with the length that was trained.
-    embeds, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length)
-    return {"encoder_hidden_states": embeds}
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # Ids are time, row, column, and place in the text.
     places = torch.arange(condition["encoder_hidden_states"].shape[1], device=latents.device)
-    return call_packed(
-        transformer,
-        latents,
-        sigma,
-        guidance=torch.full_like(sigma, GUIDANCE) if transformer.config.guidance_embeds else None,
-        txt_ids=F.pad(places[:, None], (3, 0)),
-        img_ids=F.pad(token_grid(latents), (1, 1)),
-        **condition,
-    )
+    ids = {"txt_ids": F.pad(places[:, None], (3, 0)), "img_ids": F.pad(token_grid(latents), (1, 1))}
+    guidance = torch.full_like(sigma, GUIDANCE) if transformer.config.guidance_embeds else None
+    return call_packed(transformer, latents, sigma, guidance=guidance, **ids, **condition)
 
 
 BACKBONE = Backbone(
     LatentPorts("x_embedder", "d (c p q)", "proj_out", "(c p q) d", packed=2),
-    condition,
+    # The transformer sees the padding behind a prompt, too: sample with the length that was trained.
+    encode_texts("encoder_hidden_states"),
     velocity,
     # Attention and MLP output of the image stream, and the joint input of the single-stream blocks; their output
     # `attn.to_out` is named like the other blocks' list of layers, which LoRA cannot be put on. Modulation is shared.

@@ -26,14 +26,8 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
     embeds = condition["encoder_hidden_states"].unflatten(2, (transformer.config.num_text_layers, -1))
     # Text tokens are at the origin, and come first.
     places = torch.cat([torch.zeros(embeds.shape[1], 2, device=latents.device), token_grid(latents)])
-    return call_packed(
-        transformer,
-        latents,
-        sigma,
-        encoder_hidden_states=embeds,
-        encoder_attention_mask=condition["encoder_attention_mask"].bool(),
-        position_ids=F.pad(places, (1, 0)),
-    )
+    texts = {"encoder_hidden_states": embeds, "encoder_attention_mask": condition["encoder_attention_mask"].bool()}
+    return call_packed(transformer, latents, sigma, position_ids=F.pad(places, (1, 0)), **texts)
 
 
 BACKBONE = Backbone(

@@ -1,25 +1,14 @@
 """Ovis-Image: FLUX.1's layout with one language model and places for the text; timestep = sigma."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from jaxtyping import Float
 from torch import Tensor
 
 from davae.backbones import flux
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
+from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, encode_texts
 from davae.backbones.packing import call_packed, pack_noise, token_grid
-
-
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
-    """`encoder_hidden_states` [B, max_sequence_length, width], zero behind the prompt; at most 256 tokens."""
-    # The transformer sees the padding behind a prompt, too: sample with the length that was trained.
-    embeds, *_ = pipeline.encode_prompt(
-        list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-    )
-    return {"encoder_hidden_states": embeds}
 
 
 def text_ids(condition: Condition) -> Float[Tensor, "tokens 3"]:
@@ -36,7 +25,8 @@ def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition:
 
 BACKBONE = Backbone(
     flux.BACKBONE.ports,
-    condition,
+    # The transformer sees the padding behind a prompt, too: sample with the length that was trained.
+    encode_texts("encoder_hidden_states", do_classifier_free_guidance=False),
     velocity,
     lora_targets=flux.BACKBONE.lora_targets,
     pipelines=("OvisImagePipeline",),

@@ -1,19 +1,13 @@
 """Stable Diffusion 3 and 3.5: three text encoders, latents in patches of 2, timestep = 1000 sigma."""
 
-from collections.abc import Sequence
+from diffusers import ModelMixin
 
-from diffusers import DiffusionPipeline, ModelMixin
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
-
-
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
-    """`encoder_hidden_states` [B, 77 + T5 tokens, width] and `pooled_projections` [B, width]."""
-    # Differentiable, so call it without gradients where the text encoders are frozen.
-    embeds, _, pooled, _ = pipeline.encode_prompt(
-        list(prompts), None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-    )
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+# Differentiable, so call it without gradients where the text encoders are frozen.
+condition = encode_texts(
+    "encoder_hidden_states", "", "pooled_projections", prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+)
 
 
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
