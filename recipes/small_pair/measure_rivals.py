@@ -50,7 +50,7 @@ def count_training_flops(upgraded: DiffusionPipeline, native: DiffusionPipeline)
     """
     upgraded.transformer.train().requires_grad_(False)
     layers = find_target_layers(upgraded.transformer, demo.SMALL_PAIR_TARGETS)
-    for name in (*layers, sd3.PORTS.input, sd3.PORTS.output):
+    for name in (*layers, sd3.BACKBONE.ports.input, sd3.BACKBONE.ports.output):
         upgraded.transformer.get_submodule(name).requires_grad_(True)
     parts = (native.transformer, native.text_encoder, native.text_encoder_2, native.text_encoder_3)
     for part in parts:
