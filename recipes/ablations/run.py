@@ -199,8 +199,8 @@ def measure_heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
 
         velocity = backbone.velocity(transformer, interpolate(clean, noise, sigma), sigma, condition)
         target = velocity_target(clean, noise)
-        losses = flow_matching_losses(velocity, target, base_channels=channels, detail_weight=1.0)
-        rows.append(torch.stack([losses.base, losses.detail]))
+        _, logs = flow_matching_losses(velocity, target, base_channels=channels, detail_weight=1.0)
+        rows.append(torch.stack([logs["base_loss"], logs["detail_loss"]]))
 
     base, detail = torch.stack(rows).mean(dim=0).tolist()
     return {"heldout_base_loss": base, "heldout_detail_loss": detail}

@@ -24,7 +24,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_facts, decode_latents
 from davae.training.stage_one import base_reconstruction
 from davae.training.stage_one_recipe import AutoencoderRecipe, loss_settings
-from davae.training.stage_two import FlowObjective, NoiseObjective, Objective
+from davae.training.stage_two import Objective
 from davae.training.stage_two_recipe import FinetuneRecipe, flow_settings
 
 # The functions whose inputs autocast brings to the precision of their weights.
@@ -156,11 +156,9 @@ def count_stage_two(transformer: ModelMixin, autoencoder: AutoencoderDA, recipe:
     noise = torch.empty_like(latents)
 
     # Shift and noise schedule change no shape.
-    time = meta(1)
-    objective: Objective = FlowObjective(backbone, config.base_channels, shift=1.0, settings=flow_settings(recipe))
-    if backbone.noise is not None:
-        time = meta(1, dtype=torch.long)
-        objective = NoiseObjective(backbone, config.base_channels, torch.linspace(0.999, 0.001, 1000))
+    alphas = None if backbone.noise is None else torch.linspace(0.999, 0.001, 1000)
+    objective = Objective(backbone, config.base_channels, settings=flow_settings(recipe), alphas=alphas)
+    time = meta(1) if alphas is None else meta(1, dtype=torch.long)
 
     # One sample, as in `davae.training.stage_two`.
     condition = make_condition(transformer, recipe.prompt_tokens)

@@ -1,7 +1,6 @@
 """Rectified flow with a scheduled loss: sigma in [0, 1], 1 = noise; velocity = noise - latents (Sec. 3.3)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,8 @@ Latents = Float[Tensor, "b latent h w"]
 """Latents in the transformer's units, all C + D channels, the base's first."""
 Sigma = Float[Tensor, " b"]
 """Share of noise in each sample, in [0, 1]."""
-Scalar = Float[Tensor, ""]
+LossAndLogs = tuple[Float[Tensor, ""], dict[str, Tensor | float]]
+"""The loss of one batch with its graph, and its parts for a log."""
 
 
 def interpolate(latents: Latents, noise: Latents, sigma: Sigma) -> Latents:
@@ -66,18 +66,6 @@ def detail_weight(step: int, warmup_steps: int) -> float:
     return (1 - math.cos(math.pi * step / warmup_steps)) / 2
 
 
-class FlowMatchingLosses(NamedTuple):
-    """The scheduled loss, and the mean squared errors of its two halves for the log."""
-
-    total: Scalar
-    base: Scalar
-    detail: Scalar
-
-    def to_logs(self, detail_weight: float) -> dict[str, Tensor | float]:
-        """The halves and the weight between them, under their names in the log."""
-        return {"base_loss": self.base, "detail_loss": self.detail, "detail_weight": detail_weight}
-
-
 def flow_matching_losses(
     prediction: Latents,
     target: Latents,
@@ -85,12 +73,13 @@ def flow_matching_losses(
     base_channels: int,
     detail_weight: float,
     sample_weight: Sigma | None = None,
-) -> FlowMatchingLosses:
-    """The weighted mean (sum_base + w sum_detail) / ((C + w D) B H W) of the squared errors (Eq. 13), and its halves.
+) -> LossAndLogs:
+    """The weighted mean (sum_base + w sum_detail) / ((C + w D) B H W) of the squared errors (Eq. 13).
 
     The prediction is of the velocity, or of the latents (`latents_prediction`); base channels first. `sample_weight`
     (`min_snr_weight`) is a factor of each sample's errors, in the total and in both halves; the denominator stays.
-    Scalars in float32 or float64, whatever autocast left; `base` and `detail` are detached.
+    Scalars in float32 or float64, whatever autocast left. The logs are the means of both halves, `base_loss` and
+    `detail_loss`, and `detail_weight`.
     """
     channels = prediction.shape[1]
     if prediction.shape != target.shape:
@@ -110,7 +99,7 @@ def flow_matching_losses(
     # C + w D channels count, w of each detail channel.
     share = detail_weight * (channels - base_channels)
     total = (base_channels * base + share * detail) / (base_channels + share)
-    return FlowMatchingLosses(total, base.detach(), detail.detach())
+    return total, {"base_loss": base.detach(), "detail_loss": detail.detach(), "detail_weight": detail_weight}
 
 
 def latents_prediction(noisy: Latents, velocity: Latents, sigma: Sigma) -> Latents:
@@ -133,7 +122,7 @@ def min_snr_weight(sigma: Sigma, gamma: float) -> Sigma:
     return ((1 - sigma) / sigma).clamp_max(gamma)
 
 
-def cosine_loss(velocity: Latents, target: Latents) -> Scalar:
+def cosine_loss(velocity: Latents, target: Latents) -> Float[Tensor, ""]:
     """LightningDiT's second term: the mean over positions of 1 - cos(velocity, target), all channels as one vector.
 
     In [0, 2], without the detail channels' weight. A scalar in float32 (float64 if an argument is).
@@ -152,7 +141,7 @@ def flow_loss(
     data_objective: bool = False,
     min_snr: float | None = None,
     cosine_weight: float = 0.0,
-) -> tuple[Scalar, dict[str, Tensor | float]]:
+) -> LossAndLogs:
     """Stage 2's loss of one batch for a flow model: Eq. 13, plus the cosine term if it has a weight.
 
         weight = detail_weight(step, 200)
@@ -165,13 +154,12 @@ def flow_loss(
         sigma: the noise level of each sample, in (0, 1).
         base_channels: C.
         detail_weight: weight of the detail channels (Eq. 12); see the function of that name.
-        data_objective: measure the error of the clean latents that the velocity implies, instead of the velocity's.
+        data_objective: measure the error of the latents that the velocity implies, instead of the velocity's.
         min_snr: gamma of `min_snr_weight`, for the data objective; None weights all samples alike.
         cosine_weight: weight of `cosine_loss`.
 
     Returns:
-        The loss with its graph, and its parts for a log: the means of both halves and the weight between them, which
-        make the loss by Eq. 13, and `cosine_loss` if it has a weight.
+        The loss with its graph, and the logs of `flow_matching_losses`, with `cosine_loss` if it has a weight.
     """
     target = velocity_target(latents, noise)
 
@@ -182,19 +170,18 @@ def flow_loss(
         sample_weight = None if min_snr is None else min_snr_weight(sigma, min_snr)
 
     # The base channels count fully, the detail channels with their scheduled weight (Eq. 13).
-    losses = flow_matching_losses(
+    loss, logs = flow_matching_losses(
         prediction, truth, base_channels=base_channels, detail_weight=detail_weight, sample_weight=sample_weight
     )
-    logs = losses.to_logs(detail_weight)
     if not cosine_weight:
-        return losses.total, logs
+        return loss, logs
 
     cosine = cosine_loss(velocity, target)
-    return losses.total + cosine_weight * cosine, {**logs, "cosine_loss": cosine.detach()}
+    return loss + cosine_weight * cosine, {**logs, "cosine_loss": cosine.detach()}
 
 
 def scheduled_flow_matching_loss(
     velocity: Latents, target: Latents, *, base_channels: int, detail_weight: float
-) -> Scalar:
+) -> Float[Tensor, ""]:
     """The total of `flow_matching_losses` alone."""
-    return flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=detail_weight).total
+    return flow_matching_losses(velocity, target, base_channels=base_channels, detail_weight=detail_weight)[0]

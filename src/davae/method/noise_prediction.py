@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from davae.method.flow import Latents, Scalar, flow_matching_losses
+from davae.method.flow import Latents, LossAndLogs, flow_matching_losses
 
 Alphas = Float[Tensor, " steps"]
 """Cumulative products a of a schedule of T numbers, falling from nearly 1 to nearly 0."""
@@ -32,7 +32,7 @@ def noise_loss(
     *,
     base_channels: int,
     detail_weight: float,
-) -> tuple[Scalar, dict[str, Tensor | float]]:
+) -> LossAndLogs:
     """Stage 2's loss of one batch for a model that predicts noise: Eq. 13 of the noise, plus the variance's bound.
 
     Args:
@@ -47,15 +47,14 @@ def noise_loss(
     Returns:
         The loss with its graph, and its parts for a log, as of `flow_loss`; `variance_loss` if that is predicted.
     """
-    losses = flow_matching_losses(prediction, noise, base_channels=base_channels, detail_weight=detail_weight)
-    logs = losses.to_logs(detail_weight)
+    loss, logs = flow_matching_losses(prediction, noise, base_channels=base_channels, detail_weight=detail_weight)
     if variance is None:
-        return losses.total, logs
+        return loss, logs
 
     bound = variance_loss(
         variance, prediction, noise, alphas, timestep, base_channels=base_channels, detail_weight=detail_weight
     )
-    return losses.total + bound, {**logs, "variance_loss": bound.detach()}
+    return loss + bound, {**logs, "variance_loss": bound.detach()}
 
 
 def variance_loss(
@@ -67,13 +66,12 @@ def variance_loss(
     *,
     base_channels: int,
     detail_weight: float,
-) -> Scalar:
+) -> Float[Tensor, ""]:
     """The variational bound's term of step t, in bits, weighted over channels as Eq. 13: it trains the variance alone.
 
     It is the divergence of the model's Gaussian of x_{t-1} from the true posterior's (arXiv 2102.09672, Eq. 4 and 15;
     docs/method.md 2.9). The log-variance is v log beta_t + (1 - v) log of the posterior's variance, with v =
-    (`variance` + 1) / 2; the mean is the predicted noise's, detached. At t = 0, where the reference takes the
-    likelihood of 8-bit pixels, it is the same divergence with the posterior variance of t = 1: latents are no pixels.
+    (`variance` + 1) / 2; the mean is the predicted noise's, detached. At t = 0 the posterior variance is that of t = 1.
     """
     # The schedule: beta_t and the variance of the true posterior, zero at t = 0.
     alphas = alphas.double()

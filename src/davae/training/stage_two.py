@@ -4,7 +4,7 @@ A flow model learns the velocity, other models learn the noise.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from davae.backbones import Backbone, backbone_of
 from davae.data.buckets import Bucket
 from davae.errors import SettingsError
-from davae.method.flow import detail_weight, flow_loss, interpolate, sample_timesteps
+from davae.method.flow import LossAndLogs, detail_weight, flow_loss, interpolate, sample_timesteps
 from davae.method.noise_prediction import add_noise, noise_loss
 from davae.method.widen import patch_side
 from davae.run import faults
@@ -26,69 +26,44 @@ from davae.training.state import TrainingState
 Condition = dict[str, Tensor]
 Prediction = tuple[Tensor, Tensor | None]
 """Velocity or noise, and the variance if the transformer predicts it; each [B, C + D, h, w]."""
-LossAndLogs = tuple[Tensor, dict[str, Tensor | float]]
-"""The loss of one batch with its graph, and its parts for the log."""
 
 
 @dataclass(frozen=True)
-class FlowObjective:
-    """Of a flow model: `davae.method.flow.flow_loss` at times from a shifted logit-normal."""
+class Objective:
+    """The velocity's error at times from a shifted logit-normal, or with `alphas` the noise's at evenly drawn steps."""
 
     backbone: Backbone
     base_channels: int
-    shift: float
-    """Timestep shift, the same in training and sampling."""
-    settings: Mapping[str, Any]
+    shift: float = 1.0
+    """Timestep shift of a flow model, the same in training and sampling."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """Options of `flow_loss`: `data_objective`, `min_snr`, `cosine_weight`."""
+    alphas: Tensor | None = None
+    """Noise schedule of a model that predicts noise: the cumulative products of the pipeline's own scheduler [T]."""
 
     def draw_times(self, random: Sequence[torch.Generator]) -> Tensor:
-        """Sigmas [B] in (0, 1), one from each generator."""
-        return torch.cat([sample_timesteps(1, shift=self.shift, generator=own) for own in random])
-
-    def predict(
-        self, transformer: ModelMixin, latents: Tensor, noise: Tensor, time: Tensor, condition: Condition
-    ) -> Prediction:
-        """The velocity at `time` on the straight path from latents to noise."""
-        return self.backbone.velocity(transformer, interpolate(latents, noise, time), time, condition), None
-
-    def loss(
-        self, prediction: Prediction, latents: Tensor, noise: Tensor, time: Tensor, *, detail_weight: float
-    ) -> LossAndLogs:
-        """See `flow_loss`."""
-        velocity, _ = prediction
-        weights: dict[str, Any] = {"base_channels": self.base_channels, "detail_weight": detail_weight}
-        return flow_loss(velocity, latents, noise, time, **weights, **self.settings)
-
-
-@dataclass(frozen=True)
-class NoiseObjective:
-    """Of a model that predicts noise: `davae.method.noise_prediction.noise_loss` at evenly drawn timesteps."""
-
-    backbone: Backbone
-    base_channels: int
-    alphas: Tensor
-    """Cumulative products of the pipeline's own scheduler [T]."""
-
-    def draw_times(self, random: Sequence[torch.Generator]) -> Tensor:
-        """Timesteps [B] from 0 to T - 1, one from each generator."""
+        """Sigmas in (0, 1), or timesteps from 0 to T - 1, both [B], one from each generator."""
+        if self.alphas is None:
+            return torch.cat([sample_timesteps(1, shift=self.shift, generator=own) for own in random])
         return torch.cat([torch.randint(len(self.alphas), (1,), generator=own) for own in random])
 
     def predict(
         self, transformer: ModelMixin, latents: Tensor, noise: Tensor, time: Tensor, condition: Condition
     ) -> Prediction:
-        """The noise in the latents at timestep `time`, and the variance if the transformer predicts it."""
+        """Mix latents and noise as of `time`, and call the transformer."""
+        if self.alphas is None:
+            return self.backbone.velocity(transformer, interpolate(latents, noise, time), time, condition), None
         assert self.backbone.noise is not None
         return self.backbone.noise(transformer, add_noise(latents, noise, self.alphas, time), time, condition)
 
     def loss(
-        self, prediction: Prediction, _latents: Tensor, noise: Tensor, time: Tensor, *, detail_weight: float
+        self, prediction: Prediction, latents: Tensor, noise: Tensor, time: Tensor, *, detail_weight: float
     ) -> LossAndLogs:
-        """See `noise_loss`."""
+        """See `flow_loss` and `noise_loss`."""
         weights: dict[str, Any] = {"base_channels": self.base_channels, "detail_weight": detail_weight}
+        if self.alphas is None:
+            return flow_loss(prediction[0], latents, noise, time, **weights, **self.settings)
         return noise_loss(*prediction, noise, self.alphas, time, **weights)
-
-
-Objective = FlowObjective | NoiseObjective
 
 
 def choose_objective(
@@ -101,7 +76,7 @@ def choose_objective(
     backbone, scheduler = backbone_of(pipeline.transformer), pipeline.scheduler
     if backbone.noise is None:
         tokens = positions // patch_side(pipeline.transformer, backbone.ports) ** 2
-        return FlowObjective(backbone, base_channels, shift or backbone.shift(pipeline, tokens), settings)
+        return Objective(backbone, base_channels, shift or backbone.shift(pipeline, tokens), settings)
 
     # Options of flow models make no sense for the noise's error.
     if foreign := [name for name, value in {"shift": shift, **settings}.items() if value]:
@@ -117,7 +92,7 @@ def choose_objective(
             f"the scheduler is a {type(scheduler).__name__} with prediction_type={kind!r}; a model that predicts noise "
             'needs one with prediction_type="epsilon" and alphas_cumprod'
         )
-    return NoiseObjective(backbone, base_channels, alphas)
+    return Objective(backbone, base_channels, alphas=alphas)
 
 
 def choose_objectives(
