@@ -31,7 +31,7 @@ from davae.cost.timing import Run, compute_paired_ratios, compute_spread, find_d
 from davae.cost.workload import count_stage_one, count_stage_two
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
-from davae.method.stage_one_loss import StageOneDraws, compared_weights, stage_one_loss
+from davae.method.stage_one_loss import compared_weights, stage_one_loss
 from davae.pipelines.upgrade import upgrade
 from davae.run.ranks import Ranks
 from davae.run.record import environment
@@ -174,7 +174,8 @@ def stage_one(folder: Path, device: torch.device, *, size: int, batch: int) -> t
                 lpips,
                 loss_settings(recipe),
                 discriminator=opponent.model,
-                draws=StageOneDraws.keyed(recipe.seed, range(batch)),
+                seed=recipe.seed,
+                samples=range(batch),
                 autocast=state.autocast(),
             )
             state.update(loss.total, loss.logs)

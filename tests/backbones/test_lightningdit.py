@@ -5,7 +5,6 @@ import torch
 
 import tiny
 from davae.backbones import backbone_of, widen_transformer
-from davae.backbones.lightningdit import null_class
 from davae.errors import SettingsError
 
 
@@ -20,7 +19,7 @@ def test_a_condition_is_class_numbers(pipeline):
     assert not backbone.lora_targets
     assert backbone.null_class(pipeline.transformer) == 10
     assert backbone.picture_side(pipeline, None) == backbone.picture_side(pipeline, 32) == 32
-    condition = backbone.condition(pipeline, [3, 0, null_class(pipeline.transformer)])
+    condition = backbone.condition(pipeline, [3, 0, backbone.null_class(pipeline.transformer)])
     assert condition.keys() == {"class_labels"}
     assert condition["class_labels"].dtype == torch.int64
     assert condition["class_labels"].tolist() == [3, 0, 10]

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from davae import assets
 from davae.errors import CheckpointError, SettingsError
-from davae.method.perceptual import LPIPS, patch_starts, patchwise_lpips
+from davae.method.perceptual import LPIPS, patchwise_lpips
+from davae.models.tiling import tile_starts
 
 BUILD_SCRIPT = Path(__file__).parents[2] / "recipes" / "small_pair" / "build_lpips.py"
 ALEX_LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))  # stride, padding, pool before
@@ -200,7 +201,7 @@ def test_smallest_picture_and_one_pixel_less(alex):
     ],
 )
 def test_patches_start_at_every_stride_and_end_at_the_edge(side, patch, stride, expected):
-    assert patch_starts(side, patch, stride) == expected
+    assert tile_starts(side, patch, stride) == expected
     assert {x for start in expected for x in range(start, start + patch)} == set(range(side))
 
 

@@ -1,6 +1,7 @@
 """The loss of one batch: its terms, its random draws, and the discriminator."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from davae.data.sources import PictureSet, open_pictures
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS, patchwise_lpips
 from davae.method.stage_one_loss import (
-    StageOneDraws,
     StageOneLoss,
     StageOneSettings,
     adaptive_factors,
@@ -48,8 +48,8 @@ def autoencoder(autoencoder_folder: Path) -> AutoencoderDA:
     return load_autoencoder(autoencoder_folder)
 
 
-def keyed_draws(images: Tensor, seed: int = 0) -> StageOneDraws:
-    return StageOneDraws.keyed(seed, range(len(images)))
+def keyed(images: Tensor) -> dict[str, Any]:
+    return {"seed": 0, "samples": range(len(images))}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -57,7 +57,7 @@ def test_the_terms_are_what_they_are_called_and_add_up(autoencoder, train_pictur
     weights = {"l1": 0.7, "gradient": 0.3, "lpips": 0.2, "kl": 1e-3, "alignment": 0.4}
     settings = StageOneSettings(weights=weights, kl_reduction=reduction)
     image = train_pictures.batch([0, 1])
-    loss, logs, _ = stage_one_loss(autoencoder, image, lpips, settings, draws=StageOneDraws.keyed(5, [6, 7]))
+    loss, logs, _ = stage_one_loss(autoencoder, image, lpips, settings, seed=5, samples=[6, 7])
     assert loss.requires_grad
     assert set(logs) == {"l1", "gradient", "lpips", "kl", "alignment"}
     total = sum(weights[name] * term.item() for name, term in logs.items())
@@ -93,8 +93,8 @@ def test_the_posterior_noise_is_a_function_of_seed_and_sample(autoencoder, train
     image, settings = train_pictures.batch([0]), StageOneSettings(weights=WITHOUT_LPIPS)
     losses = []
     for seed, sample in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        draws = StageOneDraws.keyed(seed, [sample])
-        losses.append(stage_one_loss(autoencoder, image, lpips, settings, draws=draws).total.item())
+        loss = stage_one_loss(autoencoder, image, lpips, settings, seed=seed, samples=[sample])
+        losses.append(loss.total.item())
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
 
@@ -136,7 +136,7 @@ def test_latent_noise_changes_what_is_decoded_and_not_what_is_aligned(autoencode
     image, logs = train_pictures.batch([0, 1]), {}
     for scale in (0.0, 1.0):
         settings = StageOneSettings(weights=WITHOUT_LPIPS, latent_noise=scale)
-        logs[scale] = stage_one_loss(autoencoder, image, lpips, settings, draws=keyed_draws(image)).logs
+        logs[scale] = stage_one_loss(autoencoder, image, lpips, settings, **keyed(image)).logs
     assert logs[1.0]["l1"] != logs[0.0]["l1"]
     assert logs[1.0]["alignment"] == logs[0.0]["alignment"]
 
@@ -167,7 +167,7 @@ def test_only_the_joint_decoder_sees_dropped_details(autoencoder, train_pictures
 
     def logs_of(images: Tensor, **changes: object) -> dict[str, Tensor]:
         settings = StageOneSettings(weights=WITHOUT_LPIPS, **changes)
-        return stage_one_loss(autoencoder, images, lpips, settings, draws=keyed_draws(images)).logs
+        return stage_one_loss(autoencoder, images, lpips, settings, **keyed(images)).logs
 
     plain = logs_of(image, detail_dropout=0.5)
     inverted = logs_of(image, detail_dropout=0.5, inverted_dropout=True)
@@ -191,16 +191,18 @@ def test_only_the_joint_decoder_sees_dropped_details(autoencoder, train_pictures
 
 def test_the_reconstruction_is_compared_with_the_target(autoencoder, train_pictures, lpips) -> None:
     image, settings = train_pictures.batch([0, 1]), StageOneSettings(detail_dropout=0.5, latent_noise=0.3)
-    draws = keyed_draws(image)
+    posterior, noise, dropout = (
+        sample_generators(0, purpose, range(2)) for purpose in ("posterior", "latent noise", "detail dropout")
+    )
     with torch.no_grad():
         base, (mean, log_variance) = autoencoder.encode_base(image), autoencoder.encode_detail(image)
-        detail = mean + (0.5 * log_variance).exp() * randn(mean.shape, draws.posterior)
-        base, detail = add_latent_noise(base, detail, 0.3, draws.latent_noise)
-        detail = drop_details(detail, 0.5, draws.detail_dropout, inverted=False)
+        detail = mean + (0.5 * log_variance).exp() * randn(mean.shape, posterior)
+        base, detail = add_latent_noise(base, detail, 0.3, noise)
+        detail = drop_details(detail, 0.5, dropout, inverted=False)
         reconstruction = autoencoder.reconstruct(base, detail)
 
-    own = stage_one_loss(autoencoder, image, lpips, settings, draws=keyed_draws(image)).logs
-    other = stage_one_loss(autoencoder, image, lpips, settings, target=reconstruction, draws=keyed_draws(image)).logs
+    own = stage_one_loss(autoencoder, image, lpips, settings, **keyed(image)).logs
+    other = stage_one_loss(autoencoder, image, lpips, settings, target=reconstruction, **keyed(image)).logs
     for name in ("l1", "gradient", "lpips"):
         assert own[name] > 0.01
         assert other[name].item() == pytest.approx(0, abs=1e-6)
@@ -260,7 +262,7 @@ def test_the_total_is_the_weighted_sum_with_ramp_and_factors(autoencoder, train_
     discriminator = PatchDiscriminator(generator(0, "discriminator"))
     image = train_pictures.batch([0, 1])
     loss: StageOneLoss = stage_one_loss(
-        autoencoder, image, lpips, settings, discriminator=discriminator, ramp=0.5, draws=keyed_draws(image)
+        autoencoder, image, lpips, settings, discriminator=discriminator, ramp=0.5, **keyed(image)
     )
     logs = loss.logs
 

@@ -71,8 +71,8 @@ class Backbone:
     """(transformer, noisy latents, sigma, condition) -> velocity, noise - latents."""
     noise: Callable[[Any, Latents, Timestep, Condition], tuple[Latents, Latents | None]] | None = None
     """(transformer, noisy latents, timestep, condition) -> noise, and the variance in [-1, 1] if it is learned."""
-    null_class: Callable[[Any], int] = refuse_use
-    """(transformer) -> the class number that means no class, one above the classes; not for captions."""
+    class_setting: str = ""
+    """Setting of the transformer that counts its classes, which is also the number for no class; "" for captions."""
     lora_targets: tuple[str, ...] = ()
     """Names of the layers that get LoRA by default, as peft matches them."""
     shift: Callable[[DiffusionPipeline, int], float] = compute_shift
@@ -116,7 +116,11 @@ class Backbone:
     @property
     def classes(self) -> bool:
         """Conditions are class numbers, not captions."""
-        return self.null_class is not refuse_use
+        return bool(self.class_setting)
+
+    def null_class(self, transformer: Any) -> int:
+        """The class number that means no class."""
+        return transformer.config[self.class_setting]
 
     def predict(self, transformer: Any, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
         """Call the transformer once: `velocity`, or `noise` at the step nearest below 1000 sigma."""
@@ -201,11 +205,9 @@ def guide_from_zero(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "guidance_scale": max(call["guidance_scale"] - 1, 0.0)}
 
 
-def encode_classes(
-    pipeline: DiffusionPipeline, labels: Sequence[int], *, null_class: Callable[[Any], int]
-) -> Condition:
+def encode_classes(pipeline: DiffusionPipeline, labels: Sequence[int], *, class_setting: str) -> Condition:
     """Class numbers as a condition, `class_labels` [B] in int64; the null class stands for no class."""
-    null = null_class(pipeline.transformer)
+    null = pipeline.transformer.config[class_setting]
     foreign = [label for label in labels if label not in range(null + 1)]
     if foreign:
         raise SettingsError(f"class {foreign[0]!r}: allowed are 0 to {null - 1}, and {null} for none")

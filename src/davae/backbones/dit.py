@@ -8,11 +8,6 @@ from diffusers.models.embeddings import LabelEmbedding
 from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Timestep, encode_classes, split_variance
 
 
-def null_class(transformer: ModelMixin) -> int:
-    """The embedding's last row, 1000 in the published models."""
-    return transformer.config.num_embeds_ada_norm
-
-
 def noise(
     transformer: ModelMixin, latents: Latents, timestep: Timestep, condition: Condition
 ) -> tuple[Latents, Latents | None]:
@@ -25,9 +20,9 @@ def noise(
 
 BACKBONE = Backbone(
     LatentPorts("pos_embed.proj", "d c p q", "proj_out_2", "(p q k c) d"),
-    partial(encode_classes, null_class=null_class),
+    partial(encode_classes, class_setting="num_embeds_ada_norm"),
     noise=noise,
-    null_class=null_class,
+    class_setting="num_embeds_ada_norm",  # 1000 in the published models
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"),
     one_size=True,
     condition_shapes=lambda model, tokens: {"class_labels": ()},

@@ -7,20 +7,15 @@ from diffusers import ModelMixin
 from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_classes
 
 
-def null_class(transformer: ModelMixin) -> int:
-    """The embedding's last row."""
-    return transformer.config.num_classes
-
-
 def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     return -transformer(hidden_states=latents, timestep=1 - sigma, **condition, return_dict=False)[0]
 
 
 BACKBONE = Backbone(
     LatentPorts("x_embedder.proj", "d c p q", "final_layer.linear", "(p q c) d"),
-    partial(encode_classes, null_class=null_class),
+    partial(encode_classes, class_setting="num_classes"),
     velocity,
-    null_class=null_class,
+    class_setting="num_classes",
     one_size=True,
     condition_shapes=lambda model, tokens: {"class_labels": ()},
 )

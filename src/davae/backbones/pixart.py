@@ -19,10 +19,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     not cleaned, which would need further packages.
     """
     embeds, mask, _, _ = pipeline.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        clean_caption=False,
-        max_sequence_length=max_sequence_length,
+        list(prompts), do_classifier_free_guidance=False, clean_caption=False, max_sequence_length=max_sequence_length
     )
     texts = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
     if pipeline.transformer.use_additional_conditions:

@@ -1,6 +1,6 @@
 """A start for the detail half without training: principal components in the decoder's metric (docs/method.md 5)."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,8 @@ BASE_CODES: tuple[Code, ...] = ("residual", "base added", "zero sum")
 """Codes that are made with the base latents: they need an AutoencoderDA with `base_in_detail`."""
 
 
-class _Maps(NamedTuple):
-    """The linear blocks: weights [out, in] and offsets [out, 1]."""
-
-    encoder: tuple[Tensor, Tensor]  # full latents -> code
-    base: Tensor  # base latents -> a term of the code
-    decoder: tuple[Tensor, Tensor]  # base latents and code -> full latents
+Affine = tuple[Tensor, Tensor]
+"""Weights [out, in] and offsets [out, 1]."""
 
 
 @torch.no_grad()
@@ -40,10 +36,9 @@ def fit_closed_form(
 ) -> dict[str, list[float]]:
     """Set the two linear blocks of an untrained `autoencoder` from images [N, 3, H, W] in [-1, 1], 100 to 200 of them.
 
-    With Zb the base latents and Zf the unshuffled latents of the full image (both in units):
-    Zf ~ A Zb + a; R = Zf - A Zb - a; M = E[J^T J], J the decoder's Jacobian; W = M^(1/2);
-    U = the first k eigenvectors of W E[R R^T] W. The code is linear in U^T W Zf (and in Zb, see `Code`); the decoder
-    reads Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (U^T W Zf). All of it in float64, M from `metric_pictures` images.
+    With Zb the base latents and Zf the unshuffled latents of the full image (both in units): Zf ~ A Zb + a, with the
+    residual R; M = E[J^T J], J the decoder's Jacobian, from `metric_pictures` images; W = M^(1/2); U = the first k
+    eigenvectors of W E[R R^T] W. The code is linear in U^T W Zf (and in Zb, see `Code`). All of it in float64.
 
     Returns the spectrum of W E[R R^T] W as "eigenvalues", and the part of its trace that is left out as "unexplained".
     """
@@ -66,7 +61,7 @@ def fit_closed_form(
         maps = _map_residual(prediction, offset, encode, decode, coordinates, add_base=code != "residual")
     else:
         maps = _map_full_latents(prediction, offset, encode, decode, encode @ full, base if code == "aligned" else None)
-    _set_linear_blocks(autoencoder, maps)
+    _set_linear_blocks(autoencoder, *maps)
 
     eigenvalues = spectrum.flip(0).clamp_min(0)
     unexplained = (eigenvalues[components:].sum() / eigenvalues.sum()).item()
@@ -151,8 +146,7 @@ def _to_columns(latents: Tensor) -> Tensor:
 
 
 def _square_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """M^(1/2) and its inverse, eigenvalues floored at 1e-6 of the largest."""
-    # The floor keeps the inverse finite in directions that cost no pixels.
+    """M^(1/2) and its inverse, finite even in directions that cost no pixels."""
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(1e-6 * values.max()).sqrt()
     return vectors * values @ vectors.T, vectors / values @ vectors.T
@@ -160,7 +154,7 @@ def _square_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 def _map_full_latents(
     prediction: Tensor, offset: Tensor, encode: Tensor, decode: Tensor, code: Tensor, base: Tensor | None
-) -> _Maps:
+) -> tuple[Affine, Tensor, Affine]:
     """z_d = S (U^T W Zf - mean), turned towards `base` if it is given; of unit variance otherwise.
 
     Zf^ = (I - W^-1 U U^T W)(A Zb + a) + W^-1 U (S^-1 z_d + mean).
@@ -171,16 +165,14 @@ def _map_full_latents(
     # Outside of U, the base latents predict the full ones.
     keep = torch.eye(len(decode)).double() - decode @ encode
     back = decode @ torch.linalg.inv(coordinates)
-    return _Maps(
-        encoder=(coordinates @ encode, -coordinates @ mean),
-        base=torch.zeros(len(encode), prediction.shape[1]).double(),
-        decoder=(torch.cat([keep @ prediction, back], dim=1), keep @ offset + decode @ mean),
-    )
+    encoder = coordinates @ encode, -coordinates @ mean
+    decoder = torch.cat([keep @ prediction, back], dim=1), keep @ offset + decode @ mean
+    return encoder, torch.zeros(len(encode), prediction.shape[1]).double(), decoder
 
 
 def _map_residual(
     prediction: Tensor, offset: Tensor, encode: Tensor, decode: Tensor, coordinates: Tensor, *, add_base: bool
-) -> _Maps:
+) -> tuple[Affine, Tensor, Affine]:
     """z_d = S U^T W (Zf - A Zb - a) + Zb in each of its r channels; Zf^ = A Zb + a + W^-1 U S^+ (z_d - Zb).
 
     Without `add_base` there is no Zb in z_d.
@@ -192,11 +184,8 @@ def _map_residual(
 
     # The encoder sees A Zb in Zf, so the base path takes it away again.
     weights, back = coordinates @ encode, decode @ torch.linalg.pinv(coordinates)
-    return _Maps(
-        encoder=(weights, -weights @ offset),
-        base=repeat - weights @ prediction,
-        decoder=(torch.cat([prediction - back @ repeat, back], dim=1), offset),
-    )
+    decoder = torch.cat([prediction - back @ repeat, back], dim=1), offset
+    return (weights, -weights @ offset), repeat - weights @ prediction, decoder
 
 
 def _align(code: Tensor, base: Tensor) -> Tensor:
@@ -222,21 +211,16 @@ def _spread_components(code: Code, components: Tensor, base_channels: int, detai
     return (ratio / (ratio - 1)) ** 0.5 * torch.block_diag(*[basis] * base_channels) @ scale
 
 
-def _set_linear_blocks(autoencoder: AutoencoderDA, maps: _Maps) -> None:
-    """Write the maps into the 1x1 shortcuts; the 3x3 paths are zero."""
-    down, up, channels = autoencoder.detail_downsample, autoencoder.detail_upsample, len(maps.base)
+def _set_linear_blocks(autoencoder: AutoencoderDA, encoder: Affine, base: Tensor, decoder: Affine) -> None:
+    """Write the maps into the 1x1 shortcuts: full latents to code, base latents to code, and both to full latents."""
+    down, up, channels = autoencoder.detail_downsample, autoencoder.detail_upsample, len(base)
     for convolution in (down.conv, up.conv, down.shortcut):
         convolution.weight.zero_()
         convolution.bias.zero_()
 
     # Mean and log-variance come out of one convolution.
-    weight, offset = maps.encoder
-    down.shortcut.weight[:channels, :, 0, 0] = weight
-    down.shortcut.bias[:channels] = offset[:, 0]
+    down.shortcut.weight[:channels, :, 0, 0], down.shortcut.bias[:channels] = encoder[0], encoder[1][:, 0]
     down.shortcut.bias[channels:] = LOG_VARIANCE
-
-    weight, offset = maps.decoder
-    up.shortcut.weight[:, :, 0, 0] = weight
-    up.shortcut.bias[:] = offset[:, 0]
+    up.shortcut.weight[:, :, 0, 0], up.shortcut.bias[:] = decoder[0], decoder[1][:, 0]
     if autoencoder.detail_from_base is not None:
-        autoencoder.detail_from_base.weight[:, :, 0, 0] = maps.base
+        autoencoder.detail_from_base.weight[:, :, 0, 0] = base

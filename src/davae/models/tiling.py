@@ -1,8 +1,7 @@
 """Tiles of large images: exact ones for AutoencoderKL's decoder, blended ones for everything else.
 
 Tiles that are decoded on their own differ from the whole, because every group norm sees the statistics of one tile. So
-`decode_tiles` takes all tiles through one layer at a time: a layer's output for the whole image lies in a storage, with
-mean and variance of each channel, and the next layer reads a tile of it and one position around.
+`decode_tiles` takes all tiles through one layer at a time, and keeps mean and variance of its whole output.
 """
 
 from collections.abc import Callable
@@ -82,7 +81,7 @@ def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.
         for resnet in block.resnets:
             layer = _run_resnet(resnet, layer, tile)
         for upsampler in block.upsamplers or ():
-            layer = _convolve(layer, partial(_double, layer), upsampler.conv, tile, up=2)
+            layer = _convolve(layer, partial(F.interpolate, scale_factor=2.0), upsampler.conv, tile, up=2)
             tile *= 2
 
     before = partial(layer.normalise, decoder.conv_norm_out, decoder.conv_act)
@@ -93,9 +92,7 @@ class _Layer:
     """A layer's output for the whole image, and mean and variance of each channel so far, in float64."""
 
     def __init__(self, values: Tensor, device: torch.device) -> None:
-        self.values = values
-        self.device = device
-        """Where pieces are computed."""
+        self.values, self.device = values, device  # pieces are computed on the device
         self.count = 0
         self.mean = self.variance = torch.zeros(values.shape[:2], dtype=torch.float64)
 
@@ -115,9 +112,8 @@ class _Layer:
     def read(self, window: Window) -> Tensor:
         return self.values[(..., *window)].to(self.device)
 
-    def normalise(self, norm: nn.GroupNorm, activation: nn.Module, window: Window) -> Tensor:
+    def normalise(self, norm: nn.GroupNorm, activation: nn.Module, piece: Tensor) -> Tensor:
         """A piece after a group norm with the statistics of the whole, and an activation."""
-        piece = self.read(window)
         wide = torch.promote_types(piece.dtype, torch.float32)
 
         # A group's variance: its channels' mean variance, and the variance of their means.
@@ -140,7 +136,6 @@ class _Layer:
 
 
 def _run_resnet(block: ResnetBlock2D, source: _Layer, tile: int) -> _Layer:
-    """Norm, activation and convolution, twice, beside a shortcut."""
     before = partial(source.normalise, block.norm1, block.nonlinearity)
     middle = _convolve(source, before, block.conv1, tile)
 
@@ -153,20 +148,16 @@ def _run_resnet(block: ResnetBlock2D, source: _Layer, tile: int) -> _Layer:
     return _convolve(middle, before, block.conv2, tile, after=add_shortcut)
 
 
-def _double(source: _Layer, window: Window) -> Tensor:
-    return F.interpolate(source.read(window), scale_factor=2.0)
-
-
 def _convolve(
     source: _Layer,
-    before: Callable[[Window], Tensor],
+    before: Callable[[Tensor], Tensor],
     conv: nn.Conv2d,
     tile: int,
     *,
     up: int = 1,
     after: Callable[[Tensor, Window], Tensor] | None = None,
 ) -> _Layer:
-    """A 3x3 convolution of `before(window)` for each tile of the source, whose result `after` may change."""
+    """A 3x3 convolution of `before` each tile of the source, whose result `after` may change."""
     batch, _, height, width = source.values.shape
     target = _Layer(source.values.new_empty(batch, conv.out_channels, up * height, up * width), source.device)
     for top in range(0, height, tile):
@@ -174,7 +165,7 @@ def _convolve(
             # The window is the tile and one position around it, as far as there is one.
             bottom, right = min(top + tile, height), min(left + tile, width)
             rows, columns = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
-            piece = conv(before((rows, columns)))
+            piece = conv(before(source.read((rows, columns))))
             if after is not None:
                 piece = after(piece, (rows, columns))
 
@@ -198,8 +189,8 @@ def blend_tiles(
     weights = torch.zeros_like(total[:1, :1])
     stride = max(1, int(tile * (1 - overlap)))
 
-    for top in _tile_starts(height, tile, stride):
-        for left in _tile_starts(width, tile, stride):
+    for top in tile_starts(height, tile, stride):
+        for left in tile_starts(width, tile, stride):
             piece = run(x[..., top * down : (top + tile) * down, left * down : (left + tile) * down])
             weight = torch.outer(_feather(piece.shape[-2], total), _feather(piece.shape[-1], total))
 
@@ -211,7 +202,7 @@ def blend_tiles(
     return (total / weights).to(x.dtype)
 
 
-def _tile_starts(length: int, tile: int, stride: int) -> list[int]:
+def tile_starts(length: int, tile: int, stride: int) -> list[int]:
     """Every `stride`, and one tile flush with the end."""
     return [*range(0, length - tile, stride), max(0, length - tile)]
 

@@ -112,7 +112,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):
         latents = latents.to(self.transformer.dtype)
         if guidance_scale != 1:
             latents = torch.cat([latents, latents])
-            labels = torch.cat([labels, torch.full_like(labels, lightningdit.null_class(self.transformer))])
+            labels = torch.cat([labels, torch.full_like(labels, lightningdit.BACKBONE.null_class(self.transformer))])
 
         sigma = torch.full((len(labels),), 1 - time, device=latents.device)
         velocity = lightningdit.velocity(self.transformer, latents, sigma, {"class_labels": labels})

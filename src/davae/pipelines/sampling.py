@@ -72,8 +72,9 @@ def sample(
     noise = draw_shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
     noise = noise.to(pipeline.device, pipeline.transformer.dtype)
 
-    settings = {"height": height, "width": width, "guidance_scale": guidance_scale, "prompt_tokens": prompt_tokens}
-    arguments = backbone.call_arguments(prompts, noise=noise, **settings)
+    arguments = backbone.call_arguments(
+        prompts, noise=noise, height=height, width=width, guidance_scale=guidance_scale, prompt_tokens=prompt_tokens
+    )
     images = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
     return to_bytes(images * 2 - 1)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from davae.method.discriminator import PatchDiscriminator
 from davae.method.perceptual import LPIPS
-from davae.method.stage_one_loss import StageOneDraws, adversarial_ramp, stage_one_loss
+from davae.method.stage_one_loss import adversarial_ramp, stage_one_loss
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import decode_latents
 from davae.run import faults
@@ -91,7 +91,8 @@ def train_networks(
                 target=target,
                 discriminator=None if opponent is None else opponent.model,
                 ramp=ramp,
-                draws=StageOneDraws.keyed(recipe.seed, state.ranks.sample_numbers(number, len(image))),
+                seed=recipe.seed,
+                samples=state.ranks.sample_numbers(number, len(image)),
                 autocast=state.autocast(),
                 gather=state.ranks.gather,
                 average_=state.ranks.average_,
