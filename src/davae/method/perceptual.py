@@ -39,8 +39,7 @@ class LPIPS(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         for index, stage in enumerate(stages):
-            width = [layer.out_channels for layer in stage if isinstance(layer, nn.Conv2d)][-1]
-            self.register_buffer(f"head_{index}", torch.zeros(width, 1, 1))
+            self.register_buffer(f"head_{index}", torch.zeros(find_convolutions(stage)[-1].out_channels, 1, 1))
         self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor(INPUT_SCALE).view(3, 1, 1))
         if weights is not None:
@@ -48,10 +47,9 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def _load(self, weights: Path) -> None:
-        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         try:
             tensors = load_file(weights)
-            for index, convolution in enumerate(convolutions):
+            for index, convolution in enumerate(find_convolutions(self)):
                 convolution.load_state_dict({name: tensors[f"conv_{index}.{name}"] for name in ("weight", "bias")})
             for index in range(len(self.stages)):
                 head = self.get_buffer(f"head_{index}")
@@ -98,6 +96,11 @@ class LPIPS(nn.Module):
             # vector; both agree to float32 precision, because measured lengths are 1 and more.
             features.append(vectors * torch.rsqrt(vectors.square().sum(1, keepdim=True) + 1e-8))
         return features
+
+
+def find_convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    """All convolutions, in the order in which they were built."""
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
 
 
 def alex_stages() -> list[nn.Sequential]:

@@ -24,7 +24,7 @@ from davae.method.losses import (
     kl_loss_sum,
     reconstruction_l1,
 )
-from davae.method.perceptual import LPIPS, patchwise_lpips
+from davae.method.perceptual import LPIPS, find_convolutions, patchwise_lpips
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.seeds import rand, randn, sample_generators
 
@@ -217,8 +217,7 @@ def compared_weights(autoencoder: AutoencoderDA) -> dict[str, Tensor]:
 
 def last_convolution(decoder: nn.Module) -> Tensor:
     """The weight of the convolution that makes pixels: the last one in the order in which they were built."""
-    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
-    return convolutions[-1].weight
+    return find_convolutions(decoder)[-1].weight
 
 
 def adaptive_factors(

@@ -73,9 +73,9 @@ def pad_channels(weight: Tensor, layout: str, detail_channels: int, *, patch: in
 def _put_channels_last(layout: str, patch: int, predictions: int) -> tuple[str, dict[str, int]]:
     """The same axes without brackets, `c` behind the others; and the sizes of those that share brackets with it."""
     axes = layout.replace("(", " ").replace(")", " ").split()
-    channels_last = " ".join([*(axis for axis in axes if axis != "c"), "c"])
+    axes.remove("c")
     sizes = {"p": patch, "q": patch, "k": predictions}
-    return channels_last, {axis: size for axis, size in sizes.items() if axis in axes and "(" in layout}
+    return " ".join([*axes, "c"]), {axis: size for axis, size in sizes.items() if axis in axes and "(" in layout}
 
 
 def widen_ports(
@@ -90,7 +90,8 @@ def widen_ports(
     _check_channels(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)
 
     # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
-    settings = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
+    settings = dict(transformer.config)
+    settings.pop("_use_default_values", None)
     for name in ("in_channels", "out_channels"):
         if settings.get(name) is not None:
             settings[name] = settings[name] * (base_channels + detail_channels) // base_channels

@@ -211,7 +211,7 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
     def encode_base(self, sample: Tensor) -> Tensor:
         """Base latents of the small image before standardisation, [B, C, h, w]: the posterior's mode, no gradient."""
         if self.base_encoder is None:
-            height, width = (side // self.downsample_factor for side in sample.shape[-2:])
+            height, width = sample.shape[-2] // self.downsample_factor, sample.shape[-1] // self.downsample_factor
             return sample.new_zeros(len(sample), 0, height, width)
         return self.encode_pretrained(self.base_picture(sample))
 

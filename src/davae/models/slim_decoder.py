@@ -92,7 +92,8 @@ def slimmed(
     better start. The settings are diffusers', the outermost stage first; () for the base's.
     """
     # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
-    config = {name: value for name, value in autoencoder.config.items() if name != "_use_default_values"}
+    config = dict(autoencoder.config)
+    config.pop("_use_default_values", None)
     for name in ("decoder_block_out_channels", "decoder_layers_per_block"):
         if config[name] is not None:
             raise ValueError(
