@@ -13,10 +13,12 @@ from house import PACKAGE, closure_lines, inspect_house
         ("method/stage_one_loss.py", 2000),
         ("training/stage_one.py", 6000),
         ("training/stage_two.py", 6000),
+        ("training/stage_one_run.py", 7800),
+        ("training/stage_two_run.py", 9800),
     ],
 )
 def test_a_file_pulls_in_few_lines(file: str, bound: int) -> None:
-    """A reader of the loss or of a trainer's step has to read no more than this."""
+    """A reader of the loss, of a trainer's step or of a whole run has to read no more than this."""
     assert closure_lines(PACKAGE / Path(file)) < bound
 
 

@@ -80,16 +80,13 @@ def fill_cache(
 
 def _find_missing(cache: TensorCache, keys: Sequence[str], block: int, ranks: Ranks) -> dict[int, list[int]]:
     """The places whose entries this rank has to compute, by the number of their block."""
-    # Equal keys share the entry of the first place.
-    first: dict[str, int] = {}
-    for place, key in enumerate(keys):
-        first.setdefault(key, place)
-
-    # Block by block in turn, the ranks share the work.
     missing: dict[int, list[int]] = {}
-    for key, place in first.items():
-        if key not in cache and place // block % ranks.count == ranks.rank:
+    seen: set[str] = set()
+    for place, key in enumerate(keys):
+        # Equal keys share the entry of the first place; the ranks share the work, block by block in turn.
+        if key not in seen and key not in cache and place // block % ranks.count == ranks.rank:
             missing.setdefault(place // block, []).append(place)
+        seen.add(key)
     return missing
 
 

@@ -54,8 +54,8 @@ def blocks_of(model: nn.Module, *, layers: bool = False) -> list[nn.Module]:
     blocks: list[nn.Module] = []
     for child in model.children():
         if isinstance(child, nn.ModuleList):
-            blocks += [element for element in child if any(True for _ in element.parameters())]
-        elif layers and any(True for _ in child.parameters(recurse=False)):
+            blocks += [element for element in child if list(element.parameters())]
+        elif layers and list(child.parameters(recurse=False)):
             blocks.append(child)
         else:
             blocks += blocks_of(child, layers=layers)

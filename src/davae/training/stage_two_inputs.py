@@ -102,9 +102,6 @@ def move_frozen(pipeline: DiffusionPipeline, device: torch.device) -> None:
             component.to(device)
 
 
-# ------------------------------------------------------------------------------------------------------------- latents
-
-
 @torch.no_grad()
 def expect_noise(autoencoder: AutoencoderDA, noise: float) -> None:
     """Add the noise's variance to the detail latents' in place, std^2 + noise^2, so that noisy ones have variance 1.
@@ -191,9 +188,6 @@ def _fix_detail_noise(autoencoder: AutoencoderDA, noise: float, seed: int) -> Ca
         return torch.cat([base, detail + noise * drawn / std], dim=1)
 
     return add
-
-
-# ---------------------------------------------------------------------------------------------------------- conditions
 
 
 def cache_conditions(

@@ -46,7 +46,6 @@ class TrainedWeights:
         present = _all_parameters(self._models)
         self._trained = {name: present[name] for name in names}
         self._parts = {name: own_part(parameter) for name, parameter in self._trained.items()}
-        self._sharded = [name for name, part in self._parts.items() if part is not self._trained[name]]
         weights = list(self._parts.values())
         self.optimizer = make_optimizer(recipe, weights)
 
@@ -68,9 +67,9 @@ class TrainedWeights:
             gradient = self._trained[name].grad
             if gradient is not None:
                 part.grad = own_tensor(gradient)
-                (pieces if name in self._sharded else whole).append(part)
+                (whole if part is self._trained[name] else pieces).append(part)
         self._ranks.average_(_gradients(whole))
-        if not self._sharded:
+        if not pieces:
             return nn.utils.clip_grad_norm_(whole, largest)
 
         # The norm of all gradients together: the squares of the pieces are summed over the ranks.
