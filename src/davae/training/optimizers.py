@@ -1,11 +1,10 @@
 """The optimisers that a recipe may name: torch's AdamW, one whose moments have 8 bits, one that needs no schedule."""
 
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from davae.errors import SettingsError
 from davae.run.ranks import Ranks
@@ -51,17 +50,3 @@ def make_optimizer(recipe: OptimisationRecipe, weights: list[nn.Parameter]) -> t
     if hasattr(optimizer, "train"):
         optimizer.train()
     return optimizer
-
-
-def averages(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The values that `TrainedWeights.evaluated` gives its weights, bit for bit, for reading only."""
-    if not hasattr(optimizer, "eval"):
-        return list(weights)
-
-    # The formula of schedule-free's own `eval`, which works in place.
-    toward = 1 - 1 / optimizer.param_groups[0]["betas"][0]
-    values: list[Tensor] = []
-    for weight in weights:
-        z = optimizer.state.get(weight, {}).get("z")
-        values.append(weight if z is None else torch.lerp(weight.detach(), z, toward).requires_grad_())
-    return values

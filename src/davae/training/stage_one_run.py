@@ -79,15 +79,10 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
             network.to(ranks.device)
 
     # The state resumes at the newest checkpoint, if there is one.
+    models, parameters = {"autoencoder": autoencoder}, choose_trained(autoencoder, recipe)
+    whole = compared_weights(autoencoder).values()
     state = TrainingState(
-        recipe,
-        folder,
-        {"autoencoder": autoencoder},
-        choose_trained(autoencoder, recipe),
-        label="stage 1",
-        companion=discriminator,
-        report_to=report_to,
-        whole=compared_weights(autoencoder).values(),
+        recipe, folder, models, parameters, label="stage 1", companion=discriminator, report_to=report_to, whole=whole
     )
     ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
 
@@ -104,8 +99,8 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
         if not (recipe.decoder_only and recipe.autoencoder):
             calibrate(autoencoder, pictures, recipe)
         values = evaluate()
-        whole = state.weights.whole("autoencoder")
-        ranks.on_first(lambda: save_autoencoder(whole, folder / "autoencoder"))
+        trained = state.weights.whole("autoencoder")
+        ranks.on_first(lambda: save_autoencoder(trained, folder / "autoencoder"))
 
     # The record: the last metrics, and how many images they stand on.
     counts = {"pictures": len(pictures)}

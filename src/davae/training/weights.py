@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from davae.errors import CheckpointError, SettingsError
 from davae.run import faults
 from davae.run.ranks import Ranks
-from davae.training.optimizers import COUNTS, averages, make_optimizer
+from davae.training.optimizers import COUNTS, make_optimizer
 from davae.training.recipes import OptimisationRecipe
 from davae.training.sharding import gather, gather_into, own_part, own_tensor, part_of, shard
 
@@ -84,7 +84,8 @@ class TrainedWeights:
             group["lr"] = learning_rate
         faults.at("step")
         self.optimizer.step()
-        self._ema.step(averages(self.optimizer, self._parts.values()))
+        with self.evaluated():
+            self._ema.step(self._parts.values())
         self._ema.shadow_params[0] = faults.at("ema", self._ema.shadow_params[0])
 
     def drop_gradients(self) -> None:
