@@ -93,8 +93,7 @@ def test_a_name_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
 
 def test_statistics(tmp_path: Path) -> None:
     save_file({"mean": torch.ones(1, 2, 1, 1), "std": torch.full((1, 2, 1, 1), 0.5)}, tmp_path / "s.safetensors")
-    read = read_statistics(tmp_path / "s.safetensors")
-    assert (read.mean, read.std) == ((1.0, 1.0), (0.5, 0.5))
+    assert read_statistics(tmp_path / "s.safetensors").tolist() == [[1.0, 1.0], [0.5, 0.5]]
 
     for wrong in (
         {"mean": [0, 1]},

@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from davae.errors import CheckpointError
-from davae.pipelines.importing.reading import DTYPES, ForeignCheckpoint, Statistics
+from davae.pipelines.importing.reading import DTYPES, ForeignCheckpoint
 
 # LDM's attention projections are 1x1 convolutions, diffusers' are linear layers.
 PROJECTIONS = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
@@ -26,7 +26,7 @@ class Import:
 
     kind: str
     checkpoint: ForeignCheckpoint
-    stats: Statistics | None = None
+    stats: Tensor | None = None  # means and deviations of latent channels [2, C], base first
     base: str | None = None  # the base pipeline, folder or Hub name
     autoencoder: Path | None = None  # folder of an AutoencoderDA
     lora: Path | None = None  # file of the LoRA tensors

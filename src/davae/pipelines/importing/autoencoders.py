@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from davae.errors import CheckpointError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import check_base_encoder, load_base_vae
 from davae.pipelines.importing.account import Import, Save
-from davae.pipelines.importing.reading import ForeignCheckpoint, Statistics
+from davae.pipelines.importing.reading import ForeignCheckpoint
 
 NORM_GROUPS = 32  # of every GroupNorm in these autoencoders; no shape tells their number
 
@@ -106,8 +107,8 @@ def convert_va_vae(job: Import) -> Save:
     if job.stats is None:
         job.missing.append({"target": "latents_mean, latents_std", "reason": "none given: units are its own scale"})
     else:
-        job.stats.check_channels(config["latent_channels"], "this autoencoder")
-        config |= {"latents_mean": list(job.stats.mean), "latents_std": list(job.stats.std)}
+        _check_channels(job.stats, config["latent_channels"], "this autoencoder")
+        config["latents_mean"], config["latents_std"] = job.stats.tolist()
 
     model = job.build(AutoencoderKL, config, spelling)
     job.leave_rest(REASONS, owned=("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
@@ -129,10 +130,9 @@ def convert_imagenet_da_vae(job: Import) -> Save:
     if job.stats is None:
         job.missing.append({"target": "base_config.latents_mean, latents_std", "reason": "none given"})
     else:
-        job.stats.check_channels(total, "this autoencoder, base first,")
-        mean, std = job.stats.mean, job.stats.std
-        base_config |= {"latents_mean": list(mean[:channels]), "latents_std": list(std[:channels])}
-        detail_statistics = Statistics(mean[channels:], std[channels:])
+        _check_channels(job.stats, total, "this autoencoder, base first,")
+        base_config["latents_mean"], base_config["latents_std"] = job.stats[:, :channels].tolist()
+        detail_statistics = job.stats[:, channels:]
 
     # The reference does not clamp its base image, and its latents have their own scale.
     model = _build_da_vae(job, spelling, base_config, total, detail_statistics, base_downsample="bicubic-unclamped")
@@ -154,7 +154,7 @@ def convert_sd3_da_vae(job: Import) -> Save:
     spelling = partial(spell, prefixes=SD3)
     base_config = _read_kl_config(file, spelling, sample_size=1024)
     if job.stats is not None:
-        job.stats.check_channels(total - base_config["latent_channels"], "the detail half")
+        _check_channels(job.stats, total - base_config["latent_channels"], "the detail half")
 
     # The file has no scale of the base latents: it is the base pipeline's, or Stable Diffusion 3's.
     vae, scalars = None, SD3_SCALARS
@@ -173,6 +173,11 @@ def convert_sd3_da_vae(job: Import) -> Save:
         f"the file has no scale of the base latents; it is {job.base or 'SD3'}'s: {scalars}",
     ]
     return model.save_pretrained
+
+
+def _check_channels(statistics: Tensor, channels: int, whose: str) -> None:
+    if statistics.shape[1] != channels:
+        raise CheckpointError(f"the statistics are of {statistics.shape[1]} channels, but {whose} has {channels}")
 
 
 def spell(name: str, prefixes: Mapping[str, str], ldm_levels: int | None = None) -> str:
@@ -236,7 +241,7 @@ def _build_da_vae(
     spelling: Spelling,
     base_config: Mapping[str, Any],
     total: int,
-    statistics: Statistics | None,
+    statistics: Tensor | None,
     *,
     base_downsample: str,
 ) -> AutoencoderDA:
@@ -255,14 +260,14 @@ def _build_da_vae(
     }
     model = job.build(AutoencoderDA, config, spelling)
 
-    # Statistics in float32 at least.
-    dtype = torch.promote_types(torch.float32, model.dtype)
     if statistics is None:
         reason = "none given: 0 and 1; AutoencoderDA.calibrate measures"
         job.missing.append({"target": "detail_mean, detail_std", "reason": reason})
-        statistics = Statistics((0.0,) * (total - channels), (1.0,) * (total - channels))
-    model.detail_mean = torch.tensor(statistics.mean, dtype=dtype)
-    model.detail_std = torch.tensor(statistics.std, dtype=dtype)
+        statistics = torch.stack([model.detail_mean, model.detail_std])
+
+    # In float32 at least.
+    statistics = statistics.to(torch.promote_types(torch.float32, model.dtype))
+    model.detail_mean, model.detail_std = statistics[0].clone(), statistics[1].clone()
     return model
 
 

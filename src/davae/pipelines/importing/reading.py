@@ -49,19 +49,6 @@ class ForeignCheckpoint:
         return CheckpointError(f"{self.path}: the first mismatch is {key}: {difference}")
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Means and deviations of latent channels, base first."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def check_channels(self, channels: int, whose: str) -> None:
-        """Refuse statistics of another number of channels."""
-        if len(self.mean) != channels:
-            raise CheckpointError(f"the statistics are of {len(self.mean)} channels, but {whose} has {channels}")
-
-
 def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
     """Read all tensors of a file; with `ema` the moving average, where a torch file has that beside the raw weights.
 
@@ -100,8 +87,8 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> ForeignCheckpoint:
     return ForeignCheckpoint(path, sha256, renamed, tuple(opened), tuple(beside), tuple(sorted(prefixes)))
 
 
-def read_statistics(path: Path) -> Statistics:
-    """Read `mean` and `std`, one number a channel, from JSON or from tensors of any shape, such as [1, C, 1, 1]."""
+def read_statistics(path: Path) -> Tensor:
+    """Read means and deviations [2, C], float64: `mean` and `std` of a JSON or tensor file, there of any shape."""
     try:
         numbers = json.loads(path.read_bytes()) if path.suffix == ".json" else read_checkpoint(path).tensors
         mean = torch.as_tensor(numbers["mean"], dtype=torch.float64).flatten()
@@ -113,7 +100,7 @@ def read_statistics(path: Path) -> Statistics:
     if len(mean) != len(std) or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
         counts = f"{len(mean)} means and {len(std)} deviations"
         raise CheckpointError(f"{path}: {counts}; wanted are as many, all finite, and deviations above 0")
-    return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
+    return torch.stack([mean, std])
 
 
 def _unpickle(path: Path, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str], list[str]]:
