@@ -18,7 +18,7 @@ from davae.pipelines.upgrade import upgrade
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
-from davae.training.stage_one_start import find_base, make_untrained
+from davae.training.stage_one_start import make_untrained, name_base
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 from scenes import fill_with_scenes
@@ -112,7 +112,7 @@ def test_what_a_run_costs_is_counted_on_the_same_models(step: Step, many_picture
     geometry = read_geometry(step[0], tmp_path / "recipe.toml")
     figures = {figure.name: figure.value for figure in estimate_stage_one(recipe, geometry)}
     assert figures["tokens, 2 x 2"] == 4
-    autoencoder = make_untrained(recipe, load_base_vae(find_base(recipe)))
+    autoencoder = make_untrained(recipe, load_base_vae(name_base(recipe)))
     trained = sum(parameter.numel() for parameter in autoencoder.detail_parameters())
     assert figures["trained in this stage"] == trained
 

@@ -100,13 +100,16 @@ class AutoencoderRecipe(PicturesRecipe):
     loss: LossWeights = LossWeights()
 
 
+TERMS = ("l1", "gradient", "lpips", "kl", "alignment", "adversarial")
+"""The terms of stage 1's loss that have a weight in a recipe."""
+
+
 def loss_settings(recipe: AutoencoderRecipe) -> StageOneSettings:
     """The settings of `stage_one_loss` that a recipe decides."""
     loss = recipe.loss
-    terms = ("l1", "gradient", "lpips", "kl", "alignment", "adversarial")
     adaptive = {"alignment": loss.adaptive_alignment, "adversarial": loss.adaptive_adversarial}
     return StageOneSettings(
-        weights={name: getattr(loss, name) for name in terms},
+        weights={name: getattr(loss, name) for name in TERMS},
         adaptive=frozenset(name for name, chosen in adaptive.items() if chosen),
         kl_reduction=loss.kl_reduction,
         lpips_patch=loss.lpips_patch,

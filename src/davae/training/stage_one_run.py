@@ -27,7 +27,7 @@ from davae.training.devices import fastest_layout, keep_stream_in_float32, lay_o
 from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
 from davae.training.stage_one import choose_trained, make_discriminator, train_networks
 from davae.training.stage_one_recipe import AutoencoderRecipe
-from davae.training.stage_one_start import find_base, save_autoencoder, start_autoencoder
+from davae.training.stage_one_start import name_base, save_autoencoder, start_autoencoder
 from davae.training.state import TrainingState
 from davae.training.trackers import check_trackers
 
@@ -72,7 +72,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
     autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start"))
     lay_out(keep_stream_in_float32(autoencoder), fastest_layout(ranks.device))
-    base_vae = load_base_vae(find_base(recipe)) if recipe.target == "base reconstruction" else None
+    base_vae = load_base_vae(name_base(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = make_discriminator(recipe)
     for network in (alex, lpips, base_vae):
         if network is not None:

@@ -38,7 +38,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     if recipe.autoencoder:
         autoencoder = load_previous(recipe)
     else:
-        autoencoder = make_untrained(recipe, load_base_vae(find_base(recipe)))
+        autoencoder = make_untrained(recipe, load_base_vae(name_base(recipe)))
     lay_out(autoencoder, torch.channels_last)
     check_sides(recipe, autoencoder.downsample_factor)
 
@@ -55,7 +55,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
     return autoencoder
 
 
-def find_base(recipe: AutoencoderRecipe) -> str:
+def name_base(recipe: AutoencoderRecipe) -> str:
     """Folder or Hub name of the base pipeline."""
     return recipe.base or str(assets.base_pipeline())
 
@@ -85,7 +85,7 @@ def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
     """The AutoencoderDA that the recipe names, to go on from; refuses one of other settings or of another base."""
     # The base is not read without need: it may not be there.
     base_needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
-    vae = load_base_vae(find_base(recipe)) if base_needed else None
+    vae = load_base_vae(name_base(recipe)) if base_needed else None
     autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
 
     # The recipe must describe what is trained.
