@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from davae.errors import CheckpointError, SettingsError
-from davae.run.storage import read_json, remove_temporaries, storage_errors, write_atomically, write_json
+from davae.run.storage import read_json, remove_temporaries, storage_errors, try_lock, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,9 @@ class TensorCache:
 
         # Writers share the lock; whoever gets it alone may tidy up before sharing it.
         with lock:
-            with storage_errors(self.folder):
-                with suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    remove_temporaries(self.folder)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+            if try_lock(lock):
+                remove_temporaries(self.folder)
+            fcntl.flock(lock, fcntl.LOCK_SH)
             write_json(self.folder / "cache.json", self.facts)
             yield
 
@@ -177,10 +175,8 @@ def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = Fal
     freed = 0
     for path in _cache_folders(folder):
         with storage_errors(path), (path / ".lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SettingsError(f"a process is writing to {path}: wait for it, and prune again") from error
+            if not try_lock(lock):
+                raise SettingsError(f"a process is writing to {path}: wait for it, and prune again")
 
             # In a cache that is in use, only damaged and unfinished files are useless.
             shards = shard_paths(path)

@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
+from fsspec.spec import AbstractBufferedFile
+
 from davae.data.pictures import PictureRefused, Stream
 from davae.errors import DataError, SettingsError
 
@@ -54,8 +57,6 @@ class RemoteFile:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
         return url_to_fs(self.name)
 
     @cached_property
@@ -71,8 +72,8 @@ class RemoteFile:
         return data
 
     def open(self, start: int = 0, end: int | None = None) -> Stream:
-        """A seekable stream of the bytes from `start` to before `end`, fetched `HEADER_BYTES` at a time."""
-        return io.BufferedReader(_Range(self, start, self.size if end is None else end), HEADER_BYTES)
+        """A seekable stream of the bytes from `start` to before `end`."""
+        return _Part(self, start, self.size if end is None else end)
 
     def matches(self) -> list["RemoteFile"]:
         """The files that this URL, a pattern with *, stands for, in sorted order."""
@@ -98,31 +99,15 @@ class RemoteFile:
         raise AssertionError("the last attempt returns or raises")
 
 
-class _Range(io.RawIOBase):
-    """A part of a remote file as a raw stream."""
+class _Part(AbstractBufferedFile):
+    """A seekable stream of a part of a remote file, which is fetched `HEADER_BYTES` ahead."""
 
-    def __init__(self, file: RemoteFile, start: int, end: int) -> None:
-        self.file, self.start, self.end, self.position = file, start, end, 0
+    def __init__(self, file: RemoteFile, begin: int, end: int) -> None:
+        super().__init__(None, file.name, block_size=HEADER_BYTES, size=end - begin)
+        self._file, self._begin = file, begin
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self.position = offset + (0, self.position, self.end - self.start)[whence]
-        if self.position < 0:
-            raise OSError("a place before the beginning")
-        return self.position
-
-    def readinto(self, buffer: Any, /) -> int:
-        first = min(self.start + self.position, self.end)
-        last = min(first + len(buffer), self.end)
-        if last > first:
-            buffer[: last - first] = self.file.read(first, last)
-        self.position += last - first
-        return last - first
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._file.read(self._begin + start, self._begin + end)
 
 
 # --------------------------------------------------------------------------------------------------- pictures and texts

@@ -1,7 +1,6 @@
 """The files that a run leaves in its folder: recipe.toml, environment.json, metrics.jsonl and result.json."""
 
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -11,13 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from davae.errors import SettingsError
 from davae.run.recipe import Recipe
-from davae.run.storage import change_leaves, finite, fsync, storage_error, storage_errors, write_atomically, write_json
+from davae.run.storage import change_leaves, finite, fsync, storage_errors, try_lock, write_atomically, write_json
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -34,22 +33,20 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
 
-    # The system drops the lock when the process dies, however it dies.
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context((folder / ".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            reason = f"another process trains in {folder}: wait for it, stop it, or give another folder"
-            raise SettingsError(reason) from error
-        except (FileExistsError, NotADirectoryError) as error:
-            raise SettingsError(f"{folder} is a file, or lies below one: give another folder") from error
-        except OSError as error:
-            raise storage_error(folder / ".lock", 0, error) from error
+    with storage_errors(folder / ".lock"):
+        if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
+            raise SettingsError(f"{folder} is a file, or lies below one: give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("wb")
 
+    with lock:
+        if not try_lock(lock):
+            raise SettingsError(f"another process trains in {folder}: wait for it, or give another folder")
         _held.add(mine)
-        stack.callback(_held.discard, mine)
-        yield
+        try:
+            yield
+        finally:
+            _held.discard(mine)
 
 
 def is_locked(folder: Path) -> bool:
@@ -57,11 +54,7 @@ def is_locked(folder: Path) -> bool:
     if not (folder / ".lock").is_file():
         return False
     with (folder / ".lock").open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not try_lock(lock, shared=True)
 
 
 class RunRecord:

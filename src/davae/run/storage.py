@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -105,6 +106,16 @@ def check_replaceable(folder: Path, *, holds: str) -> None:
             f"{folder} exists and has no {holds}, so it is not davae's to replace: choose another folder, or remove "
             "it yourself"
         )
+
+
+def try_lock(file: BinaryIO, *, shared: bool = False) -> bool:
+    """Whether this process has the file's lock now; the system drops it when the process dies, however it dies."""
+    with storage_errors(Path(file.name)):
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 @contextmanager
