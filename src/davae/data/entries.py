@@ -87,10 +87,8 @@ def make_entry(
         folder = key.partition("/")[0]
         label = folders.get(folder)
     if label is None:
-        reason = (
-            'no class; put its number beside the picture as .cls, or as "class" in a .json, or sort a folder of '
-            "pictures into a sub-folder for each class"
-        )
+        reason = 'no class; put its number beside the picture as .cls, or as "class" in a .json, or sort a folder of '
+        reason += "pictures into a sub-folder for each class"
         raise PictureRefused(picture.name, reason, "no class")
     return PictureEntry(key, picture, caption, width, height, bucket, label, folder)
 

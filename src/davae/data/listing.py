@@ -48,10 +48,8 @@ def list_source(source: PictureSource) -> Listing:
     if path.is_dir():
         return _list_folder(path)
     if not path.is_file():
-        raise DataError(
-            f"{path} is no folder, no tar shard and no parquet file; give the path of one, a URL of shards, "
-            f"or {SCHEME}NAME"
-        )
+        allowed = f"the path of a folder, a tar shard or a parquet file, a URL of shards, or {SCHEME}NAME"
+        raise DataError(f"{path} is no folder and no file; allowed is {allowed}")
     if path.suffix == ".parquet":
         return Listing(list_rows(load_parquet([path]), str(path)))
     return Listing(list_shards([LocalFile(str(path))]))

@@ -115,10 +115,8 @@ def _unpack(shard: LocalFile | RemoteFile) -> LocalFile:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{shard.name}: no sound gzip file ({error}); make or download it again") from error
     if len(data) > MAX_UNPACKED_BYTES:
-        raise DataError(
-            f"{shard.name}: more than {MAX_UNPACKED_BYTES} bytes when unpacked, the most of one compressed shard; "
-            "gunzip it: a plain tar of any size is read in place"
-        )
+        reason = f"more than {MAX_UNPACKED_BYTES} bytes when unpacked; gunzip it: a plain tar may have any size"
+        raise DataError(f"{shard.name}: {reason}")
     return LocalFile(shard.name, data)
 
 

@@ -64,10 +64,8 @@ class Ranks:
         if number % self.count:
             below = number // self.count * self.count
             near = f"{below} or {below + self.count}" if below else f"{self.count}"
-            raise SettingsError(
-                f"{name}={number} counts all {self.count} processes together, and they cannot share it equally: "
-                f"allowed are multiples of {self.count}, such as {near}"
-            )
+            allowed = f"allowed are multiples of {self.count}, such as {near}"
+            raise SettingsError(f"{name}={number} cannot be shared equally by {self.count} processes: {allowed}")
 
     def share(self, whole: Whole) -> Whole:
         """This rank's part of a whole batch, along its first axis."""
@@ -76,10 +74,7 @@ class Ranks:
         return whole[self.rank * length : (self.rank + 1) * length]
 
     def sample_numbers(self, batch: int, length: int) -> range:
-        """The numbers, counted over the whole run, of this rank's `length` samples of batch number `batch`.
-
-        A sample's number depends neither on how many ranks there are, nor on how a step is cut into batches.
-        """
+        """The numbers in the run of this rank's `length` samples of a batch, whatever the ranks or the accumulation."""
         first = (batch * self.count + self.rank) * length
         return range(first, first + length)
 
@@ -171,7 +166,6 @@ class Ranks:
         part = part.detach().contiguous()
         if self.count == 1:
             return part
-
         parts = [torch.empty_like(part) for _ in range(self.count)]
         with self.together("gathering"):
             dist.all_gather(parts, part)
@@ -264,10 +258,8 @@ def meet(store: dist.Store, rank: int, count: int, timeout: float) -> dist.Store
 
         if time.monotonic() > deadline:
             absent = [other for other, name in enumerate(names, 1) if start and not store.check([name])]
-            raise RankError(
-                f"rank {rank} of {count}: rank {', '.join(map(str, absent or [0]))} did not come in {timeout:g} s: "
-                "look at its own messages, and run the same command again"
-            )
+            silence = f"rank {', '.join(map(str, absent or [0]))} did not come in {timeout:g} s"
+            raise RankError(f"rank {rank} of {count}: {silence}: look at its messages, and run the same command again")
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
 
@@ -277,14 +269,12 @@ def _check_launcher(*, several: bool) -> None:
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise SettingsError(
             "davae does not train with DeepSpeed's engine: launch with recipes/launch/zero2.yaml, which shards the "
-            "same (gradients and the optimiser's state) by FSDP2, or with fsdp2.yaml, which shards the weights, too"
+            "gradients and the optimiser's state by FSDP2, or with fsdp2.yaml, which shards the weights, too"
         )
     version, offload = os.environ.get("FSDP_VERSION", "1"), parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
     if several and parse_flag_from_env("ACCELERATE_USE_FSDP") and (version != "2" or offload):
-        raise SettingsError(
-            f"FSDP of version {version}{' with offload' if offload else ''}: allowed is version 2 without offload, as "
-            "in recipes/launch/fsdp2.yaml"
-        )
+        given = f"FSDP of version {version}{' with offload' if offload else ''}"
+        raise SettingsError(f"{given}: allowed is version 2 without offload, as in recipes/launch/fsdp2.yaml")
 
 
 def _public_class(error: Exception) -> type[DavaeError]:

@@ -131,32 +131,25 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _read_section(cls: type[Recipe], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The values of the section of `cls`, with the shared ones."""
+    file = f"recipe {path}"
     sections = {name: value for name, value in values.items() if isinstance(value, dict)}
     shared = {name: value for name, value in values.items() if name not in sections}
     for name in sections:
         if name not in SECTIONS:
             hint = _suggest(name, SECTIONS, "[{}]")
-            raise SettingsError(
-                f"recipe {path}: unknown section [{name}]: {hint}allowed are {_bracketed(SECTIONS)}, and tables "
-                "inside them, such as [autoencoder.loss]"
-            )
+            allowed = f"{_bracketed(SECTIONS)}, and tables in them, such as [autoencoder.loss]"
+            raise SettingsError(f"{file}: unknown section [{name}]: {hint}allowed are {allowed}")
     if cls.section not in sections:
-        raise SettingsError(
-            f"recipe {path} has no section [{cls.section}], only {_bracketed(sections)}: add it, or give another recipe"
-        )
+        raise SettingsError(f"{file} has no section [{cls.section}], only {_bracketed(sections)}: add it")
 
     # Each key above the sections is shared by both, and given once.
     own = sections[cls.section]
     for name in shared:
         if name not in SHARED:
-            raise SettingsError(
-                f'recipe {path}: key "{name}" stands above the sections, where only {", ".join(SHARED)} may: '
-                f"move it into {_bracketed(sections, ' or ')}"
-            )
+            mend = f"where only {', '.join(SHARED)} may: move it into {_bracketed(sections, ' or ')}"
+            raise SettingsError(f'{file}: key "{name}" stands above the sections, {mend}')
         if name in own:
-            raise SettingsError(
-                f'recipe {path}: key "{name}" is given above the sections and in [{cls.section}]: leave one of them out'
-            )
+            raise SettingsError(f'{file}: key "{name}" is given above the sections and in [{cls.section}]: choose one')
     return {**shared, **own}
 
 
