@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.stored import captioned, digest, fill, picture, reasons, tar
-from davae.data import rows
+from davae.data import listing
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
 
@@ -213,7 +213,7 @@ def test_what_is_no_set_of_pictures_is_a_typed_error(tmp_path, monkeypatch):
         open_pictures(tmp_path / "a.parquet", size=32)
 
     # A stream that would fill the memory.
-    monkeypatch.setattr(rows, "MAX_UNPACKED_BYTES", 5000)
+    monkeypatch.setattr(listing, "MAX_UNPACKED_BYTES", 5000)
     with pytest.raises(DataError, match="more than 5000 bytes of pictures in 2 rows"):
         open_pictures(dataset().to_iterable_dataset(), size=32)
 

@@ -2,18 +2,18 @@
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl
 
-from davae.data.pictures import Refusal
-from davae.data.rows import SCHEME, is_rows, list_rows, load_parquet, load_rows, load_saved
-from davae.data.shards import list_shards, remote_shards
-from davae.data.stored import PICTURE_SUFFIXES, FileBytes, LocalFile, Sample, Samples, parse_json
+from davae.data.pictures import PictureRefused, Refusal
+from davae.data.shards import MAX_UNPACKED_BYTES, list_shards, remote_shards
+from davae.data.stored import PICTURE_SUFFIXES, CellBytes, FileBytes, LocalFile, Sample, Samples, parse_json
 from davae.errors import DataError, SettingsError
 
 # A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`.
@@ -22,6 +22,11 @@ PictureSource = Path | str | Any
 # Tables about the pictures of a folder, joined by their column "file_name", as Hugging Face `datasets` has them.
 METADATA = ("metadata.jsonl", "metadata.parquet")
 MAX_LINE_BYTES = 1 << 20
+
+# Prefix of a source that `datasets.load_dataset` finds: `datasets:OWNER/NAME?split=train&streaming=true&take=1000`.
+SCHEME = "datasets:"
+OPTIONS = ("split", "name", "revision", "streaming", "take")
+PICTURE_COLUMNS = ("image", "picture", *sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,10 @@ class Listing:
 
 def list_source(source: PictureSource) -> Listing:
     """Find out by its content what a source is, and list it."""
-    if is_rows(source):
-        return Listing(list_rows(source, "the dataset"))
+    if type(source).__module__.partition(".")[0] == "datasets":
+        return Listing(_list_rows(source, "the dataset"))
     if isinstance(source, str) and source.startswith(SCHEME):
-        return Listing(list_rows(load_rows(source), source))
+        return Listing(_list_rows(_load_named(source), source))
     if isinstance(source, str) and "://" in source:
         return Listing(list_shards(remote_shards(source)))
 
@@ -51,14 +56,14 @@ def list_source(source: PictureSource) -> Listing:
         allowed = f"the path of a folder, a tar shard or a parquet file, a URL of shards, or {SCHEME}NAME"
         raise DataError(f"{path} is no folder and no file; allowed is {allowed}")
     if path.suffix == ".parquet":
-        return Listing(list_rows(load_parquet([path]), str(path)))
+        return Listing(_list_rows(_load_parquet([path]), str(path)))
     return Listing(list_shards([LocalFile(str(path))]))
 
 
 def _list_folder(folder: Path) -> Listing:
     """A folder of shards, of parquet files, of a saved dataset, or of pictures."""
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return Listing(list_rows(load_saved(folder), str(folder)))
+        return Listing(_list_rows(_load_saved(folder), str(folder)))
 
     shards = sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")])
     tables = sorted(path for path in folder.glob("*.parquet") if path.name != "metadata.parquet")
@@ -73,7 +78,7 @@ def _list_folder(folder: Path) -> Listing:
         raise DataError(f"{folder} holds both {' and '.join(kinds)}; move either to a folder of its own")
     if shards:
         return Listing(list_shards([LocalFile(str(path)) for path in shards]))
-    return Listing(list_rows(load_parquet(tables), str(folder)))
+    return Listing(_list_rows(_load_parquet(tables), str(folder)))
 
 
 # ------------------------------------------------------------------------------------------------- folders of pictures
@@ -127,7 +132,7 @@ def _add_file(listing: Listing, path: Path, folder: Path) -> None:
 
 def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refusal]:
     """Give each row of a table to its picture; yields the rows that have none."""
-    for place, row in _read_rows(table):
+    for place, row in _read_table(table):
         name = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(name, str):
             yield Refusal(f"{folder / table.name}, {place}", 'no object with a "file_name"; mend it', "text")
@@ -143,7 +148,7 @@ def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refu
             sample.row = row
 
 
-def _read_rows(table: Path) -> Iterator[tuple[str, Any]]:
+def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
     """Rows with their places; None in place of a line that is no row."""
     if table.suffix == ".jsonl":
         with table.open("rb") as stream:
@@ -171,3 +176,137 @@ def _parse_line(line: bytes) -> Any:
         if len(line) <= MAX_LINE_BYTES:
             return parse_json(line.decode("utf-8-sig"))
     return None
+
+
+# ----------------------------------------------------------------------------------------------------- rows of datasets
+
+
+def _load_named(source: str) -> Any:
+    """The dataset that a source with `SCHEME` names: a name on the Hub, or a folder of parquet files or pictures.
+
+    After a `?` may stand `split` ("train" if not given), `name` (the configuration), `revision`, `streaming=true`, and
+    `take`, the number of rows from the start.
+    """
+    path, _, query = source.removeprefix(SCHEME).partition("?")
+    options: dict[str, Any] = {"split": "train", **dict(parse_qsl(query))}
+    unknown = options.keys() - set(OPTIONS)
+    take, streaming = options.pop("take", None), options.pop("streaming", "false")
+    if unknown or streaming not in ("true", "false") or not (take is None or take.isdecimal()):
+        raise SettingsError(
+            f"{source}: allowed after the ? are {', '.join(OPTIONS)}, streaming=true or false, take=a whole number"
+        )
+
+    # The rest is for `datasets` to understand.
+    with _loading(source) as datasets:
+        rows = datasets.load_dataset(path, streaming=streaming == "true", **options)
+    return rows if take is None else rows.take(int(take))
+
+
+def _load_saved(folder: Path) -> Any:
+    """The dataset that `Dataset.save_to_disk` wrote."""
+    with _loading(str(folder)) as datasets:
+        rows = datasets.load_from_disk(str(folder))
+    if isinstance(rows, datasets.DatasetDict):
+        raise SettingsError(f"{folder} holds splits: give the folder of one, such as {folder / next(iter(rows))}")
+    return rows
+
+
+def _load_parquet(files: list[Path]) -> Any:
+    """Parquet files whose rows hold pictures, which `datasets` converts once, into its cache."""
+    with _loading(str(files[0])) as datasets:
+        return datasets.Dataset.from_parquet(list(map(str, files)))
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[Any]:
+    """Gives Hugging Face `datasets` to load a source with; its errors become a DataError."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise SettingsError(f"{source} needs Hugging Face datasets: pip install 'davae[datasets]'") from error
+    try:
+        yield datasets
+    except Exception as error:  # the Hub, the network, arrow and the operating system each have their own
+        raise DataError(f"{source} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def _list_rows(rows: Any, name: str) -> Samples:
+    """The rows of a dataset, by their `__key__` (as WebDataset's have) or else their number, from "000000000".
+
+    The pictures of a dataset that is not streamed stay where they are, and are read at every use. A stream is read to
+    its end, once and in its order, and its encoded pictures stay in memory, so that the order of training is as exact
+    as for any other source; more than `MAX_UNPACKED_BYTES` are refused. `name` is for messages.
+    """
+    import datasets
+
+    if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise SettingsError(f"{name} has several splits: give one of {', '.join(rows)}")
+    streamed = isinstance(rows, datasets.IterableDataset)
+    rows = rows.decode(False) if streamed else _without_decoding(rows, datasets)
+
+    # The first row shows which column holds the pictures.
+    samples: Samples = {}
+    column, held = "", 0
+    for index, row in enumerate(rows if streamed else _without_pictures(rows, datasets)):
+        if not index:
+            column = _find_picture_column(row if streamed else rows[0], name)
+        key = str(row.get("__key__", f"{index:09d}"))
+        if key in samples:
+            raise DataError(f"{name}: two rows have the key {key!r}; every key must be there once")
+
+        # A stream cannot be read again: its pictures stay in memory.
+        read = partial(_read_stored_cell, rows, index, column, key)
+        if streamed:
+            read = partial(_read_cell, row[column], key)
+            held += len(_get_bytes(row[column]))
+        if held > MAX_UNPACKED_BYTES:
+            raise DataError(
+                f"{name}: more than {MAX_UNPACKED_BYTES} bytes of pictures in {index + 1} rows, which a stream keeps "
+                "in memory; take fewer rows (take=), do not stream it, or bring it as shards"
+            )
+        rest = {field: value for field, value in row.items() if field != column}
+        samples[key] = Sample([CellBytes(key, read)], row=rest)
+    return samples
+
+
+def _without_pictures(rows: Any, datasets: Any) -> Iterable[Mapping[str, Any]]:
+    """The rows without their pictures, so that these are not read."""
+    columns = [name for name in rows.column_names if name not in PICTURE_COLUMNS]
+    columns = [name for name in columns if not isinstance(rows.features[name], datasets.Image)]
+    return rows.select_columns(columns) if columns else ({} for _ in range(len(rows)))
+
+
+def _without_decoding(rows: Any, datasets: Any) -> Any:
+    for column, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _find_picture_column(row: Mapping[str, Any], name: str) -> str:
+    for column, value in row.items():
+        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
+            return column
+        if isinstance(value, bytes) and column in PICTURE_COLUMNS:
+            return column
+    needed = "one of type Image, or one of bytes with a name such as image, png or jpg"
+    raise DataError(f"{name}: no column holds pictures, of {', '.join(row)}; needed is {needed}")
+
+
+def _read_stored_cell(rows: Any, index: int, column: str, key: str) -> bytes:
+    return _read_cell(rows[index][column], key)
+
+
+def _read_cell(cell: Any, key: str) -> bytes:
+    # A cell may name a file in place of its bytes.
+    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+        try:
+            return Path(cell["path"]).read_bytes()
+        except OSError as error:
+            raise PictureRefused(key, f"cannot be read ({error.strerror}); mend its rights") from error
+    return _get_bytes(cell)
+
+
+def _get_bytes(cell: Any) -> bytes:
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    return data if isinstance(data, bytes) else b""
