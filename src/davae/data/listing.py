@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl
@@ -77,7 +77,7 @@ def _list_folder(folder: Path) -> Listing:
     if len(kinds) > 1:
         raise DataError(f"{folder} holds both {' and '.join(kinds)}; move either to a folder of its own")
     if shards:
-        return Listing(list_shards([LocalFile(str(path)) for path in shards]))
+        return Listing(list_shards(list(map(LocalFile, map(str, shards)))))
     return Listing(_list_rows(_load_parquet(tables), str(folder)))
 
 
@@ -271,9 +271,11 @@ def _list_rows(rows: Any, name: str) -> Samples:
 
 def _without_pictures(rows: Any, datasets: Any) -> Iterable[Mapping[str, Any]]:
     """The rows without their pictures, so that these are not read."""
-    columns = [name for name in rows.column_names if name not in PICTURE_COLUMNS]
-    columns = [name for name in columns if not isinstance(rows.features[name], datasets.Image)]
-    return rows.select_columns(columns) if columns else ({} for _ in range(len(rows)))
+    columns = []
+    for column, kind in rows.features.items():
+        if not isinstance(kind, datasets.Image) and column not in PICTURE_COLUMNS:
+            columns.append(column)
+    return rows.select_columns(columns) if columns else repeat({}, len(rows))
 
 
 def _without_decoding(rows: Any, datasets: Any) -> Any:

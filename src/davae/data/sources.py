@@ -40,15 +40,18 @@ class PictureSet:
     ) -> None:
         self.entries, self.size = list(entries), size
         self.refused, self.class_names = list(refused), list(class_names)
-        self.keys = [entry.key for entry in entries]
-        self.captions = [entry.caption for entry in entries]
-        self.classes = [entry.label for entry in entries if entry.label is not None]
-
-        self.buckets = sorted({entry.bucket for entry in entries})
-        members: dict[Bucket, list[int]] = {bucket: [] for bucket in self.buckets}
+        self.keys: list[str] = []
+        self.captions: list[str] = []
+        self.classes: list[int] = []
+        members: dict[Bucket, list[int]] = {}
         for index, entry in enumerate(entries):
-            members[entry.bucket].append(index)
-        self.members = list(members.values())
+            self.keys.append(entry.key)
+            self.captions.append(entry.caption)
+            if entry.label is not None:
+                self.classes.append(entry.label)
+            members.setdefault(entry.bucket, []).append(index)
+        self.buckets = sorted(members)
+        self.members = list(map(members.__getitem__, self.buckets))
 
         # Decoded pictures by key, if all of them are few enough.
         self._in_memory = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
@@ -120,9 +123,13 @@ class PictureSet:
         that more than the share `max_unreadable` of them, rounded up to whole pictures, cannot be read: many damaged
         files mean a broken download. The kinds in `LEFT_OUT` do not count, since any collection has some.
         """
-        outcomes = in_threads(self._try_to_decode, range(len(self)))
-        usable = [index for index, refusal in enumerate(outcomes) if refusal is None]
-        refused = [*self.refused, *filter(None, outcomes)]
+        usable: list[int] = []
+        refused = list(self.refused)
+        for index, refusal in enumerate(in_threads(self._try_to_decode, range(len(self)))):
+            if refusal is None:
+                usable.append(index)
+            else:
+                refused.append(refusal)
 
         # The report of this run, in place of an earlier one's.
         if report is not None and refused:
@@ -146,7 +153,7 @@ class PictureSet:
             return self
 
         # The decoded pictures go along.
-        entries = [self.entries[index] for index in usable]
+        entries = list(map(self.entries.__getitem__, usable))
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
         rest._memory = self._memory
         return rest
@@ -156,7 +163,7 @@ class PictureSet:
         return _summarise(self.refused)
 
     def _images(self, indices: Sequence[int]) -> list[Tensor]:
-        decoded = all(self.keys[index] in self._memory for index in indices)
+        decoded = self._memory.keys() >= set(map(self.keys.__getitem__, indices))
         return in_threads(self.image, indices, alone=decoded)
 
     def _try_to_decode(self, index: int) -> Refusal | None:
@@ -240,7 +247,7 @@ def _number_folders(listing: Listing) -> dict[str, int]:
     for key, sample in listing.samples.items():
         if listing.folders and sample.pictures and "/" in key:
             names.add(key.partition("/")[0])
-    return {name: number for number, name in enumerate(sorted(names))}
+    return dict(zip(sorted(names), range(len(names)), strict=True))
 
 
 def _summarise(refused: Sequence[Refusal]) -> str:

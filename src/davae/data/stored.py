@@ -77,8 +77,8 @@ class RemoteFile:
 
     def matches(self) -> list["RemoteFile"]:
         """The files that this URL, a pattern with *, stands for, in sorted order."""
-        urls = self._try(lambda files, path: [files.unstrip_protocol(match) for match in sorted(files.glob(path))])
-        return [RemoteFile(url) for url in urls]
+        urls = self._try(lambda files, path: list(map(files.unstrip_protocol, sorted(files.glob(path)))))
+        return list(map(RemoteFile, urls))
 
     def _try(self, action: Callable[[Any, str], Any]) -> Any:
         try:

@@ -7,7 +7,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     """The lines of a table; columns of numbers are flush right, except the first, which names the row."""
     columns: list[list[str]] = []
     for name, *values in zip(header, *rows, strict=True):
-        cells = [_escape(value) for value in values]
+        cells = list(map(_escape, values))
         numbers = bool(columns) and all(cell[:1] in "+-0123456789" for cell in cells)
         columns.append(_align([_escape(name), *cells], numbers=numbers))
 
@@ -21,8 +21,6 @@ def _escape(value: object) -> str:
 def _align(cells: list[str], *, numbers: bool) -> list[str]:
     """The cells at one width, with the rule below the first."""
     width = max(3, *map(len, cells))
-    if numbers:
-        head, *rest = (cell.rjust(width) for cell in cells)
-        return [head, "-" * (width - 1) + ":", *rest]
-    head, *rest = (cell.ljust(width) for cell in cells)
-    return [head, "-" * width, *rest]
+    head, *rest = (cell.rjust(width) if numbers else cell.ljust(width) for cell in cells)
+    rule = "-" * (width - 1) + ":" if numbers else "-" * width
+    return [head, rule, *rest]

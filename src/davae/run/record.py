@@ -111,9 +111,8 @@ class RunRecord:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order, without a last line that a kill cut short."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
     # Behind the last newline there is nothing, or a line that was cut short.
-    return [json.loads(line) for line in lines[:-1]]
+    return list(map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1]))
 
 
 def environment() -> dict[str, Any]:
