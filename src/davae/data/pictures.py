@@ -71,13 +71,9 @@ def read_picture(
     - An ICC profile is converted to sRGB, perceptual intent. A broken profile, one of another colour space, and one of
       16-bit grey are ignored, as viewers do.
     - Transparency is composited on white. Of an animation or of several pages the first is read.
+    - A JPEG's sides may be divided by 2, 4 or 8, which is fast, as long as they stay at least `enough`.
 
-    Args:
-        data: the encoded file.
-        name: how messages call it.
-        max_pixels: most pixels that are decoded. Pillow's own limit, `Image.MAX_IMAGE_PIXELS`, holds, too.
-        min_side: shortest side that is accepted, in pixels.
-        enough: libjpeg may divide a JPEG's sides by 2, 4 or 8, which is fast, as long as they stay at least so long.
+    `name` is for messages. Pillow's own limit, `Image.MAX_IMAGE_PIXELS`, holds beside `max_pixels`.
     """
     with _open(BytesIO(data), name, max_pixels=max_pixels, min_side=min_side) as image:
         # Hostile scans cost time and have few bytes: counted before they are decoded.
