@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -22,67 +23,60 @@ def track(items: Sequence[Item], label: str, *, unit: str = "steps", visible: bo
             progress.show(done)
 
 
+@dataclass
 class StepProgress:
     """A context manager that shows how many of `total` units are done, the speed since `done`, and the time left.
 
     With `samples`, the images in a step, it shows samples a second, too, and of a GPU the peak memory.
     """
 
-    def __init__(
-        self,
-        label: str,
-        *,
-        done: int,
-        total: int,
-        console: Console,
-        unit: str = "steps",
-        samples: int = 0,
-        device: torch.device | None = None,
-    ) -> None:
-        self.done = done
-        self._label, self._start, self._total, self._console = label, done, total, console
-        self._unit, self._samples = unit, samples
-        self._gpu = device if device is not None and device.type == "cuda" else None
-        self._began = self._last_line = time.monotonic()
+    label: str
+    done: int
+    total: int
+    console: Console
+    unit: str = "steps"
+    samples: int = 0
+    device: torch.device | None = None
 
+    def __post_init__(self) -> None:
+        self._start, self._began = self.done, time.monotonic()
+        self._last_line = self._began
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
-        self._task = self._bar.add_task(label, total=total, completed=done, status="")
+        self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console)
+        self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, status="")
 
     def __enter__(self) -> "StepProgress":
-        """Show the bar on a terminal."""
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
         self._bar.stop()
 
     def show(self, done: int, loss: float | None = None) -> None:
         """Show that `done` are done, and in training the loss of the last step."""
         self.done, now = done, time.monotonic()
         status = self._status(done, now, loss)
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._bar.update(self._task, completed=done, status=status)
             return
 
         # A log file gets a line now and then, and one at the end.
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total:
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or done == self.total:
             self._last_line = now
-            line = f"{self._label}: {done}/{self._total} {self._unit}, {status}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            line = f"{self.label}: {done}/{self.total} {self.unit}, {status}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _status(self, done: int, now: float, loss: float | None) -> str:
         speed = (done - self._start) / max(now - self._began, 1e-9)
-        parts = [f"{speed:.2f} {'it' if self._unit == 'steps' else self._unit}/s"]
-        if self._samples:
-            parts.append(f"{speed * self._samples:.1f} samples/s")
+        parts = [f"{speed:.2f} {'it' if self.unit == 'steps' else self.unit}/s"]
+        if self.samples:
+            parts.append(f"{speed * self.samples:.1f} samples/s")
 
-        left = round((self._total - done) / speed) if speed else 0
+        left = round((self.total - done) / speed) if speed else 0
         parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-        if self._gpu is not None:
-            parts.append(f"{torch.cuda.max_memory_allocated(self._gpu) / 2**30:.1f} GiB")
+        if self.device is not None and self.device.type == "cuda":
+            parts.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB")
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         return ", ".join(parts)
