@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from davae.errors import StorageError
-from davae.run.storage import finite, replaced_whole, write_atomically, write_json
+from davae.run.storage import finite, remove_temporaries, replaced_whole, write_atomically, write_json
 from forks import exit_code, forked
 
 
@@ -169,6 +169,18 @@ def test_a_folder_in_the_place_of_a_file_stays(old: Path) -> None:
         write_atomically(old, b"new")
     assert contents(old.parent) == {"result/old.txt": "old"}
     assert [path.name for path in old.parent.iterdir()] == ["result"]
+
+
+def test_litter_is_removed_but_not_from_folders_with_a_lock_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "cache" / "latents").mkdir(parents=True)
+    for name in (".lock", ".a.json.tmp-1", "cache/.b.tmp-2", "cache/latents/.lock", "cache/latents/.c.tmp-3", "d.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".run.tmp-new" / "deep").mkdir(parents=True)
+    remove_temporaries(tmp_path)
+    assert not (tmp_path / ".run.tmp-new").exists()
+    assert set(contents(tmp_path)) == {".lock", "cache/latents/.lock", "cache/latents/.c.tmp-3", "d.txt"}
+    remove_temporaries(tmp_path / "cache" / "latents")
+    assert set(contents(tmp_path)) == {".lock", "cache/latents/.lock", "d.txt"}
 
 
 def test_json_says_null_where_a_number_is_not_finite(tmp_path: Path) -> None:

@@ -92,6 +92,9 @@ def remove_temporaries(folder: Path) -> None:
     """Remove litter of killed writers below `folder`; only the one process that writes there may call this."""
     # The second pattern is that of davae 0.1.0.
     for path in [*folder.rglob(".*.tmp-*"), *folder.rglob("step-*.tmp-*")]:
+        # A folder below with a lock of its own, such as a cache that runs share, may have another writer.
+        if any((folder / inner / ".lock").exists() for inner in path.relative_to(folder).parents[:-1]):
+            continue
         with storage_errors(path):
             if path.is_dir():
                 shutil.rmtree(path)
