@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from fsspec.spec import AbstractBufferedFile
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
@@ -30,7 +29,7 @@ STRIP_PIXELS = 1 << 22
 # Name of the text in a PNG file that says where the picture comes from.
 ORIGIN = "davae-origin"
 
-Stream = BytesIO | BufferedReader | AbstractBufferedFile
+Stream = BytesIO | BufferedReader
 
 RefusalKind = Literal[
     "damaged", "format", "too large", "text", "missing", "too small", "no caption", "no class", "same name"

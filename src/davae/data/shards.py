@@ -41,6 +41,8 @@ def _list_shard(shard: LocalFile | RemoteFile) -> Samples:
     short = shard.name.rpartition("/")[2]
     file = _unpack(shard) if short.endswith(".gz") else shard
     samples: Samples = {}
+
+    # Every member is a place in the file.
     try:
         with file.open() as stream:
             for member in _members(stream, shard.name):

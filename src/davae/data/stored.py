@@ -73,7 +73,7 @@ class RemoteFile:
 
     def open(self, start: int = 0, end: int | None = None) -> Stream:
         """A seekable stream of the bytes from `start` to before `end`."""
-        return _Part(self, start, self.size if end is None else end)
+        return io.BufferedReader(_Part(self, start, self.size if end is None else end))
 
     def matches(self) -> list["RemoteFile"]:
         """The files that this URL, a pattern with *, stands for, in sorted order."""
@@ -100,7 +100,7 @@ class RemoteFile:
 
 
 class _Part(AbstractBufferedFile):
-    """A seekable stream of a part of a remote file, which is fetched `HEADER_BYTES` ahead."""
+    """A part of a remote file, which is fetched `HEADER_BYTES` ahead."""
 
     def __init__(self, file: RemoteFile, begin: int, end: int) -> None:
         super().__init__(None, file.name, block_size=HEADER_BYTES, size=end - begin)
