@@ -91,7 +91,9 @@ def _print(facts: dict[str, Any]) -> None:
         "caption, characters": facts["captions"]["characters"],
         "caption, words": facts["captions"]["words"],
     }
-    rows = [[name, *(f"{value:g}" for value in quantiles.values())] for name, quantiles in measured.items()]
+    rows = []
+    for name, quantiles in measured.items():
+        rows.append([name, *map("{:g}".format, quantiles.values())])
     say(markdown_table(["", *facts["stored"]["width"]], rows))
 
     # Images in each bucket, and the share of their pixels that the crop cuts off.

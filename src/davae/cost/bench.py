@@ -249,13 +249,14 @@ def _format_case(line: Mapping[str, Any], rated: Sequence[str]) -> list[str]:
     cells.append(f"{line['flops']['whole'] / line['batch'] / 1e12:.3g}")
 
     # Times with three significant digits of the median: a column for each part.
+    peaks = []
     for part in parts.values():
+        peaks.append(part["peak_bytes"])
         median, p10, p90 = (1000 * part["seconds"][key] for key in ("median", "p10", "p90"))
         digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 0
         cells.append(f"{median:.{digits}f} [{p10:.{digits}f}, {p90:.{digits}f}]")
 
     # The largest peak of all parts, and shares in percent.
-    peaks = [part["peak_bytes"] for part in parts.values()]
     cells.append("-" if speed is None else f"{speed:.3g}")
     cells.append("-" if None in peaks else f"{max(peaks) / 2**30:.2f}")
     shares = [parts[part]["of_product_ceiling"] for part in rated]

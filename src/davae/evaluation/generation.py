@@ -41,8 +41,13 @@ def sample_many(
     """
     ranks = Ranks()
     pipeline.set_progress_bar_config(disable=True)
-    models = [component for _, component in sorted(pipeline.components.items()) if isinstance(component, nn.Module)]
-    weights = _digest([*(digest_tensors(model.state_dict()) for model in models), dict(pipeline.scheduler.config)])
+    digests = []
+    for _, component in sorted(pipeline.components.items()):
+        if isinstance(component, nn.Module):
+            digests.append(digest_tensors(component.state_dict()))
+    weights = _digest([*digests, dict(pipeline.scheduler.config)])
+
+    # Where each image goes, and what it is made from.
     paths, origins = [], []
     for index, prompt in enumerate(prompts):
         paths.append(folder / f"{index:05d}.png")

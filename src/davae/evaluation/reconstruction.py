@@ -211,7 +211,7 @@ def _choose_tokenizers(
 def _write_page(
     path: Path, heldout: PictureSet, tokenizers: Mapping[str, Tokenizer], table: Table, device: torch.device
 ) -> None:
-    shown = [len(heldout) * row // 8 for row in range(8)] if len(heldout) > 8 else range(len(heldout))
+    shown = sorted({len(heldout) * row // 8 for row in range(8)})
     grid = make_gallery(heldout, shown, tokenizers, differences=[OURS], device=device)
     lead = f"{len(heldout)} held-out images at {heldout.size} px through f{tokenizers[OURS].factor} latents."
     sections = [Section("Numbers", heldout.refusals_summary(), table), Section("Images", "", grid)]
