@@ -18,10 +18,6 @@ PerImage = Float[Tensor, "b"]
 LPIPS_MIN_SIDE = 32
 """Pixels; below this the last stage has no position left."""
 
-# The published scaling of images in [-1, 1] to the classifiers' input.
-INPUT_SHIFT = (-0.030, -0.088, -0.188)
-INPUT_SCALE = (0.458, 0.448, 0.450)
-
 
 class LPIPS(nn.Module):
     """Perceptual distance of two batches of images; frozen, and differentiable with respect to both.
@@ -40,8 +36,10 @@ class LPIPS(nn.Module):
         self.stages = nn.ModuleList(stages)
         for index, stage in enumerate(stages):
             self.register_buffer(f"head_{index}", torch.zeros(find_convolutions(stage)[-1].out_channels, 1, 1))
-        self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor(INPUT_SCALE).view(3, 1, 1))
+
+        # The published scaling of images in [-1, 1] to the classifiers' input.
+        self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188)).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450)).view(3, 1, 1))
         if weights is not None:
             self._load(weights)
         self.requires_grad_(False)

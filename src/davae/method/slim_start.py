@@ -21,9 +21,6 @@ from davae.method.closed_form import least_squares
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.seeds import generator
 
-POSITIONS_PER_UNKNOWN = 16
-"""Of a least-squares fit."""
-
 
 @torch.no_grad()
 def fit_slim_decoder(slim: AutoencoderDA, full: AutoencoderDA, pictures: Tensor, *, seed: int = 0) -> float:
@@ -184,10 +181,10 @@ def _choose_channels(values: Tensor, count: int, groups: int) -> Tensor:
 
 def _fit_weights(convolutions: list[nn.Conv2d], sources: list[Tensor], target: Tensor, seed: int) -> None:
     """Least squares for convolutions of `sources` whose sum is to be `target`; the first one has the bias."""
-    # Some positions of each image are enough for a fit.
+    # Some positions of each image are enough for a fit: 16 in all for each unknown.
     number, _, height, width = target.shape
     sizes = [conv.weight[0].numel() for conv in convolutions]
-    each = min(height * width, -(-POSITIONS_PER_UNKNOWN * sum(sizes) // number))
+    each = min(height * width, -(-16 * sum(sizes) // number))
     positions = torch.randperm(height * width, generator=generator(seed, "positions"))[:each]
 
     pairs = zip(sources, convolutions, strict=True)

@@ -343,12 +343,11 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
 
     def _encode_moments(self, sample: Tensor) -> Tensor:
         base = self.encode_base(sample)
-        mean, log_variance = self._detail_outside(*self.encode_detail(sample, base))
-        return torch.cat([self._base_outside(base), mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
+        base, mean, log_variance = self._to_outside(base, *self.encode_detail(sample, base))
+        return torch.cat([base, mean, torch.full_like(base, DETERMINISTIC), log_variance], dim=1)
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
-        base, detail = self.split(latents)
-        return self.reconstruct(self._base_inside(base), self._detail_inside(detail))
+        return self.reconstruct(*self._to_inside(*self.split(latents)))
 
     def _take_half(self, parts: Iterable[str]) -> "AutoencoderDA":
         # The modules that a half lacks are None there, behind those that it has.

@@ -13,8 +13,6 @@ from davae.models.base_autoencoders import base_facts, find_base
 
 DOWNSAMPLE_FILTERS = {"bicubic": False, "bicubic-antialias": True, "bicubic-unclamped": False}
 """`base_downsample` of the config -> torch's `antialias`; the reference has the first on SD3, the last on ImageNet."""
-FIRST_LOG_VARIANCE = -5.0
-"""Of the detail latents, before any fit or training."""
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
@@ -94,7 +92,7 @@ def start_from(autoencoder: ModelMixin, vae: ModelMixin) -> None:
     down, up = autoencoder.detail_downsample, autoencoder.detail_upsample
     for parameter in (*down.parameters(), *up.parameters()):
         parameter.zero_()
-    down.shortcut.bias[autoencoder.config.detail_channels :] = FIRST_LOG_VARIANCE
+    down.shortcut.bias[autoencoder.config.detail_channels :] = -5.0  # log-variance before any fit or training
 
     # Each base channel goes to its own s^2 places of the pixel shuffle.
     channels, places = base_facts(vae.config).latent_channels, autoencoder.config.resolution_factor**2

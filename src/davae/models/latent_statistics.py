@@ -35,29 +35,24 @@ class LatentStatistics:
         mean, variance = _per_channel(self.bn.running_mean), _per_channel(self.bn.running_var)
         return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / (variance + self.bn.eps).sqrt(), 2)
 
-    def _detail_outside(self, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
-        shift, scale = self._detail_affine(mean)
+    def _to_outside(self, base: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Base latents and moments of the detail latents, inside -> outside."""
+        outside, statistics = self.from_units(base), self._base_affine(base)
+        if statistics is not None:
+            outside = (outside - statistics[0]) / statistics[1] + self.config.shift_factor
+
         # Twice the logarithm, because a variance scales with the square.
+        shift, scale = self._detail_affine(mean)
         log_variance = log_variance - 2 * (scale * self.config.scaling_factor).log()
-        return self.from_units((mean - shift) / scale), log_variance
+        return outside, self.from_units((mean - shift) / scale), log_variance
 
-    def _detail_inside(self, detail: Tensor) -> Tensor:
-        shift, scale = self._detail_affine(detail)
-        return self.to_units(detail) * scale + shift
-
-    def _base_outside(self, base: Tensor) -> Tensor:
-        raw, statistics = self.from_units(base), self._base_affine(base)
-        if statistics is None:
-            return raw
-        mean, std = statistics
-        return (raw - mean) / std + self.config.shift_factor
-
-    def _base_inside(self, base: Tensor) -> Tensor:
+    def _to_inside(self, base: Tensor, detail: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `_to_outside`, for latents."""
         statistics = self._base_affine(base)
-        if statistics is None:
-            return self.to_units(base)
-        mean, std = statistics
-        return self.to_units((base - self.config.shift_factor) * std + mean)
+        if statistics is not None:
+            base = (base - self.config.shift_factor) * statistics[1] + statistics[0]
+        shift, scale = self._detail_affine(detail)
+        return self.to_units(base), self.to_units(detail) * scale + shift
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         # Moved to the latents, because group offloading moves buffers for `forward` alone.

@@ -22,7 +22,6 @@ TIMESTEP_FREQUENCIES = 256
 """Width of the sinusoidal embedding of t, before its two linear layers."""
 LONGEST_PERIOD = 10_000.0
 """Of all three sinusoidal embeddings: time, fixed positions, rotary positions."""
-NORM_EPSILON = 1e-6
 
 
 class LightningDiT2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -200,7 +199,7 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         exact = at_least_float32(hidden)
-        normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)
+        normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + 1e-6)
         return normed.to(hidden.dtype) * self.weight
 
 
