@@ -69,6 +69,11 @@ def test_every_verb_has_help_and_a_dry_run(verb: str) -> None:
     assert "--dry-run" in answer.stdout
 
 
+def test_help_shows_the_names_of_extras() -> None:
+    """Words in square brackets would be taken for markup."""
+    assert "extra `demo`" in " ".join(davae("data", "avatars", "--help").stdout.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
