@@ -1,12 +1,13 @@
 """Measure a base pipeline, and its upgrade, on prompts that no training saw.
 
     python recipes/avatars/measure.py PIPELINE RUN --count 1000
-    python recipes/avatars/measure.py PIPELINE RUN --count 1000 --upgrade runs/stage2/adapter
+    python recipes/avatars/measure.py PIPELINE RUN --count 1000 --upgrade runs/stage2/adapter --other NAME=FOLDER
 
 A prompt is the full caption of a held-out image, so that it fixes the image. RUN/result.json compares the base enlarged
 with bicubic and the upgrade, made from the same noise: KID against the images of the prompts; PSNR, SSIM and LPIPS to
 the image of each prompt; and the share of each attribute that is right, read off by the nearest rendering. Real images
-give the bounds: halved and enlarged with bicubic, and other held-out images. Images that lie in RUN are not made again.
+give the bounds: halved and enlarged with bicubic, and other held-out images. `--other` adds images of the same prompts
+that another script has made, as numbered PNG files. Images that lie in RUN are not made again.
 
 The set is an easy one: one style, aligned, and one image for a full caption.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from davae.data import avatars
 from davae.data.avatar_captions import full_caption
 from davae.data.avatars import Attributes
+from davae.data.pictures import read_png
 from davae.evaluation.generation import extract_features, kid_with_error, resize, sample_many
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS
@@ -71,6 +73,7 @@ def main(
     pipeline: Annotated[Path, typer.Argument(help="The base pipeline's folder.")],
     run: Annotated[Path, typer.Argument(help="The folder for images and numbers.")],
     upgrade: Annotated[Path | None, typer.Option(help="An adapter folder of the base.")] = None,
+    other: Annotated[list[str], typer.Option(metavar="NAME=FOLDER", help="More images. Repeatable.")] = [],  # noqa: B006
     count: Annotated[int, typer.Option(help="Prompts.")] = 1000,
     start: Annotated[int, typer.Option(help="The first held-out image to take its caption from.")] = 512,
 ) -> None:
@@ -87,6 +90,9 @@ def main(
     if upgrade is not None:
         upgraded = load_pipeline(pipeline, adapter=upgrade)
         sets[UPGRADE] = sample_many(upgraded, prompts, run / UPGRADE, label=UPGRADE, **SAMPLING)
+
+    for name, _, folder in (text.partition("=") for text in other):
+        sets[name] = [resize(read_png(Path(folder) / f"{index:05d}.png"), side) for index in range(count)]
 
     # Real images, exact and otherwise.
     real = real_images(attributes, side)

@@ -11,7 +11,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from davae.backbones import sd3
+from davae.data.avatar_shards import write_avatar_shards
 from davae.run.record import read_metrics
+from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_two_recipe import FinetuneRecipe
+from davae.training.stage_two_run import finetune
 
 FOLDER = Path(__file__).parents[2] / "recipes/avatars"
 
@@ -72,7 +77,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             flags = {"cool_down": False, "export": False} | flags
             train(folder / "images", folder / "run", out=folder / out, **settings, **flags)
 
-        main_of("measure.py")(folder / "pipeline", folder / "measured", upgrade=None, count=4, start=0)
+        # Both stages, and the rival that makes images of the same prompts.
+        shards = write_avatar_shards(folder / "shards", training=20, held_out=4, size=64)
+        pictures = {"base": str(folder / "pipeline"), "pictures": str(shards), "size": 64, "batch_size": 2, "steps": 2}
+        loss = LossWeights(lpips=0, alignment=0.02)
+        fit = {"fit_pictures": 20, "calibration_pictures": 8, "heldout_pictures": 4}
+        first = train_autoencoder(AutoencoderRecipe(**pictures, **fit, crop=32, loss=loss), folder / "stage1")
+        finetune(
+            FinetuneRecipe(**pictures, autoencoder=str(first), trained="ports", prompt_tokens=20), folder / "stage2"
+        )
+        upgrade, rival = folder / "stage2/adapter", folder / "rival"
+        main_of("generative_decoder.py")(folder / "pipeline", upgrade, shards, rival, steps=2, count=4, start=0)
+
+        settings = {"upgrade": upgrade, "other": [f"rival={rival / 'images'}"], "count": 4, "start": 0}
+        main_of("measure.py")(folder / "pipeline", folder / "measured", **settings)
     finally:
         sys.path.remove(str(FOLDER))
     return folder
@@ -108,7 +126,8 @@ def test_the_cool_down_goes_on_from_the_newest_checkpoint_to_no_learning_rate(wo
 
 def test_the_numbers_of_a_pipeline(work: Path) -> None:
     result = json.loads((work / "measured/result.json").read_text())
-    assert set(result["kid"]) == {"base enlarged", "real images, halved and enlarged", "other real images"}
+    real = {"real images, halved and enlarged", "other real images"}
+    assert set(result["kid"]) == {"base enlarged", "upgrade", "rival", *real}
     enlarged, halved = (result["to_exact"][name] for name in ("base enlarged", "real images, halved and enlarged"))
     assert enlarged["psnr"][0] < halved["psnr"][0]
     assert all(share == 1 for share, _ in result["attributes"]["real images"].values())
