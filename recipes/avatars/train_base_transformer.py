@@ -9,7 +9,7 @@ strips of images of the same 24 held-out prompts; the same command goes on where
     python recipes/avatars/train_base_transformer.py IMAGES RUN --autoencoder AUTOENCODER --out PIPELINE --cool-down
 
 lowers the learning rate to nothing, from the weights of RUN's newest checkpoint on. Either command writes PIPELINE at
-its end, a stock `StableDiffusion3Pipeline` folder in half precision; with `--export` it writes that of the newest
+its end, a stock `StableDiffusion3Pipeline` folder in bfloat16; with `--export` it writes that of the newest
 checkpoint at once.
 """
 
@@ -222,9 +222,12 @@ def write_strip(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], path
     sheet.save(path)
 
 
-def save_half(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write float16 weights that load as float32 by default, and no path of this machine."""
-    pipeline.to(torch.float16)
+def save_bfloat16(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Write bfloat16 weights that load as float32 by default, and no path of this machine.
+
+    An adapter knows its base by the bfloat16 values of its weights, so that one of the weights before rounding fits.
+    """
+    pipeline.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
@@ -286,7 +289,7 @@ def main(
     state = TrainingState(recipe, folder, modules, parameters, label="base transformer")
     if export:
         with state.ema_weights():
-            save_half(pipeline, out)
+            save_bfloat16(pipeline, out)
         return
 
     compiled = torch.compile(pipeline.transformer, dynamic=False) if recipe.compiled else pipeline.transformer
@@ -315,7 +318,7 @@ def main(
         state.update(F.mse_loss(velocity.float(), velocity_target(clean, noise)))
 
     with state.ema_weights():
-        save_half(pipeline, out)
+        save_bfloat16(pipeline, out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from davae.run.ranks import Ranks
 from davae.run.storage import write_json
 from davae.seeds import rand, randn, sample_generators
 from davae.training.caching import SHARD_BYTES, digest_model, digest_text_encoding, fill_cache
+from davae.training.devices import fastest_layout, lay_out
 from davae.training.folders import open_training_pictures
 from davae.training.stage_two import Batch, ReadConditions
 from davae.training.stage_two_recipe import FinetuneRecipe
@@ -68,6 +69,7 @@ def prepare_inputs(
     backbone, autoencoder, tokens = backbone_of(pipeline.transformer), pipeline.vae, recipe.prompt_tokens
     noise, seed = recipe.detail_noise, recipe.seed
     move_frozen(pipeline, ranks.device)
+    lay_out(autoencoder, fastest_layout(ranks.device))
     conditions = read_classes(pipeline, backbone, pictures) if backbone.classes else None
 
     # Every step encodes.
