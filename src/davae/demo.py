@@ -331,7 +331,9 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds a demo with other settings."""
+    """Refuse a folder that holds a demo with other settings, or another program's figure."""
+    if (folder / "figure.png").exists() and not (folder / "settings.json").is_file():
+        raise SettingsError(f"{folder} has a figure.png and no settings.json, so that is no demo's: give another --out")
     written = _once(folder / "settings.json", lambda: settings)
     if written != settings:
         raise SettingsError(f"{folder} holds a demo with {written}, not {settings}: remove it or give another --out")

@@ -94,6 +94,12 @@ def test_the_command_writes_the_facts_and_the_sheet(odd_set, tmp_path, capsys):
     assert read_png(tmp_path / "out/contact_sheet.png").shape[0] == 3
 
 
+def test_the_command_keeps_a_sheet_of_other_settings(odd_set, tmp_path, capsys):
+    for size in (32, 64, 32):
+        inspect(odd_set, "--size", size, "--out", tmp_path)
+    assert len(list(tmp_path.glob("contact_sheet*.png"))) == 2
+
+
 def test_the_command_speaks_json_and_buckets(odd_set, tmp_path, capsys):
     options = ["--size", 32, "--size", 64, "--aspect-ratio", "1:1", "--aspect-ratio", "3:2", "--bucket-step", 16]
     inspect(odd_set, *options, "--no-captions", "--out", tmp_path / "out", "--json")

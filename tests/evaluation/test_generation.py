@@ -227,6 +227,31 @@ def test_generate_into_the_same_folder_shows_the_new_prompts(upgraded, tmp_path)
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize("content", [b"", b"a text", "a picture"], ids=["empty", "text", "picture"])
+def test_generate_overwrites_nothing_that_it_did_not_make(upgraded, tmp_path, content) -> None:
+    mine = tmp_path / "pictures" / "00000.png"
+    mine.parent.mkdir()
+    if isinstance(content, bytes):
+        mine.write_bytes(content)
+    else:
+        Image.new("RGB", (8, 8), "red").save(mine)
+    before = mine.read_bytes()
+
+    # Both prompts have names beside it; made again, they are found there.
+    pages = [generate(upgraded, [prompt], tmp_path, steps=2).read_text() for prompt in ("red ball", "blue tree")]
+    names = digests(mine.parent, "*")
+    assert (mine.read_bytes(), len(names)) == (before, 3)
+    assert generate(upgraded, ["red ball"], tmp_path, steps=2).read_text() == pages[0]
+    assert digests(mine.parent, "*") == names
+
+
+def test_pictures_of_earlier_prompts_stay(upgraded, tmp_path) -> None:
+    generate(upgraded, ["red ball"], tmp_path, steps=2)
+    before = digests(tmp_path / "pictures", "*")
+    generate(upgraded, ["blue tree"], tmp_path, steps=2)
+    assert digests(tmp_path / "pictures", "*").items() > before.items()
+
+
 def test_prompts_of_an_evaluation_are_the_captions_again_and_again(picture_folder) -> None:
     pictures = open_pictures(picture_folder, size=64, limit=3)
     assert repeat_captions(pictures, 7) == [*pictures.captions, *pictures.captions, pictures.captions[0]]

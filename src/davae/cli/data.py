@@ -41,7 +41,7 @@ def inspect(
     settings: dict[str, Any] = {"size": sizes[0], "captions": captions, "classes": classes, "limit": limit}
     if dry_run:
         return show({"source": source, **settings, "buckets": [f"{item.width}x{item.height}" for item in buckets]})
-    from davae.data.pictures import write_png
+    from davae.data.pictures import digest_origin, write_png
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
     from davae.run.storage import write_json
@@ -51,13 +51,14 @@ def inspect(
     pictures = open_pictures(source, buckets=buckets, **settings)
     facts = {"source": source, **survey(pictures)}
     write_json(folder / "inspection.json", facts)
-    write_png(folder / "contact_sheet.png", contact_sheet(pictures))
+    origin = digest_origin(source, settings, buckets)
+    sheet = write_png(folder / "contact_sheet.png", contact_sheet(pictures), origin=origin)
     if json:
         return show(facts)
 
     _print(facts)
     say(folder / "inspection.json")
-    say(folder / "contact_sheet.png")
+    say(sheet)
 
 
 @app.command()

@@ -1,11 +1,14 @@
 """One encoded picture, from anywhere, to the pixels that a person sees in it, or a refusal that says why not."""
 
+import hashlib
+import json
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -127,12 +130,31 @@ def to_floats(images: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 
     return images.float() / 127.5 - 1
 
 
-def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> None:
-    """Write one picture, whole or not at all; `origin` goes into its metadata."""
+def digest_origin(*facts: Any) -> str:
+    """SHA-256 (hex) of all that a picture is made from."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def place_png(path: Path, origin: str) -> Path:
+    """`path`, or a name beside it if something is there that was not made from `origin`: nothing is overwritten."""
+    if not os.path.lexists(path):
+        return path
+    with suppress(OSError, SyntaxError, ValueError):  # what Pillow raises for a file that is no PNG
+        if path.is_file():
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.info.get(ORIGIN) == origin:
+                    return path
+    return path.with_stem(f"{path.stem}-{origin[:12]}")
+
+
+def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> Path:
+    """Write one picture, whole or not at all, and return its path: that of `place_png`, if an `origin` is given."""
+    path = place_png(path, origin) if origin else path
     text, stream = PngImagePlugin.PngInfo(), BytesIO()
     text.add_text(ORIGIN, origin)
     Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(stream, format="PNG", pnginfo=text)
     write_atomically(path, stream.getvalue())
+    return path
 
 
 def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:

@@ -1,7 +1,5 @@
 """Images out of a pipeline, and KID of many of them."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from davae.backbones import backbone_of
 from davae.backbones.backbone import Size
 from davae.data.buckets import Bucket
 from davae.data.listing import PictureSource
-from davae.data.pictures import ORIGIN, read_png, to_bytes, to_floats, write_png
+from davae.data.pictures import ORIGIN, digest_origin, place_png, read_png, to_bytes, to_floats, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
@@ -36,8 +34,8 @@ def sample_many(
 ) -> list[UInt8[Tensor, "3 height width"]]:
     """`sample` in batches, into PNG files in `folder`; a second call makes only what is missing.
 
-    Each file records its weights, prompt, index and settings, and is made again if they differ. The ranks share the
-    batches, and all return all images.
+    Each file records its weights, prompt, index and settings. A file of others keeps its place: then the image gets a
+    name beside it (`place_png`). The ranks share the batches, and all return all images.
     """
     ranks = Ranks()
     pipeline.set_progress_bar_config(disable=True)
@@ -45,26 +43,26 @@ def sample_many(
     for _, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             digests.append(digest_tensors(component.state_dict()))
-    weights = _digest([*digests, dict(pipeline.scheduler.config)])
+    weights = digest_origin(*digests, dict(pipeline.scheduler.config))
 
     # Where each image goes, and what it is made from.
     paths, origins = [], []
     for index, prompt in enumerate(prompts):
         paths.append(folder / f"{index:05d}.png")
-        origins.append(_digest([weights, settings, prompt, index]))
+        origins.append(digest_origin(weights, settings, prompt, index))
 
     # Each rank makes every so many-th batch, if one of its images is missing.
     starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
     for start in track(starts, label, unit="batches", visible=ranks.first):
         batch = range(start, min(start + batch_size, len(prompts)))
-        if all(_is_from(paths[index], origins[index]) for index in batch):
+        if all(_is_made(paths[index], origins[index]) for index in batch):
             continue
         images = sample(pipeline, [prompts[index] for index in batch], first_index=start, **settings)
         for index, image in zip(batch, images, strict=True):
             write_png(paths[index], image, origin=origins[index])
 
     ranks.wait("generating")
-    return [read_png(path) for path in paths]
+    return [read_png(place_png(path, origin)) for path, origin in zip(paths, origins, strict=True)]
 
 
 def repeat_captions(pictures: PictureSet, count: int) -> list[str]:
@@ -184,11 +182,9 @@ def evaluate(
     return out / "index.html"
 
 
-def _digest(facts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _is_from(path: Path, origin: str) -> bool:
+def _is_made(path: Path, origin: str) -> bool:
+    """Whether the image of this path and origin is there, and whole."""
+    path = place_png(path, origin)
     if not path.is_file():
         return False
     try:

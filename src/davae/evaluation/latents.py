@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from davae.data.listing import PictureSource
+from davae.data.pictures import digest_origin
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation import report, structure
@@ -190,7 +191,8 @@ def draw_latents(
     grid = _draw(halves, rows, facts)
     result = {"autoencoders": facts, "count": len(heldout), "size": size, "neighbours": neighbours, "seed": seed}
     write_json(out / "result.json", {**result, "environment": environment()})
-    report.write_figure(out / "latents.png", grid, title="Base and detail latents")
+    origin = digest_origin(result)
+    report.write_figure(out / "latents.png", grid, title="Base and detail latents", origin=origin)
     sections = [
         report.Section("Structure", STRUCTURE, grid),
         report.Section("Numbers", NUMBERS.format(k=neighbours), _make_table(facts)),

@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from davae.data.pictures import write_png
 from davae.run.storage import write_atomically
 
 _COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
@@ -126,15 +127,14 @@ def write_page(path: Path, report: Report) -> None:
     write_atomically(path, page.encode())
 
 
-def write_figure(path: Path, grid: ImageGrid, *, title: str = "") -> None:
-    """Write the grid as a PNG, pixel for pixel, whole or not at all.
+def write_figure(path: Path, grid: ImageGrid, *, title: str = "", origin: str = "") -> Path:
+    """Write the grid as a PNG, pixel for pixel, with `write_png`; return its path.
 
     An image smaller than the largest one is enlarged by a whole factor with nearest neighbours. To show another
     filter, such as bicubic, the caller applies it and names it in the column's note.
     """
-    buffer = io.BytesIO()
-    draw_grid(grid, title=title).save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())
+    pixels = np.array(draw_grid(grid, title=title))
+    return write_png(path, torch.from_numpy(pixels).permute(2, 0, 1), origin=origin)
 
 
 def _webp_url(image: UInt8[Tensor, "3 _ _"]) -> str:

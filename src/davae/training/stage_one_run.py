@@ -142,7 +142,7 @@ def evaluate_heldout(
 
     # All ranks draw, as sharded models need; rank 0 writes.
     path, picture = state.record.folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout)
-    state.ranks.on_first(lambda: write_png(path, picture))
+    state.ranks.on_first(lambda: str(write_png(path, picture, origin=state.recipe.digest())))
     return values
 
 

@@ -224,7 +224,7 @@ def draw_pictures(
     # A column for each prompt.
     grid = rearrange(torch.stack(rows), "rows columns c h w -> c (rows h) (columns w)")
     path = state.record.folder / "pictures" / f"{state.step:08d}.png"
-    state.ranks.on_first(lambda: write_png(path, grid))
+    state.ranks.on_first(lambda: str(write_png(path, grid, origin=state.recipe.digest())))
     show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
 
 
