@@ -109,6 +109,8 @@ SYNONYMS = {
     "grin": "grinning",
     "grins": "grinning",
     "mad": "angry",
+    "grumpy": "angry",
+    "cross": "angry",
     "annoyed": "angry",
     "enraged": "furious",
     "raging": "furious",
@@ -139,6 +141,13 @@ SYNONYMS = {
     "resolute": "determined",
 }
 """Words that stand for words of the vocabulary; the tokenizers replace them, so that no training is needed."""
+
+
+FILLERS = frozenset(
+    "a an the with and of in on at to is are has have who wearing wears his her their front portrait drawing avatar "
+    "picture image photo".split()
+)
+"""Words without a meaning of their own here: the models do not see them, and nobody misses them."""
 
 
 def full_caption(attributes: Attributes) -> str:
@@ -249,9 +258,13 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def read_words(prompt: str) -> tuple[list[str], list[str]]:
-    """The words of a prompt that the models know, with synonyms replaced, and those that they ignore."""
-    known, ignored = [], []
+    """The words of a prompt that the models know, with synonyms replaced, and those of a meaning that they ignore."""
+    known: list[str] = []
+    ignored = []
     for word in re.findall(r"[a-z]+", prompt.lower()):
         replaced = SYNONYMS.get(word, word).split()
-        (known.extend(replaced) if set(replaced) <= set(vocabulary()) else ignored.append(word))
+        if set(replaced) <= set(vocabulary()):
+            known += replaced
+        elif word not in FILLERS:
+            ignored.append(word)
     return known, ignored
