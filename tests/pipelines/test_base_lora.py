@@ -134,7 +134,7 @@ def test_another_models_lora_and_a_pipeline_without_lora_are_refused(tmp_path: P
 
 def test_what_is_no_lora_is_named_and_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
     upgraded = upgraded_of(built("sd3"))
-    with pytest.raises(CheckpointError, match=r"nowhere cannot .*: there is no such file or folder"):
+    with pytest.raises(CheckpointError, match=r"there is no .*nowhere on this machine"):
         load_base_lora(upgraded, tmp_path / "nowhere")
     wide = {f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.zeros(3, 3) for part in "AB"}
     for tensors in ({"x": torch.zeros(1)}, wide):

@@ -26,12 +26,18 @@ def demo(
 
 
 @with_dry_run
-def inspect(pipeline: options.PipelinePath, adapter: options.Adapter = [], size: options.ImageSize = None) -> None:
+def inspect(
+    pipeline: options.PipelinePath,
+    revision: options.Revision = None,
+    adapter: options.Adapter = [],
+    size: options.ImageSize = None,
+) -> None:
     """Print a pipeline's factor, channels, tokens per size and ports, and what an upgrade would change."""
     from davae.pipelines.inspection import describe
     from davae.pipelines.loading import load_pipeline
+    from davae.pipelines.places import pin
 
-    show(describe(load_pipeline(pipeline, adapter=adapter), size))
+    show(describe(load_pipeline(pin(pipeline, revision), adapter=adapter), size))
 
 
 @with_dry_run
@@ -39,6 +45,7 @@ def upgrade(
     pipeline: options.PipelinePath,
     autoencoder: options.AutoencoderPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the upgraded pipeline.")],
+    revision: options.Revision = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="Let OUT load without davae, by trust_remote_code.")
     ] = False,
@@ -48,6 +55,7 @@ def upgrade(
     """Write the upgraded, warm-started pipeline: a stock pipeline for twice the side length at the same tokens."""
     from davae.pipelines.autoencoders import load_autoencoder
     from davae.pipelines.loading import load_pipeline
+    from davae.pipelines.places import pin
     from davae.pipelines.publishing import check_repository_name, make_upgrade_card, push_folder, write_card
     from davae.pipelines.saving import save_pipeline
     from davae.pipelines.upgrade import upgrade
@@ -59,7 +67,7 @@ def upgrade(
         check_repository_name(push_to_hub)
 
     # Upgrade, write, and upload if asked.
-    base = load_pipeline(pipeline)
+    base = load_pipeline(pin(pipeline, revision))
     upgraded = upgrade(base, load_autoencoder(autoencoder, base=base.vae))
     save_pipeline(upgraded, out, portable=portable)
     write_card(out, make_upgrade_card(pipeline, portable=portable))
@@ -74,6 +82,7 @@ def import_(
     kind: Annotated[str | None, typer.Option(help="Layout of the file; by default found by its keys.")] = None,
     stats: Annotated[Path | None, typer.Option(help="Latent mean and std: .pt, .safetensors, .json.")] = None,
     base: Annotated[str | None, typer.Option(help="The base pipeline, for the weights of the SD3 set-up.")] = None,
+    revision: options.Revision = None,
     autoencoder: Annotated[Path | None, typer.Option(help="Folder of the imported DA-VAE, for stage 2.")] = None,
     lora: Annotated[Path | None, typer.Option(help="File of stage 2's LoRA, if FILE holds the ports only.")] = None,
     ema: Annotated[bool, typer.Option(help="Take the moving average where FILE has one.")] = True,
@@ -82,7 +91,9 @@ def import_(
     """Convert another program's checkpoint to a folder that diffusers or davae loads, and account for every key."""
     quiet_libraries()
     from davae.pipelines.importing.kinds import import_checkpoint
+    from davae.pipelines.places import pin
 
+    base = base and pin(base, revision)
     report = import_checkpoint(
         file, out, kind=kind, stats=stats, base=base, autoencoder=autoencoder, lora=lora, ema=ema, dry_run=dry_run
     )
@@ -95,6 +106,7 @@ def import_(
 def generate(
     pipeline: options.PipelinePath,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One image for each.")],
+    revision: options.Revision = None,
     out: options.ResultFolder = Path("runs/generate"),
     steps: options.Steps = 28,
     guidance_scale: options.GuidanceScale = 4.0,
@@ -110,8 +122,10 @@ def generate(
     from davae.evaluation.generation import generate
     from davae.pipelines.base_lora import load_base_lora
     from davae.pipelines.loading import load_pipeline
+    from davae.pipelines.places import pin
 
-    loaded = load_pipeline(pipeline, adapter=adapter, device=choose_device(device, rank_timeout))
+    source = pin(pipeline, revision)
+    loaded = load_pipeline(source, adapter=adapter, device=choose_device(device, rank_timeout))
     if lora is not None:
         load_base_lora(loaded, lora)
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}

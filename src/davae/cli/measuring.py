@@ -17,6 +17,7 @@ def reconstruct(
     size: options.Side = 256,
     limit: options.Limit = None,
     base: Annotated[str | None, typer.Option(help="The base pipeline, for the bounds that it sets.")] = None,
+    revision: options.Revision = None,
     compare: Annotated[list[Path], typer.Option(help="Folder of another autoencoder. Repeatable.")] = [],
     patch: Annotated[int, typer.Option(min=1, help="Patch size of a transformer, to count tokens.")] = 2,
     ablate_detail: Annotated[bool, typer.Option(help="Also measure with the detail zeroed, and randomised.")] = False,
@@ -28,9 +29,10 @@ def reconstruct(
     from davae.evaluation.reconstruction import reconstruct
     from davae.evaluation.tokenizers import load_tokenizer, name_folders
     from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+    from davae.pipelines.places import pin
 
     where = choose_device(device, rank_timeout)
-    vae = None if base is None else load_base_vae(base, device=where)
+    vae = None if base is None else load_base_vae(pin(base, revision), device=where)
     loaded = load_autoencoder(autoencoder, base=vae, device=where)
     others = {name: load_tokenizer(folder, device=where) for name, folder in name_folders(compare).items()}
     settings: dict[str, Any] = {"size": size, "limit": limit, "patch": patch}
@@ -46,6 +48,7 @@ def latents(
     size: options.Side = 256,
     limit: options.Limit = None,
     base: Annotated[str | None, typer.Option(help="The base pipeline, which an adapter's autoencoder needs.")] = None,
+    revision: options.Revision = None,
     points: Annotated[int, typer.Option(min=16, help="Latent positions that are drawn and compared.")] = 1000,
     neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that are compared.")] = 10,
     seed: options.Seed = 0,
@@ -55,9 +58,10 @@ def latents(
     from davae.evaluation.latents import draw_latents
     from davae.evaluation.tokenizers import name_folders
     from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
+    from davae.pipelines.places import pin
 
     where = choose_device(device)
-    vae = None if base is None else load_base_vae(base, device=where)
+    vae = None if base is None else load_base_vae(pin(base, revision), device=where)
     # Two folders of one name are told apart by their parents.
     loaded = {}
     for name, folder in name_folders(autoencoders).items():
@@ -70,6 +74,7 @@ def latents(
 def evaluate(
     pipeline: options.PipelinePath,
     pictures: options.ImageSource,
+    revision: options.Revision = None,
     out: options.ResultFolder = Path("runs/evaluate"),
     count: Annotated[int, typer.Option(min=4, help="Images to generate, from as many captions.")] = 1000,
     steps: options.Steps = 28,
@@ -84,8 +89,10 @@ def evaluate(
     """Generate from a set's captions, and measure KID against its images."""
     from davae.evaluation.generation import evaluate
     from davae.pipelines.loading import load_pipeline
+    from davae.pipelines.places import pin
 
-    loaded = load_pipeline(pipeline, adapter=adapter, device=choose_device(device, rank_timeout))
+    source = pin(pipeline, revision)
+    loaded = load_pipeline(source, adapter=adapter, device=choose_device(device, rank_timeout))
     settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "size": size}
     say(evaluate(loaded, pictures, out, prompt_tokens=prompt_tokens, seed=seed, **settings))
 
@@ -93,6 +100,7 @@ def evaluate(
 @with_dry_run
 def bench(
     pipeline: Annotated[str | None, typer.Argument(metavar="[PIPELINE]", help="Folder or name on the Hub.")] = None,
+    revision: options.Revision = None,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="The pipeline to compare it with.")] = None,
     geometry: Annotated[str | None, typer.Option(help="Instead of PIPELINE: random weights, such as sd35m.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Blocks that a --geometry keeps.")] = None,
@@ -122,8 +130,10 @@ def bench(
     """Time a pipeline's parts, alone or against its base, beside counted operations and the machine's ceilings."""
     quiet_libraries()
     from davae.cost.bench import bench, load_pair, make_cases, quicken
+    from davae.pipelines.places import pin
 
     source: dict[str, Any] = {"adapter": adapter, "geometry": geometry, "layers": layers, "dtype": dtype}
+    pipeline = pipeline and pin(pipeline, revision)
     pair = load_pair(pipeline, against, parts=parts, device=choose_device(device), **source)
     case: dict[str, Any] = {"batch": batch, "steps": steps, "prompt_tokens": prompt_tokens, "seed": seed}
     cases = make_cases(pair, size=size, against_sizes=against_sizes, **case)

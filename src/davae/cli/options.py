@@ -33,6 +33,9 @@ def parse_size(text: str) -> int | tuple[int, int]:
 # Where things are read and written.
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
 PipelinePath = Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's folder, or its name on the Hub.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of the pipeline on the Hub; a folder here has none.")
+]
 AutoencoderPath = Annotated[
     Path, typer.Argument(metavar="AUTOENCODER", help="Folder of a trained AutoencoderDA, or of an adapter.")
 ]

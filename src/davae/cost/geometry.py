@@ -20,7 +20,8 @@ from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.models.base_autoencoders import BASE_AUTOENCODERS
-from davae.pipelines.autoencoders import LOADING_ERRORS
+from davae.pipelines.places import fetch_files, find_on_hub
+from davae.run.storage import read_json
 
 META = torch.device("meta")
 
@@ -50,15 +51,18 @@ def read_geometry(base: str, beside: Path) -> Geometry:
     If it is no folder, its configs are looked for in the folder of the same name in `geometry/` beside the recipe, then
     among the shipped ones, then on the Hub.
     """
-    local = beside.parent / "geometry" / Path(base).name
+    local = beside.parent / "geometry" / Path(base).name.partition("@")[0]
     source = base or str(assets.base_pipeline())
     if not Path(source).is_dir():
-        places = (local, assets.geometry() / Path(base).name)
+        places = (local, assets.geometry() / local.name)
         source = str(next((folder for folder in places if folder.is_dir()), source))
 
     # Only classes that davae knows are made.
     try:
-        index = DiffusionPipeline.load_config(source)
+        hub, folder = find_on_hub(source), Path(source)
+        if hub is not None:
+            folder = fetch_files(hub, ("model_index.json", "*/config.json"))
+        index = read_json(folder / "model_index.json")
         (_, vae), (library, transformer) = index["vae"], index["transformer"]
         if vae not in BASE_AUTOENCODERS or transformer not in BACKBONES:
             raise SettingsError(
@@ -69,12 +73,12 @@ def read_geometry(base: str, beside: Path) -> Geometry:
         with META:
             return Geometry(
                 source,
-                vae=_make_part(BASE_AUTOENCODERS[vae].load_class(), source, "vae"),
-                transformer=_make_part(transformer_class, source, "transformer"),
+                vae=_make_part(BASE_AUTOENCODERS[vae].load_class(), folder, "vae"),
+                transformer=_make_part(transformer_class, folder, "transformer"),
             )
     except SettingsError:  # a ValueError, too, as diffusers' errors are
         raise
-    except LOADING_ERRORS as error:
+    except Exception as error:  # hostile configs raise nearly everything
         raise CheckpointError(
             f"the configs of {source} cannot be read ({error}). Give a pipeline's folder, with or without weights "
             f"(--set base=FOLDER), or put its configs into {local}"
@@ -94,7 +98,7 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
         )
 
     # Tokenizers need files that configs lack, so stand-ins take their place.
-    index = DiffusionPipeline.load_config(folder)
+    index = read_json(folder / "model_index.json")
     parts: dict[str, Any] = {}
     for part, entry in index.items():
         if not isinstance(entry, list):
@@ -107,7 +111,7 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
         else:
             with torch.random.fork_rng(), device:
                 torch.manual_seed(0)
-                parts[part] = _make_part(_find_class(library, class_name), str(folder), part, layers)
+                parts[part] = _make_part(_find_class(library, class_name), folder, part, layers)
                 if isinstance(parts[part], nn.Module):
                     _settle(parts[part], dtype)
 
@@ -119,9 +123,9 @@ def _find_class(library: str, name: str) -> type[Any]:
     return getattr(importlib.import_module(library), name)
 
 
-def _make_part(kind: type[Any], source: str, part: str, layers: int | None = None) -> Any:
+def _make_part(kind: type[Any], source: Path, part: str, layers: int | None = None) -> Any:
     """A model with at most `layers` blocks of a kind; or a scheduler."""
-    where = f"{Path(source).name}'s {part}"
+    where = f"{source.name}'s {part}"
     if not hasattr(kind, "config_class"):  # of diffusers
         config = kind.load_config(source, subfolder=part)
         return kind.from_config({**config, **_cut_depth(config, layers, where)})

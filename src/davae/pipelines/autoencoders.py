@@ -4,26 +4,27 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import find_base
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
+from davae.pipelines.places import fetch_files, find_on_hub, loading
 from davae.run.storage import read_json
 
 # The argument of `from_pretrained` for the precision of the weights.
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
-# Errors that diffusers raises for a folder that is damaged or holds something else.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
+# The files of a pipeline's autoencoder: fetched from the Hub for it alone.
+WEIGHTS = "vae/diffusion_pytorch_model"
+VAE_FILES = ("model_index.json", "vae/config.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json")
+VAE_FILES += (f"{WEIGHTS}-*-of-*.safetensors",)
 
 # Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there.
 FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
@@ -86,9 +87,8 @@ def load_model(
         logger.setLevel(logging.ERROR)  # no advice to train the weights that the file lacks
     try:
         settings = {"use_safetensors": True, "output_loading_info": True, DTYPE: dtype}
-        model, loading_info = model_class.from_pretrained(folder, **settings)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be loaded as an {model_class.__name__}: {error}") from error
+        with loading(folder, f"an {model_class.__name__}"):
+            model, loading_info = model_class.from_pretrained(folder, **settings)
     finally:
         logger.setLevel(level)
 
@@ -109,24 +109,21 @@ def load_model(
 
 
 def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixin:
-    """Load the autoencoder of a base pipeline (folder or Hub name), in float32 and evaluation mode.
+    """Load the autoencoder of a base pipeline (folder, or OWNER/NAME[@REVISION]), in float32 and evaluation mode.
 
     A folder with a `config.json` and no `model_index.json` is the autoencoder itself.
     """
-    folder = Path(base)
+    hub = find_on_hub(base)
+    folder = Path(base) if hub is None else fetch_files(hub, VAE_FILES)
     is_autoencoder = (folder / "config.json").is_file() and not (folder / "model_index.json").exists()
-    settings: dict[str, Any] = {"use_safetensors": True, DTYPE: torch.float32}
-    try:
+    with loading(base, "a pipeline"):
         if is_autoencoder:
             class_name = read_json(folder / "config.json")["_class_name"]
         else:
-            class_name = DiffusionPipeline.load_config(base)["vae"][1]
-            settings["subfolder"] = "vae"
-        vae = load_base_class(class_name, f"the VAE of {base}").from_pretrained(base, **settings)
-    except SettingsError:  # also a ValueError
-        raise
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{base} cannot be loaded as a pipeline: {error}") from error
+            class_name = read_json(folder / "model_index.json")["vae"][1]
+            folder = folder / "vae"
+        vae_class = load_base_class(class_name, f"the VAE of {base}")
+        vae = vae_class.from_pretrained(folder, use_safetensors=True, **{DTYPE: torch.float32})
 
     check_whole(vae, f"VAE of {base}")
     return vae.to(device).eval()

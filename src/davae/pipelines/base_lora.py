@@ -21,7 +21,7 @@ from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.method.widen import pad_channels, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.pipelines.autoencoders import LOADING_ERRORS
+from davae.pipelines.places import find_on_hub, loading
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -31,9 +31,9 @@ def load_base_lora(
 ) -> None:
     """Load a LoRA that was trained on the base of an upgraded pipeline, or on the pipeline itself.
 
-    `lora` is a folder, a file or a name on the Hub, in any layout that diffusers reads for this pipeline, and
-    `weight_name` the file in it, found if there is only one. After it, `set_adapters` sets the strength of the LoRA
-    `adapter_name` and of others.
+    `lora` is a folder, a file or OWNER/NAME[@REVISION] on the Hub, in any layout that diffusers reads for this
+    pipeline, and `weight_name` the file in it, found if there is only one. After it, `set_adapters` sets the strength
+    of the LoRA `adapter_name` and of others.
 
     Raises:
         SettingsError: the pipeline's class has no LoRA, or this one is of a model with other latent channels.
@@ -43,34 +43,33 @@ def load_base_lora(
         raise SettingsError(f"a {type(pipeline).__name__} loads no LoRA in diffusers; pipelines with LoRA do")
 
     # Older versions of diffusers find the only file of a folder on the Hub, and not on this machine.
-    path, source = Path(lora), str(lora)
+    hub, path = find_on_hub(lora), Path(lora)
+    source = str(lora) if hub is None else hub.repository
     files = list(path.glob("*.safetensors"))
     if path.is_file():
         source, weight_name = str(path.parent), path.name
     elif weight_name is None and len(files) == 1:
         weight_name = files[0].name
 
-    try:
-        _load(pipeline, source, weight_name, adapter_name)
-    except SettingsError:  # also a ValueError, as some of the next ones
-        raise
-    except (*LOADING_ERRORS, RuntimeError) as error:  # RuntimeError: tensors of other sizes
-        reason = str(error)
-        if not path.exists():
-            reason = f"there is no such file or folder, and as a name on the Hub: {error}"
-        raise CheckpointError(f"{lora} cannot be loaded as a LoRA of this pipeline: {reason}") from error
+    # Safetensors only: with another `weight_name` diffusers would unpickle it.
+    name = weight_name or FILE
+    if not name.endswith(".safetensors"):
+        raise CheckpointError(f"{lora}: {name} is no .safetensors file, and nothing else is read; convert it")
+    place = {"weight_name": weight_name, "revision": hub and hub.revision, "use_safetensors": True}
+    with loading(lora, "a LoRA of this pipeline"):
+        _load(pipeline, source, place, adapter_name)
 
 
-def _load(pipeline: DiffusionPipeline, source: str, weight_name: str | None, adapter_name: str | None) -> None:
+def _load(pipeline: DiffusionPipeline, source: str, place: dict[str, Any], adapter_name: str | None) -> None:
     """Load a LoRA by the stock call, padded if the pipeline is upgraded and the LoRA is of its base's ports."""
     padded: dict[str, Tensor] = {}
     if isinstance(pipeline.vae, AutoencoderDA):
         # Tensors under diffusers' names, and from some pipelines LoRA's alphas.
-        settings: dict[str, Any] = {"weight_name": weight_name, "return_alphas": True, "return_lora_metadata": True}
-        tensors, *alphas, metadata = pipeline.lora_state_dict(source, **settings)
+        settings: dict[str, Any] = {"return_alphas": True, "return_lora_metadata": True}
+        tensors, *alphas, metadata = pipeline.lora_state_dict(source, **place, **settings)
         padded = pad_lora(tensors, pipeline)
     if not padded:
-        pipeline.load_lora_weights(source, weight_name=weight_name, adapter_name=adapter_name)
+        pipeline.load_lora_weights(source, **place, adapter_name=adapter_name)
         return
 
     for values in alphas:

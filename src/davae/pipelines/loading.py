@@ -12,7 +12,8 @@ from davae.backbones import check_parts
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter import check_base, digest_base, load_adapter
 from davae.pipelines.adapter_index import VAE_FOLDER
-from davae.pipelines.autoencoders import DTYPE, LOADING_ERRORS, check_whole, load_autoencoder
+from davae.pipelines.autoencoders import DTYPE, check_whole, load_autoencoder
+from davae.pipelines.places import fetch_files, fetch_pipeline, find_on_hub, loading
 from davae.pipelines.saving import PORTABLE_ENTRY
 from davae.pipelines.upgrade import replace_parts, upgrade
 from davae.run.storage import read_json
@@ -30,8 +31,8 @@ def load_pipeline(
     """Load a pipeline, upgraded or not, or a base pipeline with one or more adapters applied to it.
 
     Args:
-        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub. A class-conditional pipeline must be
-            a folder; from the Hub it loads by `ClassConditionalFlowPipeline.from_pretrained`.
+        path_or_base: a folder that `save_pretrained` wrote, or a name on the Hub: OWNER/NAME, or OWNER/NAME@REVISION.
+            What looks like a path is never asked of the Hub.
         adapter: a folder (docs/formats.md) for the base pipeline. Several are applied in order, each an upgrade of the
             pipeline so far.
         fuse: add the last adapter's LoRA to the weights, so that the transformer is a plain one. Otherwise it stays
@@ -70,29 +71,31 @@ def load_pipeline(
 
 def _load_stock(path_or_base: str | Path, without: Sequence[str], dtypes: Any) -> DiffusionPipeline:
     """A pipeline as it was saved, without adapters; all of its weights are there."""
-    folder = Path(path_or_base)
-    absent, pipeline_class, portable = set(without), DiffusionPipeline, False
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
-        index = read_json(folder / "model_index.json")
-        absent.update(name for name, entry in index.items() if entry == [None, None])
-        if index.get("_class_name") == "ClassConditionalFlowPipeline":  # diffusers would look for it in itself
-            from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
+    hub, folder = find_on_hub(path_or_base), Path(path_or_base)
+    if hub is not None:
+        folder = fetch_files(hub, ["model_index.json"])
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
 
-            pipeline_class = ClassConditionalFlowPipeline
+    index = read_json(folder / "model_index.json")
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
+    if index.get("_class_name") == "ClassConditionalFlowPipeline":  # diffusers would look for it in itself
+        from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
 
-        # The code in a portable folder is never run: the autoencoder is loaded with ours, below.
-        portable = index.get("vae") == PORTABLE_ENTRY and "vae" not in absent
-        if portable:
-            absent.add("vae")
+        pipeline_class = ClassConditionalFlowPipeline
+    if hub is not None:  # the same commit as the index
+        folder = fetch_pipeline(hub._replace(revision=folder.name), without, pipeline_class)
+
+    # The code in a portable folder is never run: the autoencoder is loaded with ours, below.
+    absent = {*without, *(name for name, entry in index.items() if entry == [None, None])}
+    portable = index.get("vae") == PORTABLE_ENTRY and "vae" not in absent
+    if portable:
+        absent.add("vae")
 
     # diffusers takes None for "not loaded".
     settings: dict[str, Any] = {**dict.fromkeys(absent), DTYPE: dtypes, "use_safetensors": True}
-    try:
-        pipeline = pipeline_class.from_pretrained(str(path_or_base), **settings)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{path_or_base} cannot be loaded as a pipeline: {error}") from error
+    with loading(path_or_base, "a pipeline"):
+        pipeline = pipeline_class.from_pretrained(folder, **settings)
     unknown = sorted(set(without) - pipeline.components.keys())
     if unknown:
         raise SettingsError(f"without={', '.join(unknown)}: no such part; allowed are {', '.join(pipeline.components)}")

@@ -88,7 +88,7 @@ def _make_card(base: str, **texts: str) -> str:
     """`base` is a folder, whose own card may name a licence, or a name on the Hub, which is not asked."""
     is_folder = Path(base).is_dir()
     facts = ModelCardData(
-        base_model=None if is_folder else base,
+        base_model=None if is_folder else base.partition("@")[0],  # without its revision
         license=read_licence(Path(base)) if is_folder else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",

@@ -1,0 +1,81 @@
+"""Where a pipeline or a LoRA is: on this machine, or under a name on the Hub, and never one in place of the other."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from davae.errors import CheckpointError, DavaeError, SettingsError
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".toml")
+DEFAULT_OUT = "runs"  # where all verbs write unless told otherwise
+
+
+class HubName(NamedTuple):
+    """A repository on the Hub, at a revision if one is pinned."""
+
+    repository: str
+    revision: str | None
+
+
+def find_on_hub(source: str | Path) -> HubName | None:
+    """The repository that `source` means, OWNER/NAME or OWNER/NAME@REVISION; None if it is on this machine.
+
+    What looks like a path, or whose first part exists, is never a name: a missing folder of a run would be asked of
+    the Hub, where somebody else may have put a model under that name. A pinned revision can only mean the Hub.
+
+    Raises:
+        CheckpointError: it is neither there nor a name on the Hub.
+        SettingsError: a revision of a local folder.
+    """
+    if os.path.exists(source):
+        return None
+    name, at, revision = str(source).partition("@")
+    if at and os.path.exists(name):
+        raise SettingsError(f"{name} is a folder on this machine, which has no revision {revision!r}: leave it out")
+
+    looks_like_name = isinstance(source, str) and NAME.fullmatch(name) and not name.endswith(FILES)
+    owner = name.partition("/")[0]
+    is_local = not at and (owner == DEFAULT_OUT or os.path.exists(owner))
+    if not looks_like_name or is_local or (at and not revision):
+        raise CheckpointError(
+            f"there is no {source} on this machine, and the Hub is not asked for what looks like a path: give a folder "
+            "that is there, or OWNER/NAME of the Hub; with a revision (OWNER/NAME@main) it is always the Hub's"
+        )
+    return HubName(name, revision or None)
+
+
+def pin(source: str, revision: str | None) -> str:
+    """`source` at a revision, as `find_on_hub` reads it; unchanged without one."""
+    return source if revision is None else f"{source}@{revision}"
+
+
+@contextmanager
+def loading(source: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a folder or a name that it should load into a CheckpointError."""
+    try:
+        yield
+    except DavaeError:
+        raise
+    except Exception as error:  # hostile files raise nearly everything
+        raise CheckpointError(f"{source} cannot be loaded as {what}: {error or type(error).__name__}") from error
+
+
+def fetch_files(hub: HubName, patterns: Sequence[str]) -> Path:
+    """The folder of a repository's files of these patterns, fetched from the Hub or found where they were fetched."""
+    with loading("@".join(filter(None, hub)), "a name on the Hub"):
+        return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=list(patterns)))
+
+
+def fetch_pipeline(hub: HubName, without: Sequence[str], pipeline_class: type[DiffusionPipeline]) -> Path:
+    """The folder of a pipeline's configs and safetensors files; parts of the names in `without` are left out."""
+    with loading("@".join(filter(None, hub)), "a pipeline"):
+        parts: dict[str, Any] = dict.fromkeys(without)
+        settings: dict[str, Any] = {"revision": hub.revision, "use_safetensors": True, **parts}
+        return Path(pipeline_class.download(hub.repository, **settings))
