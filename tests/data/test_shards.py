@@ -225,3 +225,32 @@ def test_a_cut_shard_is_never_taken_for_a_whole_one(tmp_path):
         path.write_bytes(data[:end])
         with pytest.raises(DataError, match=r"a\.tar"):
             open_pictures(path, size=32)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["tar", "tar.gz"])
+def test_tars_that_were_joined_are_read_to_their_end(tmp_path, packed):
+    joined = b""
+    for part in range(3):
+        files = {f"{part}{name}": data for name, data in captioned(2).items()}
+        data = tar(tmp_path / f"{part}.tar", files).read_bytes()
+        joined += gzip.compress(data) if packed else data
+        (tmp_path / f"{part}.tar").unlink()
+
+    path = tmp_path / ("a.tar.gz" if packed else "a.tar")
+    path.write_bytes(joined)
+    pictures = open_pictures(path, size=32)
+    assert pictures.keys == ["0000", "0001", "1000", "1001", "2000", "2001"]
+    assert [pictures.image(index).shape for index in range(6)] == [(3, 32, 32)] * 6
+
+
+def test_what_stands_behind_the_end_of_a_shard_is_never_passed_over(tmp_path, monkeypatch):
+    path = tar(tmp_path / "a.tar", captioned(1))
+    data = path.read_bytes()
+    for rest, message in [(b"no tar", "damaged or cut off"), (data, "twice"), (data[:700], r"a\.tar")]:
+        path.write_bytes(data + rest)
+        with pytest.raises(DataError, match=message):
+            open_pictures(path, size=32)
+    monkeypatch.setattr(shards, "MAX_PADDING_BYTES", 1 << 16)
+    path.write_bytes(data + bytes(1 << 17))
+    with pytest.raises(DataError, match="more than 65536 zeros"):
+        open_pictures(path, size=32)

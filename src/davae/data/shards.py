@@ -20,6 +20,8 @@ MAX_MEMBERS = 1_000_000
 MAX_NAME_BYTES = 1024
 # Longest extended header of a member, which is read into memory.
 MAX_HEADER_BYTES = 1 << 20
+# Most zeros behind the end of a tar; another tar may follow them.
+MAX_PADDING_BYTES = 1 << 24
 
 
 def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
@@ -91,23 +93,37 @@ class _Headers:
 
 
 def _members(stream: Stream, shard: str) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, each checked; the end of the tar is checked, too."""
+    """The files of a tar, or of several that were joined by `cat`, each checked; every end is checked, too."""
     size = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
     headers: Any = _Headers(stream)
     seen: set[str] = set()
-    with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
-        for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # there may be a million
-            if not member.isdir():
-                _check_member(shard, member, seen, size)
-                yield member
-        end = tar.offset
+    start: int | None = 0
+    while start is not None:
+        stream.seek(start)
+        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="strict") as tar:
+            for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # there may be a million
+                if not member.isdir():
+                    _check_member(shard, member, seen, size)
+                    yield member
+            end = tar.offset
 
-    # tarfile stops without an error where a header is damaged or missing.
-    stream.seek(end)
-    if stream.read(512) != bytes(512):
-        raise DataError(f"{shard}: damaged or cut off at byte {end}; make or download it again")
+        # tarfile stops without an error where a header is damaged or missing.
+        stream.seek(end)
+        if stream.read(512) != bytes(512):
+            raise DataError(f"{shard}: damaged or cut off at byte {end}; make or download it again")
+        start = _find_next_tar(stream, end + 512, shard)
+
+
+def _find_next_tar(stream: Stream, start: int, shard: str) -> int | None:
+    """The first block from `start` that is not zero, or None if there is none."""
+    for place in range(start, start + MAX_PADDING_BYTES, 1 << 15):
+        blocks = stream.read(1 << 15)
+        if not blocks:
+            return None
+        if rest := blocks.lstrip(b"\0"):
+            return place + (len(blocks) - len(rest)) // 512 * 512
+    raise DataError(f"{shard}: more than {MAX_PADDING_BYTES} zeros from byte {start}; make or download it again")
 
 
 def _unpack(shard: LocalFile | RemoteFile) -> LocalFile:
