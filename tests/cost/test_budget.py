@@ -392,3 +392,30 @@ def test_a_dry_run_without_configs_says_why_there_is_no_budget(capsys, tmp_path)
     text = capsys.readouterr().out
     assert tomllib.loads(text)["steps"] == 3
     assert "# No budget: the configs of someone/else cannot be read" in text
+
+
+@HUB_WARNS
+@pytest.mark.parametrize(
+    ("verb", "settings", "sentence"),
+    [
+        (
+            "finetune",
+            ["steps=9", "detail_warmup_steps=0", "warmup_steps=10"],
+            "warmup_steps = 10: the learning rate never",
+        ),
+        (
+            "finetune",
+            ["steps=9", "warmup_steps=0"],
+            "detail_warmup_steps = 200: the detail channels never weigh in full",
+        ),
+        ("train-autoencoder", ["steps=90", "loss.adversarial=1", "loss.adversarial_start=90"], "discriminator never"),
+        ("train-autoencoder", ["steps=90", "loss.adversarial=1", "loss.adversarial_ramp_steps=91"], "never reaches 1"),
+        ("train-autoencoder", ["steps=90", "loss.adversarial_start=90", "warmup_steps=90"], None),
+    ],
+)
+def test_a_dry_run_names_what_comes_after_the_runs_end(verb, settings, sentence, capsys, tmp_path) -> None:
+    (tmp_path / "plain.toml").write_text('base = "someone/else"')  # without a budget it is fast
+    with pytest.raises(SystemExit):
+        main([verb, str(tmp_path / "plain.toml"), "--dry-run", *(f"--set={setting}" for setting in settings)])
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# Too late: ")]
+    assert [sentence in comment for comment in comments] == ([] if sentence is None else [True])

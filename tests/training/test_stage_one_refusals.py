@@ -117,6 +117,15 @@ def test_a_refused_recipe_can_be_mended_in_the_same_folder(recipe: AutoencoderRe
     assert load_recipe(AutoencoderRecipe, tmp_path / "recipe.toml").detail_channels == recipe.detail_channels
 
 
+def test_what_comes_after_the_runs_end_is_said_before_it(recipe: AutoencoderRecipe, tmp_path: Path, caplog) -> None:
+    """The folder is refused after the warnings, so that nothing is trained here."""
+    (tmp_path / "autoencoder").mkdir()
+    late = recipe.model_copy(update={"steps": 3, "warmup_steps": 4})
+    with pytest.raises(SettingsError, match=r"has no config\.json"):
+        train_autoencoder(late, tmp_path)
+    assert caplog.messages == ["warmup_steps = 4: the learning rate never reaches 0.003 in the 3 steps of this run"]
+
+
 @pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.9]"])
 def test_betas_outside_their_range_are_refused(tmp_path: Path, betas: str) -> None:
     (tmp_path / "recipe.toml").write_text(f"betas = {betas}\n")

@@ -74,6 +74,10 @@ def describe_plan(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str
         lines += map(str, figures)
     except DavaeError as error:
         lines = f"No budget: {error}".splitlines()
+
+    # Settings that the run would warn of come first.
+    late = [f"Too late: {sentence} in the {recipe.steps} steps of this run" for sentence in recipe.late_settings()]
+    lines = [*late, *lines]
     return "\n".join([recipe.to_toml(), *(f"# {line}" for line in lines)])
 
 

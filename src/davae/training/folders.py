@@ -1,6 +1,7 @@
 """The folder of one run: one process group at a time, one recipe, one set of pictures."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,10 +15,14 @@ from davae.run.storage import read_json, remove_temporaries, write_json
 from davae.training.optimizers import check_optimizer
 from davae.training.recipes import OptimisationRecipe, PicturesRecipe
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def claim_folder(recipe: OptimisationRecipe, folder: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the folder's lock, after refusing a folder in which a run of another recipe has begun.
+
+    Settings that take effect only after the run's end are logged.
 
     Raises:
         CheckpointError: one has; the message names the settings that differ.
@@ -33,6 +38,8 @@ def claim_folder(recipe: OptimisationRecipe, folder: Path, ranks: Ranks) -> Iter
             stack.enter_context(alone(folder))
             remove_temporaries(folder)
             check_same_recipe(recipe, folder)
+            for sentence in recipe.late_settings():
+                logger.warning("%s in the %d steps of this run", sentence, recipe.steps)
 
         ranks.on_first(enter)
         yield

@@ -65,6 +65,12 @@ class OptimisationRecipe(Recipe):
             raise ValueError("betas[0] = 0: AdamWScheduleFree averages by it; it must be above 0")
         return self
 
+    def late_settings(self) -> list[str]:
+        """What the run ends too early for, in a sentence each: the setting, and what never happens."""
+        if self.warmup_steps <= self.steps:
+            return []
+        return [f"warmup_steps = {self.warmup_steps}: the learning rate never reaches {self.learning_rate:g}"]
+
 
 class PicturesRecipe(OptimisationRecipe):
     """The training images, and the sizes that they are scaled to."""

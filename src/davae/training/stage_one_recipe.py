@@ -99,6 +99,19 @@ class AutoencoderRecipe(PicturesRecipe):
     """Held-out images for the metrics during training."""
     loss: LossWeights = LossWeights()
 
+    def late_settings(self) -> list[str]:
+        """As for any run, and the discriminator's beginning."""
+        late, loss = super().late_settings(), self.loss
+        start, ramp = loss.adversarial_start, loss.adversarial_ramp_steps
+        if loss.adversarial and start >= self.steps:
+            late.append(f"loss.adversarial_start = {start}: the discriminator never plays")
+        elif loss.adversarial and start + ramp > self.steps:
+            late.append(
+                f"loss.adversarial_start = {start}, adversarial_ramp_steps = {ramp}: the adversarial weight never "
+                f"reaches {loss.adversarial:g}"
+            )
+        return late
+
 
 TERMS = ("l1", "gradient", "lpips", "kl", "alignment", "adversarial")
 """The terms of stage 1's loss that have a weight in a recipe."""

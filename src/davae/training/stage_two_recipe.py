@@ -79,6 +79,13 @@ class FinetuneRecipe(PicturesRecipe):
             raise ValueError(f'min_snr = {self.min_snr} weights the error of objective = "data", and there is none')
         return self
 
+    def late_settings(self) -> list[str]:
+        """As for any run, and the weight of the detail channels."""
+        late = super().late_settings()
+        if self.detail_warmup_steps > self.steps:
+            late.append(f"detail_warmup_steps = {self.detail_warmup_steps}: the detail channels never weigh in full")
+        return late
+
 
 def flow_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
     """The options of `davae.method.flow.flow_loss` that a recipe decides."""
