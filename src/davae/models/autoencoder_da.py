@@ -19,23 +19,14 @@ from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.models.latent_statistics import LatentStatistics, measure_channels
 from davae.models.precision import at_least_float32
 from davae.models.slim_decoder import slim_decoder
+from davae.models.stock_names import DECODING_PARTS, ENCODING_PARTS, StockNames
 from davae.models.tiling import decode_pixels, run_in_pieces
 
 DETERMINISTIC = -30.0
 """Log-variance of the base latents: the floor of diffusers' Gaussian, a standard deviation of 3e-7."""
-ENCODING_PARTS = (
-    "detail_encoder",
-    "base_encoder",
-    "base_quant_conv",
-    "detail_quant_conv",
-    "detail_downsample",
-    "detail_from_base",
-)
-DECODING_PARTS = ("detail_upsample", "joint_post_quant_conv", "joint_decoder")
-"""In the order in which they run."""
 
 
-class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderDA(StockNames, LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin):
     """Base latents of the image at 1/s of its size, and detail latents of the image itself, on one grid.
 
     Images are [B, 3, H, W] in [-1, 1], H and W multiples of s * f (resolution factor, base downsample factor);
@@ -315,16 +306,6 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @property
-    def encoder(self) -> "AutoencoderDA":
-        """The encoding half alone, under the name that other autoencoders have for theirs; it shares the weights."""
-        return self._take_half(ENCODING_PARTS)
-
-    @property
-    def decoder(self) -> "AutoencoderDA":
-        """The decoding half alone; it shares the weights, too."""
-        return self._take_half(DECODING_PARTS)
-
-    @property
     def base(self) -> BaseAutoencoder:
         """The row of this base in the table."""
         return find_base(self.config.base_config["_class_name"])
@@ -348,14 +329,6 @@ class AutoencoderDA(LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin)
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
         return self.reconstruct(*self._to_inside(*self.split(latents)))
-
-    def _take_half(self, parts: Iterable[str]) -> "AutoencoderDA":
-        # The modules that a half lacks are None there, behind those that it has.
-        present = {name: self._modules[name] for name in parts if name in self._modules}
-        half = copy.copy(self)
-        half._modules = present | dict.fromkeys(name for name in self._modules if name not in present)
-        half._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        return half
 
     def _check_sample(self, sample: Tensor) -> Tensor:
         if sample.ndim != 4 or not sample.is_floating_point():

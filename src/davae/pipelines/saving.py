@@ -25,6 +25,7 @@ MODULES = (
     "detail_blocks",
     "latent_statistics",
     "construction",
+    "stock_names",
     "autoencoder_da",
 )
 OWN_IMPORT = re.compile(r"^ *from davae\.[\w.]+ import (\([^)]*\)|[^(\n]*)\n", re.MULTILINE)

@@ -14,8 +14,9 @@ from torch import nn
 from davae.backbones import backbone_of, check_parts, widen_transformer
 from davae.errors import SettingsError
 from davae.method.widen import lost_directions
-from davae.models.autoencoder_da import DECODING_PARTS, AutoencoderDA
+from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_facts, downsample_factor
+from davae.models.stock_names import DECODING_PARTS
 from davae.pipelines.autoencoders import check_base_encoder, digest_tensors, load_base_class
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,65 @@
+"""AutoencoderDA under the names that stock code has for the parts of other autoencoders."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+ENCODING_PARTS = (
+    "detail_encoder",
+    "base_encoder",
+    "base_quant_conv",
+    "detail_quant_conv",
+    "detail_downsample",
+    "detail_from_base",
+)
+DECODING_PARTS = ("detail_upsample", "joint_post_quant_conv", "joint_decoder")
+"""In the order in which they run."""
+
+
+class StockNames:
+    """The part of AutoencoderDA that stands where stock code expects another autoencoder."""
+
+    config: Any
+    _modules: dict[str, Any]
+    _buffers: dict[str, Any]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse modules that would never run, and compiled ones, which save their weights under other names."""
+        parts = (*ENCODING_PARTS, *DECODING_PARTS, "bn")
+        if isinstance(value, nn.Module) and name not in parts:
+            raise ValueError(
+                f"{name} = {type(value).__name__}: an AutoencoderDA would not run it. Its parts are {', '.join(parts)}; "
+                "compile them in place, as in vae.joint_decoder.compile()"
+            )
+        if isinstance(value, nn.Module) and hasattr(value, "_orig_mod"):
+            raise ValueError(
+                f"{name} = torch.compile(...): its weights would be saved under names that nothing loads. Compile it in "
+                f"place: vae.{name}.compile()"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def encoder(self) -> Any:
+        """The encoding half alone, under the name that other autoencoders have for theirs; it shares the weights."""
+        return self._take_half(ENCODING_PARTS)
+
+    @property
+    def decoder(self) -> Any:
+        """The decoding half alone; it shares the weights, too."""
+        return self._take_half(DECODING_PARTS)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each part in place, also of a half: `encode` and `decode` run them, and not `forward`."""
+        for part in self._modules.values():
+            if part is not None:
+                part.compile(*args, **kwargs)
+
+    def _take_half(self, parts: Iterable[str]) -> Any:
+        # The modules that a half lacks are None there, behind those that it has.
+        present = {name: self._modules[name] for name in parts if name in self._modules}
+        half = copy.copy(self)
+        half._modules = present | dict.fromkeys(name for name in self._modules if name not in present)
+        half._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return half
