@@ -26,7 +26,7 @@ def test_no_part_of_another_autoencoder_is_swallowed(other: type) -> None:
     for name in names:
         if name == "bn":  # AutoencoderDA has it, too
             continue
-        with pytest.raises(ValueError, match=rf"^{name} = Identity: an AutoencoderDA would not run it.*joint_decoder"):
+        with pytest.raises(ValueError, match=rf"^{name} = Identity: an AutoencoderDA does not run it.*joint_decoder"):
             setattr(autoencoder, name, nn.Identity())
         assert name not in autoencoder._modules
 
@@ -40,7 +40,7 @@ def test_a_compiled_decoder_is_refused_by_name_and_compiles_in_place() -> None:
 
     latents, names = autoencoder.encode(image).latent_dist.mode(), list(autoencoder.state_dict())
     whole = autoencoder.decode(latents).sample
-    with pytest.raises(ValueError, match="^decoder = OptimizedModule: "):
+    with pytest.raises(ValueError, match=r"^decoder = OptimizedModule: "):
         autoencoder.decoder = torch.compile(autoencoder.decoder, backend=counting)
     with pytest.raises(ValueError, match=r"names that nothing loads.*vae.detail_upsample.compile\(\)"):
         autoencoder.detail_upsample = torch.compile(autoencoder.detail_upsample, backend=counting)

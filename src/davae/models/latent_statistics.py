@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from davae.models.offloading import weights_in_place
+
 
 class LatentStatistics:
     """The part of AutoencoderDA that knows three scales of latents.
@@ -32,7 +34,8 @@ class LatentStatistics:
         """Latents of `encode` -> units, as stock pipelines do it."""
         if self.bn is None:
             return self.to_units(latents)
-        mean, variance = _per_channel(self.bn.running_mean), _per_channel(self.bn.running_var)
+        with weights_in_place(self.bn):
+            mean, variance = _per_channel(self.bn.running_mean).clone(), _per_channel(self.bn.running_var).clone()
         return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / (variance + self.bn.eps).sqrt(), 2)
 
     def _to_outside(self, base: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +58,10 @@ class LatentStatistics:
         return self.to_units(base), self.to_units(detail) * scale + shift
 
     def _detail_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        # Moved to the latents, because group offloading moves buffers for `forward` alone.
-        return _per_channel(self.detail_mean.to(like)), _per_channel(self.detail_std.to(like))
+        # Copies at the latents, because group offloading has buffers in place for `forward`, or here, alone.
+        with weights_in_place(self):
+            mean, std = self.detail_mean.to(like, copy=True), self.detail_std.to(like, copy=True)
+        return _per_channel(mean), _per_channel(std)
 
     def _base_affine(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """The base's own mean and deviation of each channel; None where it has none."""

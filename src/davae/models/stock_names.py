@@ -22,6 +22,7 @@ class StockNames:
     """The part of AutoencoderDA that stands where stock code expects another autoencoder."""
 
     config: Any
+    bn: Any
     _modules: dict[str, Any]
     _buffers: dict[str, Any]
 
@@ -30,13 +31,13 @@ class StockNames:
         parts = (*ENCODING_PARTS, *DECODING_PARTS, "bn")
         if isinstance(value, nn.Module) and name not in parts:
             raise ValueError(
-                f"{name} = {type(value).__name__}: an AutoencoderDA would not run it. Its parts are {', '.join(parts)}; "
-                "compile them in place, as in vae.joint_decoder.compile()"
+                f"{name} = {type(value).__name__}: an AutoencoderDA does not run it. Its parts are {', '.join(parts)}. "
+                "Compile them in place, as in vae.joint_decoder.compile()"
             )
         if isinstance(value, nn.Module) and hasattr(value, "_orig_mod"):
             raise ValueError(
-                f"{name} = torch.compile(...): its weights would be saved under names that nothing loads. Compile it in "
-                f"place: vae.{name}.compile()"
+                f"{name} = torch.compile(...): its weights would be saved under names that nothing loads. Compile it "
+                f"in place: vae.{name}.compile()"
             )
         super().__setattr__(name, value)
 
@@ -55,6 +56,13 @@ class StockNames:
         for part in self._modules.values():
             if part is not None:
                 part.compile(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As every model's, but the statistics in `bn` stay in memory, because FLUX.2's pipelines read them there."""
+        statistics = {} if self.bn is None else {name: buffer.clone() for name, buffer in self.bn._buffers.items()}
+        super().enable_group_offload(*args, **kwargs)  # type: ignore[misc]
+        if self.bn is not None:
+            self.bn._buffers.update(statistics)
 
     def _take_half(self, parts: Iterable[str]) -> Any:
         # The modules that a half lacks are None there, behind those that it has.

@@ -15,6 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import Tensor, nn
 
+from davae.models.offloading import weights_in_place
 from davae.models.precision import at_least_float32
 
 Window = tuple[slice, slice]  # rows and columns of a layer
@@ -71,21 +72,24 @@ def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.
     The layers of the whole image lie in `storage`. With "cpu" for a model on a GPU, the GPU holds one tile of a layer,
     and moving tiles takes longer than decoding them.
     """
-    # The middle block's attention sees the whole image, at the latents' resolution.
-    middle = decoder.mid_block(decoder.conv_in(hidden), None)
-    layer = _Layer(torch.empty_like(middle, device=storage), hidden.device)
-    layer.write(middle)
+    # The decoder's own layers, and each block's, may be offloaded until its `forward` runs, which nothing calls here.
+    with weights_in_place(decoder):
+        # The middle block's attention sees the whole image, at the latents' resolution.
+        middle = decoder.mid_block(decoder.conv_in(hidden), None)
+        layer = _Layer(torch.empty_like(middle, device=storage), hidden.device)
+        layer.write(middle)
 
-    # Every tile goes through a layer before any goes through the next.
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            layer = _run_resnet(resnet, layer, tile)
-        for upsampler in block.upsamplers or ():
-            layer = _convolve(layer, partial(F.interpolate, scale_factor=2.0), upsampler.conv, tile, up=2)
-            tile *= 2
+        # Every tile goes through a layer before any goes through the next.
+        for block in decoder.up_blocks:
+            with weights_in_place(block):
+                for resnet in block.resnets:
+                    layer = _run_resnet(resnet, layer, tile)
+                for upsampler in block.upsamplers or ():
+                    layer = _convolve(layer, partial(F.interpolate, scale_factor=2.0), upsampler.conv, tile, up=2)
+                    tile *= 2
 
-    before = partial(layer.normalise, decoder.conv_norm_out, decoder.conv_act)
-    return _convolve(layer, before, decoder.conv_out, tile).values.to(hidden.device)
+        before = partial(layer.normalise, decoder.conv_norm_out, decoder.conv_act)
+        return _convolve(layer, before, decoder.conv_out, tile).values.to(hidden.device)
 
 
 class _Layer:
@@ -121,13 +125,10 @@ class _Layer:
         mean = means.mean(dim=2, keepdim=True)
         variance = (self.variance.unflatten(1, means.shape[1:]) + (means - mean).square()).mean(dim=2, keepdim=True)
 
-        # accelerate's hook has offloaded weights in place between these two calls only.
-        hook = getattr(norm, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(norm)
-        weight, bias = norm.weight.to(self.device, wide), norm.bias.to(self.device, wide)
-        if hook is not None:
-            hook.post_forward(norm, None)
+        # Copies, because offloaded weights are there within the block only.
+        with weights_in_place(norm):
+            weight = norm.weight.to(self.device, wide, copy=True)
+            bias = norm.bias.to(self.device, wide, copy=True)
 
         # One scale and one shift for each channel.
         scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1).to(self.device, wide) * weight

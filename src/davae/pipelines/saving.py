@@ -18,6 +18,7 @@ PORTABLE_ENTRY = [MODULE, "AutoencoderDA"]
 # Modules of `davae.models` in the order in which that file joins them: diffusers fetches one file only.
 MODULES = (
     "precision",
+    "offloading",
     "autoencoder_taef2",
     "base_autoencoders",
     "tiling",
