@@ -14,8 +14,7 @@ from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.cost.budget import estimate_stage_one
 from davae.cost.geometry import read_geometry
 from davae.errors import SettingsError
-from davae.method.slim_start import fit_slim_decoder
-from davae.models.slim_decoder import slimmed
+from davae.method.slim_start import fit_slim_decoder, slimmed
 from davae.models.tiling import has_exact_tiles
 from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.autoencoders import load_autoencoder

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.errors import CheckpointError, SettingsError
-from davae.models.slim_decoder import slimmed
+from davae.method.slim_start import slimmed
 from davae.pipelines.saving import MODULE, make_portable_source, save_pipeline
 from tiny import tiny_class_pipeline, tiny_sd3_pipeline, tiny_taef2
 

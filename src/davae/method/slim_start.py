@@ -23,8 +23,39 @@ from davae.seeds import generator
 
 
 @torch.no_grad()
+def slimmed(
+    autoencoder: AutoencoderDA, block_out_channels: Sequence[int] = (), layers_per_block: Sequence[int] = ()
+) -> AutoencoderDA:
+    """An AutoencoderDA of the same encoders, latents and statistics, its joint decoder narrower and not trained.
+
+    Weights that both decoders have in the same shape are copied, the rest is random until `fit_slim_decoder`. The
+    settings are diffusers', the outermost stage first; () for the base's.
+    """
+    # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
+    config = dict(autoencoder.config)
+    config.pop("_use_default_values", None)
+    for name in ("decoder_block_out_channels", "decoder_layers_per_block"):
+        if config[name] is not None:
+            raise ValueError(
+                f"the joint decoder is slim already, {name}={list(config[name])}: start from one with the full decoder"
+            )
+    config["decoder_block_out_channels"] = block_out_channels or None
+    config["decoder_layers_per_block"] = layers_per_block or None
+    slim = type(autoencoder).from_config(config)
+    nn.Module.to(slim, dtype=autoencoder.dtype, device=autoencoder.device)
+
+    # Encoders, statistics, and the decoder's layers that kept their shapes.
+    weights = slim.state_dict()
+    for name, weight in autoencoder.state_dict().items():
+        if name in weights and weight.shape == weights[name].shape:
+            weights[name] = weight
+    slim.load_state_dict(weights)
+    return slim.train(autoencoder.training)
+
+
+@torch.no_grad()
 def fit_slim_decoder(slim: AutoencoderDA, full: AutoencoderDA, pictures: Tensor, *, seed: int = 0) -> float:
-    """Set the joint decoder of `slim`, which `slim_decoder.slimmed` made of `full`, from dozens of images [N, 3, H, W].
+    """Set the joint decoder of `slim`, which `slimmed` made of `full`, from dozens of images [N, 3, H, W].
 
     Inner stages that both have in the same shapes are copies already, and stay. One layer's output for all images is
     in memory at a time. Returns the mean squared difference of the two decoders' images in [-1, 1].

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any
 
-import torch
-from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
 from torch import nn
 
@@ -80,34 +78,3 @@ def _choose_stages(
             f"{deepest}, the outermost stage first; a stage has one residual block more than its number"
         )
     return widths, depths
-
-
-@torch.no_grad()
-def slimmed(
-    autoencoder: ModelMixin, block_out_channels: Sequence[int] = (), layers_per_block: Sequence[int] = ()
-) -> ModelMixin:
-    """An AutoencoderDA of the same encoders, latents and statistics, its joint decoder narrower and not trained.
-
-    Weights that both decoders have in the same shape are copied, the rest is random; `davae.method.slim_start` has a
-    better start. The settings are diffusers', the outermost stage first; () for the base's.
-    """
-    # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
-    config = dict(autoencoder.config)
-    config.pop("_use_default_values", None)
-    for name in ("decoder_block_out_channels", "decoder_layers_per_block"):
-        if config[name] is not None:
-            raise ValueError(
-                f"the joint decoder is slim already, {name}={list(config[name])}: start from one with the full decoder"
-            )
-    config["decoder_block_out_channels"] = block_out_channels or None
-    config["decoder_layers_per_block"] = layers_per_block or None
-    slim = type(autoencoder).from_config(config)
-    nn.Module.to(slim, dtype=autoencoder.dtype, device=autoencoder.device)
-
-    # Encoders, statistics, and the decoder's layers that kept their shapes.
-    weights = slim.state_dict()
-    for name, weight in autoencoder.state_dict().items():
-        if name in weights and weight.shape == weights[name].shape:
-            weights[name] = weight
-    slim.load_state_dict(weights)
-    return slim.train(autoencoder.training)

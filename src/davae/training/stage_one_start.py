@@ -12,9 +12,8 @@ from davae.data.order import random_crops
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
 from davae.method.closed_form import BASE_CODES, fit_closed_form
-from davae.method.slim_start import fit_slim_decoder
+from davae.method.slim_start import fit_slim_decoder, slimmed
 from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.slim_decoder import slimmed
 from davae.pipelines.adapter_index import INDEX
 from davae.pipelines.autoencoders import check_base_encoder, load_autoencoder, load_base_vae
 from davae.run.storage import replaced_whole, write_atomically
