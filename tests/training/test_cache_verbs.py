@@ -90,8 +90,8 @@ def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys
     victim = next(latents.glob("*.safetensors"))
     size = victim.stat().st_size
     victim.write_bytes(bytes(size))
-    (text / "damaged-old.safetensors").write_bytes(bytes(3 << 20))
-    (text / ".new.tmp-17").write_bytes(b"half")
+    (text / f"damaged-{64 * '0'}.safetensors").write_bytes(bytes(3 << 20))
+    (text / f".{64 * '1'}.safetensors.tmp-17").write_bytes(b"half")
 
     main_returns(["cache", "prune", str(caches), "--dry-run"], 0)
     assert capsys.readouterr().out == f"{(size + (3 << 20) + 4) / 2**20:,.1f} MiB would be freed\n"
@@ -104,7 +104,7 @@ def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys
     assert not digests(latents)
 
     old = time.time() - 10 * 86400
-    for path in text.glob("*.safetensors"):
+    for path in caches.rglob("*"):
         os.utime(path, (old, old))
     prune_caches(caches, days=11.0)
     assert digests(text) == sound
@@ -114,6 +114,39 @@ def test_prune_removes_damage_and_litter_and_with_days_old_caches(caches, capsys
 
     with pytest.raises(CheckpointError, match="holds no cache"):
         prune_caches(caches)
+
+
+def test_prune_leaves_what_no_cache_wrote(caches, caplog) -> None:
+    latents, text = (next(caches.glob(f"{kind}-*")) for kind in ("latents", "text"))
+
+    # Other programs' folders, one of them with a cache's name; and other files in a cache.
+    foreign = [caches / "browser", caches / "latents-0123456789abcdef", caches / "broken"]
+    for folder, content in zip(foreign, ["{}", (latents / "cache.json").read_text(), "{"], strict=True):
+        folder.mkdir()
+        (folder / "cache.json").write_text(content)
+        (folder / "damaged-photo.safetensors").write_text("mine")
+
+    others = [text / name for name in ("notes.txt", "model.safetensors", "damaged-photo.safetensors", ".notes.tmp-1")]
+    for path in others:
+        path.write_text("mine")
+    (text / "folder").mkdir()
+    before = digests(caches)
+
+    prune_caches(caches)
+    prune_caches(caches, days=1.0)
+    assert digests(caches) == before, "all of it was written a moment ago"
+    assert "browser/cache.json is not of the cache that its folder is named after" in caplog.text
+
+    # A cache that was begun a moment ago has no shard yet.
+    for path in latents.glob("*.safetensors"):
+        path.unlink()
+    prune_caches(caches, days=1.0)
+    assert latents.exists()
+
+    prune_caches(caches, days=0.0)
+    assert not latents.exists()
+    assert sorted(path.name for path in text.iterdir()) == sorted(["folder", *(path.name for path in others)])
+    assert all((folder / "damaged-photo.safetensors").exists() for folder in foreign)
 
 
 def test_a_cache_that_is_written_to_is_not_pruned(caches) -> None:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ FORMAT_VERSION = 1
 OPEN_SHARDS = 64
 # Prefix of a shard's name that is set aside.
 ASIDE = "damaged-"
+# The names of shards, and of the files that a killed writer leaves: nothing else in a cache's folder is touched.
+SHARD = re.compile(r"[0-9a-f]{64}\.safetensors")
+UNFINISHED = re.compile(rf"\.({SHARD.pattern}|cache\.json)\.tmp-\d+")
 
 Entry = Mapping[str, Tensor]
 
@@ -43,7 +47,7 @@ class TensorCache:
 
     def __init__(self, folder: Path, kind: str, facts: Mapping[str, str | int]) -> None:
         self.facts = {"format_version": FORMAT_VERSION, "kind": kind, **facts}
-        self._digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+        self._digest = _digest_facts(self.facts)
         self.folder = Path(folder) / f"{kind}-{self._digest[:16]}"
         self._shards: dict[str, Path] = {}
         self._opened = functools.lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
@@ -115,7 +119,11 @@ class TensorCache:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of one cache in the order of their names, sound or not."""
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(ASIDE))
+    return sorted(path for path in folder.glob("*.safetensors") if SHARD.fullmatch(path.name))
+
+
+def _digest_facts(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(path: Path) -> str:
@@ -170,7 +178,7 @@ def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = Fal
     """Remove damaged shards and remains of killed writers, which no run reads. Returns the bytes that are freed.
 
     With `days`, whole caches are removed, too, in which so long nothing was written; a `dry_run` only counts. A cache
-    to which a process is writing is a SettingsError, and nothing of it is removed.
+    to which a process is writing is a SettingsError, and nothing of it is removed. Files that no cache wrote stay.
     """
     freed = 0
     for path in _cache_folders(folder):
@@ -179,24 +187,42 @@ def prune_caches(folder: Path, *, days: float | None = None, dry_run: bool = Fal
                 raise SettingsError(f"a process is writing to {path}: wait for it, and prune again")
 
             # In a cache that is in use, only damaged and unfinished files are useless.
-            shards = shard_paths(path)
-            useless = [*path.glob(ASIDE + "*"), *path.glob(".*.tmp-*"), *filter(find_damage, shards)]
-            newest = max((shard.stat().st_mtime for shard in shards), default=0.0)
+            shards, facts = shard_paths(path), path / "cache.json"
+            useless = [file for file in path.iterdir() if UNFINISHED.fullmatch(file.name)]
+            useless += [file for file in path.iterdir() if SHARD.fullmatch(file.name.removeprefix(ASIDE))]
+            newest = max((shard.stat().st_mtime for shard in shards), default=facts.stat().st_mtime)
             old = days is not None and time.time() - newest > days * 86400
             if old:
-                useless = list(path.iterdir())
+                useless += [facts, path / ".lock"]
+            else:
+                useless = [file for file in useless if file not in shards or find_damage(file)]
             freed += sum(file.stat().st_size for file in useless)
 
             if not dry_run:
                 for file in useless:
                     file.unlink()
-                if old:
+                if old and not any(path.iterdir()):
                     path.rmdir()
     return freed
 
 
+def _is_cache(folder: Path) -> bool:
+    """Whether the folder's name has the digest of its own facts: other programs have files `cache.json`, too."""
+    path = folder / "cache.json"
+    if folder.is_symlink() or not path.is_file():
+        return False
+    try:
+        facts = read_json(path)
+    except CheckpointError:
+        facts = {}
+    if folder.name != f"{facts.get('kind')}-{_digest_facts(facts)[:16]}":
+        logger.warning("%s is not of the cache that its folder is named after: left alone", path)
+        return False
+    return True
+
+
 def _cache_folders(folder: Path) -> list[Path]:
-    folders = sorted(path.parent for path in Path(folder).glob("*/cache.json"))
+    folders = sorted(path.parent for path in Path(folder).glob("*/cache.json") if _is_cache(path.parent))
     if not folders:
         raise CheckpointError(f"{folder} holds no cache: give the folder that a recipe has as `cache`, or RUN/cache")
     return folders

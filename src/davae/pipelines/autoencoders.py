@@ -23,8 +23,8 @@ DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch
 
 # The files of a pipeline's autoencoder: fetched from the Hub for it alone.
 WEIGHTS = "vae/diffusion_pytorch_model"
-VAE_FILES = ("model_index.json", "vae/config.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json")
-VAE_FILES += (f"{WEIGHTS}-*-of-*.safetensors",)
+SHARDS = (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}-*-of-*.safetensors")
+VAE_FILES = ("model_index.json", "vae/config.json", f"{WEIGHTS}.safetensors", *SHARDS)
 
 # Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there.
 FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
