@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from davae.cli import main
-from davae.errors import CheckpointError
+from davae.errors import CheckpointError, SettingsError
 from davae.run.comparison import differences, find_runs, read_run, to_text
 from davae.run.record import RunRecord, alone
 from davae.training.stage_one_recipe import AutoencoderRecipe
@@ -81,7 +81,33 @@ def test_the_verb_prints_the_table_or_json(runs: Path, capsys) -> None:
     assert facts["settings"]["lora_targets"] == ["to_q"]
 
 
-def test_a_damaged_run_is_named(runs: Path) -> None:
-    (runs / "c" / "recipe.toml").write_text("steps =")
-    with pytest.raises(CheckpointError, match=r"c: recipe\.toml or metrics\.jsonl cannot be read"):
-        find_runs([runs])
+DAMAGE = {
+    "recipe.toml": b"steps =",
+    "environment.json": b"\0\0",
+    "result.json": b'{"values": 3}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_are_listed(runs: Path, name: str, capsys) -> None:
+    (runs / "b" / name).write_bytes(DAMAGE[name])
+    one, two, three = find_runs([runs])
+    assert (one.state, two.state, three.state) == ("stopped", "unreadable", "stopped")
+    assert name in two.problem
+    with pytest.raises(CheckpointError if name != "recipe.toml" else SettingsError, match=name):
+        read_run(runs / "b")
+
+    with pytest.raises(SystemExit) as left:
+        main(["runs", str(runs)])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert text.count("| stopped ") == 2
+    assert f"{two.folder}: {two.problem}" in text
+
+
+def test_a_damaged_log_hides_no_run(runs: Path) -> None:
+    with (runs / "c" / "metrics.jsonl").open("ab") as file:
+        file.write(b'\0\0\n\n\xff\xfe\n3\n{"step": 5, "lo\n{"loss": 7.0}\n{"step": 6, "loss": 1.0}\n')
+    one, two, three = find_runs([runs])
+    assert (three.state, three.step, three.values["loss"]) == ("stopped", 7, 1.0)
+    assert not one.problem + two.problem + three.problem

@@ -54,6 +54,22 @@ def test_truncation_drops_later_steps_and_a_line_cut_short(tmp_path):
     assert record.metrics_path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (0, 1, 2, 2))
 
 
+DAMAGE = [b"\0" * 64, b"", b"\xff\xfe\x00", b'{"step": 1, "lo', b"[1]", b'{"loss": 1}', b"[" * 9999]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_lines_are_passed_over_and_dropped_with_a_warning(tmp_path, damage, caplog):
+    record = RunRecord(tmp_path)
+    record.append({"step": 0})
+    with record.metrics_path.open("ab") as file:
+        file.write(damage + b"\n")
+    record.append({"step": 1})
+    assert read_metrics(record.metrics_path) == [{"step": 0}, {"step": 1}]
+    assert caplog.messages == [f"{record.metrics_path}: 1 of its 3 lines are damaged, and passed over"]
+    record.truncate(1)
+    assert record.metrics_path.read_text() == '{"step": 0}\n'
+
+
 def test_the_result_says_where_its_numbers_are_from_and_holds_no_absolute_path(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["/usr/lib/davae", "evaluate", "--out=/srv/somebody/runs/x", str(Path.cwd() / "a" / "b.toml")]

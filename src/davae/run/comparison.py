@@ -1,14 +1,14 @@
 """Run folders beside each other: how far each is, what it measured, and in which settings they differ."""
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from davae.errors import CheckpointError
+from davae.errors import CheckpointError, DavaeError
 from davae.run.markdown import markdown_table
+from davae.run.recipe import read_toml
 from davae.run.record import is_locked, read_metrics
 from davae.run.storage import read_json
 
@@ -21,7 +21,7 @@ class RunSummary:
     """The state, the results and the settings of one run."""
 
     folder: str
-    # "finished", "running" (another process holds its lock) or "stopped".
+    # "finished", "running" (another process holds its lock), "stopped" or "unreadable".
     state: str
     # Steps that are done, and of the whole run.
     step: int
@@ -32,10 +32,15 @@ class RunSummary:
     settings: dict[str, Any]
     # The commit that it was last started with, or "".
     started: str
+    # Why it is unreadable, or "".
+    problem: str = ""
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
-    """The runs in these folders, and in all folders below them, in the order of their paths."""
+    """The runs in these folders, and in all folders below them, in the order of their paths.
+
+    A run with a damaged file is "unreadable", and the others are read all the same.
+    """
     run_folders: set[Path] = set()
     for folder in folders:
         for path in Path(folder).rglob("recipe.toml"):
@@ -44,16 +49,21 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
     if not run_folders:
         names = ", ".join(map(str, folders))
         raise CheckpointError(f"{names}: no run, which is a folder with recipe.toml and environment.json, is there")
-    return list(map(read_run, sorted(run_folders)))
+
+    summaries = []
+    for folder in sorted(run_folders):
+        try:
+            summaries.append(read_run(folder))
+        except DavaeError as error:
+            unreadable = RunSummary(str(folder), "unreadable", 0, None, {}, {}, "", problem=str(error))
+            summaries.append(unreadable)
+    return summaries
 
 
 def read_run(folder: Path) -> RunSummary:
-    """The summary of one run, or a CheckpointError that names the damaged file."""
-    try:
-        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-        lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: recipe.toml or metrics.jsonl cannot be read: {error}") from error
+    """The summary of one run, or a DavaeError that names the damaged file."""
+    recipe, start = read_toml(folder / "recipe.toml"), read_json(folder / "environment.json")
+    lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
 
     # The last of each value, until result.json has the final ones.
     state, step = "stopped", 0
@@ -65,7 +75,10 @@ def read_run(folder: Path) -> RunSummary:
         values.pop(name, None)
     if (folder / "result.json").is_file():
         state, step = "finished", recipe.get("steps", 0)
-        values = read_json(folder / "result.json")["values"]
+        result = read_json(folder / "result.json")
+        if not isinstance(result.get("values"), dict):
+            raise CheckpointError(f"{folder / 'result.json'} has no values: it is damaged")
+        values = result["values"]
 
     return RunSummary(
         folder=str(folder),
@@ -74,7 +87,7 @@ def read_run(folder: Path) -> RunSummary:
         steps=recipe.get("steps"),
         values={name: value for name, value in values.items() if isinstance(value, int | float)},
         settings=_flatten(recipe),
-        started=read_json(folder / "environment.json").get("commit") or "",
+        started=start.get("commit") or "",
     )
 
 
@@ -94,15 +107,22 @@ def to_text(runs: Sequence[RunSummary]) -> str:
     rows = []
     for run in runs:
         numbers = [f"{run.values[name]:.5g}" if name in run.values else "" for name in names]
-        rows.append([run.folder, run.state, f"{run.step}/{run.steps}", *numbers])
+        steps = "" if run.problem else f"{run.step}/{run.steps}"
+        rows.append([run.folder, run.state, steps, *numbers])
     text = markdown_table(["run", "state", "steps", *names], rows)
 
+    # Why some have no values.
+    for run in runs:
+        if run.problem:
+            text += f"\n\n{run.folder}: {run.problem}"
+
     # The settings, a column for each run.
+    readable = [run for run in runs if not run.problem]
     rows = []
-    for key, values in differences(runs).items():
+    for key, values in differences(readable).items():
         rows.append([key, *("" if value is None else json.dumps(value) for value in values)])
     if rows:
-        text += "\n\n" + markdown_table(["setting", *(run.folder for run in runs)], rows)
+        text += "\n\n" + markdown_table(["setting", *(run.folder for run in readable)], rows)
     return text
 
 

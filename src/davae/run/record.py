@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -10,15 +11,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from davae.errors import SettingsError
+from davae.errors import CheckpointError, SettingsError
 from davae.run.recipe import Recipe
 from davae.run.storage import change_leaves, finite, fsync, storage_errors, try_lock, write_atomically, write_json
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+
+logger = logging.getLogger(__name__)
 
 # The locks that are held, by PID and folder: a fork inherits the set, but not the locks.
 _held: set[tuple[int, Path]] = set()
@@ -78,9 +81,9 @@ class RunRecord:
             file.write(line)
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl from `step` on, and a last line that was cut short."""
+        """Drop the lines of metrics.jsonl from `step` on, and damaged ones."""
         if self.metrics_path.exists():
-            lines = [line for line in read_metrics(self.metrics_path) if line.get("step", -1) < step]
+            lines = [line for line in read_metrics(self.metrics_path) if line["step"] < step]
             write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def sync(self) -> None:
@@ -110,9 +113,25 @@ class RunRecord:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order, without a last line that a kill cut short."""
-    # Behind the last newline there is nothing, or a line that was cut short.
-    return list(map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1]))
+    """The sound lines of a metrics.jsonl, in order; damaged ones are passed over, for no run depends on its log.
+
+    A file that cannot be read at all is a CheckpointError.
+    """
+    try:
+        # Behind the last newline there is nothing, or a line that a kill cut short.
+        texts = Path(path).read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend its rights, or remove it") from error
+
+    lines: list[dict[str, Any]] = []
+    for text in texts:
+        with suppress(ValueError, RecursionError):  # no JSON, or no text
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines.append(line)
+    if damaged := len(texts) - len(lines):
+        logger.warning("%s: %d of its %d lines are damaged, and passed over", path, damaged, len(texts))
+    return lines
 
 
 def environment() -> dict[str, Any]:
