@@ -14,8 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from torch import Tensor
 
-from davae.errors import StorageError
+from davae.data.stored import FileBytes, LocalFile
+from davae.errors import DataError, StorageError
 from davae.run import faults
 from davae.run.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
@@ -239,3 +241,30 @@ def test_a_folder_that_is_read_only_is_a_storage_error(tmp_path_factory):
         folder.chmod(0o755)
         (folder / "checkpoints").chmod(0o755)
         shutil.rmtree(folder)
+
+
+def test_a_file_that_can_no_longer_be_read_ends_a_run_after_a_save(tmp_path):
+    """Three attempts, a checkpoint of all steps that are done, and an error that sends to the disk."""
+    (tmp_path / "batch").write_bytes(b"crops")
+    file = FileBytes("batch", LocalFile(str(tmp_path / "batch")), 0, 5)
+
+    def read_and_train(folder: Path, fails: dict[int, str]) -> dict[str, Tensor]:
+        model = tiny_model()
+        state = tiny_state(folder, model, steps=10, checkpoint_every=100)
+        load = state.saving(lambda number: file.read())
+        for step in state.steps():
+            faults.arm(fails.get(step, ""))
+            assert load(step) == b"crops"
+            state.update(loss_of(state, model, step))
+        return snapshot(state, model)
+
+    expected = read_and_train(tmp_path / "whole", {})
+    try:
+        with pytest.raises(DataError, match=r"batch: cannot be read, 3 times tried .*look at its disk or mount"):
+            read_and_train(tmp_path / "run", {2: "read:eio:1", 7: "read:eio:*"})
+    finally:
+        faults.arm("")
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-00000007"
+    assert same(read_and_train(tmp_path / "run", {}), expected)

@@ -8,7 +8,7 @@ from typing import Any
 from davae.data.buckets import Bucket, choose_bucket
 from davae.data.loading import in_threads
 from davae.data.pictures import PictureRefused, Refusal, check_picture
-from davae.data.stored import Sample, StoredBytes, parse_json
+from davae.data.stored import Sample, StoredBytes, explain_unreadable, parse_json, try_often
 from davae.errors import DataError
 
 MAX_FILE_BYTES = 512 << 20
@@ -115,11 +115,15 @@ def _read_size(picture: StoredBytes) -> tuple[int, int]:
     if picture.length > MAX_FILE_BYTES:
         reason = f"{picture.length} bytes is more than the allowed {MAX_FILE_BYTES}; save it smaller"
         raise PictureRefused(picture.name, reason, "too large")
-    try:
+
+    def check() -> tuple[int, int]:
         with picture.open() as stream:
             return check_picture(stream, picture.name, min_side=1)
+
+    try:
+        return try_often(check)
     except OSError as error:
-        raise PictureRefused(picture.name, f"cannot be opened ({error.strerror}); mend its rights") from error
+        raise PictureRefused(picture.name, explain_unreadable(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------ captions and classes

@@ -1,5 +1,6 @@
 """Encoded pictures and the texts beside them, wherever they lie."""
 
+import errno
 import io
 import json
 import time
@@ -7,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractBufferedFile
 
 from davae.data.pictures import PictureRefused, Stream
 from davae.errors import DataError, SettingsError
+from davae.run import faults
 
 PICTURE_SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp "
@@ -24,11 +26,34 @@ TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
 
 # Bytes that are fetched at once to see the header of a remote picture.
 HEADER_BYTES = 1 << 15
-# How often a remote file is tried, with pauses of a second and then two, before it is an error.
+# How often a file is tried, with pauses of a second and then two, before it is an error.
 ATTEMPTS = 3
+# Errors of a disk, or of a mount, that may pass.
+PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
+
+T = TypeVar("T")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+
+def try_often(action: Callable[[], T]) -> T:
+    """The result of `action`, which reads a local file and is tried again after an error that may pass."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(attempt)
+    return action()
+
+
+def explain_unreadable(error: OSError) -> str:
+    """Why a local file cannot be read, and how to mend it."""
+    if error.errno in PASSING:
+        return f"cannot be read, {ATTEMPTS} times tried ({error.strerror}); look at its disk or mount, and run again"
+    return f"cannot be read ({error.strerror}); mend its rights"
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class LocalFile:
 
     def open(self) -> Stream:
         """A stream of all bytes."""
+        faults.at("read")
         return Path(self.name).open("rb") if self.unpacked is None else io.BytesIO(self.unpacked)
 
     def read(self, start: int, end: int) -> bytes:
@@ -125,9 +151,9 @@ class FileBytes:
     def read(self) -> bytes:
         """All of the bytes, or a PictureRefused if they have changed since they were listed."""
         try:
-            data = self.file.read(self.offset, self.offset + self.length)
+            data = try_often(lambda: self.file.read(self.offset, self.offset + self.length))
         except OSError as error:
-            raise PictureRefused(self.name, f"cannot be read ({error.strerror}); mend its rights") from error
+            raise PictureRefused(self.name, explain_unreadable(error)) from error
         if len(data) != self.length:
             raise PictureRefused(self.name, "shorter than when it was listed; leave the files alone while in use")
         return data

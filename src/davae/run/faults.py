@@ -18,7 +18,7 @@ from davae.errors import SettingsError
 TENSOR_SITES = ("data", "encode", "text", "forward", "loss", "grad", "discriminator", "ema")
 # Each just before the operation; `save` means all of them together.
 FILE_SITES = ("save.open", "save.write", "save.fsync", "save.rename", "save.unlink")
-OTHER_SITES = ("decode", "backward", "clip", "step", "load", "cache", "eval")
+OTHER_SITES = ("read", "decode", "backward", "clip", "step", "load", "cache", "eval")
 SITES = (*TENSOR_SITES, *OTHER_SITES, "save", *FILE_SITES)
 
 NUMBERS = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}

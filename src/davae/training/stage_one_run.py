@@ -90,7 +90,14 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     evaluate = partial(evaluate_heldout, state, autoencoder, heldout, alex)
     with Ahead(partial(load_crops, recipe, pictures, ranks)) as load:
         train_networks(
-            autoencoder, recipe, state, load, evaluate, lpips=lpips, base_vae=base_vae, discriminator=discriminator
+            autoencoder,
+            recipe,
+            state,
+            state.saving(load),
+            evaluate,
+            lpips=lpips,
+            base_vae=base_vae,
+            discriminator=discriminator,
         )
 
     # The result has the EMA's weights, and latent statistics measured with them.

@@ -107,7 +107,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
 
     # Encode what the caches lack, then train.
     read_latents, read_conditions = prepare_inputs(recipe, pipeline, pictures, folder, ranks)
-    load = partial(load_batch, recipe, pictures, read_latents, ranks)
+    load = state.saving(partial(load_batch, recipe, pictures, read_latents, ranks))
     draw = partial(draw_pictures, state, pipeline, recipe, prompts)
     train_transformer(transformer, recipe, state, load, read_conditions, objectives, draw)
 
@@ -250,14 +250,14 @@ def save_upgrade(
 
 
 def finish_record(state: TrainingState, recipe: FinetuneRecipe, *, pictures: int) -> None:
-    """Write result.json with the losses of the last line of metrics.jsonl, and the model cards."""
-    # A finished run that is started again has its lines, too.
-    path = state.record.metrics_path
-    lines = read_metrics(path) if path.exists() else []
-    losses = {}
-    for name, value in lines[-1].items() if lines else ():
-        if name.endswith("loss"):
-            losses[name] = value
+    """Write result.json with the losses of the last step, and the model cards."""
+    # A finished run that is started again has them in its log, which may be damaged: those of other steps do not count.
+    path, losses = state.record.metrics_path, {}
+    for line in read_metrics(path) if path.is_file() else ():
+        if line["step"] == state.step - 1:
+            losses = {name: value for name, value in line.items() if name.endswith("loss")}
+    if state.step and not losses:
+        logger.warning("%s has no line of the last step, so result.json has no losses", path)
 
     counts = {"pictures": pictures, "batch_size": recipe.batch_size}
     state.finish(losses, counts=counts)

@@ -3,17 +3,17 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from torch import Tensor, nn
 
-from davae.errors import NumericsError
+from davae.errors import DavaeError, NumericsError
 from davae.run import faults
 from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from davae.run.progress import StepProgress
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 3
 Logs = Mapping[str, Tensor | float]
+Batch = TypeVar("Batch")
 
 
 class TrainingState:
@@ -160,6 +161,25 @@ class TrainingState:
         count = self.recipe.gradient_accumulation
         for position in range(count):
             yield self.step * count + position
+
+    def saving(self, load: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        """`load`, which makes a batch; if it fails, the steps that are done are saved before the error goes on.
+
+        Several processes cannot save then, since the others do not know of the error: they go on from the last
+        checkpoint. Nor is a step saved that had some of its batches, and a companion that saw them.
+        """
+
+        def load_or_save(number: int) -> Batch:
+            try:
+                return load(number)
+            except (DavaeError, OSError):
+                begun = self._companion is not None and self._pending
+                if self.ranks.count == 1 and not begun:
+                    self._save()
+                    logger.warning("%s is saved after %d steps", self.label, self.step)
+                raise
+
+        return load_or_save
 
     def update(self, loss: Tensor, logs: Logs | None = None, *, samples: Sequence[str] = ()) -> None:
         """Backward pass of a batch's loss; after the step's last one a step of optimiser and EMA, and a metrics line.
