@@ -4,14 +4,18 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from davae.backbones import sd3
+from davae.data import avatars
 from davae.data.avatar_shards import write_avatar_shards
+from davae.data.avatars import Attributes
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder
@@ -131,6 +135,24 @@ def test_the_numbers_of_a_pipeline(work: Path) -> None:
     enlarged, halved = (result["to_exact"][name] for name in ("base enlarged", "real images, halved and enlarged"))
     assert enlarged["psnr"][0] < halved["psnr"][0]
     assert all(share == 1 for share, _ in result["attributes"]["real images"].values())
+
+
+def test_attributes_are_read_where_they_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    module = runpy.run_path(str(FOLDER / "attributes.py"))
+    bald = Attributes("noHair1", "smile", None, None, None, None, "tan", "green", "blue")
+    for shown, shirt in ((bald, "green"), (replace(bald, shirt="red"), "red")):
+        drawn = avatars.draw_image(replace(shown, shirt=shirt), module["SIDE"])
+        image = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
+        right = module["read_attributes"]({"set": image}, bald)["set"]
+        assert right.pop("shirt") == (shirt == bald.shirt)
+        assert right == dict.fromkeys(right, True)
+        assert {"hair", "expression", "accessory", "facial_hair", "skin", "background"} == set(right)
+
+    # Long hair before the shirt.
+    hidden = replace(bald, hair="longBangs")
+    image = torch.from_numpy(np.array(avatars.draw_image(hidden, module["SIDE"]))).permute(2, 0, 1)
+    assert "shirt" not in module["read_attributes"]({"set": image}, hidden)["set"]
 
 
 def test_there_is_a_strip_of_held_out_prompts(work: Path) -> None:
