@@ -8,7 +8,7 @@ import tarfile
 import pytest
 import torch
 
-from data.stored import captioned, digest, fill, picture, tar
+from data.stored import captioned, digest, fill, picture, reasons, tar
 from davae.data import shards
 from davae.data.sources import open_pictures
 from davae.errors import DataError
@@ -38,7 +38,19 @@ def test_keys_of_members_are_those_of_webdataset(tmp_path):
     }
     pictures = open_pictures(tar(tmp_path / "a.tar", files, odd("x", tarfile.DIRTYPE)), size=32)
     assert pictures.keys == ["x/a"]
-    assert pictures.refused == []
+    (further,) = pictures.refused
+    assert (further.name, further.kind) == ("a.tar/x/a.seg.png", "same name")
+
+
+def test_pictures_with_dots_in_their_names_are_refused_by_name(tmp_path):
+    names = ["boat v1.5 07.jpg", "boat v1.6 08.JPG", "key.input.jpg", "x/.jpg"]
+    files = captioned(1) | dict.fromkeys(names, picture(1)) | {"boat v1.5 07.txt": b"a boat"}
+    pictures = open_pictures(tar(tmp_path / "a.tar", files), size=32, captions=False)
+    assert pictures.keys == ["000"]
+    assert sorted(reasons(pictures)) == [f"a.tar/{name}" for name in names]
+    assert "the field '5 07.jpg' of 'boat v1'; rename it" in reasons(pictures)["a.tar/boat v1.5 07.jpg"]
+    with pytest.raises(DataError, match="3 of 4 pictures cannot be read"):
+        pictures.sound(max_unreadable=0.01)
 
 
 def odd(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", size: int = 0) -> tarfile.TarInfo:

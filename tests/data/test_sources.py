@@ -46,8 +46,11 @@ def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
     pictures = open_pictures(fill(tmp_path, files), size=32)
     assert pictures.keys == ["a", "b", "d", "sub/c"]
     assert pictures.captions == ["a caf\u00e9", "two words", "from txt", "from json"]
-    assert pictures.refused == []
-    assert pictures.refusals_summary() == "0 refused"
+    assert {refusal.name: refusal.kind for refusal in pictures.refused} == {
+        ".hidden.png": "hidden",
+        ".git/e.png": "hidden",
+    }
+    assert pictures.refusals_summary().startswith("2 refused: .hidden.png: hidden")
 
     batch = pictures.batch([1, 0, 3])
     assert (batch.shape, batch.dtype) == ((3, 3, 32, 32), torch.float32)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,11 +34,10 @@ ORIGIN = "davae-origin"
 
 Stream = BytesIO | BufferedReader
 
-RefusalKind = Literal[
-    "damaged", "format", "too large", "text", "missing", "too small", "no caption", "no class", "same name"
-]
 # Refusals that any collection of pictures has; all others mean that a file is broken.
-LEFT_OUT: tuple[RefusalKind, ...] = ("too small", "no caption", "no class", "same name")
+LeftOutKind = Literal["too small", "no caption", "no class", "same name", "hidden", "mask", "archive", "link"]
+RefusalKind = Literal["damaged", "format", "too large", "text", "missing"] | LeftOutKind
+LEFT_OUT: tuple[RefusalKind, ...] = get_args(LeftOutKind)
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 

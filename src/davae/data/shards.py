@@ -6,11 +6,22 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from davae.data.pictures import Stream
-from davae.data.stored import FileBytes, LocalFile, RemoteFile, Sample, Samples
+from davae.data.pictures import Refusal, Stream
+from davae.data.stored import (
+    PICTURE_SUFFIXES,
+    FileBytes,
+    LocalFile,
+    RemoteFile,
+    Sample,
+    Samples,
+    is_archive,
+    must_be_told,
+    refuse_aside,
+)
 from davae.errors import DataError, DavaeError
 
 # Largest compressed shard once unpacked: it stays in memory while its set is in use.
@@ -24,25 +35,27 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_PADDING_BYTES = 1 << 24
 
 
-def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> Samples:
+def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> tuple[Samples, list[Refusal]]:
     """The members of several shards, in their order, by WebDataset's key: the path up to the name's first dot.
 
     A plain tar is read in place; at a URL only the members' headers are fetched. A `.tar.gz` is unpacked into memory,
-    never to disk.
+    never to disk. Pictures and archives that have no place in a sample are refused by name.
     """
     samples: Samples = {}
+    refused: list[Refusal] = []
     for shard in shards:
-        members = _list_shard(shard)
+        members = _list_shard(shard, refused)
         for key in members.keys() & samples.keys():
             raise DataError(f"{shard.name}: its key {key!r} is in an earlier shard too; every key must be there once")
         samples |= members
-    return samples
+    return samples, refused
 
 
-def _list_shard(shard: LocalFile | RemoteFile) -> Samples:
+def _list_shard(shard: LocalFile | RemoteFile, refused: list[Refusal]) -> Samples:
     short = shard.name.rpartition("/")[2]
     file = _unpack(shard) if short.endswith(".gz") else shard
     samples: Samples = {}
+    dotted: list[tuple[str, str, str]] = []
 
     # Every member is a place in the file.
     try:
@@ -50,13 +63,31 @@ def _list_shard(shard: LocalFile | RemoteFile) -> Samples:
             for member in _members(stream, shard.name):
                 path = PurePosixPath(member.name)
                 stem, dot, suffix = path.name.partition(".")
-                sample = samples.setdefault((path.parent / stem).as_posix(), Sample())
-                content = FileBytes(f"{short}/{path}", file, member.offset_data, member.size)
+                key, name = (path.parent / stem).as_posix(), f"{short}/{path}"
+                if aside := refuse_aside(path):
+                    if must_be_told(path.name):
+                        refused.append(replace(aside, name=name))
+                    continue
+
+                sample = samples.setdefault(key, Sample())
+                content = FileBytes(name, file, member.offset_data, member.size)
                 sample.add((dot + suffix).lower(), content)
+                if "." in suffix and path.suffix.lower() in PICTURE_SUFFIXES:
+                    dotted.append((key, suffix, name))
+                elif is_archive(path.name):
+                    refused.append(Refusal(name, "an archive in a shard; unpack it and give it by itself", "archive"))
     except DavaeError:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise DataError(f"{shard.name}: no sound, uncompressed tar ({error}); make or download it again") from error
+
+    # Beside a picture of their key they are further fields of its sample; alone they are lost pictures.
+    for key, suffix, name in dotted:
+        reason = f"WebDataset cuts names at the first dot, so this is the field {suffix!r} of {key!r}; "
+        if samples[key].pictures:
+            refused.append(Refusal(name, f"{reason}{samples[key].pictures[0].name} is its picture", "same name"))
+        else:
+            refused.append(Refusal(name, f"{reason}rename it so that its only dot is that of its suffix", "format"))
     return samples
 
 

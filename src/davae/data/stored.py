@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractBufferedFile
 
-from davae.data.pictures import PictureRefused, Stream
+from davae.data.pictures import PictureRefused, Refusal, Stream
 from davae.errors import DataError, SettingsError
 from davae.run import faults
 
@@ -21,6 +21,12 @@ PICTURE_SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp "
     # Pictures that are not read: listed, so that they are refused by name rather than passed over in silence.
     ".avif .cr2 .dng .eps .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga".split()
+)
+# Of those at the end of a name, in small letters, only .tar, .tar.gz and .parquet can be sources.
+ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".parquet")
+# Folders in which file servers and systems keep thumbnails and deleted files.
+SERVER_FOLDERS = frozenset(
+    "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin __macosx lost+found".split()
 )
 TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
 
@@ -202,6 +208,26 @@ class Sample:
 
 
 Samples = dict[str, Sample]
+
+
+def is_archive(name: str) -> bool:
+    """Whether a name is that of an archive or of a table of pictures."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def must_be_told(name: str) -> bool:
+    """Whether a file of this name is refused by name where it is not used."""
+    return name.lower().endswith((*PICTURE_SUFFIXES, *ARCHIVE_SUFFIXES))
+
+
+def refuse_aside(path: PurePath) -> Refusal | None:
+    """A refusal if the path inside a source is hidden or one that file servers keep for themselves."""
+    for part in path.parts:
+        if part.lower() in SERVER_FOLDERS:
+            return Refusal(path.as_posix(), f"in {part}, a folder of file servers; take the set out of it", "hidden")
+        if part.startswith(".") and part not in (".", ".."):
+            return Refusal(path.as_posix(), f"hidden, since {part} begins with a dot; rename it to use it", "hidden")
+    return None
 
 
 def parse_json(text: str) -> Any:
