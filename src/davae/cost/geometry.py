@@ -3,7 +3,6 @@
 Neither speed nor a count depends on what the weights are.
 """
 
-import importlib
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer, T5Tokenizer
 
-import davae
 from davae import assets
 from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.models.base_autoencoders import BASE_AUTOENCODERS
 from davae.pipelines.places import fetch_files, find_on_hub
+from davae.pipelines.vetting import find_part_class, find_pipeline_class
 from davae.run.storage import read_json
 
 META = torch.device("meta")
@@ -69,7 +68,7 @@ def read_geometry(base: str, beside: Path) -> Geometry:
                 f"{source} has a {vae} and a {transformer}; allowed are {', '.join(BASE_AUTOENCODERS)} and "
                 f"{', '.join(BACKBONES)}"
             )
-        transformer_class = _find_class("davae" if library == "davae" else "diffusers", transformer)
+        transformer_class = find_part_class(library, transformer, f"the transformer of {source}")
         with META:
             return Geometry(
                 source,
@@ -111,16 +110,12 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
         else:
             with torch.random.fork_rng(), device:
                 torch.manual_seed(0)
-                parts[part] = _make_part(_find_class(library, class_name), folder, part, layers)
+                kind = find_part_class(library, class_name, f"the {part} of {folder}")
+                parts[part] = _make_part(kind, folder, part, layers)
                 if isinstance(parts[part], nn.Module):
                     _settle(parts[part], dtype)
 
-    name = index["_class_name"]
-    return _find_class("davae" if name in davae.__all__ else "diffusers", name)(**parts)
-
-
-def _find_class(library: str, name: str) -> type[Any]:
-    return getattr(importlib.import_module(library), name)
+    return find_pipeline_class(folder, index)(**parts)
 
 
 def _make_part(kind: type[Any], source: Path, part: str, layers: int | None = None) -> Any:

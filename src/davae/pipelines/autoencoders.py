@@ -16,6 +16,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import find_base
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
 from davae.pipelines.places import fetch_files, find_on_hub, loading
+from davae.pipelines.vetting import check_files
 from davae.run.storage import read_json
 
 # The argument of `from_pretrained` for the precision of the weights.
@@ -79,6 +80,7 @@ def load_model(
     if not (folder / "config.json").is_file():  # diffusers would take "runs/autoencoder" for a name on the Hub
         name = model_class.__name__
         raise CheckpointError(f"{folder} has no config.json: give the folder of an {name} on this machine")
+    check_files(folder)
     frozen, dtype = frozen or {}, dtype or torch.float32
 
     logger = logging.getLogger("diffusers.models.modeling_utils")
@@ -123,6 +125,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
             class_name = read_json(folder / "model_index.json")["vae"][1]
             folder = folder / "vae"
         vae_class = load_base_class(class_name, f"the VAE of {base}")
+        check_files(folder)
         vae = vae_class.from_pretrained(folder, use_safetensors=True, **{DTYPE: torch.float32})
 
     check_whole(vae, f"VAE of {base}")

@@ -16,6 +16,7 @@ from davae.pipelines.autoencoders import DTYPE, check_whole, load_autoencoder
 from davae.pipelines.places import fetch_files, fetch_pipeline, find_on_hub, loading
 from davae.pipelines.saving import PORTABLE_ENTRY
 from davae.pipelines.upgrade import replace_parts, upgrade
+from davae.pipelines.vetting import check_files, find_pipeline_class
 from davae.run.storage import read_json
 
 
@@ -78,19 +79,20 @@ def _load_stock(path_or_base: str | Path, without: Sequence[str], dtypes: Any) -
         raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
 
     index = read_json(folder / "model_index.json")
-    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
-    if index.get("_class_name") == "ClassConditionalFlowPipeline":  # diffusers would look for it in itself
-        from davae.pipelines.class_conditional import ClassConditionalFlowPipeline
-
-        pipeline_class = ClassConditionalFlowPipeline
-    if hub is not None:  # the same commit as the index
-        folder = fetch_pipeline(hub._replace(revision=folder.name), without, pipeline_class)
-
     # The code in a portable folder is never run: the autoencoder is loaded with ours, below.
     absent = {*without, *(name for name, entry in index.items() if entry == [None, None])}
     portable = index.get("vae") == PORTABLE_ENTRY and "vae" not in absent
     if portable:
         absent.add("vae")
+    parts = {name: entry for name, entry in index.items() if name not in absent}
+    pipeline_class = find_pipeline_class(folder, parts)
+
+    # Only what was checked is fetched: the same commit as the index.
+    if hub is not None:
+        folder = fetch_pipeline(hub._replace(revision=folder.name), without, pipeline_class)
+    for name, entry in parts.items():
+        if isinstance(entry, list) and not name.startswith("_"):
+            check_files(folder / name)
 
     # diffusers takes None for "not loaded".
     settings: dict[str, Any] = {**dict.fromkeys(absent), DTYPE: dtypes, "use_safetensors": True}
