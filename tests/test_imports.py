@@ -126,6 +126,17 @@ def test_no_pickle_and_no_remote_code() -> None:
                 assert all(ast.unparse(value) == "False" for value in trusted), f"{path.name}: trust_remote_code"
 
 
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node)
+                if node.func.attr in ("read_text", "write_text"):
+                    assert "utf-8" in call, f"{path.name}: {call}"
+                if node.func.attr == "open" and "tarfile" not in call and re.search(r"'[rwa]\+?'", call):
+                    assert "b'" in call or "encoding" in call, f"{path.name}: {call}"
+
+
 def test_nothing_hides_numbers_that_are_not_finite() -> None:
     for path in FILES:
         assert "nan_to_num" not in path.read_text(), path.name

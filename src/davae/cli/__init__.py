@@ -1,5 +1,7 @@
 """The command line: verbs parse, call and print. They import the rest of davae when called, so that --help is fast."""
 
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +12,8 @@ from rich.console import Console
 
 from davae import __version__
 from davae.cli import data, making, measuring, training
-from davae.cli.options import by_first, is_first, say
-from davae.errors import DavaeError
+from davae.cli.options import PrintableFormatter, by_first, is_first, make_printable, say
+from davae.errors import DavaeError, StorageError
 
 app = typer.Typer(
     name="davae",
@@ -46,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake becomes a message on stderr and an exit code, never a traceback."""
     stderr = Console(soft_wrap=True, highlight=False, stderr=True)
 
+    # Any name can be shown, whatever the terminal's encoding, and none is obeyed as an escape sequence.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
+
     # Before torch is imported: OpenMP's threads sleep while they wait. Those that spin take the core that the last one
     # needs, as soon as another program is busy (benchmarks/waiting.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -58,10 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A code above 128 is a signal, after which everything is saved: no error.
         if error.exit_code <= 128:
             stderr.print("[bold red]error[/]", end=" ")
-        stderr.print(str(error), markup=False)
+        stderr.print(make_printable(str(error)), markup=False)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a place that no verb checks, such as stdout or the folder for temporary files
+        stderr.print("[bold red]error[/]", end=" ")
+        stderr.print(f"the system says: {make_printable(str(error))}. Mend that, and run again", markup=False)
+        _give_up_stdout()
+        sys.exit(StorageError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _give_up_stdout() -> None:
+    """If stdout is full, drop what is left for it: Python would write it at its end, and fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)

@@ -44,10 +44,11 @@ def inspect(
     from davae.data.pictures import digest_origin, write_png
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
-    from davae.run.storage import write_json
+    from davae.run.storage import check_writable, write_json
 
     # Decode everything once, and write before printing.
     folder = out or Path("runs/data") / source_name(source)
+    check_writable(folder)
     pictures = open_pictures(source, buckets=buckets, **settings)
     facts = {"source": source, **survey(pictures)}
     write_json(folder / "inspection.json", facts)

@@ -59,8 +59,10 @@ def upgrade(
     from davae.pipelines.publishing import check_repository_name, make_upgrade_card, push_folder, write_card
     from davae.pipelines.saving import save_pipeline
     from davae.pipelines.upgrade import upgrade
+    from davae.run.storage import check_writable
 
-    # Refuse before anything is loaded.
+    # Refuse before anything is loaded; OUT is made beside its place, and takes it when it is complete.
+    check_writable(out.resolve().parent)
     if any(Path(folder).resolve().is_relative_to(out.resolve()) for folder in (pipeline, autoencoder)):
         raise SettingsError(f"OUT={out} holds an input of the upgrade, and would be replaced: give another folder")
     if push_to_hub is not None:

@@ -3,8 +3,10 @@
 import functools
 import inspect
 import json
+import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,14 +80,21 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved sett
 
 
 def with_dry_run(verb: Verb) -> Verb:
-    """Give a verb the option --dry-run: print its settings, and leave without calling it."""
+    """Give a verb the option --dry-run: print its settings, and leave without calling it.
+
+    Otherwise its OUT must be a folder that can be written, before the verb loads or makes anything.
+    """
 
     @functools.wraps(verb)
     def run(*, dry_run: bool, **settings: Any) -> None:
-        if not dry_run:
-            return verb(**settings)
-        # Where the verb would run is no setting.
-        show({name: value for name, value in settings.items() if name not in ("device", "rank_timeout")})
+        if dry_run:
+            # Where the verb would run is no setting.
+            return show({name: value for name, value in settings.items() if name not in ("device", "rank_timeout")})
+        if "out" in settings:
+            from davae.run.storage import check_writable
+
+            check_writable(settings["out"])
+        verb(**settings)
 
     # typer reads the options from the signature.
     signature = inspect.signature(verb)
@@ -143,10 +152,29 @@ def by_first(verb: Verb) -> Verb:
     return run
 
 
+def make_printable(text: str) -> str:
+    """Text with escapes for what a terminal would obey or could not show: names come from strangers' files."""
+    printable = []
+    for character in text:
+        # Emoji are joined by U+200D.
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t\u200d":
+            character = ascii(character)[1:-1]
+        printable.append(character)
+    return "".join(printable)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log records as plain lines that a terminal only shows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
+        return make_printable(super().format(record))
+
+
 def say(text: object) -> None:
     """Print a line to stdout, on rank 0 only."""
     if is_first():
-        _stdout.print(str(text), markup=False)
+        _stdout.print(make_printable(str(text)), markup=False)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def _reset_peak(device: torch.device) -> int | None:
         return torch.cuda.memory_allocated(device)
     if not os.access(_RESET, os.W_OK):
         return None
-    _RESET.write_text("5")  # the peak of resident memory, see proc(5)
+    _RESET.write_text("5", encoding="utf-8")  # the peak of resident memory, see proc(5)
     return _read_resident("VmRSS")
 
 
@@ -157,5 +157,5 @@ def _read_peak(device: torch.device) -> int:
 
 
 def _read_resident(field_name: str) -> int:
-    after = _STATUS.read_text().split(f"{field_name}:")[1]
+    after = _STATUS.read_text(encoding="utf-8").split(f"{field_name}:")[1]
     return 1024 * int(after.split()[0])

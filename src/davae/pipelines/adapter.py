@@ -110,7 +110,7 @@ def save_adapter(
     # Files in one go: a failure leaves an older adapter as it was.
     check_replaceable(folder, holds=INDEX)
     with replaced_whole(folder) as partial:
-        (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n")
+        (partial / INDEX).write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for name, tensors in _select_tensors(transformer, index).items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
 

@@ -17,7 +17,16 @@ from typing import Any
 
 from davae.errors import CheckpointError, SettingsError
 from davae.run.recipe import Recipe
-from davae.run.storage import change_leaves, finite, fsync, storage_errors, try_lock, write_atomically, write_json
+from davae.run.storage import (
+    change_leaves,
+    check_writable,
+    finite,
+    fsync,
+    storage_errors,
+    try_lock,
+    write_atomically,
+    write_json,
+)
 
 PACKAGES = ("davae", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -36,9 +45,8 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
 
+    check_writable(folder)
     with storage_errors(folder / ".lock"):
-        if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
-            raise SettingsError(f"{folder} is a file, or lies below one: give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("wb")
 

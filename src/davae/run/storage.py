@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors import SafetensorError
 
 from davae.errors import CheckpointError, SettingsError, StorageError
 from davae.run import faults
+
+# Most bytes of the name of a folder that davae writes: file systems allow 255, and temporary names are longer.
+LONGEST_NAME = 220
 
 
 @contextmanager
@@ -111,6 +115,21 @@ def check_replaceable(folder: Path, *, holds: str) -> None:
         )
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before the work whose result goes there; nothing is made."""
+    # Temporary names, beside it and inside of it, are a little longer.
+    for part in folder.parts:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            raise SettingsError(f"{folder}: a name of over {LONGEST_NAME} bytes; give a folder with a shorter one")
+
+    with storage_errors(folder):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not nearest.is_dir():
+            raise SettingsError(f"{folder} is a file, or lies below one: give another folder")
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"x")
+
+
 def try_lock(file: BinaryIO, *, shared: bool = False) -> bool:
     """Whether this process has the file's lock now; the system drops it when the process dies, however it dies."""
     with storage_errors(Path(file.name)):
@@ -132,7 +151,7 @@ def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
     """The error to raise when `path` (`needed` bytes) could not be written; it tells how much room there is."""
-    free = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())).free
+    free = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if os.path.isdir(parent))).free
     return StorageError(
         f"cannot write {path}: {error}. {needed:,} bytes are needed, {free:,} are free. "
         "Make room (or lift the quota, or make the folder writable) or choose another folder, and run again"

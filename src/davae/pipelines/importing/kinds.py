@@ -9,7 +9,7 @@ from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.importing import autoencoders, transformers
 from davae.pipelines.importing.account import Import, Save
 from davae.pipelines.importing.reading import ForeignCheckpoint, read_checkpoint, read_statistics
-from davae.run.storage import check_replaceable, replaced_whole, write_json
+from davae.run.storage import check_replaceable, check_writable, replaced_whole, write_json
 
 REPORT = "import.json"
 
@@ -67,6 +67,8 @@ def import_checkpoint(
     for path in (file, *paths.values()):
         if path is not None and Path(path).resolve().is_relative_to(out.resolve()):
             raise SettingsError(f"OUT={out} holds {path}, which is read, and would be replaced: give another folder")
+    for folder in (out, out.resolve().parent):
+        check_writable(folder)
     check_replaceable(out, holds=REPORT)
     if kind is not None and kind not in KINDS:
         raise SettingsError(f"--kind {kind}: allowed are {', '.join(KINDS)}")

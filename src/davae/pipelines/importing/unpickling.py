@@ -32,7 +32,7 @@ def open_wrappers(entries: Mapping[Any, Any], wrappers: Sequence[str]) -> tuple[
 def convert(source: Path, target: Path, wrappers: Sequence[str]) -> None:
     """Read `source` as tensors only and write those inside its wrappers to `target`, every dtype as it is."""
     # Bounded memory: a small pickle may ask for any amount.
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + 4 * source.stat().st_size + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)  # each thread's stack counts, too
