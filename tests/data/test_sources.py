@@ -310,3 +310,12 @@ def test_where_no_captions_are_needed_a_picture_without_one_is_used(tmp_path):
     fill(tmp_path, {"a.png": picture(0), "b.png": picture(1), "b.txt": b"two"})
     assert open_pictures(tmp_path, size=32, captions=False).captions == ["", "two"]
     assert open_pictures(tmp_path, size=32).keys == ["b"]
+
+
+def test_reading_a_set_shows_its_progress_where_a_report_is_asked_for(tmp_path, capsys):
+    fill(tmp_path / "set", {f"{number}.png": picture(number) for number in range(3)})
+    pictures = open_pictures(tmp_path / "set", size=32, captions=False)
+    pictures.sound()
+    assert capsys.readouterr().err == ""
+    pictures.sound(tmp_path / "refused.json")
+    assert "reading pictures: 1/1" in capsys.readouterr().err

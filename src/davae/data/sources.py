@@ -19,12 +19,15 @@ from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, Refu
 from davae.data.stored import PICTURE_SUFFIXES
 from davae.errors import DataError, SettingsError
 from davae.run import faults
+from davae.run.progress import track
 from davae.run.storage import write_json
 
 logger = logging.getLogger(__name__)
 
 # A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use.
 MEMORY_BYTES = 1 << 30
+DECODED_TOGETHER = 64
+"""Pictures between two looks at the progress."""
 
 
 class PictureSet:
@@ -121,15 +124,19 @@ class PictureSet:
 
         The reasons of all refusals go to the JSON file `report`, by name. A DataError says that no picture is left, or
         that more than the share `max_unreadable` of them, rounded up to whole pictures, cannot be read: many damaged
-        files mean a broken download. The kinds in `LEFT_OUT` do not count, since any collection has some.
+        files mean a broken download. The kinds in `LEFT_OUT` do not count, since any collection has some. Progress is
+        shown where a report is asked for.
         """
         usable: list[int] = []
         refused = list(self.refused)
-        for index, refusal in enumerate(in_threads(self._try_to_decode, range(len(self)))):
-            if refusal is None:
-                usable.append(index)
-            else:
-                refused.append(refusal)
+        starts = range(0, len(self), DECODED_TOGETHER)
+        for start in track(starts, "reading pictures", unit="batches", visible=report is not None):
+            indices = range(start, min(start + DECODED_TOGETHER, len(self)))
+            for index, refusal in zip(indices, in_threads(self._try_to_decode, indices), strict=True):
+                if refusal is None:
+                    usable.append(index)
+                else:
+                    refused.append(refusal)
 
         # The report of this run, in place of an earlier one's.
         if report is not None and refused:

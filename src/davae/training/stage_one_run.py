@@ -20,6 +20,7 @@ from davae.method.stage_one_loss import compared_weights
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import load_base_vae
 from davae.run import faults
+from davae.run.progress import track
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable
 from davae.seeds import generator
@@ -131,9 +132,10 @@ def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, nu
 def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:
     """Measure the latent statistics on a part of the training images; a NumericsError if the latents are nothing."""
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
-    chunks = pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16)
+    chunks = list(pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16))
+    visible = track(chunks, "measuring the latents", unit="batches", visible=Ranks().first)
     try:
-        autoencoder.calibrate(pictures.batch(chunk) for chunk in chunks)
+        autoencoder.calibrate(pictures.batch(chunk) for chunk in visible)
     except ValueError as error:  # the models know no errors of davae
         raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from rich.console import Console
 from torch import nn
 
 from davae import assets
@@ -43,6 +44,7 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
 
     if recipe.start == "closed form" and not recipe.autoencoder:
         chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
+        Console(stderr=True).print(f"fitting the closed-form start on {len(chosen)} images")
         facts = fit_closed_form(autoencoder, pictures.squares(chosen.tolist()), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     autoencoder = add_slim_decoder(autoencoder, recipe, pictures)
