@@ -24,7 +24,8 @@ from davae.errors import StorageError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
-from davae.training.caching import digest_model, digest_text_encoding
+from davae.training.caching import digest_text_encoding
+from davae.training.digests import digest_model
 from davae.training.stage_two_inputs import (
     ReadLatents,
     cache_conditions,

@@ -151,6 +151,7 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(
             "recipe.toml",
             "environment.json",
             "pictures.json",
+            "inputs.json",
             "metrics.jsonl",
             "result.json",
             "checkpoints",

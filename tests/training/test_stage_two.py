@@ -139,7 +139,16 @@ def test_the_same_command_again_returns_the_same_and_trains_nothing(tuned: Run) 
     assert [path.stat().st_ino for path in watched] == inodes
 
     made = {"pipeline"} if recipe.trained == "full" else {"pipeline", "adapter"}
-    files = {"recipe.toml", "environment.json", "pictures.json", "metrics.jsonl", "cache", "checkpoints", ".lock"}
+    files = {
+        "recipe.toml",
+        "environment.json",
+        "pictures.json",
+        "inputs.json",
+        "metrics.jsonl",
+        "cache",
+        "checkpoints",
+        ".lock",
+    }
     assert {path.name for path in folder.iterdir()} == made | files | {"result.json"}
 
     result = json.loads((folder / "result.json").read_text())

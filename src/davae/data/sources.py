@@ -59,6 +59,8 @@ class PictureSet:
         # Decoded pictures by key, if all of them are few enough.
         self._in_memory = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
         self._memory: dict[str, Tensor] = {}
+        # SHA-256 of the encoded bytes by key, of those that were read.
+        self._contents: dict[str, bytes] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -82,7 +84,8 @@ class PictureSet:
     def decode(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """As `image`, but always from the encoded bytes."""
         stored, bucket = self.entries[index].picture, self.entries[index].bucket
-        picture = read_picture(stored.read(), stored.name, min_side=1, enough=2 * max(bucket.height, bucket.width))
+        data = self._read(index)
+        picture = read_picture(data, stored.name, min_side=1, enough=2 * max(bucket.height, bucket.width))
         height, width = picture.shape[1:]
         if height < bucket.height or width < bucket.width:
             # A PNG that lies on its side, and says so behind its pixels only.
@@ -113,11 +116,15 @@ class PictureSet:
         return [self.members[bucket][place] for place in places]
 
     def fingerprint(self, index: int) -> str:
-        """SHA-256, as hexadecimal, of all that decides what `image` gives: the encoded bytes, and how they are cut."""
+        """SHA-256, as hexadecimal, of all that decides what `image` gives: the encoded bytes, and how they are cut.
+
+        The bytes of a picture that was decoded before, as `sound` does, are not read again.
+        """
         entry = self.entries[index]
-        content = hashlib.sha256(entry.picture.read()).hexdigest()
+        if entry.key not in self._contents:
+            self._read(index)
         size = f"{entry.bucket.width}x{entry.bucket.height} pixels"
-        return hashlib.sha256(f"{content}, centre, {size}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._contents[entry.key].hex()}, centre, {size}".encode()).hexdigest()
 
     def sound(self, report: Path | None = None, *, max_unreadable: float = 1.0) -> "PictureSet":
         """The pictures that decode, after decoding each once; the others are refused. Refusals are logged.
@@ -162,12 +169,22 @@ class PictureSet:
         # The decoded pictures go along.
         entries = list(map(self.entries.__getitem__, usable))
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        rest._memory = self._memory
+        rest._memory, rest._contents = self._memory, self._contents
         return rest
 
     def refusals_summary(self) -> str:
         """How many pictures were refused, and the reasons of the first ones, for people."""
         return _summarise(self.refused)
+
+    def _read(self, index: int) -> bytes:
+        """The encoded bytes, or a PictureRefused if they are not those of the first time."""
+        entry = self.entries[index]
+        data = entry.picture.read()
+        content = hashlib.sha256(data).digest()
+        if self._contents.setdefault(entry.key, content) != content:
+            reason = "other bytes than when it was first read; leave the files alone while in use"
+            raise PictureRefused(entry.picture.name, reason)
+        return data
 
     def _images(self, indices: Sequence[int]) -> list[Tensor]:
         decoded = self._memory.keys() >= set(map(self.keys.__getitem__, indices))

@@ -1,10 +1,13 @@
-"""The folder of one run: one process group at a time, one recipe, one set of pictures."""
+"""The folder of one run: one process group at a time, one recipe, the same inputs at every start."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch
 
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
@@ -16,6 +19,9 @@ from davae.training.optimizers import check_optimizer
 from davae.training.recipes import OptimisationRecipe, PicturesRecipe
 
 logger = logging.getLogger(__name__)
+
+# Digests, by name, of all that a run starts from.
+INPUTS = "inputs.json"
 
 
 @contextmanager
@@ -48,7 +54,7 @@ def claim_folder(recipe: OptimisationRecipe, folder: Path, ranks: Ranks) -> Iter
 def check_same_recipe(recipe: OptimisationRecipe, folder: Path) -> None:
     """Refuse a folder in which a run of another recipe has begun."""
     path = folder / "recipe.toml"
-    if not path.is_file() or not any((folder / name).is_dir() for name in ("start", "checkpoints")):
+    if not path.is_file() or not has_begun(folder):
         return
 
     try:
@@ -83,14 +89,77 @@ def open_training_pictures(
     return pictures.sound(report, max_unreadable=recipe.max_unreadable)
 
 
-def check_same_pictures(folder: Path, keys: Sequence[str]) -> None:
-    """Note in `folder`/pictures.json which images a run trains on; refuse to resume with images of other names."""
-    path = folder / "pictures.json"
-    facts = {"count": len(keys), "sha256_of_names": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
-    if not path.is_file() or not any((folder / "checkpoints").glob("step-*")):
-        write_json(path, facts)
-    elif (before := read_json(path)) != facts:
+def has_begun(folder: Path) -> bool:
+    """Whether a run has left something in the folder that its next start goes on with."""
+    return any((folder / name).exists() for name in ("start", "checkpoints", "result.json"))
+
+
+def digest_pictures(pictures: PictureSet, *, captions: bool) -> dict[str, str]:
+    """Digests of the images' bytes, of their order and, with `captions`, of their captions and classes."""
+    contents = list(map(pictures.fingerprint, range(len(pictures))))
+    digests = {"pictures": _digest_lines(sorted(contents)), "order of the pictures": _digest_lines(contents)}
+    if captions:
+        # In an order of their own, so that rows in another order have the same captions.
+        texts: list[str] = []
+        for entry, content in zip(pictures.entries, contents, strict=True):
+            texts.append(json.dumps([content, entry.caption, entry.label]))
+        digests["captions or classes"] = _digest_lines(sorted(texts))
+    return digests
+
+
+def check_same_inputs(folder: Path, inputs: Mapping[str, str], pictures: PictureSet, ranks: Ranks) -> None:
+    """Refuse to go on with a run in `folder` that began with other inputs, and ranks that see different ones.
+
+    Inputs that only one of the two records names are not compared: those of older runs, and those that are gone and no
+    longer needed.
+    """
+    # The ranks learn from each other who differs from rank 0, so that all of them stop.
+    first = ranks.on_first(lambda: dict(inputs))
+    differs = torch.tensor([[name in inputs and inputs[name] != first[name] for name in first]]).long()
+    problems = []
+    for rank, flags in enumerate(ranks.gather(differs).tolist()):
+        names = [name for name, flag in zip(first, flags, strict=True) if flag]
+        if names:
+            problems.append(f"rank {rank} differs from rank 0 in: {', '.join(names)}")
+    if problems:
+        raise CheckpointError(
+            f"the processes of this run do not start from the same: {'; '.join(problems)}. Let all of them see the "
+            "same files, whole, and run again"
+        )
+    ranks.on_first(lambda: _check_record(folder, inputs, pictures))
+
+
+def _check_record(folder: Path, inputs: Mapping[str, str], pictures: PictureSet) -> None:
+    if not has_begun(folder):
+        return
+
+    # Names come first: of pictures that were added or removed the number says more.
+    facts = _describe_names(pictures)
+    if (folder / "pictures.json").is_file() and (before := read_json(folder / "pictures.json")) != facts:
         raise CheckpointError(
             f"the run in {folder} has trained on {before['count']} pictures, and there are {facts['count']} now, "
             "of other names: their order would change midway. Bring the set back to what it was, or give a new folder"
         )
+
+    record = read_json(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+    changed = [name for name, digest in inputs.items() if record.get(name, digest) != digest]
+    if changed:
+        raise CheckpointError(
+            f"the run in {folder} began with other inputs. Changed since then: {', '.join(changed)}. Bring back what "
+            f"was there, or give a new folder ({folder / INPUTS} has a digest of each input)"
+        )
+
+
+def note_inputs(folder: Path, inputs: Mapping[str, str], pictures: PictureSet) -> None:
+    """Write the record of the inputs, once they are checked; that of an older run gains what it lacks."""
+    record = read_json(folder / INPUTS) if has_begun(folder) and (folder / INPUTS).is_file() else {}
+    write_json(folder / INPUTS, {**record, **inputs})
+    write_json(folder / "pictures.json", _describe_names(pictures))
+
+
+def _describe_names(pictures: PictureSet) -> dict[str, int | str]:
+    return {"count": len(pictures), "sha256_of_names": _digest_lines(pictures.keys)}
+
+
+def _digest_lines(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

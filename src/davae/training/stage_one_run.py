@@ -25,10 +25,11 @@ from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.storage import check_replaceable
 from davae.seeds import generator
 from davae.training.devices import fastest_layout, keep_stream_in_float32, lay_out
-from davae.training.folders import check_same_pictures, claim_folder, open_training_pictures
+from davae.training.digests import digest_part
+from davae.training.folders import check_same_inputs, claim_folder, digest_pictures, note_inputs, open_training_pictures
 from davae.training.stage_one import choose_trained, make_discriminator, train_networks
 from davae.training.stage_one_recipe import AutoencoderRecipe
-from davae.training.stage_one_start import name_base, save_autoencoder, start_autoencoder
+from davae.training.stage_one_start import digest_start, name_base, save_autoencoder, start_autoencoder
 from davae.training.state import TrainingState
 from davae.training.trackers import check_trackers
 
@@ -50,7 +51,7 @@ def train_autoencoder(
     Raises:
         SettingsError: sizes that do not fit each other, the base or the number of ranks, or a folder that is not the
             run's to replace.
-        CheckpointError: `folder` holds a run with another recipe or other pictures.
+        CheckpointError: `folder` holds a run with another recipe or other inputs, or the ranks see different ones.
         NumericsError: the detail latents came to nothing.
         DavaeError: errors of data, checkpoints and storage.
     """
@@ -71,7 +72,11 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     # The networks: the autoencoder, its discriminator, and the frozen ones that judge.
     alex = LPIPS.alex()
     lpips = LPIPS.vgg(recipe.loss.lpips_weights) if recipe.loss.lpips_weights else alex
-    autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start"))
+    inputs = digest_start(recipe, folder) | digest_pictures(pictures, captions=False)
+    inputs["held-out pictures"] = digest_pictures(heldout, captions=False)["order of the pictures"]
+    inputs["LPIPS weights"] = digest_part(lpips) if recipe.loss.lpips_weights else ""
+    check_same_inputs(folder, inputs, pictures, ranks)
+    autoencoder = ranks.first_then_all(lambda: start_autoencoder(recipe, pictures, folder / "start", inputs))
     lay_out(keep_stream_in_float32(autoencoder), fastest_layout(ranks.device))
     base_vae = load_base_vae(name_base(recipe)) if recipe.target == "base reconstruction" else None
     discriminator = make_discriminator(recipe)
@@ -85,7 +90,7 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     state = TrainingState(
         recipe, folder, models, parameters, label="stage 1", companion=discriminator, report_to=report_to, whole=whole
     )
-    ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
+    ranks.on_first(lambda: note_inputs(folder, inputs, pictures))
 
     # Train, while a thread makes the next batches.
     evaluate = partial(evaluate_heldout, state, autoencoder, heldout, alex)

@@ -1,6 +1,7 @@
 """What stage 1 starts from: a new AutoencoderDA of the base, or one that was trained before."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from davae.pipelines.autoencoders import check_base_encoder, load_autoencoder, l
 from davae.run.storage import replaced_whole, write_atomically
 from davae.seeds import generator
 from davae.training.devices import lay_out
+from davae.training.digests import digest_folder, digest_part
+from davae.training.folders import has_begun, note_inputs
 from davae.training.stage_one_recipe import AutoencoderRecipe, check_choices, check_sides
 
 logger = logging.getLogger(__name__)
@@ -28,8 +31,10 @@ SLIM_FIT_PICTURES = 32
 """Crops that a slim decoder is fitted on; one layer's output for all of them is in memory at a time."""
 
 
-def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path) -> AutoencoderDA:
-    """The AutoencoderDA that training starts from; made once and kept in `folder`, with the recipe beside it."""
+def start_autoencoder(
+    recipe: AutoencoderRecipe, pictures: PictureSet, folder: Path, inputs: Mapping[str, str] | None = None
+) -> AutoencoderDA:
+    """The AutoencoderDA that training starts from; made once and kept in `folder`, with recipe and inputs beside it."""
     if folder.is_dir():
         return load_autoencoder(folder)
 
@@ -49,11 +54,32 @@ def start_autoencoder(recipe: AutoencoderRecipe, pictures: PictureSet, folder: P
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     autoencoder = add_slim_decoder(autoencoder, recipe, pictures)
 
-    # The recipe comes before the start, so that no start is there without it; and after all refusals, so that a
-    # refused recipe can be mended in the same folder.
+    # Recipe and inputs come before the start, so that no start is there without them; and after all refusals, so that
+    # a refused recipe can be mended in the same folder.
+    note_inputs(folder.parent, inputs or {}, pictures)
     write_atomically(folder.with_name("recipe.toml"), recipe.to_toml().encode())
     save_autoencoder(autoencoder, folder)
     return autoencoder
+
+
+def digest_start(recipe: AutoencoderRecipe, folder: Path) -> dict[str, str]:
+    """Digests of the base and of the previous autoencoder.
+
+    A run that has begun in `folder` has them in its start: what is not there any more is left out.
+    """
+    begun, base, previous = has_begun(folder), name_base(recipe), recipe.autoencoder
+    digests = {} if previous else {"autoencoder": ""}
+    if previous and (Path(previous).is_dir() or not begun):
+        digests["autoencoder"] = digest_folder(Path(previous))
+    if needs_base(recipe) and (Path(base).is_dir() or not begun or recipe.target == "base reconstruction"):
+        digests["base"] = digest_part(load_base_vae(base))
+    return digests
+
+
+def needs_base(recipe: AutoencoderRecipe) -> bool:
+    """Whether the run reads the base: one that goes on from an autoencoder may do without."""
+    is_whole = recipe.autoencoder and not (Path(recipe.autoencoder) / INDEX).is_file()
+    return bool(recipe.base) or recipe.target == "base reconstruction" or not is_whole
 
 
 def name_base(recipe: AutoencoderRecipe) -> str:
@@ -85,8 +111,7 @@ def make_untrained(recipe: AutoencoderRecipe, vae: ModelMixin) -> AutoencoderDA:
 def load_previous(recipe: AutoencoderRecipe) -> AutoencoderDA:
     """The AutoencoderDA that the recipe names, to go on from; refuses one of other settings or of another base."""
     # The base is not read without need: it may not be there.
-    base_needed = recipe.base or recipe.target == "base reconstruction" or (Path(recipe.autoencoder) / INDEX).is_file()
-    vae = load_base_vae(name_base(recipe)) if base_needed else None
+    vae = load_base_vae(name_base(recipe)) if needs_base(recipe) else None
     autoencoder = load_autoencoder(Path(recipe.autoencoder), base=vae)
 
     # The recipe must describe what is trained.

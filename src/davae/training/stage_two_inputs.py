@@ -19,8 +19,9 @@ from davae.run import faults
 from davae.run.ranks import Ranks
 from davae.run.storage import write_json
 from davae.seeds import rand, randn, sample_generators
-from davae.training.caching import SHARD_BYTES, digest_model, digest_text_encoding, fill_cache
+from davae.training.caching import SHARD_BYTES, digest_text_encoding, fill_cache
 from davae.training.devices import fastest_layout, lay_out
+from davae.training.digests import digest_model
 from davae.training.folders import open_training_pictures
 from davae.training.stage_two import Batch, ReadConditions
 from davae.training.stage_two_recipe import FinetuneRecipe
@@ -35,7 +36,7 @@ ReadLatents = Callable[[Sequence[int], int], Tensor]
 
 
 def load_pictures(recipe: FinetuneRecipe, transformer: ModelMixin, folder: Path, ranks: Ranks) -> PictureSet:
-    """The training images with captions, or with classes and classes.json if the backbone has those."""
+    """The training images with captions, or with classes if the backbone has those."""
     backbone = backbone_of(transformer)
     pictures = open_training_pictures(recipe, folder if ranks.first else None, classes=backbone.classes)
     if not backbone.classes:
@@ -48,9 +49,6 @@ def load_pictures(recipe: FinetuneRecipe, transformer: ModelMixin, folder: Path,
             raise SettingsError(
                 f"the picture {key} has class {number}: allowed are the transformer's classes, 0 to {null_class - 1}"
             )
-    if pictures.class_names and ranks.first:
-        numbers = range(len(pictures.class_names))
-        write_json(folder / "classes.json", dict(zip(pictures.class_names, numbers, strict=True)))
     return pictures
 
 
@@ -71,6 +69,9 @@ def prepare_inputs(
     move_frozen(pipeline, ranks.device)
     lay_out(autoencoder, fastest_layout(ranks.device))
     conditions = read_classes(pipeline, backbone, pictures) if backbone.classes else None
+    if pictures.class_names and ranks.first:
+        numbers = range(len(pictures.class_names))
+        write_json(folder / "classes.json", dict(zip(pictures.class_names, numbers, strict=True)))
 
     # Every step encodes.
     if recipe.online:

@@ -28,7 +28,8 @@ from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.record import read_metrics
 from davae.run.storage import check_replaceable
 from davae.seeds import generator
-from davae.training.folders import check_same_pictures, claim_folder
+from davae.training.digests import digest_folder, digest_part
+from davae.training.folders import check_same_inputs, claim_folder, digest_pictures, note_inputs
 from davae.training.stage_two import choose_objectives, train_transformer
 from davae.training.stage_two_inputs import (
     expect_noise,
@@ -64,7 +65,7 @@ def finetune(
     Raises:
         SettingsError: a backbone that cannot be trained, a size that the upgraded pipeline cannot make, a batch that
             the ranks cannot share equally, compiled blocks with FSDP2, or a folder that is not the run's to replace.
-        CheckpointError: `folder` holds a run with another recipe or other pictures.
+        CheckpointError: `folder` holds a run with another recipe or other inputs, or the ranks see different ones.
         DavaeError: errors of settings, data, checkpoints and storage.
     """
     check_trackers(report_to)
@@ -82,15 +83,21 @@ def finetune(
 
 
 def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
-    # The upgraded base and its pictures.
-    pipeline = load_upgraded_base(recipe)
+    # The upgraded base and its pictures, which must be those of the first start.
+    base = load_pipeline(name_base(recipe))
+    inputs = digest_base_parts(base)
+    pipeline = upgrade_base(base, recipe)
     transformer = pipeline.transformer
+    pictures = load_pictures(recipe, transformer, folder, ranks)
+    inputs["autoencoder"] = digest_part(pipeline.vae)
+    inputs["adapter"] = digest_folder(Path(recipe.adapter)) if recipe.adapter else ""
+    inputs |= digest_pictures(pictures, captions=True)
+    check_same_inputs(folder, inputs, pictures, ranks)
+
+    # The trained parameters: both latent ports, and LoRA, layers or all others.
     ports, random = backbone_of(transformer).ports, generator(recipe.seed, "ports")
     channels = pipeline.vae.config.base_channels
     start_ports(transformer, ports, base_channels=channels, start=recipe.ports_start, generator=random)
-    pictures = load_pictures(recipe, transformer, folder, ranks)
-
-    # The trained parameters: both latent ports, and LoRA, layers or all others.
     base_sha256, targets = digest_base(transformer), choose_targets(transformer, recipe)
     parameters = choose_parameters(transformer, recipe, targets, base_sha256)
     if recipe.gradient_checkpointing:
@@ -102,7 +109,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     objectives = choose_objectives(pipeline, recipe, pictures.buckets)
     models = {"transformer": transformer}
     state = TrainingState(recipe, folder, models, parameters, label="stage 2", report_to=report_to)
-    ranks.on_first(lambda: check_same_pictures(folder, pictures.keys))
+    ranks.on_first(lambda: note_inputs(folder, inputs, pictures))
     prompts = choose_prompts(recipe, transformer, pictures)
 
     # Encode what the caches lack, then train.
@@ -145,9 +152,22 @@ def name_base(recipe: FinetuneRecipe) -> str:
     return recipe.base or str(assets.base_pipeline())
 
 
+def digest_base_parts(base: DiffusionPipeline) -> dict[str, str]:
+    """Digests of all parts of the base pipeline but the autoencoder, which the recipe's replaces."""
+    digests = {}
+    for name, part in base.components.items():
+        if name != "vae" and part is not None:
+            digests[f"{name} of the base"] = digest_part(part)
+    return digests
+
+
 def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """The base pipeline, upgraded with the recipe's autoencoder, if it can make all of the recipe's sizes."""
-    pipeline = load_pipeline(name_base(recipe))
+    return upgrade_base(load_pipeline(name_base(recipe)), recipe)
+
+
+def upgrade_base(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> DiffusionPipeline:
+    """The same of a base that is loaded already."""
     autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
     if recipe.adapter and recipe.adapter != recipe.autoencoder:
         warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)

@@ -1,0 +1,164 @@
+"""A run goes on with the inputs that it began with; others are refused and named."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from davae.errors import CheckpointError
+from davae.training.stage_one_run import train_autoencoder
+from davae.training.stage_two_run import finetune
+from hashes import digests
+from rank_forks import run_ranks
+from stages import autoencoder_recipe, finetune_recipe
+
+Change = Callable[[Path], object]
+Program = Callable[[Path, Path], object]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, with the folder that holds everything that it began with."""
+
+    program: Program
+    inputs: Path
+    run: Path
+
+    def copy(self, target: Path, *, stopped: bool = False) -> tuple[Path, Path]:
+        """Copies of the inputs and of the run; a stopped one has neither results nor the last checkpoint."""
+        inputs, run = shutil.copytree(self.inputs, target / "inputs"), shutil.copytree(self.run, target / "run")
+        if stopped:
+            (run / "result.json").unlink()
+            for name in ("pipeline", "adapter", "autoencoder"):
+                shutil.rmtree(run / name, ignore_errors=True)
+            shutil.rmtree(max((run / "checkpoints").glob("step-*")))
+
+        # The recipe names the copies.
+        recipe = run / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace(str(self.inputs), str(inputs)))
+        return inputs, run
+
+
+def run_stage_one(inputs: Path, run: Path) -> Path:
+    short = {"steps": 2, "checkpoint_every": 1, "evaluate_every": 2, "heldout_pictures": 2, "calibration_pictures": 4}
+    return train_autoencoder(autoencoder_recipe(inputs / "base", inputs / "pictures", **short), run)
+
+
+def run_stage_two(inputs: Path, run: Path, **changes: object) -> Path:
+    settings = {"steps": 2, "checkpoint_every": 1, **changes}
+    return finetune(finetune_recipe(inputs / "base", inputs / "autoencoder", inputs / "pictures", **settings), run)
+
+
+@pytest.fixture(scope="module")
+def inputs(base_folder: Path, autoencoder_folder: Path, picture_folder: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "inputs"
+    for name, source in {"base": base_folder, "autoencoder": autoencoder_folder, "pictures": picture_folder}.items():
+        shutil.copytree(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(inputs: Path) -> Finished:
+    run_stage_two(inputs, inputs.with_name("two"))
+    return Finished(run_stage_two, inputs, inputs.with_name("two"))
+
+
+@pytest.fixture(scope="module")
+def one(inputs: Path) -> Finished:
+    run_stage_one(inputs, inputs.with_name("one"))
+    return Finished(run_stage_one, inputs, inputs.with_name("one"))
+
+
+def nudge(weights: Path) -> None:
+    """Change the last bit of one number in a file of weights."""
+    tensors = load_file(weights)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    values = tensors[name].view(-1).clone()
+    values[-1] *= 1 + 1e-6
+    tensors[name] = values.view(tensors[name].shape)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def set_value(path: Path, name: str, value: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+
+def redraw(pictures: Path) -> None:
+    """Other bytes under the same name, in all pictures."""
+    for path in pictures.glob("*.png"):
+        image = Image.open(path)
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(path)
+
+
+def swap(pictures: Path) -> None:
+    """Every picture and its caption under the name of another one."""
+    names = sorted(path.stem for path in pictures.glob("*.png"))
+    for name in names:
+        for suffix in (".png", ".txt"):
+            (pictures / f"{name}{suffix}").rename(pictures / f"{name}{suffix}.old")
+    for name, other in zip(names, reversed(names), strict=True):
+        for suffix in (".png", ".txt"):
+            (pictures / f"{name}{suffix}.old").rename(pictures / f"{other}{suffix}")
+
+
+def tell_otherwise(pictures: Path) -> None:
+    for path in pictures.glob("*.txt"):
+        path.write_text(path.read_text() + " at night")
+
+
+CHANGES: dict[str, Change] = {
+    "autoencoder": lambda inputs: nudge(inputs / "autoencoder" / "diffusion_pytorch_model.safetensors"),
+    "transformer of the base": lambda inputs: nudge(
+        inputs / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    ),
+    "scheduler of the base": lambda inputs: set_value(
+        inputs / "base" / "scheduler" / "scheduler_config.json", "shift", 2.5
+    ),
+    "text_encoder of the base": lambda inputs: nudge(inputs / "base" / "text_encoder" / "model.safetensors"),
+    "base": lambda inputs: nudge(inputs / "base" / "vae" / "diffusion_pytorch_model.safetensors"),
+    "pictures": lambda inputs: redraw(inputs / "pictures"),
+    "order of the pictures": lambda inputs: swap(inputs / "pictures"),
+    "captions or classes": lambda inputs: tell_otherwise(inputs / "pictures"),
+}
+STAGES = {
+    "one": ("base", "pictures", "order of the pictures"),
+    "two": tuple(name for name in CHANGES if name != "base"),
+}
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["finished", "stopped"])
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage, names in STAGES.items() for name in names])
+def test_a_changed_input_is_named_and_nothing_is_written(
+    stage: str, name: str, stopped: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    finished: Finished = request.getfixturevalue(stage)
+    inputs, run = finished.copy(tmp_path, stopped=stopped)
+    before = digests(run, "*")
+    CHANGES[name](inputs)
+    with pytest.raises(CheckpointError, match=f"Changed since then: .*{name}"):
+        finished.program(inputs, run)
+    assert digests(run, "*") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(tell_otherwise, "captions or classes"), (redraw, "pictures")], ids=["captions", "pictures"]
+)
+def test_ranks_that_see_different_sets_stop(
+    change: Change, name: str, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(inputs, tmp_path / "inputs")
+    change(other / "pictures")
+
+    def program() -> None:
+        run_stage_two(other if os.environ["RANK"] == "1" else inputs, tmp_path / "run")
+
+    assert run_ranks(program, 2) == [4, 4]
+    assert capfd.readouterr().err.count(f"rank 1 differs from rank 0 in: {name}") == 2
+    assert not (tmp_path / "run" / "checkpoints").exists()
