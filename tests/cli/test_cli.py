@@ -1,9 +1,9 @@
 """The command line as a user meets it: in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +36,11 @@ def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[
 
 
 def test_help_is_fast_and_names_every_verb() -> None:
-    began = time.perf_counter()
+    began = os.times()
     answer = davae("--help")
-    seconds = time.perf_counter() - began
+    ended = os.times()
+    # Of the processor, not of the wall: another program may be busy.
+    seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
     assert answer.returncode == 0
     assert all(verb in answer.stdout for verb in [*VERBS, "cache", "data"])
     assert seconds < 2  # 0.2 s on an idle machine

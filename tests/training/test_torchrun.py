@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from davae import cli
-from davae.run import ranks
+from davae.run import faults, ranks
 from davae.run.recipe import Recipe
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe
@@ -83,6 +83,16 @@ def wait_until(there: Callable[[], bool], agent: int) -> None:
 
 def listens(process: int) -> bool:
     return any(line.status == psutil.CONN_LISTEN for line in psutil.Process(process).net_connections())
+
+
+def stopped_ranks(agent: int) -> list[psutil.Process]:
+    """The agent's ranks that stand still."""
+    stopped = []
+    for rank in psutil.Process(agent).children():
+        with suppress(psutil.NoSuchProcess):  # it has just died
+            if rank.status() == psutil.STATUS_STOPPED:
+                stopped.append(rank)
+    return stopped
 
 
 def is_to_end(process: psutil.Process) -> bool:
@@ -170,31 +180,38 @@ def test_a_rank_that_stands_still_is_named(stage: Stage, trials: Trials, tmp_pat
 
 @by("stage 2, DDP")
 def test_an_agent_that_leaves_and_comes_back(stage: Stage, tmp_path: Path) -> None:
-    """`torchrun --nnodes 1:2`: killed with its rank, the other agent goes on alone; once it is back, they are two."""
+    """`torchrun --nnodes 1:2`: killed with its rank, the other agent goes on alone; once it is back, they are two.
+
+    Ranks stop by themselves where the next agent is to leave or to come, so that no speed of the machine matters.
+    """
     folder, log, worlds = tmp_path / "run", tmp_path / "log", tmp_path / "worlds"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     program = stage.program(folder, "--rank-timeout", "30")
 
-    def rank() -> None:
-        with worlds.open("a") as file:
-            file.write(os.environ["WORLD_SIZE"])
-        program()
+    def start(*, leaves: bool = False) -> int:
+        def rank() -> None:
+            with worlds.open("a") as file:
+                file.write(os.environ["WORLD_SIZE"])
+            # Alone, it waits for the other to come for the first time.
+            while os.environ["WORLD_SIZE"] == "1" and "22" not in worlds.read_text():
+                time.sleep(0.05)
+            if leaves or worlds.read_text().endswith("221"):
+                faults.arm("step:stop:3")
+            program()
 
-    def start() -> int:
         return start_agent(rank, log, MEET_ANEW, restarts=1, ranks=1, nodes=(1, 2), endpoint=endpoint)
 
     first = start()
     wait_until(lambda: listens(first), first)
-    second = start()
-    wait_until(lambda: steps_done(folder) >= 2, first)
+    second = start(leaves=True)
+    wait_until(lambda: stopped_ranks(second) != [], first)
     for process in [psutil.Process(second), *psutil.Process(second).children()]:
         process.kill()
     assert exit_code(second) == -signal.SIGKILL
-    wait_until(lambda: worlds.read_text().endswith("1") and steps_done(folder) >= 4, first)
-    [alone] = psutil.Process(first).children()
-    alone.suspend()  # or else it would be done before the other is back
+    wait_until(lambda: stopped_ranks(first) != [], first)
+    [alone] = stopped_ranks(first)
     second = start()
     wait_until(lambda: is_to_end(alone), first)
     alone.resume()
