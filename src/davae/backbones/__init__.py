@@ -57,8 +57,9 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def backbone_of(transformer: ModelMixin) -> Backbone:
-    """The row of `BACKBONES` for a transformer, whose parameters FSDP2 may have spread over ranks."""
-    # FSDP2 makes a class of its own for a model, under another name.
+    """The row of `BACKBONES` for a transformer, compiled or not, whose parameters FSDP2 may have spread over ranks."""
+    # torch.compile wraps a model; FSDP2 makes a class of its own for it, under another name.
+    transformer = getattr(transformer, "_orig_mod", transformer)
     name = next(kind.__name__ for kind in type(transformer).__mro__ if not issubclass(kind, FSDPModule))
     if name not in BACKBONES:
         raise SettingsError(

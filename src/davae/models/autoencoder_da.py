@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from davae.models.detail_blocks import DetailDownsample, DetailUpsample
 from davae.models.latent_statistics import LatentStatistics, measure_channels
 from davae.models.precision import at_least_float32
 from davae.models.slim_decoder import slim_decoder
-from davae.models.stock_names import DECODING_PARTS, ENCODING_PARTS, StockNames
-from davae.models.tiling import decode_pixels, run_in_pieces
+from davae.models.stock_names import EncodedImages, StockNames
+from davae.models.tiling import TileSettings, decode_pixels, run_in_pieces
 
 DETERMINISTIC = -30.0
 """Log-variance of the base latents: the floor of diffusers' Gaussian, a standard deviation of 3e-7."""
 
 
-class AutoencoderDA(StockNames, LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderDA(StockNames, TileSettings, LatentStatistics, ModelMixin, AutoencoderMixin, ConfigMixin):
     """Base latents of the image at 1/s of its size, and detail latents of the image itself, on one grid.
 
     Images are [B, 3, H, W] in [-1, 1], H and W multiples of s * f (resolution factor, base downsample factor);
@@ -53,18 +52,6 @@ class AutoencoderDA(StockNames, LatentStatistics, ModelMixin, AutoencoderMixin, 
         decoder_block_out_channels: widths of a slim joint decoder, the outermost stage first; None for the base's.
         decoder_layers_per_block: residual blocks of each of its stages less one; None for the base's.
     """
-
-    _supports_gradient_checkpointing = False
-    _group_offload_block_modules = (*ENCODING_PARTS, *DECODING_PARTS)
-
-    use_slicing = False
-    use_tiling = False
-    tile_sample_size = 1024
-    """Side of a tile in pixels; images no larger are never tiled."""
-    tile_overlap = 0.25
-    """Part of a tile's side that it shares with its neighbour, where tiles are blended."""
-    tile_storage: torch.device | str = "cpu"
-    """Where the layers of the whole image lie while AutoencoderKL's decoder goes over tiles of them."""
 
     @register_to_config
     def __init__(
@@ -244,7 +231,7 @@ class AutoencoderDA(StockNames, LatentStatistics, ModelMixin, AutoencoderMixin, 
         return decode_pixels(self, self.base.saturate(self.from_units(latents)), self.joint_post_quant_conv)
 
     @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncodedImages | tuple[DiagonalGaussianDistribution]:
         """Posterior over the C + D latents; the base half is deterministic.
 
         Raises:
@@ -254,7 +241,7 @@ class AutoencoderDA(StockNames, LatentStatistics, ModelMixin, AutoencoderMixin, 
         channels = 2 * self.config.latent_channels
         moments = run_in_pieces(self, self._encode_moments, x, channels=channels, up=1, down=self.downsample_factor)
         posterior = DiagonalGaussianDistribution(moments.unsqueeze(2) if frames else moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        return EncodedImages(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(
@@ -309,11 +296,6 @@ class AutoencoderDA(StockNames, LatentStatistics, ModelMixin, AutoencoderMixin, 
     def base(self) -> BaseAutoencoder:
         """The row of this base in the table."""
         return find_base(self.config.base_config["_class_name"])
-
-    @property
-    def downsample_factor(self) -> int:
-        """Side of the image / side of the latents: s * f."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
 
     def train(self, mode: bool = True) -> "AutoencoderDA":
         """Training mode for all but the frozen base encoder."""

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn, tanh
-
-from davae.models.autoencoder_taef2 import AutoencoderTAEF2
 
 Config = Mapping[str, Any]
 
@@ -23,6 +22,12 @@ def _load_autoencoder_da() -> type[ModelMixin]:
     return AutoencoderDA
 
 
+def _load_autoencoder_taef2() -> type[ModelMixin]:
+    from davae.models.autoencoder_taef2 import AutoencoderTAEF2
+
+    return AutoencoderTAEF2
+
+
 def _encode_mode(encoder: Any, quant_conv: Any, image: Tensor) -> Tensor:
     moments = encoder(image) if quant_conv is None else quant_conv(encoder(image))
     return moments.chunk(2, dim=1)[0]
@@ -30,6 +35,12 @@ def _encode_mode(encoder: Any, quant_conv: Any, image: Tensor) -> Tensor:
 
 def _decode(decoder: Any, post_quant_conv: Any, hidden: Tensor) -> Tensor:
     return decoder(hidden if post_quant_conv is None else post_quant_conv(hidden))
+
+
+def _run_layers(network: Any, x: Tensor) -> Tensor:
+    if network.gradient_checkpointing and torch.is_grad_enabled():
+        return network._gradient_checkpointing_func(network.layers, x)
+    return network.layers(x)
 
 
 def _drop_convolutions(encoder: Any, decoder: Any) -> tuple[int, int]:
@@ -71,9 +82,9 @@ class BaseAutoencoder:
 _TINY = BaseAutoencoder(
     lambda: AutoencoderTiny,
     # The layers take and give images in [0, 1].
-    run_encoder=lambda encoder, image: encoder.layers((image + 1) / 2),
-    encode=lambda encoder, _, image: encoder.layers((image + 1) / 2),
-    decode=lambda decoder, _, hidden: decoder.layers(hidden) * 2 - 1,
+    run_encoder=lambda encoder, image: _run_layers(encoder, (image + 1) / 2),
+    encode=lambda encoder, _, image: _run_layers(encoder, (image + 1) / 2),
+    decode=lambda decoder, _, hidden: _run_layers(decoder, hidden) * 2 - 1,
     saturate=lambda latents: tanh(latents / 3) * 3,
     drop_latent_layers=_drop_tiny_convolutions,
 )
@@ -105,7 +116,7 @@ BASE_AUTOENCODERS = {
         # FLUX.2's pipelines read a batch normalisation of 2x2 patches of latents.
         contract=lambda config, channels, stages: {"batch_norm_eps": config["batch_norm_eps"]},
     ),
-    "AutoencoderTAEF2": replace(_TINY, load_class=lambda: AutoencoderTAEF2),
+    "AutoencoderTAEF2": replace(_TINY, load_class=_load_autoencoder_taef2),
     "AutoencoderDA": BaseAutoencoder(
         _load_autoencoder_da,
         nested=True,

@@ -59,7 +59,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
 
 def refuse_newer(kind: type[ModelMixin], config: Mapping[str, Any]) -> None:
     """Refuse settings that `kind` does not know, with a ValueError: the weights may depend on them."""
-    known = inspect.signature(kind.__init__).parameters
+    known = {
+        *inspect.signature(kind.__init__).parameters,
+        "quantization_config",
+    }  # diffusers' own, of quantised weights
     unknown = sorted(name for name in config if not name.startswith("_") and name not in known)
     if unknown:
         raise ValueError(

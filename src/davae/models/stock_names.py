@@ -4,7 +4,10 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from diffusers import AutoencoderKL
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor, nn
 
 ENCODING_PARTS = (
     "detail_encoder",
@@ -18,13 +21,31 @@ DECODING_PARTS = ("detail_upsample", "joint_post_quant_conv", "joint_decoder")
 """In the order in which they run."""
 
 
-class StockNames:
+class EncodedImages(AutoencoderKLOutput):
+    """A posterior; and its mode, as AutoencoderDC and AutoencoderTiny give theirs."""
+
+    @property
+    def latent(self) -> Tensor:
+        """The mode, [B, C + D, h, w]."""
+        return self.latent_dist.mode()
+
+    latents = latent
+
+
+class StockNames(AttentionMixin):
     """The part of AutoencoderDA that stands where stock code expects another autoencoder."""
 
     config: Any
     bn: Any
     _modules: dict[str, Any]
     _buffers: dict[str, Any]
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("ResnetBlock2D", "BasicTransformerBlock")
+    _group_offload_block_modules = (*ENCODING_PARTS, *DECODING_PARTS)
+
+    # For diffusers' older class of attention, as in AutoencoderKL.
+    fuse_qkv_projections = AutoencoderKL.fuse_qkv_projections
+    unfuse_qkv_projections = AutoencoderKL.unfuse_qkv_projections
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse modules that would never run, and compiled ones, which save their weights under other names."""
@@ -39,7 +60,16 @@ class StockNames:
                 f"{name} = torch.compile(...): its weights would be saved under names that nothing loads. Compile it "
                 f"in place: vae.{name}.compile()"
             )
+        if name.startswith("tile_") and not hasattr(type(self), name):
+            raise ValueError(f"{name}: an AutoencoderDA does not read it; give a tile's sides to enable_tiling(...)")
         super().__setattr__(name, value)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Side of the image / side of the latents: s * f."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    spatial_compression_ratio = downsample_factor  # as AutoencoderDC and AutoencoderKLQwenImage call it
 
     @property
     def encoder(self) -> Any:

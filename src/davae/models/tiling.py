@@ -19,6 +19,79 @@ from davae.models.offloading import weights_in_place
 from davae.models.precision import at_least_float32
 
 Window = tuple[slice, slice]  # rows and columns of a layer
+Sides = tuple[int, int]  # height and width of a tile
+
+
+class TileSettings:
+    """The settings of an AutoencoderDA's tiles, in pixels, under the names that base autoencoders have for them."""
+
+    use_slicing = False
+    use_tiling = False
+    tile_sample_min_height = 1024
+    tile_sample_min_width = 1024
+    """Sides of a tile; images no larger are never tiled."""
+    tile_sample_stride_height = 768.0
+    tile_sample_stride_width = 768.0
+    """From one tile to the next, where tiles are blended."""
+    tile_storage: torch.device | str = "cpu"
+    """Where the layers of the whole image lie while AutoencoderKL's decoder goes over tiles of them."""
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Tile larger images; a stride that is not given keeps its part of its side."""
+        given = {
+            "height": (tile_sample_min_height, tile_sample_stride_height),
+            "width": (tile_sample_min_width, tile_sample_stride_width),
+        }
+        for axis, (side, stride) in given.items():
+            before = getattr(self, f"tile_sample_min_{axis}"), getattr(self, f"tile_sample_stride_{axis}")
+            side = side or before[0]
+            step = stride or side * before[1] / before[0]
+            if not 0 < step <= side:
+                raise ValueError(f"tile_sample_stride_{axis}={step}: allowed are 1 to {side}, the side of a tile")
+            setattr(self, f"tile_sample_min_{axis}", side)
+            setattr(self, f"tile_sample_stride_{axis}", step)
+        self.use_tiling = True
+
+    @property
+    def tile_sample_size(self) -> int:
+        """The longer side of a tile; setting it makes tiles square, with the same overlap."""
+        return max(self.tile_sample_min_height, self.tile_sample_min_width)
+
+    @tile_sample_size.setter
+    def tile_sample_size(self, side: int) -> None:
+        overlap = self.tile_overlap
+        self.tile_sample_min_height = self.tile_sample_min_width = side
+        self.tile_overlap = overlap
+
+    @property
+    def tile_overlap(self) -> float:
+        """Part of a tile's height that it shares with its neighbour, where tiles are blended; set for both sides."""
+        return 1 - self.tile_sample_stride_height / self.tile_sample_min_height
+
+    @tile_overlap.setter
+    def tile_overlap(self, overlap: float) -> None:
+        self.tile_sample_stride_height = self.tile_sample_min_height * (1 - overlap)
+        self.tile_sample_stride_width = self.tile_sample_min_width * (1 - overlap)
+
+    tile_sample_min_size = tile_sample_size
+    tile_overlap_factor = tile_overlap
+
+    def tile_sides(self, pixels: int) -> Sides:
+        """Height and width of a tile in positions of so many pixels."""
+        return max(1, self.tile_sample_min_height // pixels), max(1, self.tile_sample_min_width // pixels)
+
+    def tile_strides(self, pixels: int) -> Sides:
+        """From one tile to the next, down and across, in positions of so many pixels; no larger than a tile."""
+        height, width = self.tile_sides(pixels)
+        down = height * self.tile_sample_stride_height / self.tile_sample_min_height
+        across = width * self.tile_sample_stride_width / self.tile_sample_min_width
+        return min(max(1, int(down + 1e-6)), height), min(max(1, int(across + 1e-6)), width)
 
 
 def run_in_pieces(
@@ -32,24 +105,30 @@ def run_in_pieces(
     if autoencoder.use_slicing and len(x) > 1:
         return torch.cat([run_in_pieces(autoencoder, run, one, **sizes) for one in x.split(1)])
 
-    # A tile's side in latent positions; exact tiles are made by `decode_pixels`.
-    tile = max(1, autoencoder.tile_sample_size // autoencoder.downsample_factor)
+    # A tile in latent positions; exact tiles are made by `decode_pixels`.
+    factor = autoencoder.downsample_factor
+    tile = autoencoder.tile_sides(factor)
     exact = up > 1 and has_exact_tiles(autoencoder)
-    if not autoencoder.use_tiling or exact or max(x.shape[-2:]) // down <= tile:
+    if not autoencoder.use_tiling or exact or fits_tile(x, (tile[0] * down, tile[1] * down)):
         return run(x)
-    return blend_tiles(run, x, tile=tile, overlap=autoencoder.tile_overlap, **sizes)
+    return blend_tiles(run, x, tile=tile, stride=autoencoder.tile_strides(factor), **sizes)
+
+
+def fits_tile(x: Tensor, tile: Sides) -> bool:
+    """Whether neither side of [B, any, H, W] is longer than a tile's."""
+    return x.shape[-2] <= tile[0] and x.shape[-1] <= tile[1]
 
 
 def decode_pixels(autoencoder: ModelMixin, hidden: Tensor, post_quant_conv: nn.Module | None) -> Tensor:
     """An AutoencoderDA's decoder, on exact tiles if tiling is on and it has any: images, about [-1, 1]."""
     decoder = autoencoder.joint_decoder
     if autoencoder.base.nested:
-        for setting in ("use_tiling", "tile_sample_size", "tile_storage"):
+        for setting in ("use_tiling", "tile_sample_min_height", "tile_sample_min_width", "tile_storage"):
             setattr(decoder, setting, getattr(autoencoder, setting))
 
-    # A tile's side in positions of the decoder's input, which is s times finer than the latents.
-    tile = max(1, autoencoder.tile_sample_size * autoencoder.config.resolution_factor // autoencoder.downsample_factor)
-    if autoencoder.use_tiling and max(hidden.shape[-2:]) > tile and can_decode_tiles(decoder):
+    # A tile in positions of the decoder's input, which is s times finer than the latents.
+    tile = autoencoder.tile_sides(autoencoder.downsample_factor // autoencoder.config.resolution_factor)
+    if autoencoder.use_tiling and not fits_tile(hidden, tile) and can_decode_tiles(decoder):
         hidden = hidden if post_quant_conv is None else post_quant_conv(hidden)
         return decode_tiles(decoder, hidden, tile=tile, storage=autoencoder.tile_storage)
     return autoencoder.base.decode(decoder, post_quant_conv, hidden)
@@ -66,8 +145,8 @@ def can_decode_tiles(decoder: nn.Module) -> bool:
     return isinstance(decoder, Decoder) and all(isinstance(block, UpDecoderBlock2D) for block in decoder.up_blocks)
 
 
-def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.device | str) -> Tensor:
-    """`decoder(hidden)` but for rounding, [B, Ci, h, w] -> [B, 3, H, W]; `tile` is a side in positions of `hidden`.
+def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: Sides, storage: torch.device | str) -> Tensor:
+    """`decoder(hidden)` but for rounding, [B, Ci, h, w] -> [B, 3, H, W]; `tile` is in positions of `hidden`.
 
     The layers of the whole image lie in `storage`. With "cpu" for a model on a GPU, the GPU holds one tile of a layer,
     and moving tiles takes longer than decoding them.
@@ -86,7 +165,7 @@ def decode_tiles(decoder: Decoder, hidden: Tensor, *, tile: int, storage: torch.
                     layer = _run_resnet(resnet, layer, tile)
                 for upsampler in block.upsamplers or ():
                     layer = _convolve(layer, partial(F.interpolate, scale_factor=2.0), upsampler.conv, tile, up=2)
-                    tile *= 2
+                    tile = (2 * tile[0], 2 * tile[1])
 
         before = partial(layer.normalise, decoder.conv_norm_out, decoder.conv_act)
         return _convolve(layer, before, decoder.conv_out, tile).values.to(hidden.device)
@@ -136,7 +215,7 @@ class _Layer:
         return activation(torch.addcmul(shift[..., None, None], piece, scale[..., None, None]).to(piece.dtype))
 
 
-def _run_resnet(block: ResnetBlock2D, source: _Layer, tile: int) -> _Layer:
+def _run_resnet(block: ResnetBlock2D, source: _Layer, tile: Sides) -> _Layer:
     before = partial(source.normalise, block.norm1, block.nonlinearity)
     middle = _convolve(source, before, block.conv1, tile)
 
@@ -153,7 +232,7 @@ def _convolve(
     source: _Layer,
     before: Callable[[Tensor], Tensor],
     conv: nn.Conv2d,
-    tile: int,
+    tile: Sides,
     *,
     up: int = 1,
     after: Callable[[Tensor, Window], Tensor] | None = None,
@@ -161,10 +240,10 @@ def _convolve(
     """A 3x3 convolution of `before` each tile of the source, whose result `after` may change."""
     batch, _, height, width = source.values.shape
     target = _Layer(source.values.new_empty(batch, conv.out_channels, up * height, up * width), source.device)
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
+    for top in range(0, height, tile[0]):
+        for left in range(0, width, tile[1]):
             # The window is the tile and one position around it, as far as there is one.
-            bottom, right = min(top + tile, height), min(left + tile, width)
+            bottom, right = min(top + tile[0], height), min(left + tile[1], width)
             rows, columns = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
             piece = conv(before(source.read((rows, columns))))
             if after is not None:
@@ -177,22 +256,21 @@ def _convolve(
 
 
 def blend_tiles(
-    run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: float, channels: int, up: int, down: int
+    run: Callable[[Tensor], Tensor], x: Tensor, *, tile: Sides, stride: Sides, channels: int, up: int, down: int
 ) -> Tensor:
     """`run` on overlapping tiles, averaged: [B, any, H, W] -> [B, `channels`, H / `down` * `up`, W / `down` * `up`].
 
-    Neighbours share at least the part `overlap` of a tile.
+    Neighbours are no further from each other than `stride`.
     """
     # Lengths, here and below, in `down` positions of `x`, the unit that `run` needs.
     height, width = x.shape[-2] // down, x.shape[-1] // down
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = torch.zeros(len(x), channels, height * up, width * up, dtype=dtype, device=x.device)
     weights = torch.zeros_like(total[:1, :1])
-    stride = max(1, int(tile * (1 - overlap)))
 
-    for top in tile_starts(height, tile, stride):
-        for left in tile_starts(width, tile, stride):
-            piece = run(x[..., top * down : (top + tile) * down, left * down : (left + tile) * down])
+    for top in tile_starts(height, tile[0], stride[0]):
+        for left in tile_starts(width, tile[1], stride[1]):
+            piece = run(x[..., top * down : (top + tile[0]) * down, left * down : (left + tile[1]) * down])
             weight = torch.outer(_feather(piece.shape[-2], total), _feather(piece.shape[-1], total))
 
             # In positions of the output.
