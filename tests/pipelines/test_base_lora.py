@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny_pipelines
-from davae import AutoencoderDA, upgrade
+from davae import AutoencoderDA, assets, upgrade
 from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.base_lora import load_base_lora, pad_lora
@@ -142,6 +142,32 @@ def test_what_is_no_lora_is_named_and_leaves_the_pipeline_as_it_was(tmp_path: Pa
         with pytest.raises(CheckpointError, match=f"{FILE} cannot be loaded as a LoRA of this pipeline: "):
             load_base_lora(upgraded, tmp_path / FILE)
     assert not getattr(upgraded.transformer, "peft_config", {})
+
+
+@pytest.mark.parametrize("kind", ["other prefixes", "peft's own prefix", "one layer of another model", "down and up"])
+def test_a_lora_that_would_do_nothing_or_half_is_refused_and_leaves_the_pipeline_as_it_was(
+    kind: str, tmp_path: Path
+) -> None:
+    base = built("sd3")
+    upgraded = upgraded_of(base)
+    add_lora(base, ATTENTION)
+    tensors = load_file(save_lora(base, tmp_path) / FILE)
+    names = {
+        "other prefixes": lambda name: name.replace("transformer.", "model.diffusion_model.", 1),
+        "peft's own prefix": lambda name: name.replace("transformer.", "base_model.model.", 1),
+        "one layer of another model": lambda name: name.replace("_blocks.1.attn.to_q", "_blocks.7.attn.to_q"),
+        "down and up": lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+    }
+    save_file({names[kind](name): tensor for name, tensor in tensors.items()}, tmp_path / FILE)
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}.* cannot be loaded as a LoRA of this pipeline|fit no"):
+        load_base_lora(upgraded, tmp_path)
+    assert not getattr(upgraded.transformer, "peft_config", {})
+    assert not any("lora" in name or "base_layer" in name for name in upgraded.transformer.state_dict())
+
+
+def test_an_adapter_of_davae_is_no_lora() -> None:
+    with pytest.raises(SettingsError, match=r"an adapter of davae's: davae.load_pipeline\(base, adapter=\.\.\.\)"):
+        load_base_lora(built("sd3"), assets.upgrade())
 
 
 def test_what_has_no_channel_axis_is_left_alone(tmp_path: Path) -> None:

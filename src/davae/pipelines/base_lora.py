@@ -21,6 +21,7 @@ from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.method.widen import pad_channels, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
+from davae.pipelines.adapter_index import INDEX
 from davae.pipelines.places import find_on_hub, loading
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -37,7 +38,7 @@ def load_base_lora(
 
     Raises:
         SettingsError: the pipeline's class has no LoRA, or this one is of a model with other latent channels.
-        CheckpointError: there is no LoRA at `lora`, or none that diffusers can read.
+        CheckpointError: there is no LoRA at `lora`, none that diffusers can read, or one that fits only in part.
     """
     if not hasattr(pipeline, "load_lora_weights"):
         raise SettingsError(f"a {type(pipeline).__name__} loads no LoRA in diffusers; pipelines with LoRA do")
@@ -46,6 +47,8 @@ def load_base_lora(
     hub, path = find_on_hub(lora), Path(lora)
     source = str(lora) if hub is None else hub.repository
     files = list(path.glob("*.safetensors"))
+    if (path / INDEX).is_file():
+        raise SettingsError(f"{lora} is no LoRA but an adapter of davae's: davae.load_pipeline(base, adapter=...)")
     if path.is_file():
         source, weight_name = str(path.parent), path.name
     elif weight_name is None and len(files) == 1:
@@ -62,26 +65,67 @@ def load_base_lora(
 
 def _load(pipeline: DiffusionPipeline, source: str, place: dict[str, Any], adapter_name: str | None) -> None:
     """Load a LoRA by the stock call, padded if the pipeline is upgraded and the LoRA is of its base's ports."""
-    padded: dict[str, Tensor] = {}
-    if isinstance(pipeline.vae, AutoencoderDA):
-        # Tensors under diffusers' names, and from some pipelines LoRA's alphas.
-        settings: dict[str, Any] = {"return_alphas": True, "return_lora_metadata": True}
-        tensors, *alphas, metadata = pipeline.lora_state_dict(source, **place, **settings)
-        padded = pad_lora(tensors, pipeline)
-    if not padded:
-        pipeline.load_lora_weights(source, **place, adapter_name=adapter_name)
-        return
+    # Tensors under diffusers' names, and from some pipelines LoRA's alphas.
+    settings: dict[str, Any] = {"return_alphas": True, "return_lora_metadata": True}
+    tensors, *alphas, metadata = pipeline.lora_state_dict(source, **place, **settings)
+    is_upgraded = isinstance(getattr(pipeline.vae, "_orig_mod", pipeline.vae), AutoencoderDA)  # compiled or not
+    padded = pad_lora(tensors, pipeline) if is_upgraded else {}
 
+    before = _list_adapters(pipeline)
+    try:
+        if padded:
+            _load_padded(pipeline, {**tensors, **padded}, alphas, metadata, adapter_name)
+        else:
+            pipeline.load_lora_weights(source, **place, adapter_name=adapter_name)
+        _check_used(pipeline, tensors, _list_adapters(pipeline) - before)
+    except Exception:
+        added = {name for _, name in _list_adapters(pipeline) - before}
+        if added and before:
+            pipeline.delete_adapters(list(added))
+        elif added:
+            pipeline.unload_lora_weights()
+        raise
+
+
+def _list_adapters(pipeline: DiffusionPipeline) -> set[tuple[str, str]]:
+    """Every LoRA in a pipeline: the name of the part that has it, and its own."""
+    adapters: set[tuple[str, str]] = set()
+    for part, module in pipeline.components.items():
+        adapters.update((part, name) for name in getattr(module, "peft_config", ()))
+    return adapters
+
+
+def _check_used(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], adapters: set[tuple[str, str]]) -> None:
+    """Refuse a LoRA whose tensors are not all in the pipeline now: diffusers passes over layers that it cannot find."""
+    expected = {name for name in tensors if "lora" in name and not name.endswith(".alpha")}
+    used: set[str] = set()
+    for part, adapter in adapters:
+        for name in pipeline.components[part].state_dict():
+            if ".lora_" in name and f".{adapter}." in name:
+                used.add(f"{part}.{name.replace(f'.{adapter}.', '.')}")
+
+    # The names in text encoders are diffusers' older ones.
+    unused = sorted(expected - used)
+    if unused and len(expected) != len(used):
+        raise CheckpointError(
+            f"{len(unused)} of its {len(expected)} tensors fit no layer, such as {unused[0]}: it is of another model, "
+            "or its names are not diffusers', which begin with that of a part, as in transformer.transformer_blocks"
+        )
+
+
+def _load_padded(
+    pipeline: DiffusionPipeline, tensors: dict[str, Tensor], alphas: list[Any], metadata: Any, adapter_name: str | None
+) -> None:
     for values in alphas:
         for name, alpha in (values or {}).items():
-            padded[name] = torch.as_tensor(alpha)
+            tensors[name] = torch.as_tensor(alpha)
 
     # By way of a file: from a dict, diffusers would not take the metadata, and with it LoRA's alpha.
     header = {"format": "pt"}
     if metadata:
         header[LORA_ADAPTER_METADATA_KEY] = json.dumps(metadata)
     with tempfile.TemporaryDirectory() as folder:
-        save_file({**tensors, **padded}, Path(folder) / FILE, metadata=header)
+        save_file(tensors, Path(folder) / FILE, metadata=header)
         pipeline.load_lora_weights(folder, weight_name=FILE, adapter_name=adapter_name)
 
 
