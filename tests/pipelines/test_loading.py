@@ -54,6 +54,29 @@ def test_components_are_left_out_by_name_and_names_that_are_none_are_refused(tra
             load_pipeline(folder / "base", adapter=folder / "adapter", without=part)
 
 
+def test_a_folder_of_one_variant_is_found(base, autoencoder, tmp_path):
+    upgraded = upgrade(base, autoencoder)
+    upgraded.save_pretrained(tmp_path / "half", variant="fp16")
+    loaded = load_pipeline(tmp_path / "half")
+    assert np.array_equal(generate(loaded), generate(upgraded))
+    assert torch.equal(load_autoencoder(tmp_path / "half" / "vae").detail_mean, upgraded.vae.detail_mean)
+
+    base.save_pretrained(tmp_path / "base", variant="bf16")
+    assert type(load_base_vae(str(tmp_path / "base"))) is type(base.vae)
+
+    # Beside plain weights, a variant is loaded when it is asked for.
+    both = tmp_path / "half"
+    upgraded.vae.save_pretrained(both / "vae", variant="bf16")
+    with pytest.raises(CheckpointError, match=r"the variants bf16, fp16: say which one"):
+        load_autoencoder(both / "vae")
+    upgraded.save_pretrained(both)
+    with torch.no_grad():
+        upgraded.transformer.proj_out.bias.add_(1)
+    upgraded.transformer.save_pretrained(both / "transformer", variant="fp16")
+    biases = [load_pipeline(both, variant=name).transformer.proj_out.bias for name in (None, "fp16")]
+    assert torch.equal(biases[0] + 1, biases[1])
+
+
 def test_a_pipeline_that_was_saved_in_half_precision_loads_in_float32_throughout(base, tmp_path):
     base.to(torch.float16).save_pretrained(tmp_path)
     loaded = load_pipeline(tmp_path)

@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from diffusers import DiffusionPipeline
+import torch
+from accelerate import cpu_offload
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusion3Img2ImgPipeline
 
+from davae.backbones import backbone_of
 from davae.errors import SettingsError
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
@@ -44,3 +47,55 @@ def test_a_saved_pipeline_replaces_a_pipeline_and_nothing_else(base, autoencoder
     with pytest.raises(SettingsError, match="not davae's to replace"):
         save_pipeline(upgraded, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_offloaded_pipeline_is_not_saved_and_the_disk_is_not_blamed(base, autoencoder, tmp_path):
+    upgraded = upgrade(base, autoencoder)
+    cpu_offload(upgraded.transformer, execution_device="cpu")  # what `enable_sequential_cpu_offload` does
+    with pytest.raises(SettingsError, match="the transformer's weights are offloaded: save the pipeline before"):
+        save_pipeline(upgraded, tmp_path / "saved")
+    upgraded.remove_all_hooks()
+
+    settings = {"onload_device": torch.device("cpu"), "offload_to_disk_path": str(tmp_path / "weights")}
+    upgraded.vae.enable_group_offload(**settings, offload_type="leaf_level")
+    with pytest.raises(SettingsError, match="the vae's weights are offloaded"):
+        save_pipeline(upgraded, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_compiled_transformer_is_known_widened_and_saved(base, autoencoder, tmp_path):
+    """torch.compile wraps a module without running it, so this compiles nothing."""
+    plain, base.transformer = base.transformer, torch.compile(base.transformer, backend="eager")
+    base.vae = torch.compile(base.vae, backend="eager")
+    assert backbone_of(base.transformer) is backbone_of(plain)
+    upgraded = upgrade(base, autoencoder)
+    assert type(upgraded.transformer) is type(plain)
+
+    upgraded.transformer = torch.compile(upgraded.transformer, backend="eager")
+    save_pipeline(upgraded, tmp_path / "saved")
+    names = load_pipeline(tmp_path / "saved").transformer.state_dict().keys()
+    assert names == upgraded.transformer._orig_mod.state_dict().keys()
+
+    inner = upgraded.transformer._orig_mod
+    inner.proj_out = torch.compile(inner.proj_out, backend="eager")
+    with pytest.raises(SettingsError, match="a layer of the transformer was replaced by torch"):
+        save_pipeline(upgraded, tmp_path / "again")
+
+
+def test_another_pipeline_of_the_same_parts_is_made_as_the_readme_says(base, autoencoder):
+    upgraded = upgrade(base, autoencoder)
+    call = {"prompt": "a", "image": torch.zeros(1, 3, 64, 64), "height": 64, "width": 64, "num_inference_steps": 2}
+    made = (
+        StableDiffusion3Img2ImgPipeline.from_pipe(upgraded, vae=upgraded.vae),
+        AutoPipelineForImage2Image.from_pipe(upgraded),
+    )
+    images = []
+    for pipeline in made:
+        assert type(pipeline) is StableDiffusion3Img2ImgPipeline
+        assert pipeline.vae is upgraded.vae
+        assert pipeline.transformer is upgraded.transformer
+        pipeline.set_progress_bar_config(disable=True)
+        settings = {"generator": torch.Generator().manual_seed(0), "max_sequence_length": 8, "output_type": "np"}
+        images.append(pipeline(**call, **settings).images)
+    assert images[0].shape == (1, 64, 64, 3)
+    assert np.array_equal(*images)

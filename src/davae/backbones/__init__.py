@@ -3,7 +3,8 @@
 To add a backbone, add its row; `tests/backbones/test_table.py` then checks that its warm start is exact.
 """
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from davae.backbones import (
@@ -56,7 +57,7 @@ BACKBONES: dict[str, Backbone] = {
 """By the class name of the transformer."""
 
 
-def backbone_of(transformer: ModelMixin) -> Backbone:
+def backbone_of(transformer: nn.Module) -> Backbone:
     """The row of `BACKBONES` for a transformer, compiled or not, whose parameters FSDP2 may have spread over ranks."""
     # torch.compile wraps a model; FSDP2 makes a class of its own for it, under another name.
     transformer = getattr(transformer, "_orig_mod", transformer)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,9 @@ DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch
 WEIGHTS = "vae/diffusion_pytorch_model"
 SHARDS = (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}-*-of-*.safetensors")
 VAE_FILES = ("model_index.json", "vae/config.json", f"{WEIGHTS}.safetensors", *SHARDS)
+
+# Weights of a variant, such as fp16, whose name is the group; shards have their numbers before or behind it.
+VARIANT = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
 
 # Parts of an AutoencoderDA that it takes from its base autoencoder -> their names there.
 FROZEN_HALF = {"base_encoder": "encoder", "base_quant_conv": "quant_conv"}
@@ -88,7 +92,7 @@ def load_model(
     if frozen:
         logger.setLevel(logging.ERROR)  # no advice to train the weights that the file lacks
     try:
-        settings = {"use_safetensors": True, "output_loading_info": True, DTYPE: dtype}
+        settings = {"use_safetensors": True, "output_loading_info": True, DTYPE: dtype, "variant": find_variant(folder)}
         with loading(folder, f"an {model_class.__name__}"):
             model, loading_info = model_class.from_pretrained(folder, **settings)
     finally:
@@ -126,10 +130,29 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
             folder = folder / "vae"
         vae_class = load_base_class(class_name, f"the VAE of {base}")
         check_files(folder)
-        vae = vae_class.from_pretrained(folder, use_safetensors=True, **{DTYPE: torch.float32})
+        settings = {"use_safetensors": True, DTYPE: torch.float32, "variant": find_variant(folder)}
+        vae = vae_class.from_pretrained(folder, **settings)
 
     check_whole(vae, f"VAE of {base}")
     return vae.to(device).eval()
+
+
+def find_variant(folder: Path) -> str | None:
+    """The variant ("fp16") of the weights in a folder of a model or pipeline, where a model has weights of it only.
+
+    Raises:
+        CheckpointError: there are several to choose from.
+    """
+    variants: set[str] = set()
+    for place in (folder, *folder.glob("*/")):
+        files = [path.name for path in place.glob("*.safetensors")]
+        found = [match[1] for match in map(VARIANT.fullmatch, files) if match]
+        if len(found) == len(files):
+            variants.update(found)
+    if len(variants) > 1:
+        choice = ", ".join(sorted(variants))
+        raise CheckpointError(f"{folder} has weights of the variants {choice}: say which one, variant=...")
+    return next(iter(variants), None)
 
 
 def load_base_class(class_name: str, whose: str) -> type[ModelMixin]:
@@ -145,6 +168,17 @@ def check_whole(module: nn.Module, name: str) -> None:
     missing = [key for key, parameter in module.named_parameters() if parameter.is_meta]
     if missing:
         raise CheckpointError(f"the {name} lacks the weights {', '.join(missing[:3])}: copy the folder anew")
+
+
+def check_present(module: nn.Module, name: str, advice: str) -> None:
+    """Refuse a model whose weights are elsewhere: on "meta", or in files of group offloading."""
+    is_away = any(tensor.is_meta for tensor in module.state_dict().values())
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        is_away = is_away or (hook is not None and hook.group.offload_to_disk_path is not None)
+    if is_away:
+        raise SettingsError(f"the {name}'s weights are offloaded: {advice}")
 
 
 def check_base_encoder(autoencoder: AutoencoderDA, vae: ModelMixin) -> None:

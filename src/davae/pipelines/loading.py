@@ -12,7 +12,7 @@ from davae.backbones import check_parts
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter import check_base, digest_base, load_adapter
 from davae.pipelines.adapter_index import VAE_FOLDER
-from davae.pipelines.autoencoders import DTYPE, check_whole, load_autoencoder
+from davae.pipelines.autoencoders import DTYPE, check_whole, find_variant, load_autoencoder
 from davae.pipelines.places import fetch_files, fetch_pipeline, find_on_hub, loading
 from davae.pipelines.saving import PORTABLE_ENTRY
 from davae.pipelines.upgrade import replace_parts, upgrade
@@ -28,6 +28,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     without: str | Sequence[str] = (),
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline, upgraded or not, or a base pipeline with one or more adapters applied to it.
 
@@ -41,6 +42,7 @@ def load_pipeline(
         dtype: of all weights; float32 if None.
         device: where the pipeline goes; the CPU if None.
         without: names of components, or one name, that are not loaded but None.
+        variant: of the base's weights, such as "fp16"; None for the plain ones, or for the only ones of a folder.
 
     Raises:
         CheckpointError: something is missing or damaged, or the adapter belongs to another base.
@@ -55,7 +57,7 @@ def load_pipeline(
     dtypes = {"vae": torch.float32, "transformer": torch.float32, "default": dtype} if exact else dtype
 
     names = [without] if isinstance(without, str) else list(without)
-    pipeline = _load_stock(path_or_base, names, dtypes)
+    pipeline = _load_stock(path_or_base, names, dtypes, variant)
     for number, place in enumerate(adapters, 1):
         folder, is_last = Path(place), number == len(adapters)
         check_parts(pipeline)
@@ -70,7 +72,9 @@ def load_pipeline(
     return pipeline if device is None else pipeline.to(device)
 
 
-def _load_stock(path_or_base: str | Path, without: Sequence[str], dtypes: Any) -> DiffusionPipeline:
+def _load_stock(
+    path_or_base: str | Path, without: Sequence[str], dtypes: Any, variant: str | None
+) -> DiffusionPipeline:
     """A pipeline as it was saved, without adapters; all of its weights are there."""
     hub, folder = find_on_hub(path_or_base), Path(path_or_base)
     if hub is not None:
@@ -79,6 +83,7 @@ def _load_stock(path_or_base: str | Path, without: Sequence[str], dtypes: Any) -
         raise CheckpointError(f"{folder} is no pipeline: it has no model_index.json; give a save_pretrained folder")
 
     index = read_json(folder / "model_index.json")
+
     # The code in a portable folder is never run: the autoencoder is loaded with ours, below.
     absent = {*without, *(name for name, entry in index.items() if entry == [None, None])}
     portable = index.get("vae") == PORTABLE_ENTRY and "vae" not in absent
@@ -89,13 +94,14 @@ def _load_stock(path_or_base: str | Path, without: Sequence[str], dtypes: Any) -
 
     # Only what was checked is fetched: the same commit as the index.
     if hub is not None:
-        folder = fetch_pipeline(hub._replace(revision=folder.name), without, pipeline_class)
+        folder = fetch_pipeline(hub._replace(revision=folder.name), without, pipeline_class, variant)
     for name, entry in parts.items():
         if isinstance(entry, list) and not name.startswith("_"):
             check_files(folder / name)
 
     # diffusers takes None for "not loaded".
     settings: dict[str, Any] = {**dict.fromkeys(absent), DTYPE: dtypes, "use_safetensors": True}
+    settings["variant"] = variant or find_variant(folder)
     with loading(path_or_base, "a pipeline"):
         pipeline = pipeline_class.from_pretrained(folder, **settings)
     unknown = sorted(set(without) - pipeline.components.keys())

@@ -73,9 +73,11 @@ def fetch_files(hub: HubName, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=list(patterns)))
 
 
-def fetch_pipeline(hub: HubName, without: Sequence[str], pipeline_class: type[DiffusionPipeline]) -> Path:
+def fetch_pipeline(
+    hub: HubName, without: Sequence[str], pipeline_class: type[DiffusionPipeline], variant: str | None
+) -> Path:
     """The folder of a pipeline's configs and safetensors files; parts of the names in `without` are left out."""
     with loading("@".join(filter(None, hub)), "a pipeline"):
         parts: dict[str, Any] = dict.fromkeys(without)
-        settings: dict[str, Any] = {"revision": hub.revision, "use_safetensors": True, **parts}
+        settings: dict[str, Any] = {"revision": hub.revision, "use_safetensors": True, "variant": variant, **parts}
         return Path(pipeline_class.download(hub.repository, **settings))

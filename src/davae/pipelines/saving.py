@@ -9,6 +9,7 @@ from torch import nn
 
 from davae import __version__
 from davae.errors import SettingsError, StorageError
+from davae.pipelines.autoencoders import check_present
 from davae.run.storage import check_replaceable, read_json, replaced_whole, write_json
 
 MODULE = "davae_autoencoder"
@@ -58,11 +59,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
     With `portable` the autoencoder's code is saved, too, and the folder loads without davae. A LoRA must be fused.
     """
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and any(".base_layer." in tensor for tensor in part.state_dict()):
-            raise SettingsError(
-                f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
-                "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
-            )
+        if isinstance(part, nn.Module):
+            _check_saveable(name, part)
 
     check_replaceable(folder, holds="model_index.json")
     with replaced_whole(folder) as partial:
@@ -74,6 +72,23 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, portable: bool =
             raise StorageError(f"{folder} was not written: {error}. Free space, or choose another folder") from error
         if portable:
             _make_portable(partial)
+
+
+def _check_saveable(name: str, part: nn.Module) -> None:
+    """Refuse a part of a pipeline whose folder could not be loaded."""
+    # diffusers takes off the wrapper of a whole compiled part.
+    tensors = list(getattr(part, "_orig_mod", part).state_dict())
+    if any(".base_layer." in tensor for tensor in tensors):
+        raise SettingsError(
+            f"the {name} has a LoRA beside its weights, and no folder with it could be loaded: fuse it and unload "
+            "it first (pipeline.fuse_lora(), then pipeline.unload_lora_weights()), or unload it only"
+        )
+    if any("_orig_mod." in tensor for tensor in tensors):
+        raise SettingsError(
+            f"a layer of the {name} was replaced by torch.compile(...), and its folder could not be loaded. "
+            "Compile layers in place: layer.compile()"
+        )
+    check_present(part, name, "save the pipeline before you offload it, or load it again and save that")
 
 
 def make_portable_source() -> str:

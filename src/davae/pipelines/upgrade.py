@@ -17,7 +17,7 @@ from davae.method.widen import lost_directions
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_facts, downsample_factor
 from davae.models.stock_names import DECODING_PARTS
-from davae.pipelines.autoencoders import check_base_encoder, digest_tensors, load_base_class
+from davae.pipelines.autoencoders import check_base_encoder, check_present, digest_tensors, load_base_class
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
     check_parts(pipeline)
     backbone = backbone_of(pipeline.transformer)
     for part in (pipeline.transformer, pipeline.vae):
-        if any(parameter.is_meta for parameter in part.parameters()):
-            raise SettingsError(f"the {type(part).__name__}'s weights are offloaded: upgrade first, then offload")
+        check_present(part, type(part).__name__, "upgrade first, then offload")
     if backbone.refusal:
         raise SettingsError(
             f"{type(pipeline).__name__} cannot be upgraded: {backbone.refusal}. davae.widen_transformer widens its "
@@ -49,8 +48,9 @@ def upgrade(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> DiffusionPi
 
     # The warm start: on the base's latents the widened transformer computes the same as the base.
     config = autoencoder.config
+    transformer = getattr(pipeline.transformer, "_orig_mod", pipeline.transformer)  # torch.compile wraps a model
     transformer = widen_transformer(
-        pipeline.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
+        transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
     )
     upgraded = replace_parts(pipeline, vae=autoencoder, transformer=transformer)
 
@@ -119,7 +119,7 @@ def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: Mode
 
 def _check_autoencoder(pipeline: DiffusionPipeline, autoencoder: ModelMixin) -> None:
     """Refuse an autoencoder that was not made from this pipeline's VAE."""
-    vae = pipeline.vae
+    vae = getattr(pipeline.vae, "_orig_mod", pipeline.vae)
     load_base_class(type(vae).__name__, "the pipeline's VAE")
     if not isinstance(autoencoder, AutoencoderDA):
         name = type(autoencoder).__name__
