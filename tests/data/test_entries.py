@@ -42,6 +42,27 @@ def test_sub_folders_are_classes_in_sorted_order_whatever_the_split(tmp_path):
         assert all(heldout(key) == (split == "heldout") for key in part.keys)
 
 
+def test_numbered_sub_folders_are_classes_in_the_order_of_their_numbers(tmp_path, caplog):
+    names = [str(number) for number in range(12)]
+    fill(tmp_path / "set", {f"{name}/0.png": picture(0) for name in names})
+    pictures = open_pictures(tmp_path / "set", size=32, classes=True)
+    assert pictures.class_names == names
+    assert dict(zip(pictures.keys, pictures.classes, strict=True)) == {f"{name}/0": int(name) for name in names}
+    assert caplog.messages == []
+
+    # The order that a run recorded stays, as long as the folders are the same.
+    recorded = sorted(names)
+    assert open_pictures(tmp_path / "set", size=32, classes=True, class_names=recorded).class_names == recorded
+    with pytest.raises(DataError, match="not those that were recorded: 11 came or went"):
+        open_pictures(tmp_path / "set", size=32, classes=True, class_names=recorded[:3] + recorded[4:])
+
+    # Numbers from 1 are said not to be those of the classes.
+    fill(tmp_path / "from one", {f"{name}/0.png": picture(0) for name in ("1", "2", "10")})
+    caplog.clear()
+    assert open_pictures(tmp_path / "from one", size=32, classes=True).class_names == ["1", "2", "10"]
+    assert "'1' is class 0" in caplog.text
+
+
 def test_what_has_no_class_is_refused_with_a_reason(tmp_path):
     numbers = {"a": "3", "b": "-1", "c": "two", "d": "", "e": "\u0664", "f": "1.0"}
     files = {f"{key}.png": picture(0) for key in [*numbers, *"ghijk"]}

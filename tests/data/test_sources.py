@@ -145,11 +145,27 @@ def test_arguments_outside_their_range_are_refused(tmp_path, arguments):
 
 
 def test_a_split_without_a_picture_says_the_rule_and_the_way_out(tmp_path):
-    fill(tmp_path, captioned(3))
+    fill(tmp_path, captioned(1))
     with pytest.raises(
         DataError, match=r"'heldout' \(about one key in ten is held out, by a hash.* give more pictures"
     ):
         open_pictures(tmp_path, size=32, split="heldout")
+
+
+@pytest.mark.parametrize("first", [0, 17, 100])
+def test_of_few_pictures_at_least_one_is_held_out(tmp_path, caplog, first):
+    for count in range(2, 12):
+        keys = [f"{index:03d}" for index in range(first, first + count)]
+        for key in keys:
+            fill(tmp_path, {f"{key}.png": picture(int(key)), f"{key}.txt": b"a picture"})
+        held_out = open_pictures(tmp_path, size=32, split="heldout").keys
+        expected = [key for key in keys if heldout(key)]
+        if not expected or expected == keys:
+            expected = [min(keys, key=lambda key: hashlib.sha256(key.encode()).hexdigest())]
+            assert f"only {expected[0]} is held out" in caplog.text
+        assert held_out == expected
+        assert open_pictures(tmp_path, size=32, split="train").keys == sorted(set(keys) - set(held_out))
+        caplog.clear()
 
 
 def test_a_limit_takes_pictures_from_all_over(tmp_path):

@@ -1,5 +1,6 @@
 """What both stages say about pictures: buckets in training, and how many unreadable ones are too many."""
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -11,12 +12,13 @@ from PIL import Image
 
 import tiny_pipelines
 from davae.backbones import backbone_of
-from davae.data.sources import open_pictures
+from davae.data.sources import PictureSet, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
+from davae.run.storage import write_json
 from davae.training.folders import open_training_pictures
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
@@ -212,3 +214,34 @@ def test_without_a_setting_any_number_may_be_unreadable(tmp_path) -> None:
     key = keys(1, held=False)[0]
     (tmp_path / f"{key}.png").write_bytes((tmp_path / f"{key}.png").read_bytes()[:-300])
     assert len(open_pictures(tmp_path, size=64).sound()) == 1
+
+
+def test_a_run_of_a_former_version_keeps_its_classes_and_its_split(tmp_path, caplog) -> None:
+    names = ["0", "1", "10", "2"]
+    for place, name in enumerate(names):
+        fill_with_scenes(tmp_path / "set" / name, train=1, held=0, first=place)
+    recipe = FinetuneRecipe(pictures=str(tmp_path / "set"), size=64)
+    run = tmp_path / "run"
+
+    def opened() -> PictureSet:
+        return open_training_pictures(recipe, run, classes=True, begun=run)
+
+    # A new run counts as people do, and holds one picture out.
+    new = opened()
+    assert (new.class_names, len(new)) == (["0", "1", "2", "10"], 3)
+
+    # A former one had the order of text, and held none out.
+    (run / "checkpoints/step-00000001").mkdir(parents=True)
+    everything = open_pictures(tmp_path / "set", size=64, classes=True).keys
+    digest = hashlib.sha256("\n".join(everything).encode()).hexdigest()
+    write_json(run / "pictures.json", {"count": 4, "sha256_of_names": digest})
+    write_json(run / "classes.json", {name: number for number, name in enumerate(names)})
+    caplog.clear()
+    old = opened()
+    assert (old.class_names, old.keys, old.classes) == (names, everything, [0, 1, 2, 3])
+    assert "goes on so: it trains on all 4" in caplog.text
+
+    # A class that came would renumber the others.
+    fill_with_scenes(tmp_path / "set" / "3", train=1, held=0)
+    with pytest.raises(DataError, match="not those that were recorded: 3 came or went"):
+        opened()

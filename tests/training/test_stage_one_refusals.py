@@ -134,7 +134,7 @@ def test_betas_outside_their_range_are_refused(tmp_path: Path, betas: str) -> No
 
 
 def test_pictures_without_a_heldout_one_are_a_data_error(recipe: AutoencoderRecipe, tmp_path: Path) -> None:
-    pictures = fill_with_scenes(tmp_path / "pictures", train=2, held=0)
+    pictures = fill_with_scenes(tmp_path / "pictures", train=1, held=0)
     with pytest.raises(DataError, match="heldout"):
         train_autoencoder(recipe.model_copy(update={"pictures": str(pictures)}), tmp_path / "run")
 

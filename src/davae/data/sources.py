@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -207,6 +208,7 @@ def open_pictures(
     captions: bool = True,
     classes: bool = False,
     buckets: Sequence[Bucket] = (),
+    class_names: Sequence[str] = (),
 ) -> PictureSet:
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
@@ -214,40 +216,39 @@ def open_pictures(
         source: a folder of pictures with their captions beside them or in a table; WebDataset shards, here or at a URL;
             parquet files; `datasets:NAME`; or a dataset of Hugging Face `datasets`. See docs/data.md.
         size: side of the square pictures, in pixels. Nothing is scaled up: smaller pictures are refused.
-        split: "train" or "heldout", by the rule of `heldout`; None is both.
+        split: "train" or "heldout", by the rule of `choose_heldout`; None is both.
         limit: most pictures; they are taken at equal distances in the list of keys, so that they are not all alike.
         captions: each picture needs one; otherwise the caption of one without is "".
         classes: each picture needs a class instead of a caption: a whole number beside it or in its row, or, in a
-            folder of pictures, its sub-folder. Sub-folders are numbered from 0 in sorted order, whatever the split.
+            folder of pictures, its sub-folder. Sub-folders are numbered from 0 in the order that people count in ("2"
+            before "10"), whatever the split.
         buckets: sizes to choose from (`bucket_table`), in place of the square of side `size`.
+        class_names: all sub-folders in the order of their numbers, where a run has recorded another one.
 
     Raises:
         SettingsError: an argument is outside its range, or a package that the source needs is missing.
         DataError: the source is missing, damaged or not to be trusted, or no picture is usable; or classes are numbers
             and sub-folders at once.
     """
-    if size < MIN_PICTURE_SIDE:
-        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
-    if split not in (None, "train", "heldout"):
-        raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
-    if limit is not None and limit < 1:
-        raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
+    _check_arguments(size, split, limit)
 
-    # In the order of keys; the key alone decides the split.
+    # In the order of keys; the keys alone decide the split.
     listing = list_source(source)
+    keys = [key for key, sample in listing.samples.items() if sample.pictures]
+    held_out = choose_heldout(keys) if split else set()
     samples = {}
     for key, sample in sorted(listing.samples.items()):
-        if sample.pictures and (split is None or heldout(key) == (split == "heldout")):
+        if sample.pictures and (split is None or (key in held_out) == (split == "heldout")):
             samples[key] = sample
 
     # Classes have numbers whatever the split; headers say which pictures are usable.
     buckets = tuple(buckets) or (Bucket(size, size),)
-    folders = _number_folders(listing) if classes else None
+    folders = _number_folders(listing, class_names) if classes else None
     entries, unusable = make_entries(samples, buckets, folders, captions)
     refused = [*listing.refused, *unusable]
     if not entries:
         labels = " with classes" if classes else " with captions beside them" if captions else ""
-        rule = "(about one key in ten is held out, by a hash of its name: give more pictures)"
+        rule = "(about one key in ten is held out, by a hash of its name, and at least one of two: give more pictures)"
         raise DataError(
             f"no usable picture{'' if split is None else f' of the split {split!r} {rule}'} in {source}; looked for "
             f"{' '.join(sorted(PICTURE_SUFFIXES))} of at least {smallest_size(buckets)}{labels}; {_summarise(refused)}"
@@ -260,18 +261,57 @@ def open_pictures(
     return PictureSet(entries, size=size, refused=refused, class_names=names)
 
 
+def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
+    if size < MIN_PICTURE_SIDE:
+        raise SettingsError(f"size={size}: allowed is a side from {MIN_PICTURE_SIDE} pixels")
+    if split not in (None, "train", "heldout"):
+        raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
+
+
 def heldout(key: str) -> bool:
     """Whether a picture is kept from training, by its key alone: SHA-256 of the key, as a number, divisible by ten."""
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
+    return _hash(key) % 10 == 0
 
 
-def _number_folders(listing: Listing) -> dict[str, int]:
-    """Numbers, in sorted order, of the sub-folders that hold pictures at any depth, in a folder of pictures."""
+def choose_heldout(keys: Sequence[str]) -> set[str]:
+    """The keys by the rule of `heldout`; if these are none or all of several, the one of the smallest hash."""
+    chosen = set(filter(heldout, keys))
+    if len(keys) > 1 and len(chosen) in (0, len(keys)):
+        chosen = {min(keys, key=_hash)}
+        logger.warning("few pictures: of these %d only %s is held out, whose hash is the smallest", len(keys), *chosen)
+    return chosen
+
+
+def _hash(key: str) -> int:
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16)
+
+
+def _number_folders(listing: Listing, recorded: Sequence[str]) -> dict[str, int]:
+    """Numbers of the sub-folders that hold pictures at any depth, in a folder of pictures."""
     names: set[str] = set()
     for key, sample in listing.samples.items():
         if listing.folders and sample.pictures and "/" in key:
             names.add(key.partition("/")[0])
-    return dict(zip(sorted(names), range(len(names)), strict=True))
+    if recorded and names != set(recorded):
+        changed = ", ".join(sorted(names ^ set(recorded)))
+        raise DataError(f"the class folders are not those that were recorded: {changed} came or went; bring them back")
+
+    # Digits count as numbers: "2" comes before "10".
+    ordered = list(recorded) or sorted(names, key=lambda name: (_count_digits(name), name))
+    numbers = {name: number for number, name in enumerate(ordered)}
+    moved = [name for name, number in numbers.items() if name.isdecimal() and int(name) != number]
+    if moved and all(map(str.isdecimal, names)):
+        message = "the class folders are numbers, but not those of their classes: %r is class %d"
+        logger.warning(message, moved[0], numbers[moved[0]])
+    return numbers
+
+
+def _count_digits(name: str) -> list[str | int]:
+    parts: list[str | int] = list(re.split("([0-9]+)", name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def _summarise(refused: Sequence[Refusal]) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,15 +79,42 @@ def check_same_recipe(recipe: OptimisationRecipe, folder: Path) -> None:
 
 
 def open_training_pictures(
-    recipe: PicturesRecipe, folder: Path | None, *, captions: bool = True, classes: bool = False
+    recipe: PicturesRecipe,
+    folder: Path | None,
+    *,
+    captions: bool = True,
+    classes: bool = False,
+    begun: Path | None = None,
 ) -> PictureSet:
-    """The training split, every image decoded once; refused images are listed in `folder`/refused.json."""
-    kind = {"captions": captions, "classes": classes}
-    pictures = open_pictures(
-        recipe.source, size=recipe.size, split="train", limit=recipe.limit, buckets=recipe.buckets, **kind
-    )
-    report = None if folder is None else folder / "refused.json"
-    return pictures.sound(report, max_unreadable=recipe.max_unreadable)
+    """The training split, every image decoded once; refused images are listed in `folder`/refused.json.
+
+    A run that has `begun` in a folder keeps its class numbers, and its images if none of them was held out, which
+    former versions did with some small sets.
+    """
+    record: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
+    if begun is not None and has_begun(begun):
+        record = read_json(begun / "pictures.json") if (begun / "pictures.json").is_file() else {}
+        numbers = read_json(begun / "classes.json") if (begun / "classes.json").is_file() else {}
+
+    def read(split: str | None) -> PictureSet:
+        kind: dict[str, Any] = {
+            "captions": captions,
+            "classes": classes,
+            "class_names": sorted(numbers, key=lambda name: numbers[name]),
+        }
+        pictures = open_pictures(
+            recipe.source, size=recipe.size, split=split, limit=recipe.limit, buckets=recipe.buckets, **kind
+        )
+        report = None if folder is None else folder / "refused.json"
+        return pictures.sound(report, max_unreadable=recipe.max_unreadable)
+
+    pictures = read("train")
+    names = record.get("sha256_of_names")
+    if names and names != _digest_lines(pictures.keys) and names == _digest_lines((whole := read(None)).keys):
+        logger.warning("this run began without a held-out image, and goes on so: it trains on all %d", len(whole))
+        return whole
+    return pictures
 
 
 def has_begun(folder: Path) -> bool:

@@ -38,7 +38,7 @@ ReadLatents = Callable[[Sequence[int], int], Tensor]
 def load_pictures(recipe: FinetuneRecipe, transformer: ModelMixin, folder: Path, ranks: Ranks) -> PictureSet:
     """The training images with captions, or with classes if the backbone has those."""
     backbone = backbone_of(transformer)
-    pictures = open_training_pictures(recipe, folder if ranks.first else None, classes=backbone.classes)
+    pictures = open_training_pictures(recipe, folder if ranks.first else None, classes=backbone.classes, begun=folder)
     if not backbone.classes:
         return pictures
 
