@@ -80,6 +80,32 @@ def test_a_parquet_table_reads_like_the_lines(tmp_path):
         open_pictures(tmp_path / "parquet", size=32)
 
 
+def test_of_several_rows_for_one_file_the_others_are_refused(tmp_path):
+    rows_ = [{"file_name": "000.png", "text": text} for text in ("one", "two", "three")]
+    fill(tmp_path, {"000.png": picture(0), "001.png": picture(1), "001.txt": b"b", "metadata.jsonl": lines(*rows_)})
+    pictures = open_pictures(tmp_path, size=32)
+    assert pictures.captions == ["three", "b"]
+    refused = reasons(pictures)
+    assert list(refused) == ["metadata.jsonl, line 1", "metadata.jsonl, line 2"]
+    assert refused["metadata.jsonl, line 2"].startswith("000.png: a later row, metadata.jsonl, line 3,")
+    assert {refusal.kind for refusal in pictures.refused} == {"same name"}
+
+
+def test_a_list_of_captions_is_refused_as_what_it_is(tmp_path):
+    files = captioned(1) | {"a.png": picture(1), "a.json": b'{"caption": ["one", "two"]}', "b.png": picture(2)}
+    files |= {"b.json": b'{"caption": {"en": "b"}}', "c.png": picture(3), "c.json": b'{"caption": ["x"], "text": "c"}'}
+    pictures = open_pictures(fill(tmp_path, files), size=32)
+    assert pictures.captions == ["picture 0", "c"]
+    assert reasons(pictures) == {
+        "a.png": 'the "caption" of a.json is a list of 2; allowed is one text',
+        "b.png": 'the "caption" of b.json is of type dict; allowed is one text',
+    }
+    rows_ = dataset(1).remove_columns("text").add_column("text", [["one", "two"]])
+    with pytest.raises(DataError, match='the "text" of its row is a list of 2'):
+        open_pictures(rows_, size=32)
+    assert len(open_pictures(rows_, size=32, captions=False)) == 1
+
+
 def test_rows_without_a_picture_are_refused_by_name(tmp_path):
     fill(tmp_path.parent, {"outside.png": picture(1)})
     odd = [
@@ -230,3 +256,30 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(SettingsError, match=r"davae\[datasets\]"):
         open_pictures(tmp_path / "a.parquet", size=32)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_of_several_columns_of_pictures_the_one_named_image_counts(streamed):
+    image = datasets.Image()
+    cells = [{"bytes": picture(index), "path": None} for index in range(3)]
+    columns = {"conditioning_image": cells[:1], "image": cells[1:2], "views": [cells], "text": ["a"]}
+    rows_ = datasets.Dataset.from_dict(columns).cast_column("conditioning_image", image).cast_column("image", image)
+
+    def opened(*gone: str):
+        rest = rows_.remove_columns(gone)
+        return open_pictures(rest.to_iterable_dataset() if streamed else rest, size=32)
+
+    pictures = opened()
+    assert torch.equal(pictures.image(0), opened("conditioning_image", "views").image(0))
+    assert list(reasons(pictures)) == ["column conditioning_image", "column views"]
+    assert opened("conditioning_image", "views").refused == []
+
+    # An empty first cell does not hide the column.
+    empty = datasets.Dataset.from_dict({"image": [None], "text": ["a"]}).cast_column("image", image)
+    rows_ = datasets.concatenate_datasets([empty, rows_.remove_columns("views")])
+    pictures = opened()
+    assert pictures.keys == ["000000001"]
+    assert list(reasons(pictures)) == ["column conditioning_image", "000000000"]
+    rows_ = rows_.rename_column("image", "target")
+    with pytest.raises(DataError, match="several columns hold pictures: target, conditioning_image; name"):
+        opened()

@@ -77,6 +77,8 @@ def make_entry(
     caption = _read_caption(sample)
     if folders is None:
         if not caption and needs_caption:
+            if other := _describe_other_captions(sample):
+                raise PictureRefused(picture.name, other, "text")
             reason = 'no caption; put it beside the picture as .txt, or as "caption" in a .json or in metadata.jsonl'
             raise PictureRefused(picture.name, reason, "no caption")
         return PictureEntry(key, picture, caption, width, height, bucket)
@@ -133,6 +135,15 @@ def _read_caption(sample: Sample) -> str:
     """The caption without white space around it, or ""."""
     caption, _ = _find(sample, (".txt", ".caption"), CAPTION_KEYS, str)
     return (caption or "").strip()
+
+
+def _describe_other_captions(sample: Sample) -> str:
+    """Where something else than a text stands in place of a caption, and what, or ""."""
+    value, place = _find(sample, (), CAPTION_KEYS, object)
+    if value is None:
+        return ""
+    kind = f"a list of {len(value)}" if isinstance(value, list) else f"of type {type(value).__name__}"
+    return f"{place} is {kind}; allowed is one text"
 
 
 def _read_class(sample: Sample) -> int | None:

@@ -181,7 +181,11 @@ def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refu
             shown = ascii(path.as_posix())[1:-1][:200]
             yield Refusal(shown, f"{table.name} names it, and it is not there; bring it or take its row out", "missing")
         else:
-            sample.row = row
+            # The last row counts.
+            if sample.row_place:
+                reason = f"a later row, {table.name}, {place}, is about the same file; one row for each"
+                yield Refusal(sample.row_place, f"{path.as_posix()}: {reason}", "same name")
+            sample.row, sample.row_place = row, f"{folder / table.name}, {place}"
 
 
 def _read_table(table: Path) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """The content of a source, listed without decoding: a folder, shards, a table of rows; on this machine or elsewhere."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 from davae.data.folders import Listing, walk_folder
 from davae.data.masks import set_masks_aside
-from davae.data.pictures import PictureRefused
+from davae.data.pictures import PictureRefused, Refusal
 from davae.data.shards import MAX_UNPACKED_BYTES, list_shards, remote_shards
 from davae.data.stored import PICTURE_SUFFIXES, CellBytes, LocalFile, Sample, Samples
 from davae.errors import DataError, SettingsError
@@ -33,9 +33,9 @@ def list_source(source: PictureSource) -> Listing:
 
 def _list_source(source: PictureSource) -> Listing:
     if type(source).__module__.partition(".")[0] == "datasets":
-        return Listing(_list_rows(source, "the dataset"))
+        return _list_rows(source, "the dataset")
     if isinstance(source, str) and source.startswith(SCHEME):
-        return Listing(_list_rows(_load_named(source), source))
+        return _list_rows(_load_named(source), source)
     if isinstance(source, str) and "://" in source:
         return Listing(*list_shards(remote_shards(source)))
 
@@ -47,7 +47,7 @@ def _list_source(source: PictureSource) -> Listing:
         allowed = f"the path of a folder, a tar shard or a parquet file, a URL of shards, or {SCHEME}NAME"
         raise DataError(f"{path} is no folder and no file; allowed is {allowed}")
     if path.suffix == ".parquet":
-        return Listing(_list_rows(_load_parquet([path]), str(path)))
+        return _list_rows(_load_parquet([path]), str(path))
     return Listing(*list_shards([LocalFile(str(path))]))
 
 
@@ -67,14 +67,14 @@ def _list_folder(folder: Path) -> Listing:
             f"{folder} holds both {first} and {second}, such as {contents[first][0]} and {contents[second][0]}; move "
             "either to a folder of its own"
         )
-    if saved:
-        return Listing(_list_rows(_load_saved(folder), str(folder)), tree.listing.refused)
-    if tree.tables:
-        return Listing(_list_rows(_load_parquet(tree.tables), str(folder)), tree.listing.refused)
-    if not tree.shards:
+    if not any((saved, shards, tables)):
         return tree.listing
-    samples, refused = list_shards([LocalFile(str(path)) for path in tree.shards])
-    return Listing(samples, [*tree.listing.refused, *refused])
+    if shards:
+        found = Listing(*list_shards([LocalFile(str(path)) for path in tree.shards]))
+    else:
+        found = _list_rows(_load_saved(folder) if saved else _load_parquet(tree.tables), str(folder))
+    found.refused.extend(tree.listing.refused)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- rows of datasets
@@ -129,7 +129,7 @@ def _loading(source: str) -> Iterator[Any]:
         raise DataError(f"{source} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
-def _list_rows(rows: Any, name: str) -> Samples:
+def _list_rows(rows: Any, name: str) -> Listing:
     """The rows of a dataset, by their `__key__` (as WebDataset's have) or else their number, from "000000000".
 
     The pictures of a dataset that is not streamed stay where they are, and are read at every use. A stream is read to
@@ -143,12 +143,14 @@ def _list_rows(rows: Any, name: str) -> Samples:
     streamed = isinstance(rows, datasets.IterableDataset)
     rows = rows.decode(False) if streamed else _without_decoding(rows, datasets)
 
-    # The first row shows which column holds the pictures.
+    # Types, where they are known, and the first row show which column holds the pictures.
+    typed = [column for column, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
     samples: Samples = {}
+    refused: list[Refusal] = []
     column, held = "", 0
     for index, row in enumerate(rows if streamed else _without_pictures(rows, datasets)):
         if not index:
-            column = _find_picture_column(row if streamed else rows[0], name)
+            column, refused = _choose_picture_column(row if streamed else rows[0], typed, name)
         key = str(row.get("__key__", f"{index:09d}"))
         if key in samples:
             raise DataError(f"{name}: two rows have the key {key!r}; every key must be there once")
@@ -165,7 +167,7 @@ def _list_rows(rows: Any, name: str) -> Samples:
             )
         rest = {field: value for field, value in row.items() if field != column}
         samples[key] = Sample([CellBytes(key, read)], row=rest)
-    return samples
+    return Listing(samples, refused)
 
 
 def _without_pictures(rows: Any, datasets: Any) -> Iterable[Mapping[str, Any]]:
@@ -184,14 +186,27 @@ def _without_decoding(rows: Any, datasets: Any) -> Any:
     return rows
 
 
-def _find_picture_column(row: Mapping[str, Any], name: str) -> str:
+def _choose_picture_column(row: Mapping[str, Any], typed: Container[str], name: str) -> tuple[str, list[Refusal]]:
+    """The column of the pictures, which is "image" if there are several, and refusals of the others."""
+    columns: list[str] = []
     for column, value in row.items():
-        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
-            return column
-        if isinstance(value, bytes) and column in PICTURE_COLUMNS:
-            return column
-    needed = "one of type Image, or one of bytes with a name such as image, png or jpg"
-    raise DataError(f"{name}: no column holds pictures, of {', '.join(row)}; needed is {needed}")
+        first = value[0] if isinstance(value, list) and value else value
+        has_pictures = isinstance(first, dict) and {"bytes", "path"} <= first.keys()
+        if has_pictures or column in typed or (isinstance(value, bytes) and column in PICTURE_COLUMNS):
+            columns.append(column)
+    single = [column for column in columns if not isinstance(row[column], list)]
+
+    if not single:
+        needed = "one of type Image, or one of bytes with a name such as image, png or jpg"
+        raise DataError(f"{name}: no column holds pictures, of {', '.join(row)}; needed is {needed}")
+    if len(single) > 1 and "image" not in single:
+        raise DataError(
+            f'{name}: several columns hold pictures: {", ".join(single)}; name the one to train on "image", or take '
+            "the others out"
+        )
+    chosen = "image" if "image" in single else single[0]
+    reason = f'a further column of pictures beside {chosen!r}; take it out, or name it "image" to train on it'
+    return chosen, [Refusal(f"column {column}", reason, "same name") for column in columns if column != chosen]
 
 
 def _read_stored_cell(rows: Any, index: int, column: str, key: str) -> bytes:

@@ -198,6 +198,8 @@ class Sample:
     pictures: list[StoredBytes] = field(default_factory=list)
     texts: dict[str, StoredBytes] = field(default_factory=dict)
     row: dict[str, Any] = field(default_factory=dict)
+    # Where the row stands, if it came from a table beside the picture.
+    row_place: str = ""
 
     def add(self, suffix: str, content: StoredBytes) -> None:
         """Take one file in, by its suffix; files that are neither pictures nor texts are passed over."""
