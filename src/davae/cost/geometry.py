@@ -19,7 +19,7 @@ from davae.backbones import BACKBONES
 from davae.errors import CheckpointError, SettingsError
 from davae.models.base_autoencoders import BASE_AUTOENCODERS
 from davae.pipelines.places import fetch_files, find_on_hub
-from davae.pipelines.vetting import find_part_class, find_pipeline_class
+from davae.pipelines.vetting import find_classes, find_part_class
 from davae.run.storage import read_json
 
 META = torch.device("meta")
@@ -115,7 +115,7 @@ def build(name: str, *, layers: int | None, text: bool, dtype: torch.dtype, devi
                 if isinstance(parts[part], nn.Module):
                     _settle(parts[part], dtype)
 
-    return find_pipeline_class(folder, index)(**parts)
+    return find_classes(folder, index)[0](**parts)
 
 
 def _make_part(kind: type[Any], source: Path, part: str, layers: int | None = None) -> Any:

@@ -15,6 +15,7 @@ from davae.backbones import backbone_of
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, AdapterIndex, LoraFacts, read_index
 from davae.pipelines.autoencoders import digest_tensors, find_frozen_half
+from davae.pipelines.sizes import is_finite
 from davae.run.storage import check_replaceable, replaced_whole
 
 PORTS_FILE = "transformer_ports.safetensors"
@@ -195,5 +196,7 @@ def _read_tensors(path: Path, *, like: dict[str, Tensor]) -> dict[str, Tensor]:
             shape = list((like if name in like else tensors)[name].shape)
             causes = "its rank, its targets or its number of detail channels differ"
             raise CheckpointError(f"{path} does not fit this transformer, first at {name} {shape}: {causes}")
+        if not is_finite(tensors[name]):
+            raise CheckpointError(f"{path} has numbers that are not finite in {name}: copy it anew, or train it again")
         tensors[name] = tensors[name].to(like[name])
     return tensors

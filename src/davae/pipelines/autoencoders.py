@@ -17,6 +17,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import find_base
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
 from davae.pipelines.places import fetch_files, find_on_hub, loading
+from davae.pipelines.sizes import check_finite
 from davae.pipelines.vetting import check_files
 from davae.run.storage import read_json
 
@@ -84,7 +85,7 @@ def load_model(
     if not (folder / "config.json").is_file():  # diffusers would take "runs/autoencoder" for a name on the Hub
         name = model_class.__name__
         raise CheckpointError(f"{folder} has no config.json: give the folder of an {name} on this machine")
-    check_files(folder)
+    check_files(folder, model_class)
     frozen, dtype = frozen or {}, dtype or torch.float32
 
     logger = logging.getLogger("diffusers.models.modeling_utils")
@@ -111,6 +112,7 @@ def load_model(
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
+    check_finite(model, f"{model_class.__name__} of {folder}")
     return model.to(device).eval()
 
 
@@ -129,7 +131,7 @@ def load_base_vae(base: str, *, device: torch.device | str = "cpu") -> ModelMixi
             class_name = read_json(folder / "model_index.json")["vae"][1]
             folder = folder / "vae"
         vae_class = load_base_class(class_name, f"the VAE of {base}")
-        check_files(folder)
+        check_files(folder, vae_class)
         settings = {"use_safetensors": True, DTYPE: torch.float32, "variant": find_variant(folder)}
         vae = vae_class.from_pretrained(folder, **settings)
 
@@ -164,10 +166,11 @@ def load_base_class(class_name: str, whose: str) -> type[ModelMixin]:
 
 
 def check_whole(module: nn.Module, name: str) -> None:
-    """Refuse a model some of whose weights were not in its file: diffusers leaves them on "meta"."""
+    """Refuse a model some of whose weights were not in its file (diffusers leaves them on "meta") or are not finite."""
     missing = [key for key, parameter in module.named_parameters() if parameter.is_meta]
     if missing:
         raise CheckpointError(f"the {name} lacks the weights {', '.join(missing[:3])}: copy the folder anew")
+    check_finite(module, name)
 
 
 def check_present(module: nn.Module, name: str, advice: str) -> None:

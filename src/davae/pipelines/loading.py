@@ -16,7 +16,7 @@ from davae.pipelines.autoencoders import DTYPE, check_whole, find_variant, load_
 from davae.pipelines.places import fetch_files, fetch_pipeline, find_on_hub, loading
 from davae.pipelines.saving import PORTABLE_ENTRY
 from davae.pipelines.upgrade import replace_parts, upgrade
-from davae.pipelines.vetting import check_files, find_pipeline_class
+from davae.pipelines.vetting import check_files, find_classes
 from davae.run.storage import read_json
 
 
@@ -89,15 +89,14 @@ def _load_stock(
     portable = index.get("vae") == PORTABLE_ENTRY and "vae" not in absent
     if portable:
         absent.add("vae")
-    parts = {name: entry for name, entry in index.items() if name not in absent}
-    pipeline_class = find_pipeline_class(folder, parts)
+    present = {name: entry for name, entry in index.items() if name not in absent}
+    pipeline_class, parts = find_classes(folder, present)
 
     # Only what was checked is fetched: the same commit as the index.
     if hub is not None:
         folder = fetch_pipeline(hub._replace(revision=folder.name), without, pipeline_class, variant)
-    for name, entry in parts.items():
-        if isinstance(entry, list) and not name.startswith("_"):
-            check_files(folder / name)
+    for name, part_class in parts.items():
+        check_files(folder / name, part_class)
 
     # diffusers takes None for "not loaded".
     settings: dict[str, Any] = {**dict.fromkeys(absent), DTYPE: dtypes, "use_safetensors": True}

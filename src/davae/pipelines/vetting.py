@@ -7,7 +7,7 @@ read weights from elsewhere if a file of the folder says so.
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from davae.errors import CheckpointError
+from davae.pipelines.sizes import check_sizes, walk
 from davae.run.storage import read_json
 
 # The libraries that a part may come from, and of what kinds it may be there.
@@ -54,8 +55,8 @@ def find_part_class(library: object, name: object, whose: str) -> type[Any]:
     )
 
 
-def find_pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
-    """The class of a pipeline's `model_index.json`; refuses it, or that of a part, if it is not on the list."""
+def find_classes(folder: Path, index: Mapping[str, Any]) -> tuple[type[DiffusionPipeline], dict[str, type[Any]]]:
+    """The classes of a pipeline's `model_index.json` and of its parts; refuses one that is not on the list."""
     from davae.pipelines.class_conditional import ClassConditionalFlowPipeline  # diffusers does not know it
 
     name: Any = index.get("_class_name")
@@ -74,20 +75,21 @@ def find_pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[Diffusio
     for key, parameter in inspect.signature(found).parameters.items():
         if parameter.default is not inspect.Parameter.empty and key not in optional:
             settings.add(key)
+    parts: dict[str, type[Any]] = {}
     for key, entry in index.items():
         if key.startswith("_") or key in settings or entry == [None, None]:
             continue
         if isinstance(entry, list) and len(entry) == 2 and key.isidentifier():
-            find_part_class(entry[0], entry[1], f"the {key} of {folder}")
+            parts[key] = find_part_class(entry[0], entry[1], f"the {key} of {folder}")
         elif isinstance(entry, list | dict | str):
             raise CheckpointError(
                 f"{folder}: {key} in model_index.json is {entry!r}; allowed are a library and a class"
             )
-    return found
+    return found, parts
 
 
-def check_files(folder: Path) -> None:
-    """Refuse a model's folder with code in it, with weights from elsewhere, or with weights that are no safetensors."""
+def check_files(folder: Path, part_class: type[Any]) -> None:
+    """Refuse a part's folder with code in it, weights from elsewhere or pickled, or a config that does not fit them."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: copy the pipeline anew")
     for path in sorted(folder.iterdir()):
@@ -106,9 +108,10 @@ def check_files(folder: Path) -> None:
     if config.is_file():
         if config.stat().st_size > LARGEST_CONFIG:
             raise CheckpointError(f"{config} has {config.stat().st_size:,} bytes; allowed are {LARGEST_CONFIG:,}")
-        for key, value in _walk(read_json(config)):
+        for key, value in walk(read_json(config)):
             if key in KERNEL_KEYS and "/" in json.dumps(value):
                 raise CheckpointError(f"{config} names code to fetch, {key} = {value!r}: remove that line")
+    check_sizes(folder, part_class)
 
 
 def _check_shards(path: Path) -> None:
@@ -119,13 +122,3 @@ def _check_shards(path: Path) -> None:
     for shard in shards.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {shard!r}; allowed are .safetensors files beside it")
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys and values in a nest of dicts and lists."""
-    if isinstance(value, dict):
-        yield from value.items()
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _walk(item)
