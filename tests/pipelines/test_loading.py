@@ -40,7 +40,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(base, tmp_path):
     weights = next((tmp_path / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
 
-    with pytest.raises(CheckpointError, match="cannot be loaded as a pipeline"):
+    with pytest.raises(CheckpointError, match="cannot be loaded as weights"):
         load_pipeline(tmp_path)
 
 

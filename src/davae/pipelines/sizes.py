@@ -57,7 +57,7 @@ def check_sizes(folder: Path, model_class: type[Any]) -> None:
         return
 
     budget = _Budget(len(shapes), sum(math.prod(shape) for shape in shapes.values()))
-    with loading(folder, f"a {model_class.__name__}"), torch.device("meta"), budget:
+    with loading(folder, f"an {model_class.__name__}"), torch.device("meta"), budget:
         if issubclass(model_class, ModelMixin):
             model = model_class.from_config(model_class.load_config(folder))
         else:
@@ -65,7 +65,7 @@ def check_sizes(folder: Path, model_class: type[Any]) -> None:
     for name, tensor in model.state_dict().items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
             raise CheckpointError(
-                f"{folder} cannot be loaded as a {model_class.__name__}: its config gives {name} the shape "
+                f"{folder} cannot be loaded as an {model_class.__name__}: its config gives {name} the shape "
                 f"{list(tensor.shape)}, its weights have {list(shapes[name])}: copy the folder anew"
             )
 
