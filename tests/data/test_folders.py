@@ -1,10 +1,14 @@
 """Everything in a folder is used or refused by name: links, archives, hidden files, what file servers keep."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from data.stored import captioned, fill, picture, reasons, tar
 from davae.data.sources import open_pictures
 from davae.errors import DataError
+from trials import Trials
 
 
 def open_all(folder, **settings):
@@ -97,3 +101,63 @@ def test_masks_beside_their_pictures_are_no_pictures(tmp_path, kind):
     assert found.keys == sorted(pictures)
     assert sorted(name.removeprefix("0.tar/") for name in reasons(found)) == sorted(f"{key}.png" for key in masks)
     assert {refusal.kind for refusal in found.refused} == {"mask"}
+
+
+NAMES = [
+    "a.png",
+    "b.JPG",
+    "a.jpg",
+    "a.txt",
+    "c v1.5 07.webp",
+    "a_mask.png",
+    "._b.png",
+    ".png",
+    "d.heic",
+    "e.tif",
+    "n.md",
+]
+FOLDERS = ["", "cats/", "10/", ".hidden/", "@eaDir/", "masks/", "cats/deep er/"]
+
+
+def walk(folder: Path) -> list[str]:
+    """Every picture below a folder, by its path, and every link to a folder; links to folders are not entered."""
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in (*folders, *names) if Path(parent, name).is_symlink()]
+        pictures = [
+            name
+            for name in set(names) - set(links)
+            if name.lower().endswith((".png", ".jpg", ".webp", ".heic", ".tif"))
+        ]
+        found += [Path(parent, name).relative_to(folder).as_posix() for name in links + pictures]
+    return sorted(found)
+
+
+def account(source: Path) -> list[str]:
+    """What was used and what was refused."""
+    pictures = open_all(source)
+    return sorted([entry.picture.name for entry in pictures.entries] + [refusal.name for refusal in pictures.refused])
+
+
+@pytest.mark.soak("R23", ci=25, full=2000)
+def test_pictures_used_and_refused_are_those_that_a_walk_finds(tmp_path, trials: Trials):
+    """Random trees with links, and the same files in tars that are joined."""
+    for number, draw in enumerate(trials):
+        files = {"zebra.png": picture(99)}
+        for place in range(draw.randrange(25)):
+            name = draw.choice(FOLDERS) + draw.choice(NAMES)
+            files[name] = draw.choice([picture(place), picture(place, 8, 8), b"", b"<html>"])
+        shards = []
+        for part in range(3):
+            members = {name: files[name] for place, name in enumerate(files) if place % 3 == part}
+            shards.append(tar(tmp_path / "part.tar", members).read_bytes())
+        shard = tmp_path / f"{number}.tar"
+        shard.write_bytes(b"".join(shards))
+
+        folder = fill(tmp_path / str(number), files)
+        assert account(shard) == [f"{number}.tar/{name}" for name in walk(folder)], trials.replay
+        links = dict.fromkeys(draw.sample(["link", "cats2", "z"], 2), draw.choice([".", "..", "cats"]))
+        links |= dict.fromkeys(draw.sample(["l.png", "m.png"], 2), draw.choice(["zebra.png", "nowhere", "m.png"]))
+        for name, target in links.items():
+            (folder / name).symlink_to(target)
+        assert account(folder) == walk(folder), trials.replay

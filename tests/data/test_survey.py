@@ -57,7 +57,14 @@ def test_the_facts_of_a_set_with_all_sorts_in_it(odd_set):
 def test_classes_are_counted(tmp_path):
     files = {f"{index}.png": picture(index) for index in range(3)} | {f"{index}.cls": b"4" for index in range(2)}
     facts = survey(open_pictures(fill(tmp_path, files | {"2.cls": b"7"}), size=32, classes=True))
-    assert facts["classes"] == {"classes": 2, "fewest": 1, "most": 2}
+    assert facts["classes"] == {"classes": 2, "fewest": 1, "most": 2, "numbers": {}}
+
+
+def test_the_command_prints_the_number_of_each_class_folder(tmp_path, capsys):
+    fill(tmp_path / "set", {f"{name}/0.png": picture(0) for name in ("2", "10", "dogs")})
+    inspect(tmp_path / "set", "--size", 32, "--classes", "--out", tmp_path / "out")
+    printed = capsys.readouterr().out.split("class folder")[1].replace(" ", "")
+    assert all(f"|{row}|" in printed for row in ("2|0", "10|1", "dogs|2"))
 
 
 def test_softness_is_low_for_noise_and_high_for_what_was_scaled_up():

@@ -117,6 +117,8 @@ def _print(facts: dict[str, Any]) -> None:
     if "classes" in facts:
         classes = facts["classes"]
         say(f"classes: {classes['classes']}, of {classes['fewest']} to {classes['most']} images")
+        if classes["numbers"]:
+            say(markdown_table(["class folder", "number"], list(map(list, classes["numbers"].items()))))
     say(f"detail: {facts['soft']} images are soft, above {facts['soft_db']:g} dB")
 
     alone, together = facts["loader"]["pictures_per_second"]

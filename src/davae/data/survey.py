@@ -55,6 +55,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
     if pictures.classes:
         counts = Counter(entry.label for entry in entries)
         facts["classes"] = {"classes": len(counts), "fewest": min(counts.values()), "most": max(counts.values())}
+        facts["classes"]["numbers"] = {name: number for number, name in enumerate(pictures.class_names)}
     return {**facts, "loader": _time_loader(pictures, sound)}
 
 
