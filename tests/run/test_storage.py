@@ -4,7 +4,6 @@ import math
 import os
 import resource
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from davae.errors import StorageError
+from davae.run import faults
 from davae.run.storage import finite, remove_temporaries, replaced_whole, write_atomically, write_json
 from forks import exit_code, forked
 
@@ -109,29 +109,41 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(old: P
 
 
 def test_what_killed_writers_left_is_overcome(old: Path) -> None:
-    def killed(rename: str) -> None:
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            if event == "os.rename" and str(arguments[0]).endswith(rename):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+    def killed(fault: str) -> None:
+        faults.arm(fault)
         with replaced_whole(old) as partial:
             (partial / "new.txt").write_text("new")
 
-    for rename in ("result", ".result.tmp-new"):  # before the old folder moves away, and after
-        assert exit_code(forked(lambda rename=rename: killed(rename))) == -signal.SIGKILL
+    # Before the two folders change places, and right after it: there always is a whole one.
+    for fault, expected in (("save.rename:kill:1", {"old.txt": "old"}), ("save.fsync:kill:3", {"new.txt": "new"})):
+        assert exit_code(forked(lambda fault=fault: killed(fault))) == -signal.SIGKILL
+        assert contents(old) == expected
+
+    # Where folders cannot change places, a kill between two renames left the old one aside.
+    old.rename(old.with_name(".result.old"))
 
     def write_badly() -> None:
         with replaced_whole(old):
             raise ValueError("a bug")
 
-    assert not old.exists()
     with pytest.raises(ValueError, match="a bug"):
         write_badly()
-    assert contents(old.parent) == {"result/old.txt": "old"}
-    with replaced_whole(old) as partial:
-        (partial / "new.txt").write_text("new")
     assert contents(old.parent) == {"result/new.txt": "new"}
+    with replaced_whole(old) as partial:
+        (partial / "newer.txt").write_text("newer")
+    assert contents(old.parent) == {"result/newer.txt": "newer"}
+    assert [path.name for path in old.parent.iterdir()] == ["result"]
+
+
+def test_of_two_writers_at_once_one_result_stays_whole(old: Path) -> None:
+    with replaced_whole(old) as first:
+        (first / "a.txt").write_text("first")
+        with replaced_whole(old) as second:
+            (second / "b.txt").write_text("second")
+        assert contents(old) == {"b.txt": "second"}
+        (first / "c.txt").write_text("first")
+    assert contents(old.parent) == {"result/a.txt": "first", "result/c.txt": "first"}
+    assert [path.name for path in old.parent.iterdir()] == ["result"]
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -1,14 +1,17 @@
 """Files and folders that are written whole or not at all."""
 
+import ctypes
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,23 +28,29 @@ LONGEST_NAME = 220
 def replaced_whole(folder: Path, *, needed: int = 0) -> Iterator[Path]:
     """A sibling folder to write into, which takes the place of `folder` only once all of it is on the disk.
 
+    Of several writers at once each has a folder of its own, and the last one's stays. `folder` is never gone: the two
+    change places in one step, where the file system can do that.
+
     If `folder` is a symbolic link, the folder that it leads to is replaced; the link stays. Less room than the `needed`
     bytes, or something that cannot be written, is a StorageError: `folder` stays as it was or, if only the last fsync
     failed, is all new.
     """
     folder = folder.resolve()
-    partial, old = folder.with_name(f".{folder.name}.tmp-new"), folder.with_name(f".{folder.name}.old")
+    partial = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    old, lock = folder.with_name(f".{folder.name}.old"), -1
     try:
-        # A process may have died between the two renames below, or before them.
+        # A process may have died before the folders changed places or, where that takes two steps, between them.
         _put_back(old, folder)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*"), old):
+            _remove_abandoned(leftover)
         if shutil.disk_usage(folder.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         faults.at("save.open", partial)
         partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY)
+        with suppress(OSError):  # network file systems may have no locks of folders: nothing is tidied up there
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
 
         # safetensors writes for the owner alone: files get the rights that the umask gave the folder.
@@ -51,9 +60,11 @@ def replaced_whole(folder: Path, *, needed: int = 0) -> Iterator[Path]:
             fsync(path)
 
         # The old folder leaves only when the new one is complete.
-        if folder.exists():
+        if not folder.exists():
+            rename(partial, folder)
+        elif not exchange(partial, folder):
             rename(folder, old)
-        rename(partial, folder)
+            rename(partial, folder)
         fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         _put_back(old, folder)
@@ -61,7 +72,22 @@ def replaced_whole(folder: Path, *, needed: int = 0) -> Iterator[Path]:
         raise storage_error(folder, max(needed, written), error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a killed writer left; a living one holds the lock of its folder."""
+    if not folder.is_dir():
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def _put_back(old: Path, folder: Path) -> None:
@@ -173,6 +199,14 @@ def rename(path: Path, target: Path) -> None:
     """Give a file or folder another name; a file of that name is replaced."""
     faults.at("save.rename", path)
     path.replace(target)
+
+
+def exchange(path: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot do that."""
+    faults.at("save.rename", path)
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(path), here, os.fsencode(other), both) == 0
 
 
 def fsync(path: Path) -> None:
