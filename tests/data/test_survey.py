@@ -15,10 +15,10 @@ from davae.data.survey import contact_sheet, source_name, survey
 from davae.method.metrics import half_size_psnr
 
 
-def inspect(*arguments: object) -> None:
+def inspect(*arguments: object, code: int = 0) -> None:
     with pytest.raises(SystemExit) as end:
         main(["data", "inspect", *map(str, arguments)])
-    assert end.value.code == 0
+    assert end.value.code == code
 
 
 @pytest.fixture
@@ -92,8 +92,9 @@ def test_the_sheet_shows_the_pictures_in_their_places(tmp_path):
 
 
 def test_the_command_writes_the_facts_and_the_sheet(odd_set, tmp_path, capsys):
-    inspect(odd_set, "--size", 32, "--out", tmp_path / "out")
-    printed = capsys.readouterr().out
+    inspect(odd_set, "--size", 32, "--out", tmp_path / "out", code=3)
+    printed, error = capsys.readouterr()
+    assert "2 of 10 images cannot be read: both stages refuse such a set" in error
     for part in ("8 images; 4 refused, 2 of them unreadable", "page.jpg", "32x32", "no caption", "images/s"):
         assert part in printed
     facts = json.loads((tmp_path / "out/inspection.json").read_text())
@@ -103,13 +104,13 @@ def test_the_command_writes_the_facts_and_the_sheet(odd_set, tmp_path, capsys):
 
 def test_the_command_keeps_a_sheet_of_other_settings(odd_set, tmp_path, capsys):
     for size in (32, 64, 32):
-        inspect(odd_set, "--size", size, "--out", tmp_path)
+        inspect(odd_set, "--size", size, "--out", tmp_path, code=0 if size == 64 else 3)
     assert len(list(tmp_path.glob("contact_sheet*.png"))) == 2
 
 
 def test_the_command_speaks_json_and_buckets(odd_set, tmp_path, capsys):
     options = ["--size", 32, "--size", 64, "--aspect-ratio", "1:1", "--aspect-ratio", "3:2", "--bucket-step", 16]
-    inspect(odd_set, *options, "--no-captions", "--out", tmp_path / "out", "--json")
+    inspect(odd_set, *options, "--no-captions", "--out", tmp_path / "out", "--json", code=3)
     facts = json.loads(capsys.readouterr().out)
     sizes = {(row["width"], row["height"]): row["pictures"] for row in facts["buckets"]}
     assert sizes == {(32, 32): 8, (80, 48): 1}

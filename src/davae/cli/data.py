@@ -1,5 +1,6 @@
 """Verbs about images: `davae data inspect` looks at a source, `davae data avatars` draws one."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,11 +56,12 @@ def inspect(
     origin = digest_origin(source, settings, buckets)
     sheet = write_png(folder / "contact_sheet.png", contact_sheet(pictures), origin=origin)
     if json:
-        return show(facts)
-
-    _print(facts)
-    say(folder / "inspection.json")
-    say(sheet)
+        show(facts)
+    else:
+        _print(facts)
+        say(folder / "inspection.json")
+        say(sheet)
+    _check_trainable(facts)
 
 
 @app.command()
@@ -76,6 +78,20 @@ def avatars(
     from davae.data.avatar_shards import write_avatar_shards
 
     say(write_avatar_shards(out, training=training, held_out=held_out, size=size, start=start))
+
+
+def _check_trainable(facts: dict[str, Any]) -> None:
+    """Raise the DataError with which both stages would refuse the set, by the share of it that cannot be read."""
+    from davae.errors import DataError
+    from davae.training.recipes import PicturesRecipe
+
+    unreadable = facts["refused"]["unreadable"]
+    share, total = PicturesRecipe.model_fields["max_unreadable"].default, facts["pictures"] + unreadable
+    if not facts["pictures"] or unreadable > math.ceil(share * total):
+        raise DataError(
+            f"{unreadable} of {total} images cannot be read: both stages refuse such a set, unless max_unreadable is "
+            f"more than {share}. Mend or remove them"
+        )
 
 
 def _print(facts: dict[str, Any]) -> None:
