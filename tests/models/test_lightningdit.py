@@ -365,3 +365,22 @@ def test_sizes_that_do_not_fit_are_refused():
         LightningDiT2DModel(attention_head_dim=6)
     with pytest.raises(ValueError, match=r"shape \(1, 16, 4, 4\); this model reads \[B, 16, 8, 8\]"):
         tiny.tiny_lightningdit()(torch.zeros(1, 16, 4, 4), torch.zeros(1), torch.zeros(1).long())
+
+
+@pytest.mark.parametrize("width", [32, 64, 80, 112, 160, 384, 1152])
+@pytest.mark.parametrize("ratio", [4.0, 2.667, 3.3333])
+def test_every_width_of_a_swiglu_has_a_ratio(width: int, ratio: float) -> None:
+    inner = swiglu_width(width, ratio)
+    shapes = {
+        "blocks.0.norm1.weight": (width,),
+        "x_embedder.proj.weight": (width, 4, 1, 1),
+        "pos_embed": (1, 16, width),
+        "final_layer.linear.weight": (4, width),
+        "y_embedder.embedding_table.weight": (11, width),
+        "blocks.0.mlp.w3.weight": (width, inner),
+        "blocks.0.adaLN_modulation.1.weight": (6 * width, width),
+        "blocks.0.attn.q_norm.weight": (8,),
+    }
+    found = infer_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    assert swiglu_width(width, found["mlp_ratio"]) == inner
+    assert ratio != 4.0 or found["mlp_ratio"] == 4.0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import ImageChops
 
 from davae import AutoencoderDA, upgrade
@@ -113,6 +113,10 @@ def test_what_is_refused(pair) -> None:
     callback = preview_callback(base.vae, print)
     with pytest.raises(SettingsError, match=r"latents \[1, 16, 64\]: previews need \[B, 4 or more, h, w\]"):
         callback(upgraded, 0, None, {"latents": torch.zeros(1, 16, 64)})
+    for name in ("stochastic_sampling", "invert_sigmas"):  # their steps are no extrapolation of a velocity
+        upgraded.scheduler = FlowMatchEulerDiscreteScheduler(**{name: True})
+        with pytest.raises(SettingsError, match=f"the scheduler has {name}=True"):
+            run(upgraded, callback)
     upgraded.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(SettingsError, match="not a DPMSolverMultistepScheduler"):
         callback(upgraded, 0, None, {"latents": torch.zeros(1, 8, 8, 8)})

@@ -1,6 +1,7 @@
 """Saved pipelines: stock ones, which replace pipelines and nothing else."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -99,3 +100,18 @@ def test_another_pipeline_of_the_same_parts_is_made_as_the_readme_says(base, aut
         images.append(pipeline(**call, **settings).images)
     assert images[0].shape == (1, 64, 64, 3)
     assert np.array_equal(*images)
+
+
+def test_requests_at_once_have_a_scheduler_each_as_the_readme_says(base, autoencoder):
+    upgraded = upgrade(base, autoencoder)
+
+    def serve(seed: int) -> np.ndarray:
+        scheduler = type(upgraded.scheduler).from_config(upgraded.scheduler.config)
+        copy = type(upgraded).from_pipe(upgraded, vae=upgraded.vae, scheduler=scheduler)
+        copy.set_progress_bar_config(disable=True)
+        settings = {"num_inference_steps": 3 + seed, "max_sequence_length": 8, "output_type": "np"}
+        return copy("a", generator=torch.Generator().manual_seed(seed), **settings).images
+
+    alone = [serve(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        assert all(map(np.array_equal, threads.map(serve, range(3)), alone))

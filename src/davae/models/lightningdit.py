@@ -294,9 +294,10 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             f"modulation of {modulation} rows and output of {rows}: allowed are 6 x {width} (with shifts) and "
             f"{patch_size}^2 x {channels} (no variance)."
         )
-    mlp_ratio = round(1.5 * mlp_width / width, 2)
-    if swiglu_width(width, mlp_ratio) != mlp_width:
-        raise ValueError(f"a SwiGLU of width {mlp_width} is 2/3 of no mlp_ratio (two decimals) times {width}.")
+    # Many ratios round down to this width: the roundest one, or else one that is exact for any width.
+    ratio = 1.5 * mlp_width / width
+    candidates = round(ratio, 2), round(ratio, 0), round(ratio, 1), (math.ceil(1.5 * mlp_width) + 0.5) / width
+    mlp_ratio = next(choice for choice in candidates if swiglu_width(width, choice) == mlp_width)
 
     # The width of a head: without q_norm, only the rotary tables tell it, which the reference's checkpoints hold.
     q_norm = shapes.get("blocks.0.attn.q_norm.weight")

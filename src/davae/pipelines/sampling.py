@@ -106,7 +106,7 @@ def preview_callback(decoder: ModelMixin, show: Callable[[int, list[Image]], obj
 
     Raises:
         SettingsError: here, if `every` is below 1; when called, if the latents are packed or have too few channels, or
-            the scheduler is not a FlowMatchEulerDiscreteScheduler.
+            the scheduler is not a FlowMatchEulerDiscreteScheduler, or one that draws noise or inverts its sigmas.
     """
     if every < 1:
         raise SettingsError(f"every={every}: allowed are 1 or more")
@@ -119,6 +119,12 @@ def preview_callback(decoder: ModelMixin, show: Callable[[int, list[Image]], obj
         scheduler, latents = pipeline.scheduler, arguments["latents"]
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             raise SettingsError(f"previews are for a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
+        foreign = [name for name in ("stochastic_sampling", "invert_sigmas") if scheduler.config.get(name)]
+        if foreign:
+            raise SettingsError(
+                f"the scheduler has {foreign[0]}=True: its steps do not tell the velocity that a preview needs. Make "
+                f"images without previews, or a scheduler with {foreign[0]}=False"
+            )
         if latents.ndim != 4 or latents.shape[1] < channels:
             raise SettingsError(
                 f"latents {list(latents.shape)}: previews need [B, {channels} or more, h, w], which packed ones are not"
