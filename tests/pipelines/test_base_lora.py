@@ -30,10 +30,10 @@ def upgraded_of(base: DiffusionPipeline) -> DiffusionPipeline:
     return tiny_pipelines.quiet(upgrade(base, AutoencoderDA.from_base(base.vae, detail_channels=C)))
 
 
-def add_lora(pipeline: DiffusionPipeline, targets: list[str]) -> None:
+def add_lora(pipeline: DiffusionPipeline, targets: list[str], **settings) -> None:
     """Random LoRA of rank 2 and alpha 3 on the transformer."""
     transformer = pipeline.transformer
-    transformer.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False))
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False, **settings))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
@@ -168,6 +168,24 @@ def test_a_lora_that_would_do_nothing_or_half_is_refused_and_leaves_the_pipeline
 def test_an_adapter_of_davae_is_no_lora() -> None:
     with pytest.raises(SettingsError, match=r"an adapter of davae's: davae.load_pipeline\(base, adapter=\.\.\.\)"):
         load_base_lora(built("sd3"), assets.upgrade())
+
+
+def test_a_dora_of_the_output_port_is_refused_by_name_and_others_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, targets in enumerate((ATTENTION, ["proj_out"])):
+        base = built("sd3")
+        upgraded = upgraded_of(base)
+        add_lora(base, targets, use_dora=True)
+        folder = save_lora(base, tmp_path / str(number))
+        if number:
+            with pytest.raises(SettingsError, match="a DoRA of proj_out, whose magnitudes are of the base's rows"):
+                load_base_lora(upgraded, folder)
+        else:
+            load_base_lora(upgraded, folder)
+            assert "a DoRA gives 6 layers the base's magnitudes" in caplog.text
+            result = velocity(upgraded, latents(2 * C))
+            torch.testing.assert_close(result[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5)
 
 
 def test_what_has_no_channel_axis_is_left_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ changes the base channels as in the base model, and the others not at all.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from davae.pipelines.adapter_index import INDEX
 from davae.pipelines.places import find_on_hub, loading
 
 FILE = "pytorch_lora_weights.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def load_base_lora(
@@ -145,6 +147,20 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
         f"transformer.{ports.output}.lora_B.weight": (ports.output_layout, 0, output_width),
         f"transformer.{ports.output}.lora_B.bias": (bias_layout, 0, output_width),
     }
+
+    # Magnitudes of DoRA are absolute: those of the base's rows.
+    magnitudes = [name for name in tensors if "lora_magnitude_vector" in name]
+    of_port = [name for name in magnitudes if name.startswith(f"transformer.{ports.output}.")]
+    if of_port and len(tensors[of_port[0]]) != output_width:
+        raise SettingsError(
+            f"the LoRA is a DoRA of {ports.output}, whose magnitudes are of the base's rows, and the upgrade has more: "
+            "train it without that layer, or as a plain LoRA"
+        )
+    if magnitudes:
+        logger.warning(
+            "a DoRA gives %d layers the base's magnitudes, also where the upgrade was trained", len(magnitudes)
+        )
+
     padded: dict[str, Tensor] = {}
     for name, (layout, axis, width) in channel_axes.items():
         if name not in tensors or tensors[name].shape[axis] == width:
