@@ -65,7 +65,7 @@ def test_an_out_that_cannot_be_written_is_found_before_anything_is_read(verb, tm
 
 
 def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = command.replace("davae", f"{sys.executable} -m davae")
+    command = command.replace("davae ", f"{sys.executable} -m davae ")
     environment = {**os.environ, **variables}
     return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
@@ -76,6 +76,14 @@ def test_a_full_stdout_is_an_error_without_a_traceback(arguments: str) -> None:
     answer = run(f"davae {arguments} > /dev/full")
     assert (answer.returncode, "Traceback" in answer.stderr, "Exception" in answer.stderr) == (5, False, False)
     assert "No space left on device" in answer.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_stderr_changes_no_exit_code() -> None:
+    assert run("davae runs nowhere 2> /dev/full").returncode == 4
+    shown = "from davae.run.progress import track; print(list(track([1, 2], 'work')))"
+    answer = run(f'{sys.executable} -c "{shown}" 2> /dev/full')
+    assert answer.stdout == "[1, 2]\n"
 
 
 def test_a_terminal_that_knows_ascii_only_gets_escapes(tmp_path: Path) -> None:

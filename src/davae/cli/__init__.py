@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -64,26 +65,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except DavaeError as error:
-        # A code above 128 is a signal, after which everything is saved: no error.
-        if error.exit_code <= 128:
-            stderr.print("[bold red]error[/]", end=" ")
-        stderr.print(make_printable(str(error)), markup=False)
+        with suppress(OSError):  # stderr may be full, too
+            # A code above 128 is a signal, after which everything is saved: no error.
+            if error.exit_code <= 128:
+                stderr.print("[bold red]error[/]", end=" ")
+            stderr.print(make_printable(str(error)), markup=False)
         sys.exit(error.exit_code)
     except OSError as error:  # of a place that no verb checks, such as stdout or the folder for temporary files
-        stderr.print("[bold red]error[/]", end=" ")
-        stderr.print(f"the system says: {make_printable(str(error))}. Mend that, and run again", markup=False)
-        _give_up_stdout()
+        with suppress(OSError):
+            stderr.print("[bold red]error[/]", end=" ")
+            stderr.print(f"the system says: {make_printable(str(error))}. Mend that, and run again", markup=False)
         sys.exit(StorageError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _give_up_full_streams()
 
 
-def _give_up_stdout() -> None:
-    """If stdout is full, drop what is left for it: Python would write it at its end, and fail again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _give_up_full_streams() -> None:
+    """Drop what is left for a stream that is full: Python would write it at its end, and fail with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,7 +28,8 @@ def track(items: Sequence[Item], label: str, *, unit: str = "steps", visible: bo
 class StepProgress:
     """A context manager that shows how many of `total` units are done, the speed since `done`, and the time left.
 
-    With `samples`, the images in a step, it shows samples a second, too, and of a GPU the peak memory.
+    With `samples`, the images in a step, it shows samples a second, too, and of a GPU the peak memory. Nothing ends if
+    it cannot be shown, as in a log file on a full disk.
     """
 
     label: str
@@ -51,7 +53,8 @@ class StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def show(self, done: int, loss: float | None = None) -> None:
         """Show that `done` are done, and in training the loss of the last step."""
@@ -65,7 +68,8 @@ class StepProgress:
         if now - self._last_line >= SECONDS_BETWEEN_LINES or done == self.total:
             self._last_line = now
             line = f"{self.label}: {done}/{self.total} {self.unit}, {status}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def _status(self, done: int, now: float, loss: float | None) -> str:
         speed = (done - self._start) / max(now - self._began, 1e-9)
