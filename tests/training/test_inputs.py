@@ -38,10 +38,6 @@ class Finished:
             for name in ("pipeline", "adapter", "autoencoder"):
                 shutil.rmtree(run / name, ignore_errors=True)
             shutil.rmtree(max((run / "checkpoints").glob("step-*")))
-
-        # The recipe names the copies.
-        recipe = run / "recipe.toml"
-        recipe.write_text(recipe.read_text().replace(str(self.inputs), str(inputs)))
         return inputs, run
 
 
@@ -51,7 +47,7 @@ def run_stage_one(inputs: Path, run: Path) -> Path:
 
 
 def run_stage_two(inputs: Path, run: Path, **changes: object) -> Path:
-    settings = {"steps": 2, "checkpoint_every": 1, **changes}
+    settings = {"steps": 2, "checkpoint_every": 1, "validation_steps": 1, **changes}
     return finetune(finetune_recipe(inputs / "base", inputs / "autoencoder", inputs / "pictures", **settings), run)
 
 
@@ -145,6 +141,42 @@ def test_a_changed_input_is_named_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=f"Changed since then: .*{name}"):
         finished.program(inputs, run)
     assert digests(run, "*") == before
+
+
+def test_places_and_intervals_may_change(two: Finished, tmp_path: Path) -> None:
+    """The same bits from other places, with other intervals and with activations that are computed again."""
+    inputs, run = two.copy(tmp_path, stopped=True)
+    changes = {"checkpoint_every": 7, "log_every": 2, "validation_every": 2, "max_unreadable": 0.5}
+    run_stage_two(inputs, run, **changes, gradient_checkpointing=True, cache=str(tmp_path / "cache"))
+    assert digests(run / "pipeline") == digests(two.run / "pipeline")
+
+
+def test_without_a_record_a_place_is_fixed_but_for_a_slash(two: Finished, tmp_path: Path) -> None:
+    inputs, run = two.copy(tmp_path)
+    (run / "inputs.json").unlink()
+    with pytest.raises(CheckpointError, match=r"another recipe, .* where pictures = .*base = .*autoencoder = "):
+        run_stage_two(inputs, run)
+    places = {name: f"{two.inputs / name}/" for name in ("base", "autoencoder", "pictures")}
+    finetune(finetune_recipe(**places, steps=2, validation_steps=1), run)
+    assert digests(run / "pipeline") == digests(two.run / "pipeline")
+
+
+def test_a_run_of_an_older_davae_gains_the_record_and_then_holds_to_it(two: Finished, tmp_path: Path) -> None:
+    run = shutil.copytree(two.run, tmp_path / "run")
+    (run / "inputs.json").unlink()
+    run_stage_two(two.inputs, run)
+    assert json.loads((run / "inputs.json").read_text()) == json.loads((two.run / "inputs.json").read_text())
+    inputs = shutil.copytree(two.inputs, tmp_path / "inputs")
+    tell_otherwise(inputs / "pictures")
+    with pytest.raises(CheckpointError, match=r"Changed since then: captions or classes\. "):
+        run_stage_two(inputs, run)
+
+
+def test_a_stage_one_run_needs_no_more_what_its_start_holds(one: Finished, tmp_path: Path) -> None:
+    inputs, run = one.copy(tmp_path, stopped=True)
+    shutil.rmtree(inputs / "base")
+    one.program(inputs, run)
+    assert digests(run / "autoencoder") == digests(one.run / "autoencoder")
 
 
 @pytest.mark.parametrize(

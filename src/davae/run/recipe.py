@@ -35,6 +35,8 @@ class Recipe(pydantic.BaseModel):
     """The one of `SECTIONS` that holds recipes of this type; "" if they always have a file of their own."""
     free_to_change: ClassVar[frozenset[str]] = frozenset()
     """Settings that change how a run computes and not its result: in no digest, and a run may go on with others."""
+    places: ClassVar[frozenset[str]] = frozenset()
+    """Where things lie that a run starts from: in no digest, and free to change where their content is on record."""
 
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back as an equal recipe; fields that are None are left out."""
@@ -43,9 +45,9 @@ class Recipe(pydantic.BaseModel):
     def digest(self) -> str:
         """SHA-256 (hex) of the settings that are not the defaults, so that a setting added later changes no digest.
 
-        Settings that are `free_to_change` are left out, too.
+        Settings that are `free_to_change` and `places` are left out, too.
         """
-        values = self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.free_to_change))
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude={*self.free_to_change, *self.places})
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

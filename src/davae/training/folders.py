@@ -66,11 +66,17 @@ def check_same_recipe(recipe: OptimisationRecipe, folder: Path) -> None:
             f"{folder} holds a run of the other stage, or of a newer davae, see {path}. Give a new folder"
         ) from error
 
-    # Settings that may change during a run are not compared.
+    # Settings that may change during a run are not compared; nor are places, where the content at them is.
+    is_recorded = (folder / INPUTS).is_file()
     differences = []
     for name in type(recipe).model_fields:
-        if name not in recipe.free_to_change and getattr(theirs, name) != getattr(recipe, name):
-            differences.append(f"{name} = {getattr(theirs, name)!r}")
+        before, now = getattr(theirs, name), getattr(recipe, name)
+        if name in recipe.places:
+            is_same = is_recorded or before.rstrip("/") == now.rstrip("/")
+        else:
+            is_same = name in recipe.free_to_change or before == now
+        if not is_same:
+            differences.append(f"{name} = {before!r}")
     if differences:
         raise CheckpointError(
             f"{folder} holds a run of another recipe, see {path}, where {', '.join(differences)}. "

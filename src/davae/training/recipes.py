@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,8 @@ OptimizerName = Literal["AdamW", "AdamW8bit", "AdamWScheduleFree"]
 
 class OptimisationRecipe(Recipe):
     """An optimiser with a linear warm-up and a half cosine, clipped gradients, an EMA, checkpoints."""
+
+    free_to_change: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "log_every"})
 
     steps: NotNegative = 1000
     batch_size: Positive = 8
@@ -74,6 +76,9 @@ class OptimisationRecipe(Recipe):
 
 class PicturesRecipe(OptimisationRecipe):
     """The training images, and the sizes that they are scaled to."""
+
+    free_to_change: ClassVar[frozenset[str]] = OptimisationRecipe.free_to_change | {"max_unreadable"}
+    places: ClassVar[frozenset[str]] = frozenset({"pictures", "base", "autoencoder"})
 
     pictures: str = ""
     """What `davae.data.sources.open_pictures` opens: a folder, shards here or at a URL, parquet files, datasets:NAME;

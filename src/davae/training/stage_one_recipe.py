@@ -51,6 +51,7 @@ class AutoencoderRecipe(PicturesRecipe):
     """All settings that decide a run of stage 1."""
 
     section: ClassVar[str] = "autoencoder"
+    free_to_change: ClassVar[frozenset[str]] = PicturesRecipe.free_to_change | {"evaluate_every"}
 
     base: str = ""
     """Folder or Hub name of the base pipeline, or folder of a bare autoencoder; "" is the shipped pipeline."""

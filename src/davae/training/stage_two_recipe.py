@@ -12,7 +12,13 @@ class FinetuneRecipe(PicturesRecipe):
     """The settings of a run of stage 2."""
 
     section: ClassVar[str] = "finetune"
-    free_to_change: ClassVar[frozenset[str]] = frozenset({"compile"})
+    free_to_change: ClassVar[frozenset[str]] = PicturesRecipe.free_to_change | {
+        "cache",
+        "compile",
+        "gradient_checkpointing",
+        "validation_every",
+    }
+    places: ClassVar[frozenset[str]] = PicturesRecipe.places | {"adapter"}
 
     base: str = ""
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
