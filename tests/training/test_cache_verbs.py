@@ -18,6 +18,7 @@ from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
+from davae.training.devices import fastest_layout, lay_out
 from davae.training.stage_two_inputs import cache_conditions, cache_latents, encode_captions_online, encode_online
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
@@ -171,6 +172,7 @@ def test_what_was_pruned_under_a_run_is_an_error_with_a_way_out(recipe, caches) 
 def test_online_encodes_what_the_cache_holds(recipe, caches) -> None:
     pipeline = load_pipeline(recipe.base)
     autoencoder, backbone = load_autoencoder(Path(recipe.autoencoder)), backbone_of(pipeline.transformer)
+    lay_out(autoencoder, fastest_layout(autoencoder.device))  # as the caches were built
     pictures = open_pictures(Path(recipe.pictures), size=64, split="train")
     settings = {"detail_noise": 0.3, "seed": 5}
     kept = cache_latents(autoencoder, pictures, caches, **settings)

@@ -415,5 +415,5 @@ def test_adapters_are_applied_one_upon_the_other(dtype: torch.dtype, tmp_path: P
     assert made(loaded, 128).shape == (1, 3, 128, 128)
     kept = {name.split(".")[0] for name in load_autoencoder(chain[1], base=first.vae).state_dict()}
     assert "base_encoder" in kept
-    with pytest.raises(SettingsError, match="half the base pipeline's"):
+    with pytest.raises(SettingsError, match="half an autoencoder: give the base pipeline's"):
         load_autoencoder(chain[1])

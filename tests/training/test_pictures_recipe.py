@@ -19,6 +19,7 @@ from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.saving import save_pipeline
 from davae.run.record import read_metrics
 from davae.run.storage import write_json
+from davae.training.devices import fastest_layout, lay_out
 from davae.training.folders import open_training_pictures
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_run import train_autoencoder
@@ -116,6 +117,7 @@ def test_stage_two_trains_on_buckets_cached_or_encoded_anew(base_folder, autoenc
     recipe = stage_two(base_folder, autoencoder_folder, uneven, cache=str(tmp_path / "cache"))
     finetune(recipe, tmp_path / "cached")
     pipeline, pictures = load_upgraded_base(recipe), open_training_pictures(recipe, tmp_path)
+    lay_out(pipeline.vae, fastest_layout(pipeline.vae.device))  # as the run had it
     read_latents = cache_latents(pipeline.vae, pictures, tmp_path / "cache")
     for bucket, members in zip(pictures.buckets, pictures.members, strict=True):
         latents = read_latents(members, 0)
