@@ -113,7 +113,8 @@ def _rivals(ours: Row, result: Row, slim: Row) -> list[str]:
     return [
         "**Against rivals of equal training**, same prompts, seeds and real pictures:\n",
         markdown_table(header, rows),
-        f"\n*`recipes/small_pair/latent_upscaler.py`, `native_256.toml`, `measure_rivals.py`; {_origin(result)}, "
+        "\n*`recipes/small_pair/latent_upscaler.py` (in the history; it no longer runs), `native_256.toml`, "
+        f"`measure_rivals.py`; {_origin(result)}, "
         f"one thread, pictures decoded one by one. The last row's training had "
         f"{flops['native'] / flops['upgrade']:.2f} times the FLOPs of the upgrade's stage 2, counted.*\n",
     ]
