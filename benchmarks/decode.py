@@ -20,7 +20,7 @@ from torch import nn
 from davae import AutoencoderDA, assets
 from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
 from davae.cost.workload import count_decode_flops
-from davae.models.slim_decoder import slimmed
+from davae.method.slim_start import slimmed
 from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 
 

@@ -27,7 +27,7 @@ from davae.cost.bench import load_pair
 from davae.cost.cases import Case, make_runs
 from davae.cost.timing import Run, compute_paired_ratios, compute_spread, measure_interleaved
 from davae.errors import SettingsError
-from davae.models.slim_decoder import slimmed
+from davae.method.slim_start import slimmed
 from davae.pipelines.loading import load_pipeline
 from davae.run.record import environment
 from davae.run.storage import write_json

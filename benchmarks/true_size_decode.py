@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from davae import AutoencoderDA, assets
 from davae.cost.timing import Run, compute_paired_ratios, compute_spread, measure_interleaved
 from davae.cost.workload import count_decode_flops
+from davae.method.slim_start import slimmed
 from davae.models.base_autoencoders import downsample_factor
-from davae.models.slim_decoder import slimmed
 from davae.run.record import environment
 from davae.run.storage import write_json
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from davae.data.sources import PictureSet, open_pictures
+from davae.data.sources import PictureSet, heldout, open_pictures
 from davae.errors import DataError, SettingsError
 from davae.evaluation.reconstruction import make_gallery, make_table, measure, reconstruct
 from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
@@ -136,8 +136,8 @@ def test_reconstruct_without_a_base_shows_ours_alone(autoencoder, picture_folder
 
 
 def test_a_damaged_picture_is_listed_and_not_measured(autoencoder, tmp_path) -> None:
-    folder = fill_with_scenes(tmp_path / "pictures", train=0, held=3)
-    damaged = sorted(folder.glob("*.png"))[1]
+    folder = fill_with_scenes(tmp_path / "pictures", train=3, held=3)
+    damaged = [path for path in sorted(folder.glob("*.png")) if heldout(path.stem)][1]
     damaged.write_bytes(damaged.read_bytes()[:2000])
     page = reconstruct(autoencoder, folder, tmp_path / "out", size=64)
     assert json.loads((page.parent / "result.json").read_text())["count"] == 2

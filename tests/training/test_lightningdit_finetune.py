@@ -30,7 +30,7 @@ def detail_error(pipeline: DiffusionPipeline, latents: Tensor, classes: list[int
     """Mean squared error of the detail channels' velocity, at fixed noise."""
     backbone = backbone_of(pipeline.transformer)
     noise = torch.randn(latents.shape, generator=generator(9, "test"))
-    sigma = torch.tensor([0.3, 0.5, 0.7]).repeat(len(latents) // 3)
+    sigma = torch.tensor([0.3, 0.5, 0.7]).repeat(len(latents))[: len(latents)]
     noisy = interpolate(latents, noise, sigma)
     velocity = backbone.velocity(pipeline.transformer, noisy, sigma, backbone.condition(pipeline, classes))
     return (velocity - (noise - latents))[:, 4:].square().mean().item()
