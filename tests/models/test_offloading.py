@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import tiny_pipelines
 from autoencoders import BASES, images, trained
 from davae import AutoencoderDA
+from davae.models.offloading import weights_in_place
 from tiny_upgrades import upgrade_tiny
 
 LEVELS = ["block_level", "leaf_level"]
@@ -72,3 +74,25 @@ def test_stock_pipelines_read_the_statistics_of_patches(offload_type: str, tmp_p
     made = upgraded(**call, generator=torch.Generator().manual_seed(0)).images
     assert isinstance(upgraded.vae.bn, nn.BatchNorm2d)
     assert torch.allclose(made, expected, atol=1e-5)
+
+
+class Counting(ModelHook):
+    """A hook of accelerate that counts how often weights came and went."""
+
+    came = went = 0
+
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple:
+        self.came += 1
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: object) -> object:
+        self.went += 1
+        return output
+
+
+def test_weights_leave_again_after_an_error() -> None:
+    hook = Counting()
+    module = add_hook_to_module(nn.Linear(2, 2), hook)
+    with pytest.raises(RuntimeError, match="in between"), weights_in_place(module):
+        raise RuntimeError("in between")
+    assert (hook.came, hook.went) == (1, 1)

@@ -16,6 +16,8 @@ def weights_in_place(*modules: Any) -> Iterator[None]:
             if hook is not None:
                 hooks.append((hook, module))
                 hook.pre_forward(module)
-    yield
-    for hook, module in reversed(hooks):
-        hook.post_forward(module, None)
+    try:
+        yield
+    finally:
+        for hook, module in reversed(hooks):
+            hook.post_forward(module, None)
