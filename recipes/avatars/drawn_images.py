@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from davae.data import avatars
+from davae.data.pictures import to_bytes, to_floats
 from davae.errors import DataError
 
 BATCH = 64
@@ -37,7 +38,7 @@ class DrawnImages:
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1]."""
         places = [divmod(index, self._per_file) for index in indices]
-        return from_bytes(torch.from_numpy(np.stack([self._files[file][row] for file, row in places])))
+        return to_floats(torch.from_numpy(np.stack([self._files[file][row] for file, row in places])))
 
     def half_size(self) -> Tensor:
         """All images at half their side, as the base sees them: uint8 [N, 3, H / 2, W / 2]."""
@@ -49,13 +50,3 @@ def halved(images: Tensor) -> Tensor:
     """Images at half their side, by antialiased bicubic interpolation."""
     side = images.shape[-1] // 2
     return F.interpolate(images, size=side, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """uint8 of images in [-1, 1]."""
-    return ((images + 1) * 127.5).round().to(torch.uint8)
-
-
-def from_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] of uint8."""
-    return images.float() / 127.5 - 1

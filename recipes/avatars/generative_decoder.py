@@ -12,20 +12,20 @@ that measure.py uses, from the same noise, and result.json with times. The same 
 compares it.
 """
 
-import itertools
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from measure import SAMPLING, held_out_attributes
 from torch import Tensor
+from word_tokenizers import PROMPT_TOKENS
 
 from davae.backbones import sd3
-from davae.data import avatars
 from davae.data.avatar_captions import full_caption
 from davae.data.order import batch_indices
 from davae.data.pictures import to_bytes, write_png
@@ -43,23 +43,20 @@ from davae.training.recipes import OptimisationRecipe
 from davae.training.stage_two_inputs import cache_latents
 from davae.training.state import TrainingState
 
-PROMPT_TOKENS = 20
+DECODER_STEPS = 4
+"""Euler steps to the detail latents."""
 
 
 class DecoderRecipe(OptimisationRecipe):
-    """Everything that decides the run; the upgrade's stage 2 has the same settings."""
+    """Everything that decides the run."""
 
     steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 2e-3
     final_learning_rate: float = 5e-6
     warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.99)
-    shift: float = 1.5
-    """Timestep shift, in training and in sampling."""
     base_noise: float = 0.3
     """Deviation |N(0, 1)| times this on the base latents that it is told, so that it forgives the base's errors."""
-    decoder_steps: int = 4
 
 
 def start_from_base(base: SD3Transformer2DModel, *, detail_channels: int) -> SD3Transformer2DModel:
@@ -116,7 +113,7 @@ def train(
         level = recipe.base_noise * torch.randn(len(indices), 1, 1, 1, generator=draw).abs()
         told = base + level * torch.randn(base.shape, generator=draw)
         noise = torch.randn(detail.shape, generator=draw)
-        sigma = sample_timesteps(len(indices), shift=recipe.shift, generator=draw)
+        sigma = sample_timesteps(len(indices), shift=upgraded.scheduler.config.shift, generator=draw)
         noisy = torch.cat([told, interpolate(detail, noise, sigma)], dim=1)
 
         with torch.no_grad():
@@ -129,16 +126,19 @@ def train(
 
 @torch.no_grad()
 def draw_detail(
-    transformer: SD3Transformer2DModel, base: Tensor, noise: Tensor, condition: dict[str, Tensor], recipe: DecoderRecipe
+    transformer: SD3Transformer2DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    base: Tensor,
+    noise: Tensor,
+    condition: dict[str, Tensor],
 ) -> Tensor:
-    """Detail latents for finished base latents: Euler steps along the shifted schedule, without guidance."""
-    t = torch.linspace(1, 0, recipe.decoder_steps + 1)
-    sigmas = recipe.shift * t / (1 + (recipe.shift - 1) * t)
+    """Detail latents for finished base latents, by the steps of the scheduler, without guidance."""
     detail = noise
-    for sigma, following in itertools.pairwise(sigmas.tolist()):
-        times = torch.full((len(base),), sigma)
-        velocity = predict_velocity(transformer, torch.cat([base, detail], dim=1), times, condition)
-        detail = detail + (following - sigma) * velocity
+    scheduler.set_timesteps(DECODER_STEPS)
+    for time_step in scheduler.timesteps:
+        sigma = (time_step / scheduler.config.num_train_timesteps).expand(len(base))
+        velocity = predict_velocity(transformer, torch.cat([base, detail], dim=1), sigma, condition)
+        detail = scheduler.step(velocity, time_step, detail).prev_sample
     return detail
 
 
@@ -149,19 +149,20 @@ def write_images(
     upgraded: StableDiffusion3Pipeline,
     prompts: list[str],
     out: Path,
-    recipe: DecoderRecipe,
 ) -> list[float]:
     """An image for each prompt, from the noise that the other pipelines start from; the seconds of each."""
     side = upgraded.transformer.config.sample_size
     channels = upgraded.vae.config.base_channels
+    settings = {"num_inference_steps": SAMPLING["steps"], "guidance_scale": SAMPLING["guidance_scale"]}
     seconds = []
     for index, prompt in enumerate(track(prompts, "generative decoder", unit="images")):
         began = time.perf_counter()
-        noise = draw_shared_noise(upgraded, [index], seed=0, height=side, width=side)
-        settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.5, "output_type": "latent"}
-        latents = base(prompt, latents=noise[:, :channels], max_sequence_length=PROMPT_TOKENS, **settings).images
+        noise = draw_shared_noise(upgraded, [index], seed=SAMPLING["seed"], height=side, width=side)
+        latents = base(
+            prompt, latents=noise[:, :channels], max_sequence_length=PROMPT_TOKENS, output_type="latent", **settings
+        ).images
         condition = sd3.condition(upgraded, [prompt], max_sequence_length=PROMPT_TOKENS)
-        detail = draw_detail(transformer, latents, noise[:, channels:], condition, recipe)
+        detail = draw_detail(transformer, upgraded.scheduler, latents, noise[:, channels:], condition)
         whole = to_vae_scale(upgraded.vae, torch.cat([latents, detail], dim=1))
         image = to_bytes(upgraded.vae.decode(whole).sample)[0]
         seconds.append(time.perf_counter() - began)
@@ -186,11 +187,10 @@ def main(
     transformer = start_from_base(base.transformer, detail_channels=upgraded.vae.config.detail_channels)
     state = train(transformer, upgraded, shards, run, recipe)
 
-    numbers = itertools.islice(avatars.numbers(held_out=True), start, start + count)
-    prompts = [full_caption(avatars.draw_attributes(number)) for number in numbers]
+    prompts = [full_caption(attributes) for attributes in held_out_attributes(start, count)]
     with state.ema_weights():
         transformer.eval()
-        seconds = write_images(transformer, base, upgraded, prompts, run / "images", recipe)
+        seconds = write_images(transformer, base, upgraded, prompts, run / "images")
     values = {"seconds_per_image": statistics.median(seconds), "count": count, "first held-out image": start}
     write_json(run / "result.json", {**values, "steps": steps, "environment": environment()})
 

@@ -14,18 +14,19 @@ The set is an easy one: one style, aligned, and one image for a full caption.
 
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from attributes import SIDE, accuracy, read_attributes
 from torch import Tensor
+from word_tokenizers import PROMPT_TOKENS
 
 from davae.data import avatars
 from davae.data.avatar_captions import full_caption
 from davae.data.avatars import Attributes
-from davae.data.pictures import read_png
+from davae.data.pictures import read_png, to_floats
 from davae.evaluation.generation import extract_features, kid_with_error, resize, sample_many
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS
@@ -34,9 +35,15 @@ from davae.run.progress import track
 from davae.run.record import environment
 from davae.run.storage import write_json
 
-SAMPLING = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": 20}
+SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": PROMPT_TOKENS}
 BASE, ENLARGED, UPGRADE = "base", "base enlarged", "upgrade"
 HALVED, OTHER = "real images, halved and enlarged", "other real images"
+
+
+def held_out_attributes(start: int, count: int) -> list[Attributes]:
+    """The attributes of so many held-out images, from the `start`-th on; their full captions are the prompts."""
+    numbers = itertools.islice(avatars.numbers(held_out=True), start, start + count)
+    return [avatars.draw_attributes(number) for number in numbers]
 
 
 def real_images(attributes: list[Attributes], size: int) -> list[Tensor]:
@@ -50,7 +57,7 @@ def distances(made: list[Tensor], real: list[Tensor], lpips: LPIPS) -> dict[str,
     """Mean and standard error of PSNR (dB), SSIM and LPIPS between images and the exact ones."""
     values = []
     for start in range(0, len(made), 16):
-        pair = [torch.stack(images[start : start + 16]).float() / 127.5 - 1 for images in (made, real)]
+        pair = [to_floats(torch.stack(images[start : start + 16])) for images in (made, real)]
         values.append(torch.stack([metric(*pair).flatten() for metric in (psnr, ssim, lpips)]))
 
     table = torch.cat(values, dim=1).double()
@@ -78,9 +85,7 @@ def main(
     start: Annotated[int, typer.Option(help="The first held-out image to take its caption from.")] = 512,
 ) -> None:
     """Measure, and write the numbers."""
-    held_out = itertools.islice(avatars.numbers(held_out=True), start, start + 2 * count)
-    attributes = [avatars.draw_attributes(number) for number in held_out]
-    attributes, others = attributes[:count], attributes[count:]
+    attributes, others = held_out_attributes(start, count), held_out_attributes(start + count, count)
     prompts = [full_caption(each) for each in attributes]
 
     # The images of the pipelines. The base's are compared at the upgrade's side.

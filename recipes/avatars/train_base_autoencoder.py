@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL
-from drawn_images import DrawnImages, from_bytes
+from drawn_images import DrawnImages
 from torch import Tensor, nn
 
 from davae.data.order import random_crops
+from davae.data.pictures import to_floats
 from davae.method.losses import gradient_l1, kl_loss_mean, reconstruction_l1
 from davae.method.metrics import psnr
 from davae.method.perceptual import LPIPS
@@ -109,7 +110,7 @@ def training_batch(recipe: BaseAutoencoderRecipe, images: DrawnImages, small: Te
         count = max(1, round(recipe.batch_size * (recipe.crop / small.shape[-1]) ** 2))
     indices = torch.randint(len(small), (count,), generator=random)
 
-    batch = images.batch(indices.tolist()) if full_size else from_bytes(small[indices])
+    batch = images.batch(indices.tolist()) if full_size else to_floats(small[indices])
     if not whole:
         samples = range(step * recipe.batch_size, step * recipe.batch_size + count)
         batch = random_crops(batch, recipe.crop, seed=recipe.seed, samples=samples)
@@ -135,7 +136,7 @@ def evaluate(vae: AutoencoderKL, pictures: Tensor, lpips: LPIPS) -> dict[str, fl
     """Mean PSNR in dB, LPIPS and colour error of held-out uint8 images through the autoencoder, by the mode."""
     values = []
     for part in pictures.split(16):
-        image = from_bytes(part)
+        image = to_floats(part)
         made = vae(image).sample.clamp(-1, 1)
         values.append(torch.stack([psnr(made, image), lpips(made, image).flatten(), color_l1(made, image)]))
     quality, distance, color = torch.cat(values, dim=1).mean(dim=1).tolist()
@@ -210,7 +211,7 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
 @torch.no_grad()
 def set_scalars(vae: AutoencoderKL, images: DrawnImages) -> None:
     """Write the shift and scale into the config that bring latents of training images to mean 0 and deviation 1."""
-    latents = [vae.encode(from_bytes(part)).latent_dist.mode() for part in images.half_size().split(32)]
+    latents = [vae.encode(to_floats(part)).latent_dist.mode() for part in images.half_size().split(32)]
     numbers = torch.cat(latents).double()
     shift, scale = numbers.mean().item(), 1 / numbers.std().item()
     vae.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
