@@ -1,6 +1,5 @@
 """Verbs about images: `davae data inspect` looks at a source, `davae data avatars` draws one."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,12 +81,13 @@ def avatars(
 
 def _check_trainable(facts: dict[str, Any]) -> None:
     """Raise the DataError with which both stages would refuse the set, by the share of it that cannot be read."""
+    from davae.data.sources import are_too_many
     from davae.errors import DataError
     from davae.training.recipes import PicturesRecipe
 
     unreadable = facts["refused"]["unreadable"]
     share, total = PicturesRecipe.model_fields["max_unreadable"].default, facts["pictures"] + unreadable
-    if not facts["pictures"] or unreadable > math.ceil(share * total):
+    if not facts["pictures"] or are_too_many(unreadable, total, share):
         raise DataError(
             f"{unreadable} of {total} images cannot be read: both stages refuse such a set, unless max_unreadable is "
             f"more than {share}. Mend or remove them"

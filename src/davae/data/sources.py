@@ -55,7 +55,7 @@ class PictureSet:
                 self.classes.append(entry.label)
             members.setdefault(entry.bucket, []).append(index)
         self.buckets = sorted(members)
-        self.members = list(map(members.__getitem__, self.buckets))
+        self.members = [members[bucket] for bucket in self.buckets]
 
         # Decoded pictures by key, if all of them are few enough.
         self._in_memory = sum(3 * entry.bucket.height * entry.bucket.width for entry in entries) <= MEMORY_BYTES
@@ -157,7 +157,7 @@ class PictureSet:
         where = f"; all are in {report}" if report and refused else ""
         unreadable = [refusal for refusal in refused if refusal.kind not in LEFT_OUT]
         total = len(usable) + len(unreadable)
-        if len(unreadable) > math.ceil(max_unreadable * total):
+        if are_too_many(len(unreadable), total, max_unreadable):
             raise DataError(
                 f"{len(unreadable)} of {total} pictures cannot be read, more than the allowed {max_unreadable:.1%} "
                 f"(max_unreadable): is the set complete? {_summarise(unreadable)}{where}"
@@ -168,7 +168,7 @@ class PictureSet:
             return self
 
         # The decoded pictures go along.
-        entries = list(map(self.entries.__getitem__, usable))
+        entries = [self.entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
         rest._memory, rest._contents = self._memory, self._contents
         return rest
@@ -188,7 +188,7 @@ class PictureSet:
         return data
 
     def _images(self, indices: Sequence[int]) -> list[Tensor]:
-        decoded = self._memory.keys() >= set(map(self.keys.__getitem__, indices))
+        decoded = all(self.keys[index] in self._memory for index in indices)
         return in_threads(self.image, indices, alone=decoded)
 
     def _try_to_decode(self, index: int) -> Refusal | None:
@@ -268,6 +268,11 @@ def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
         raise SettingsError(f'split={split!r}: allowed are "train", "heldout" and None for both')
     if limit is not None and limit < 1:
         raise SettingsError(f"limit={limit}: allowed is a number from 1, or None for all pictures")
+
+
+def are_too_many(unreadable: int, total: int, max_unreadable: float) -> bool:
+    """Whether so many unreadable pictures are more than the allowed share, rounded up to whole pictures."""
+    return unreadable > math.ceil(max_unreadable * total)
 
 
 def heldout(key: str) -> bool:
