@@ -72,6 +72,8 @@ PLANS = {
 
 def stage_one_recipe(plan: Plan, seed: int) -> AutoencoderRecipe:
     """The demo's stage 1: the closed-form start, with detail latents for the base's residual (recipes/ablations)."""
+    loss = LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.02)
+
     return AutoencoderRecipe(
         code="residual",
         limit=plan.pictures,
@@ -87,12 +89,15 @@ def stage_one_recipe(plan: Plan, seed: int) -> AutoencoderRecipe:
         checkpoint_every=50,
         ema_decay=0.99,
         seed=seed,
-        loss=LossWeights(gradient=0.5, lpips=0.15, kl=1e-5, alignment=0.02),
+        loss=loss,
     )
 
 
 def stage_two_recipe(plan: Plan, seed: int, autoencoder: Path) -> FinetuneRecipe:
     """The demo's stage 2: the weights of the image stream and both ports."""
+    # The detail part of the loss is faded in over the first quarter.
+    detail_warmup_steps = plan.stage_two_steps // 4
+
     return FinetuneRecipe(
         limit=plan.pictures,
         autoencoder=str(autoencoder),
@@ -101,7 +106,7 @@ def stage_two_recipe(plan: Plan, seed: int, autoencoder: Path) -> FinetuneRecipe
         steps=plan.stage_two_steps,
         learning_rate=3e-3,
         warmup_steps=20,
-        detail_warmup_steps=plan.stage_two_steps // 4,
+        detail_warmup_steps=detail_warmup_steps,
         batch_size=16,
         prompt_tokens=PROMPT_TOKENS,
         checkpoint_every=50,

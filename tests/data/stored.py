@@ -40,6 +40,14 @@ def reasons(pictures: PictureSet) -> dict[str, str]:
     return {refusal.name: refusal.reason for refusal in pictures.refused}
 
 
+def check_reasons(pictures: PictureSet, expected: dict[str, str]) -> None:
+    """Exactly these pictures were refused, each for a reason with these words."""
+    refused = reasons(pictures)
+    assert refused.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in refused[name], name
+
+
 def digest(pictures: PictureSet) -> str:
     """SHA-256 over keys, captions, classes and the encoded bytes."""
     total = hashlib.sha256()

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from davae import load_pipeline
 from davae.cli import main
 from davae.errors import SettingsError, StorageError
 from davae.pipelines.publishing import push_folder
+from hub_server import serving
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 NAME = "someone/tiny-da"
@@ -65,13 +65,8 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub()) as server:
+        yield server
 
 
 def davae(hub: Hub, *arguments: object) -> subprocess.CompletedProcess:

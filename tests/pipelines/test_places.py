@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.places import HubName, find_on_hub, pin
+from hub_server import serving
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 
@@ -44,13 +44,8 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub()) as server:
+        yield server
 
 
 # Two verbs in one process, because its imports take most of the time.

@@ -35,7 +35,7 @@ def survey(pictures: PictureSet) -> dict[str, Any]:
     `threads`; benchmarks/loading.py measures it well.
     """
     sound, softness, damaged = _decode_all(pictures)
-    entries = list(map(pictures.entries.__getitem__, sound))
+    entries = [pictures.entries[index] for index in sound]
     sizes = np.array([(entry.width, entry.height) for entry in entries]).reshape(-1, 2)
     facts: dict[str, Any] = {
         "pictures": len(sound),

@@ -138,9 +138,9 @@ def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: Autoenco
     """Measure the latent statistics on a part of the training images; a NumericsError if the latents are nothing."""
     chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
     chunks = list(pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16))
-    visible = track(chunks, "measuring the latents", unit="batches", visible=Ranks().first)
+    counted = track(chunks, "measuring the latents", unit="batches", visible=Ranks().first)
     try:
-        autoencoder.calibrate(pictures.batch(chunk) for chunk in visible)
+        autoencoder.calibrate(pictures.batch(chunk) for chunk in counted)
     except ValueError as error:  # the models know no errors of davae
         raise NumericsError(f"{error} A smaller weight of the KL loss keeps more in them.") from error
 
