@@ -102,7 +102,7 @@ def train(
     transformer.train()
     for step in state.steps():
         # Clean latents with their captions, one caption in ten empty.
-        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step)
+        indices = batch_indices(len(pictures), recipe.batch_size, seed=recipe.seed, step=step, version=1)
         latents = read_latents(indices, step)
         base, detail = latents[:, :base_channels], latents[:, base_channels:]
         draw = generator(recipe.seed, "flow", step)

@@ -301,7 +301,7 @@ def main(
                     write_strip(pipeline, held_out_captions[:24], run / f"strips/{step:06d}.png")
 
         # A batch of clean latents with their captions, and a point on the straight path from each to noise.
-        indices = batch_indices(len(training), recipe.batch_size, seed=recipe.seed, step=step)
+        indices = batch_indices(len(training), recipe.batch_size, seed=recipe.seed, step=step, version=1)
         captions = training_captions(recipe, training, indices, step)
         clean = latents[indices]
         draw = generator(recipe.seed, "flow", step)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from davae.data import order
 from davae.errors import CheckpointError
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_run import finetune
@@ -170,6 +171,33 @@ def test_a_run_of_an_older_davae_gains_the_record_and_then_holds_to_it(two: Fini
     tell_otherwise(inputs / "pictures")
     with pytest.raises(CheckpointError, match=r"Changed since then: captions or classes\. "):
         run_stage_two(inputs, run)
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_run_keeps_the_order_that_it_began_with(
+    stage: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both orders are the same for few pictures, so here only one picture is few."""
+    finished: Finished = request.getfixturevalue(stage)
+    monkeypatch.setattr(order, "SHUFFLED", 1)
+    inputs, run = finished.copy(tmp_path / "old", stopped=True)
+    record = json.loads((run / "pictures.json").read_text())
+    assert record.pop("order") == 2
+
+    # Without a version in its record a run has the old order.
+    (run / "pictures.json").write_text(json.dumps(record))
+    result = finished.program(inputs, run)
+    assert digests(result) == digests(finished.run / result.name)
+    assert json.loads((run / "pictures.json").read_text()) == {**record, "order": 1}
+
+    # A new one has not.
+    inputs, run = finished.copy(tmp_path / "new", stopped=True)
+    assert digests(finished.program(inputs, run)) != digests(finished.run / result.name)
+
+    # One that is not known yet is refused.
+    set_value(run / "pictures.json", "order", 3)
+    with pytest.raises(CheckpointError, match="has the order 3, davae knows 1 to 2: update davae"):
+        finished.program(inputs, run)
 
 
 def test_a_stage_one_run_needs_no_more_what_its_start_holds(one: Finished, tmp_path: Path) -> None:

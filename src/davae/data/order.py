@@ -4,18 +4,32 @@ Nothing is stored, so that a run that resumes at a step sees the same as an undi
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from jaxtyping import Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from davae.errors import SettingsError
 from davae.seeds import generator, sample_generators
 
+ORDER = 2
+"""The version of the order that new runs have. Version 1 shuffles sets of any size as a list; both are kept."""
+SHUFFLED = 1 << 14
+"""A set up to this size is shuffled as a list, which makes all of its orders equally likely, in 0.2 ms."""
+ROUNDS = 8
+"""Of the Feistel network."""
 
-def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: int = 0) -> list[int]:
+Places = NDArray[np.uint64]
+
+
+def batch_indices(
+    count: int, batch_size: int, *, seed: int, step: int, bucket: int = 0, version: int = ORDER
+) -> list[int]:
     """The pictures of one step, out of `count`.
 
     The permutations of the epochs, each keyed by (seed, epoch, bucket), are strung together and cut into batches:
@@ -28,13 +42,54 @@ def batch_indices(count: int, batch_size: int, *, seed: int, step: int, bucket: 
     epoch, start = divmod(step * batch_size, count)
     position = (bucket,) if bucket else ()
     while len(indices) < batch_size:
-        permutation = torch.randperm(count, generator=generator(seed, "picture order", epoch, *position))
-        indices += permutation[start : start + batch_size - len(indices)].tolist()
+        random = generator(seed, "picture order", epoch, *position)
+        places = range(start, min(start + batch_size - len(indices), count))
+        indices += permute(places, count, random, version=version)
         epoch, start = epoch + 1, 0
     return indices
 
 
-def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int) -> tuple[int, list[int]]:
+def permute(places: range, count: int, random: torch.Generator, *, version: int = ORDER) -> list[int]:
+    """Where a permutation of `count` numbers, drawn from `random`, sends these places: in time and memory of theirs.
+
+    Beyond `SHUFFLED` it is a Feistel network over pairs (left, right): each round adds a hash of one half to the other,
+    which can be taken off again (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The rectangle of
+    pairs is the least that holds all numbers; a result outside of them goes through the network again.
+    """
+    if version == 1 or count <= SHUFFLED:
+        return torch.randperm(count, generator=random)[places.start : places.stop].tolist()
+
+    keys = torch.randint(-(1 << 63), (1 << 63) - 1, (ROUNDS,), generator=random).numpy().view(np.uint64)
+    height = math.isqrt(count - 1) + 1
+    width = -(-count // height)
+
+    def scramble(numbers: Places) -> Places:
+        left, right = np.divmod(numbers, np.uint64(width))
+        for turn, key in enumerate(keys):
+            if turn % 2:
+                right = (right + _hash(left, key) % np.uint64(width)) % np.uint64(width)
+            else:
+                left = (left + _hash(right, key) % np.uint64(height)) % np.uint64(height)
+        return left * np.uint64(width) + right
+
+    # Follow the cycles back into the range: less than one number in `width` is outside.
+    numbers = scramble(np.asarray(places, np.uint64))
+    while (outside := numbers >= count).any():
+        numbers[outside] = scramble(numbers[outside])
+    return numbers.tolist()
+
+
+def _hash(numbers: Places, key: np.uint64) -> Places:
+    """64 bits that depend on every bit of a number and of the key: the finaliser of MurmurHash3, wrapping around."""
+    hashed = numbers * np.uint64(0x9E3779B97F4A7C15) + key
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        hashed = (hashed ^ (hashed >> np.uint64(33))) * np.uint64(factor)
+    return hashed ^ (hashed >> np.uint64(33))
+
+
+def bucket_batch(
+    counts: Sequence[int], batch_size: int, *, seed: int, step: int, version: int = ORDER
+) -> tuple[int, list[int]]:
     """The bucket of one step, and its pictures among the `counts[bucket]` that it has.
 
     Each bucket has its own stream of batches (`batch_indices`), and so its own epochs. Batch k of a bucket of n
@@ -55,7 +110,8 @@ def bucket_batch(counts: Sequence[int], batch_size: int, *, seed: int, step: int
         done[bucket] += 1
         heapq.heapreplace(places, (Fraction(2 * done[bucket] + 1, counts[bucket]), bucket))
     _, bucket = places[0]
-    return bucket, batch_indices(counts[bucket], batch_size, seed=seed, step=done[bucket], bucket=bucket)
+    order = batch_indices(counts[bucket], batch_size, seed=seed, step=done[bucket], bucket=bucket, version=version)
+    return bucket, order
 
 
 def random_crops(

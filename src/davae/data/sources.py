@@ -15,7 +15,7 @@ from davae.data.buckets import Bucket, fit
 from davae.data.entries import PictureEntry, make_entries, name_classes, smallest_size
 from davae.data.listing import Listing, PictureSource, list_source
 from davae.data.loading import in_threads
-from davae.data.order import bucket_batch
+from davae.data.order import ORDER, bucket_batch, permute
 from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, Refusal, read_picture, to_floats
 from davae.data.stored import PICTURE_SUFFIXES
 from davae.errors import DataError, SettingsError
@@ -44,6 +44,8 @@ class PictureSet:
     ) -> None:
         self.entries, self.size = list(entries), size
         self.refused, self.class_names = list(refused), list(class_names)
+        # The version of the order (`davae.data.order`): a run keeps the one that it began with.
+        self.order = ORDER
         self.keys: list[str] = []
         self.captions: list[str] = []
         self.classes: list[int] = []
@@ -113,8 +115,13 @@ class PictureSet:
 
     def step_indices(self, batch_size: int, *, seed: int, step: int) -> list[int]:
         """The pictures of one step of training, all of one bucket: see `davae.data.order.bucket_batch`."""
-        bucket, places = bucket_batch(list(map(len, self.members)), batch_size, seed=seed, step=step)
+        counts = list(map(len, self.members))
+        bucket, places = bucket_batch(counts, batch_size, seed=seed, step=step, version=self.order)
         return [self.members[bucket][place] for place in places]
+
+    def draw(self, most: int, random: torch.Generator) -> list[int]:
+        """At most so many different pictures of the whole set, in a random order."""
+        return permute(range(min(most, len(self))), len(self), random, version=self.order)
 
     def fingerprint(self, index: int) -> str:
         """SHA-256, as hexadecimal, of all that decides what `image` gives: the encoded bytes, and how they are cut.
@@ -170,7 +177,7 @@ class PictureSet:
         # The decoded pictures go along.
         entries = [self.entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        rest._memory, rest._contents = self._memory, self._contents
+        rest.order, rest._memory, rest._contents = self.order, self._memory, self._contents
         return rest
 
     def refusals_summary(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from davae.data.order import ORDER
 from davae.data.sources import PictureSet, open_pictures
 from davae.errors import CheckpointError, SettingsError
 from davae.run.ranks import Ranks
@@ -94,13 +95,13 @@ def open_training_pictures(
 ) -> PictureSet:
     """The training split, every image decoded once; refused images are listed in `folder`/refused.json.
 
-    A run that has `begun` in a folder keeps its class numbers, and its images if none of them was held out, which
-    former versions did with some small sets.
+    A run that has `begun` in a folder keeps its order and its class numbers, and its images if none of them was held
+    out, which former versions did with some small sets.
     """
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {"order": ORDER}
     numbers: dict[str, int] = {}
     if begun is not None and has_begun(begun):
-        record = read_json(begun / "pictures.json") if (begun / "pictures.json").is_file() else {}
+        record = read_record(begun)
         numbers = read_json(begun / "classes.json") if (begun / "classes.json").is_file() else {}
 
     def read(split: str | None) -> PictureSet:
@@ -112,6 +113,7 @@ def open_training_pictures(
         pictures = open_pictures(
             recipe.source, size=recipe.size, split=split, limit=recipe.limit, buckets=recipe.buckets, **kind
         )
+        pictures.order = record["order"]
         report = None if folder is None else folder / "refused.json"
         return pictures.sound(report, max_unreadable=recipe.max_unreadable)
 
@@ -121,6 +123,16 @@ def open_training_pictures(
         logger.warning("this run began without a held-out image, and goes on so: it trains on all %d", len(whole))
         return whole
     return pictures
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run that has begun noted about its images: the version of their order, their number and names."""
+    path = folder / "pictures.json"
+    # Runs of version 1 noted none, the first ones nothing at all.
+    record = {"order": 1} | (read_json(path) if path.is_file() else {})
+    if record["order"] not in range(1, ORDER + 1):
+        raise CheckpointError(f"{path} has the order {record['order']}, davae knows 1 to {ORDER}: update davae")
+    return record
 
 
 def has_begun(folder: Path) -> bool:
@@ -168,8 +180,8 @@ def _check_record(folder: Path, inputs: Mapping[str, str], pictures: PictureSet)
         return
 
     # Names come first: of pictures that were added or removed the number says more.
-    facts = _describe_names(pictures)
-    if (folder / "pictures.json").is_file() and (before := read_json(folder / "pictures.json")) != facts:
+    before, facts = read_record(folder), _describe_pictures(pictures)
+    if before != facts and "count" in before:
         raise CheckpointError(
             f"the run in {folder} has trained on {before['count']} pictures, and there are {facts['count']} now, "
             "of other names: their order would change midway. Bring the set back to what it was, or give a new folder"
@@ -188,11 +200,11 @@ def note_inputs(folder: Path, inputs: Mapping[str, str], pictures: PictureSet) -
     """Write the record of the inputs, once they are checked; that of an older run gains what it lacks."""
     record = read_json(folder / INPUTS) if has_begun(folder) and (folder / INPUTS).is_file() else {}
     write_json(folder / INPUTS, {**record, **inputs})
-    write_json(folder / "pictures.json", _describe_names(pictures))
+    write_json(folder / "pictures.json", _describe_pictures(pictures))
 
 
-def _describe_names(pictures: PictureSet) -> dict[str, int | str]:
-    return {"count": len(pictures), "sha256_of_names": _digest_lines(pictures.keys)}
+def _describe_pictures(pictures: PictureSet) -> dict[str, int | str]:
+    return {"order": pictures.order, "count": len(pictures), "sha256_of_names": _digest_lines(pictures.keys)}
 
 
 def _digest_lines(lines: Sequence[str]) -> str:

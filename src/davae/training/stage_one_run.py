@@ -64,7 +64,7 @@ def train_autoencoder(
 
 def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
     # The images to train on, and those held out; rank 0 lists the refused ones.
-    pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False)
+    pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False, begun=folder)
     heldout = open_pictures(
         recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
     ).sound(folder / "refused_heldout.json" if ranks.first else None)
@@ -136,8 +136,8 @@ def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, nu
 
 def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: AutoencoderRecipe) -> None:
     """Measure the latent statistics on a part of the training images; a NumericsError if the latents are nothing."""
-    chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "calibration"))
-    chunks = list(pictures.batches(chosen[: recipe.calibration_pictures].tolist(), 16))
+    chosen = pictures.draw(recipe.calibration_pictures, generator(recipe.seed, "calibration"))
+    chunks = list(pictures.batches(chosen, 16))
     counted = track(chunks, "measuring the latents", unit="batches", visible=Ranks().first)
     try:
         autoencoder.calibrate(pictures.batch(chunk) for chunk in counted)

@@ -48,9 +48,9 @@ def start_autoencoder(
     check_sides(recipe, autoencoder.downsample_factor)
 
     if recipe.start == "closed form" and not recipe.autoencoder:
-        chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "fit"))[: recipe.fit_pictures]
+        chosen = pictures.draw(recipe.fit_pictures, generator(recipe.seed, "fit"))
         Console(stderr=True).print(f"fitting the closed-form start on {len(chosen)} images")
-        facts = fit_closed_form(autoencoder, pictures.squares(chosen.tolist()), seed=recipe.seed, code=recipe.code)
+        facts = fit_closed_form(autoencoder, pictures.squares(chosen), seed=recipe.seed, code=recipe.code)
         logger.info("closed-form start: %.4f of the residual is left out", facts["unexplained"][0])
     autoencoder = add_slim_decoder(autoencoder, recipe, pictures)
 
@@ -147,8 +147,8 @@ def add_slim_decoder(autoencoder: AutoencoderDA, recipe: AutoencoderRecipe, pict
         return autoencoder
 
     # Each slim layer is fitted on crops of the training images.
-    chosen = torch.randperm(len(pictures), generator=generator(recipe.seed, "slim fit"))[:SLIM_FIT_PICTURES]
-    crops = random_crops(pictures.squares(chosen.tolist()), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
+    chosen = pictures.draw(SLIM_FIT_PICTURES, generator(recipe.seed, "slim fit"))
+    crops = random_crops(pictures.squares(chosen), recipe.crop, seed=recipe.seed, samples=range(len(chosen)))
     error = fit_slim_decoder(slim, autoencoder, crops, seed=recipe.seed) ** 0.5
     logger.info("slim decoder: its pictures differ from the full one's by %.4f, root mean square of [-1, 1]", error)
     return slim
