@@ -13,6 +13,7 @@ DRAWING = DOCS / "architecture.svg"
 
 ROOMS = {
     "cli": ("the verbs of the command line", 1),
+    "serving": ("a pipeline for clients and browsers", 1),
     "cost": ("what it costs, counted and timed", 0),
     "evaluation": ("numbers and pages", 2),
     "training": ("both stages, and what they share", 0),

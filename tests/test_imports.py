@@ -24,6 +24,7 @@ FLOORS = [
     {"training", "evaluation"},
     {"cost"},
     {"demo"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 ]

@@ -26,6 +26,7 @@ VERBS = [
     "latents",
     "evaluate",
     "bench",
+    "serve",
     "runs",
 ]
 

@@ -14,6 +14,7 @@ from davae.errors import SettingsError
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
+from davae.serving.models import serving_copy
 from tiny_adapters import disturb, generate
 
 
@@ -102,13 +103,11 @@ def test_another_pipeline_of_the_same_parts_is_made_as_the_readme_says(base, aut
     assert np.array_equal(*images)
 
 
-def test_requests_at_once_have_a_scheduler_each_as_the_readme_says(base, autoencoder):
+def test_calls_at_the_same_time_have_what_they_change_each_as_the_readme_says(base, autoencoder):
     upgraded = upgrade(base, autoencoder)
 
     def serve(seed: int) -> np.ndarray:
-        scheduler = type(upgraded.scheduler).from_config(upgraded.scheduler.config)
-        copy = type(upgraded).from_pipe(upgraded, vae=upgraded.vae, scheduler=scheduler)
-        copy.set_progress_bar_config(disable=True)
+        copy = serving_copy(upgraded)
         settings = {"num_inference_steps": 3 + seed, "max_sequence_length": 8, "output_type": "np"}
         return copy("a", generator=torch.Generator().manual_seed(seed), **settings).images
 

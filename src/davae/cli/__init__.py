@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from davae import __version__
-from davae.cli import data, making, measuring, training
+from davae.cli import data, making, measuring, serve, training
 from davae.cli.options import PrintableFormatter, by_first, is_first, make_printable, say
 from davae.errors import DavaeError, StorageError
 
@@ -37,6 +37,7 @@ verbs: dict[str, Callable[..., None]] = {
     "latents": by_first(measuring.latents),
     "evaluate": measuring.evaluate,
     "bench": by_first(measuring.bench),
+    "serve": by_first(serve.serve),
     "runs": by_first(training.runs),
 }
 for name, verb in verbs.items():

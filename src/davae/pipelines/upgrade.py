@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def digest_encoding_half(autoencoder: AutoencoderDA) -> dict[str, str]:
     return digests
 
 
-def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: ModelMixin) -> DiffusionPipeline:
+def replace_parts(pipeline: DiffusionPipeline, *, vae: ModelMixin, **parts: Any) -> DiffusionPipeline:
     """A new pipeline of the same class and settings: stock pipelines count the VAE's stages when they are made.
 
     `vae` is moved to the dtype and device of the one before it, if there was one.
