@@ -13,7 +13,8 @@ DRAWING = DOCS / "architecture.svg"
 
 ROOMS = {
     "cli": ("the verbs of the command line", 1),
-    "serving": ("a pipeline for clients and browsers", 1),
+    "serving": ("a pipeline for clients and browsers", 2),
+    "job": ("the whole job, one command", 0),
     "cost": ("what it costs, counted and timed", 0),
     "evaluation": ("numbers and pages", 2),
     "training": ("both stages, and what they share", 0),
@@ -28,6 +29,8 @@ ROOMS = {
 
 COLUMNS, ROW_HEIGHT, TOP = (170, 380, 590), 116, 20
 WIDTH, BOX_WIDTH, BOX_HEIGHT = 760, 300, 66
+MOST_NAMES = 6
+"""In a box; more would not fit."""
 PORT_DISTANCE = 56
 """Between two arrows at one box; all in pixels."""
 
@@ -134,7 +137,8 @@ def draw_room(room: str, x: int, y: int, further: list[str]) -> str:
     """A box with the room's name, what it is for, and the rooms that it imports without an arrow of their own."""
     lines = [("name", room), ("purpose", ROOMS[room][0])]
     if further:
-        lines.append(("also", f"also {', '.join(further)}"))
+        names = ", ".join(further) if len(further) <= MOST_NAMES else f"{len(further)} rooms below"
+        lines.append(("also", f"also {names}"))
     text_y = y + (BOX_HEIGHT - 18 * len(lines)) // 2 + 14
     parts = [f'<rect class="room" x="{x - BOX_WIDTH // 2}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"/>']
     for number, (kind, text) in enumerate(lines):

@@ -23,7 +23,7 @@ FLOORS = [
     {"pipelines"},
     {"training", "evaluation"},
     {"cost"},
-    {"demo"},
+    {"demo", "job"},
     {"serving"},
     {"cli"},
     {"__main__"},

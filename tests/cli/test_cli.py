@@ -16,6 +16,10 @@ from tiny import tiny_sd3_pipeline
 
 VERBS = [
     "demo",
+    "doctor",
+    "init",
+    "run",
+    "recipes",
     "inspect",
     "train-autoencoder",
     "upgrade",
@@ -93,6 +97,7 @@ def test_help_shows_the_names_of_extras() -> None:
             ["evaluate", "a", "b", "--count", "8", "--size", "320x192"],
             {"pictures": "b", "count": 8, "size": [320, 192]},
         ),
+        (["init", "--pictures", "a", "--memory", "24GB"], {"pictures": "a", "out": "a.toml", "memory": "24GB"}),
         (["bench", "a", "--against", "b", "--part", "step"], {"against": "b", "parts": ["step"], "repeats": 7}),
         (["bench", "--geometry", "sd35m", "--layers", "2"], {"pipeline": None, "geometry": "sd35m", "layers": 2}),
     ],

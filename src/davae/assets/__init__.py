@@ -1,4 +1,4 @@
-"""Folders of the files that ship with the package: pictures, the pretrained pair, LPIPS, configs of full-size bases."""
+"""Folders of the files that ship with the package: pictures, the small pair, LPIPS, configs of large bases, recipes."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +29,12 @@ def geometry() -> Path:
 def lpips() -> Path:
     """The weights of LPIPS."""
     return _folder("lpips")
+
+
+def recipes() -> Path:
+    """The recipes at the top of the repository's `recipes/`; a wheel has them in this package."""
+    packaged, checkout = Path(str(files(__name__) / "recipes")), Path(__file__).parents[3] / "recipes"
+    return checkout if checkout.is_dir() and not packaged.is_dir() else _folder("recipes")
 
 
 def _folder(name: str) -> Path:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from davae import __version__
-from davae.cli import data, making, measuring, serve, training
+from davae.cli import data, job, making, measuring, serve, training
 from davae.cli.options import PrintableFormatter, by_first, is_first, make_printable, say
 from davae.errors import DavaeError, StorageError
 
@@ -27,6 +27,10 @@ app = typer.Typer(
 # In the order of `davae --help`. Verbs that ranks cannot share are done by the first one alone.
 verbs: dict[str, Callable[..., None]] = {
     "demo": by_first(making.demo),
+    "doctor": by_first(job.doctor),
+    "init": by_first(job.init),
+    "run": job.run,
+    "recipes": by_first(job.recipes),
     "inspect": by_first(making.inspect),
     "train-autoencoder": training.train_autoencoder,
     "upgrade": by_first(making.upgrade),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import by_first, say, show, with_dry_run
+from davae.cli.options import by_first, say, say_next, show, with_dry_run
 
 app = typer.Typer(help="Look at images before training on them, or draw some.", no_args_is_help=True)
 
@@ -61,6 +61,10 @@ def inspect(
         say(folder / "inspection.json")
         say(sheet)
     _check_trainable(facts)
+    say_next(
+        f"{facts['pictures']} images can be used at {sizes[0]} px, {facts['refused']['pictures']} cannot",
+        f"davae init --base BASE --pictures {source}",
+    )
 
 
 @app.command()
@@ -76,7 +80,9 @@ def avatars(
     """Draw captioned avatars, the images of the small pair, into WebDataset shards. Needs the extra `demo`."""
     from davae.data.avatar_shards import write_avatar_shards
 
-    say(write_avatar_shards(out, training=training, held_out=held_out, size=size, start=start))
+    folder = write_avatar_shards(out, training=training, held_out=held_out, size=size, start=start)
+    say(folder)
+    say_next(f"{training + held_out} avatars are in {folder}", f"davae data inspect {folder}")
 
 
 def _check_trainable(facts: dict[str, Any]) -> None:

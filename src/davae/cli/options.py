@@ -8,6 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from davae.errors import SettingsError
 Verb = Callable[..., None]
 
 _stdout = Console(soft_wrap=True, highlight=False)
+_stderr = Console(soft_wrap=True, highlight=False, stderr=True)
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -175,6 +177,13 @@ def say(text: object) -> None:
     """Print a line to stdout, on rank 0 only."""
     if is_first():
         _stdout.print(make_printable(str(text)), markup=False)
+
+
+def say_next(result: str, command: str) -> None:
+    """End a verb with its result in words and what to type next; on stderr, so that stdout holds the result alone."""
+    if is_first():
+        with suppress(OSError):
+            _stderr.print(make_printable(f"{result}\nnext: {command}"), markup=False)
 
 
 def show(facts: dict[str, Any]) -> None:

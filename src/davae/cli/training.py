@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from davae.cli import options
-from davae.cli.options import by_first, choose_trackers, quiet_libraries, say
+from davae.cli.options import by_first, choose_trackers, quiet_libraries, say, say_next
 from davae.errors import CheckpointError
 
 
@@ -29,7 +29,12 @@ def train_autoencoder(
     if dry_run:
         return say(describe_plan(resolved, recipe))
     folder = run_folder(AutoencoderRecipe, recipe, out)
-    say(train_autoencoder(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout))
+    trained = train_autoencoder(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
+    say(trained)
+    say_next(
+        f"stage 1 is done: the autoencoder is in {trained}, its pictures are in {folder / 'pictures'}",
+        f"davae finetune RECIPE --set autoencoder={trained}",
+    )
 
 
 def finetune(
@@ -51,7 +56,9 @@ def finetune(
     if dry_run:
         return say(describe_plan(resolved, recipe))
     folder = run_folder(FinetuneRecipe, recipe, out)
-    say(finetune(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout))
+    pipeline = finetune(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
+    say(pipeline)
+    say_next(f"stage 2 is done: the upgraded pipeline is in {pipeline}", f'davae generate {pipeline} "a prompt"')
 
 
 def runs(
@@ -66,6 +73,10 @@ def runs(
 
     summaries = find_runs(folders or [Path("runs")])
     say(to_json(summaries) if as_json else to_text(summaries))
+    finished = sum(summary.state == "finished" for summary in summaries)
+    say_next(
+        f"{len(summaries)} runs, {finished} of them finished", "the command of a stopped run again, to go on with it"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- caches
@@ -94,7 +105,9 @@ def build(
     if dry_run:
         say(resolved.to_toml())
         return say(f"# caches go to {find_cache_folder(resolved, folder)}")
-    say(build_caches(resolved, folder, rank_timeout=rank_timeout))
+    caches_folder = build_caches(resolved, folder, rank_timeout=rank_timeout)
+    say(caches_folder)
+    say_next(f"the caches in {caches_folder} are complete", f"davae finetune {recipe}")
 
 
 @caches.command()
@@ -112,6 +125,7 @@ def verify(folder: CacheFolder) -> None:
         raise CheckpointError(
             f"{damaged} files are damaged: run again to encode their entries again, or davae cache prune"
         )
+    say_next("all files are sound", "davae finetune RECIPE")
 
 
 @caches.command()
@@ -127,3 +141,4 @@ def prune(
     freed = prune_caches(folder, days=days, dry_run=dry_run)
     verb = "would be freed" if dry_run else "freed"
     say(f"{freed / 2**20:,.1f} MiB {verb}")
+    say_next("nothing was removed" if dry_run else "what is left is sound", f"davae cache verify {folder}")

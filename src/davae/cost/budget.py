@@ -62,6 +62,24 @@ class Figure(NamedTuple):
         return f"{self.name:<60}{value:>18} {self.unit:<10} {self.how}"
 
 
+class Memory(NamedTuple):
+    """Bytes of the device: what does not depend on the batch size, and the activations of the whole batch."""
+
+    state: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Without workspaces and fragments."""
+        return self.state + self.activations
+
+
+def read_memory(figures: list[Figure]) -> Memory:
+    """The memory in a budget: its lines in GiB are parts of the state, then the activations, then the sum of all."""
+    *state, activations, _ = [figure.value * GIB for figure in figures if figure.unit == "GiB"]
+    return Memory(sum(state), activations)
+
+
 def describe_plan(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str:
     """The recipe, followed by its budget as comments, so that it is still TOML; or by the reason why it has none."""
     try:

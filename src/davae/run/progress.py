@@ -1,5 +1,6 @@
 """The progress of long work: a live bar on a terminal, a line every ten seconds elsewhere."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 SECONDS_BETWEEN_LINES = 10.0
 
 Item = TypeVar("Item")
+
+
+def announce(title: str) -> None:
+    """A line across stderr above the progress of what comes next, on rank 0 only."""
+    with suppress(OSError):
+        Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0").rule(title)
 
 
 def track(items: Sequence[Item], label: str, *, unit: str = "steps", visible: bool = True) -> Iterator[Item]:

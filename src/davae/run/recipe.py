@@ -16,9 +16,9 @@ import tomli_w
 
 from davae.errors import SettingsError
 
-# The tables of a file that holds the recipes of both stages.
-SECTIONS = ("autoencoder", "finetune")
-# Keys that both stages have with the same meaning, and that may stand above the sections.
+# The tables of a file that holds the recipes of both stages and, for `davae run`, of what is made and measured then.
+SECTIONS = ("autoencoder", "finetune", "results")
+# Keys that all of them have with the same meaning, and that may stand above the sections.
 SHARED = ("base", "pictures", "limit", "size", "seed")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -31,11 +32,16 @@ from davae.training.stage_one import choose_trained, make_discriminator, train_n
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_one_start import digest_start, name_base, save_autoencoder, start_autoencoder
 from davae.training.state import TrainingState
-from davae.training.trackers import check_trackers
+from davae.training.trackers import Notify, check_trackers
 
 
 def train_autoencoder(
-    recipe: AutoencoderRecipe, folder: Path, *, report_to: Sequence[str] = (), rank_timeout: float = TIMEOUT
+    recipe: AutoencoderRecipe,
+    folder: Path,
+    *,
+    report_to: Sequence[str] = (),
+    rank_timeout: float = TIMEOUT,
+    after_validation: Notify = lambda: None,
 ) -> Path:
     """Train, calibrate and save an AutoencoderDA. Called again, a run resumes at its last checkpoint.
 
@@ -44,6 +50,7 @@ def train_autoencoder(
         folder: the run's folder, which every rank must see.
         report_to: trackers that get the metrics, too (`davae.training.trackers.TRACKERS`).
         rank_timeout: seconds that a rank waits for another.
+        after_validation: called on every rank once the metrics and the picture of a validation are written.
 
     Returns:
         The folder of the trained autoencoder, `folder`/autoencoder.
@@ -59,10 +66,12 @@ def train_autoencoder(
     ranks = Ranks(rank_timeout)
     with claim_folder(recipe, folder, ranks):
         ranks.on_first(lambda: check_replaceable(folder / "autoencoder", holds="config.json"))
-        return _train_autoencoder(recipe, folder, ranks, report_to)
+        return _train_autoencoder(recipe, folder, ranks, report_to, after_validation)
 
 
-def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
+def _train_autoencoder(
+    recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str], after_validation: Notify
+) -> Path:
     # The images to train on, and those held out; rank 0 lists the refused ones.
     pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False, begun=folder)
     heldout = open_pictures(
@@ -93,18 +102,10 @@ def _train_autoencoder(recipe: AutoencoderRecipe, folder: Path, ranks: Ranks, re
     ranks.on_first(lambda: note_inputs(folder, inputs, pictures))
 
     # Train, while a thread makes the next batches.
-    evaluate = partial(evaluate_heldout, state, autoencoder, heldout, alex)
+    evaluate = partial(evaluate_heldout, state, autoencoder, heldout, alex, after_validation)
+    others: dict[str, Any] = {"lpips": lpips, "base_vae": base_vae, "discriminator": discriminator}
     with Ahead(partial(load_crops, recipe, pictures, ranks)) as load:
-        train_networks(
-            autoencoder,
-            recipe,
-            state,
-            state.saving(load),
-            evaluate,
-            lpips=lpips,
-            base_vae=base_vae,
-            discriminator=discriminator,
-        )
+        train_networks(autoencoder, recipe, state, state.saving(load), evaluate, **others)
 
     # The result has the EMA's weights, and latent statistics measured with them.
     with state.ema_weights():
@@ -147,9 +148,9 @@ def calibrate(autoencoder: AutoencoderDA, pictures: PictureSet, recipe: Autoenco
 
 @torch.no_grad()
 def evaluate_heldout(
-    state: TrainingState, autoencoder: AutoencoderDA, heldout: PictureSet, lpips: LPIPS
+    state: TrainingState, autoencoder: AutoencoderDA, heldout: PictureSet, lpips: LPIPS, after_validation: Notify
 ) -> dict[str, float]:
-    """Log the metrics, draw pictures/STEP.png, and return the metrics."""
+    """Log the metrics, draw pictures/STEP.png, notify, and return the metrics."""
     faults.at("eval")
     values = heldout_metrics(autoencoder, heldout, lpips, state.ranks)
     state.log(values)
@@ -157,6 +158,7 @@ def evaluate_heldout(
     # All ranks draw, as sharded models need; rank 0 writes.
     path, picture = state.record.folder / "pictures" / f"{state.step:08d}.png", heldout_picture(autoencoder, heldout)
     state.ranks.on_first(lambda: str(write_png(path, picture, origin=state.recipe.digest())))
+    after_validation()
     return values
 
 

@@ -42,13 +42,18 @@ from davae.training.stage_two_inputs import (
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_transformer import choose_parameters, choose_targets, compile_blocks
 from davae.training.state import TrainingState
-from davae.training.trackers import check_trackers, show_picture
+from davae.training.trackers import Notify, check_trackers, show_picture
 
 logger = logging.getLogger(__name__)
 
 
 def finetune(
-    recipe: FinetuneRecipe, folder: Path, *, report_to: Sequence[str] = (), rank_timeout: float = TIMEOUT
+    recipe: FinetuneRecipe,
+    folder: Path,
+    *,
+    report_to: Sequence[str] = (),
+    rank_timeout: float = TIMEOUT,
+    after_validation: Notify = lambda: None,
 ) -> Path:
     """Upgrade the base pipeline, fine-tune it and save it. Called again, a run resumes at its last checkpoint.
 
@@ -57,6 +62,7 @@ def finetune(
         folder: the run's folder, which every rank must see.
         report_to: trackers that get the metrics, too (`davae.training.trackers.TRACKERS`).
         rank_timeout: seconds that a rank waits for another.
+        after_validation: called on every rank once the pictures of a validation are written.
 
     Returns:
         `folder`/pipeline, a stock pipeline with LoRA fused. Unless all parameters were trained, `folder`/adapter is
@@ -79,10 +85,12 @@ def finetune(
     with claim_folder(recipe, folder, ranks):
         for name, index in (("pipeline", "model_index.json"), ("adapter", INDEX)):
             ranks.on_first(partial(check_replaceable, folder / name, holds=index))
-        return _finetune(recipe, folder, ranks, report_to)
+        return _finetune(recipe, folder, ranks, report_to, after_validation)
 
 
-def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str]) -> Path:
+def _finetune(
+    recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str], after_validation: Notify
+) -> Path:
     # The upgraded base and its pictures, which must be those of the first start.
     base = load_pipeline(name_base(recipe))
     inputs = digest_base_parts(base)
@@ -115,7 +123,7 @@ def _finetune(recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Seq
     # Encode what the caches lack, then train.
     read_latents, read_conditions = prepare_inputs(recipe, pipeline, pictures, folder, ranks)
     load = state.saving(partial(load_batch, recipe, pictures, read_latents, ranks))
-    draw = partial(draw_pictures, state, pipeline, recipe, prompts)
+    draw = partial(draw_pictures, state, pipeline, recipe, prompts, after_validation)
     train_transformer(transformer, recipe, state, load, read_conditions, objectives, draw)
 
     # The result has the EMA's weights.
@@ -208,9 +216,13 @@ def choose_prompts(recipe: FinetuneRecipe, transformer: ModelMixin, pictures: Pi
 
 @torch.no_grad()
 def draw_pictures(
-    state: TrainingState, pipeline: DiffusionPipeline, recipe: FinetuneRecipe, prompts: Sequence[str]
+    state: TrainingState,
+    pipeline: DiffusionPipeline,
+    recipe: FinetuneRecipe,
+    prompts: Sequence[str],
+    after_validation: Notify,
 ) -> None:
-    """Write pictures/STEP.png and show it to the trackers: raw weights above, EMA weights below.
+    """Write pictures/STEP.png, show it to the trackers, and notify: raw weights above, EMA weights below.
 
     Training goes on as if no picture had been drawn: modes, devices and random state are restored.
     """
@@ -246,6 +258,7 @@ def draw_pictures(
     path = state.record.folder / "pictures" / f"{state.step:08d}.png"
     state.ranks.on_first(lambda: str(write_png(path, grid, origin=state.recipe.digest())))
     show_picture(state.trackers, "raw above, EMA below", grid, step=state.step)
+    after_validation()
 
 
 # ------------------------------------------------------------------------------------------------------------- results

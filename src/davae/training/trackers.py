@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from davae.errors import SettingsError
+
+Notify = Callable[[], object]
+"""Called after every validation."""
 
 TRACKERS: dict[str, type[GeneralTracker]] = {
     "tensorboard": TensorBoardTracker,
