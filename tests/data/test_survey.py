@@ -128,3 +128,15 @@ def test_a_dry_run_prints_the_buckets_and_writes_nothing(tmp_path, capsys):
 )
 def test_a_source_has_a_name(source, name):
     assert source_name(source) == name
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["words", "tokens"])
+def test_captions_beyond_what_is_read_are_counted(base, base_folder, tmp_path, capsys):
+    long = [f"{'red apple ' * 60}{end}" for end in ("on a table", "in a tree")]
+    files = captioned(4) | {f"00{index}.txt": text.encode() for index, text in enumerate(long)}
+    options = ["--base", base_folder] if base else []
+    inspect(fill(tmp_path / "set", files), "--size", 32, "--out", tmp_path, "--prompt-tokens", 16, *options)
+    said = capsys.readouterr().out
+    assert f"longer than the 16 {'tokens' if base else 'words'} that are read: 2; 2 of them are another one" in said
+    captions = json.loads((tmp_path / "inspection.json").read_text())["captions"]
+    assert (captions["cut"], captions["merged"], captions["example"]) == (2, 2, sorted(text.strip() for text in long))

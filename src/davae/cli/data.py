@@ -25,6 +25,10 @@ def inspect(
     captions: Annotated[bool, typer.Option(help="Images need captions, as in stage 2.")] = True,
     classes: Annotated[bool, typer.Option(help="Images need classes instead.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images, evenly spread.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption that stage 2 reads.")] = 256,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base pipeline, whose tokenizers count; without it, words do.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for inspection.json and contact_sheet.png; by default runs/data/NAME.")
     ] = None,
@@ -45,12 +49,17 @@ def inspect(
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
     from davae.run.storage import check_writable, write_json
+    from davae.training.captions import find_cut_captions, load_tokenizers
 
     # Decode everything once, and write before printing.
     folder = out or Path("runs/data") / source_name(source)
     check_writable(folder)
     pictures = open_pictures(source, buckets=buckets, **settings)
     facts = {"source": source, **survey(pictures)}
+    tokenizers = load_tokenizers(base) if base else []
+    long = find_cut_captions(pictures.captions, tokenizers, prompt_tokens)
+    facts["captions"] |= {"read": prompt_tokens, "unit": "tokens" if tokenizers else "words", "cut": long.cut}
+    facts["captions"] |= {"merged": long.merged_count, "example": long.merged[0][:2] if long.merged else []}
     write_json(folder / "inspection.json", facts)
     origin = digest_origin(source, settings, buckets)
     sheet = write_png(folder / "contact_sheet.png", contact_sheet(pictures), origin=origin)
@@ -136,6 +145,10 @@ def _print(facts: dict[str, Any]) -> None:
     # Conditions, detail, speed.
     captions = facts["captions"]
     say(f"captions: {captions['empty']} empty, {captions['repeated']} that several images have")
+    read = f"the {captions['read']} {captions['unit']} that are read"
+    say(f"captions longer than {read}: {captions['cut']}; {captions['merged']} of them are another one up to there")
+    if captions["example"]:
+        say("for example, their ends: " + " | ".join(text[-100:] for text in captions["example"]))
     if "classes" in facts:
         classes = facts["classes"]
         say(f"classes: {classes['classes']}, of {classes['fewest']} to {classes['most']} images")

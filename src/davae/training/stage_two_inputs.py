@@ -20,6 +20,7 @@ from davae.run.ranks import Ranks
 from davae.run.storage import write_json
 from davae.seeds import rand, randn, sample_generators
 from davae.training.caching import SHARD_BYTES, digest_text_encoding, fill_cache
+from davae.training.captions import warn_of_merged_captions
 from davae.training.devices import fastest_layout, lay_out
 from davae.training.digests import digest_model
 from davae.training.folders import open_training_pictures
@@ -69,6 +70,8 @@ def prepare_inputs(
     move_frozen(pipeline, ranks.device)
     lay_out(autoencoder, fastest_layout(ranks.device))
     conditions = read_classes(pipeline, backbone, pictures) if backbone.classes else None
+    if conditions is None and ranks.first:
+        warn_of_merged_captions(pictures.captions, pipeline.components, tokens)
     if pictures.class_names and ranks.first:
         numbers = range(len(pictures.class_names))
         write_json(folder / "classes.json", dict(zip(pictures.class_names, numbers, strict=True)))
