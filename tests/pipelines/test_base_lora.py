@@ -170,22 +170,56 @@ def test_an_adapter_of_davae_is_no_lora() -> None:
         load_base_lora(built("sd3"), assets.upgrade())
 
 
-def test_a_dora_of_the_output_port_is_refused_by_name_and_others_warn(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
+@pytest.mark.parametrize("name", ["sd3", "qwen_image", "sana", "lumina2"])
+def test_a_dora_of_the_output_port_leaves_its_new_rows_alone(
+    name: str, trained: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for number, targets in enumerate((ATTENTION, ["proj_out"])):
-        base = built("sd3")
-        upgraded = upgraded_of(base)
-        add_lora(base, targets, use_dora=True)
-        folder = save_lora(base, tmp_path / str(number))
-        if number:
-            with pytest.raises(SettingsError, match="a DoRA of proj_out, whose magnitudes are of the base's rows"):
-                load_base_lora(upgraded, folder)
-        else:
-            load_base_lora(upgraded, folder)
-            assert "a DoRA gives 6 layers the base's magnitudes" in caplog.text
-            result = velocity(upgraded, latents(2 * C))
-            torch.testing.assert_close(result[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5)
+    base = built(name)
+    upgraded, plain = upgraded_of(base), upgraded_of(base)
+    output = backbone_of(base.transformer).ports.output
+    if trained:
+        # New rows that are not zero, and base rows that stay.
+        for each in (upgraded, plain):
+            weight = each.transformer.get_submodule(output).weight
+            new = weight.detach().flatten(1).norm(dim=1) == 0
+            assert new.sum() == len(new) // 2
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(5)
+                weight[new] = torch.randn_like(weight[new])
+    add_lora(base, [output], use_dora=True)
+    load_base_lora(upgraded, save_lora(base, tmp_path))
+    assert f"a DoRA gives 1 layers the base's magnitudes, also where the upgrade was trained: transformer.{output}" in (
+        caplog.text
+    )
+    result = velocity(upgraded, latents(2 * C))
+    torch.testing.assert_close(result[:, :C], velocity(base, latents(C)), atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(result[:, C:], velocity(plain, latents(2 * C))[:, C:], atol=1e-6, rtol=1e-6)
+
+
+def test_a_dora_of_other_layers_does_as_on_the_base_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = built("sd3")
+    upgraded = upgraded_of(base)
+    add_lora(base, ATTENTION, use_dora=True)
+    load_base_lora(upgraded, save_lora(base, tmp_path))
+    assert "a DoRA gives 6 layers the base's magnitudes" in caplog.text
+    assert "transformer.transformer_blocks.0.attn.to_q" in caplog.text
+    result = velocity(upgraded, latents(2 * C))
+    torch.testing.assert_close(result[:, :C], velocity(base, latents(C)), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_lora_with_numbers_that_are_not_finite_is_refused(number: float, tmp_path: Path) -> None:
+    base = built("sd3")
+    upgraded = upgraded_of(base)
+    add_lora(base, ATTENTION)
+    tensors = load_file(save_lora(base, tmp_path) / FILE)
+    name = max(tensors)
+    tensors[name].view(-1)[3] = number
+    save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} holds numbers that are not finite"):
+        load_base_lora(upgraded, tmp_path)
+    assert not getattr(upgraded.transformer, "peft_config", {})
 
 
 def test_what_has_no_channel_axis_is_left_alone(tmp_path: Path) -> None:

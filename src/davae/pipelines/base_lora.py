@@ -24,6 +24,7 @@ from davae.method.widen import pad_channels, patch_side
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter_index import INDEX
 from davae.pipelines.places import find_on_hub, loading
+from davae.pipelines.sizes import is_finite
 
 FILE = "pytorch_lora_weights.safetensors"
 logger = logging.getLogger(__name__)
@@ -70,6 +71,9 @@ def _load(pipeline: DiffusionPipeline, source: str, place: dict[str, Any], adapt
     # Tensors under diffusers' names, and from some pipelines LoRA's alphas.
     settings: dict[str, Any] = {"return_alphas": True, "return_lora_metadata": True}
     tensors, *alphas, metadata = pipeline.lora_state_dict(source, **place, **settings)
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{name} holds numbers that are not finite: copy the LoRA anew, or train it again")
     is_upgraded = isinstance(getattr(pipeline.vae, "_orig_mod", pipeline.vae), AutoencoderDA)  # compiled or not
     padded = pad_lora(tensors, pipeline) if is_upgraded else {}
 
@@ -150,16 +154,9 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
 
     # Magnitudes of DoRA are absolute: those of the base's rows.
     magnitudes = [name for name in tensors if "lora_magnitude_vector" in name]
-    of_port = [name for name in magnitudes if name.startswith(f"transformer.{ports.output}.")]
-    if of_port and len(tensors[of_port[0]]) != output_width:
-        raise SettingsError(
-            f"the LoRA is a DoRA of {ports.output}, whose magnitudes are of the base's rows, and the upgrade has more: "
-            "train it without that layer, or as a plain LoRA"
-        )
     if magnitudes:
-        logger.warning(
-            "a DoRA gives %d layers the base's magnitudes, also where the upgrade was trained", len(magnitudes)
-        )
+        message = "a DoRA gives %d layers the base's magnitudes, also where the upgrade was trained: %s"
+        logger.warning(message, len(magnitudes), ", ".join(name.partition(".lora_")[0] for name in magnitudes))
 
     padded: dict[str, Tensor] = {}
     for name, (layout, axis, width) in channel_axes.items():
@@ -172,7 +169,26 @@ def pad_lora(tensors: Mapping[str, Tensor], pipeline: DiffusionPipeline) -> dict
                 f"{base_width}: it is of another model"
             )
         padded[name] = pad_channels(tensors[name], layout, config.detail_channels, **sizes)
+
+    # The magnitudes of the output port's new rows.
+    factor, port = f"transformer.{ports.output}.lora_B.weight", _find_weight(transformer, ports.output)
+    for name in magnitudes if factor in padded else ():
+        if name.startswith(f"transformer.{ports.output}."):
+            is_old = pad_channels(torch.ones(len(tensors[factor])), bias_layout, config.detail_channels, **sizes)
+            magnitude = pad_channels(tensors[name], bias_layout, config.detail_channels, **sizes)
+            padded[name], padded[factor] = keep_rows(magnitude, padded[factor], port, is_old.bool())
     return padded
+
+
+def keep_rows(magnitude: Tensor, factor: Tensor, weight: Tensor, is_old: Tensor) -> tuple[Tensor, Tensor]:
+    """DoRA's magnitude and B with which the rows of a weight that are not old stay what they are.
+
+    DoRA scales a row of W + BA to its magnitude: that of W, where B is zero. A row of an upgrade that was not trained
+    is zero, which has no direction: it gets one from B, and the magnitude zero.
+    """
+    norms = torch.linalg.norm(weight.detach().flatten(1), dim=1).to(magnitude)
+    is_empty = ~is_old & (norms == 0)
+    return torch.where(is_old, magnitude, norms), torch.where(is_empty[:, None], torch.ones_like(factor), factor)
 
 
 def _find_weight(transformer: Any, name: str) -> Tensor:
