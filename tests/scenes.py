@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from davae.data.sources import heldout
+from davae.data.split import heldout
 
 COLOURS = ("red", "green", "blue", "grey")
 SHAPES = ("ball", "box", "tree", "fish")

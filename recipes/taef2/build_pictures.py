@@ -26,7 +26,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from davae.data.sources import heldout
+from davae.data.split import heldout
 
 SIDE = 512
 PIECES = 4

@@ -17,7 +17,7 @@ from davae.data.avatar_captions import (
     vocabulary,
 )
 from davae.data.avatars import Attributes, draw_attributes, draw_image, image_key, is_held_out, numbers
-from davae.data.sources import heldout
+from davae.data.split import heldout
 from davae.errors import SettingsError
 
 LONGEST_CAPTION = 16

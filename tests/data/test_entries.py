@@ -3,7 +3,8 @@
 import pytest
 
 from data.stored import digest, fill, picture, reasons, tar
-from davae.data.sources import heldout, open_pictures
+from davae.data.sources import open_pictures
+from davae.data.split import heldout
 from davae.errors import DataError
 
 

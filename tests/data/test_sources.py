@@ -17,7 +17,8 @@ from PIL import Image
 from data.stored import captioned, check_reasons, digest, fill, picture, reasons
 from davae import assets
 from davae.data.buckets import Bucket, fit
-from davae.data.sources import heldout, open_pictures
+from davae.data.sources import open_pictures
+from davae.data.split import heldout
 from davae.errors import DataError, SettingsError
 from forks import exit_code, forked
 
@@ -144,7 +145,7 @@ def test_arguments_outside_their_range_are_refused(tmp_path, arguments):
 def test_a_split_without_a_picture_says_the_rule_and_the_way_out(tmp_path):
     fill(tmp_path, captioned(1))
     with pytest.raises(
-        DataError, match=r"'heldout' \(about one key in ten is held out, by a hash.* give more pictures"
+        DataError, match=r"'heldout' \(about one picture in ten is held out, by a hash.* give more pictures"
     ):
         open_pictures(tmp_path, size=32, split="heldout")
 

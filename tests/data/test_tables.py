@@ -1,5 +1,6 @@
 """Tables: metadata.jsonl and metadata.parquet beside pictures, pictures in parquet and in Hugging Face datasets."""
 
+import csv
 import json
 from io import BytesIO
 
@@ -11,6 +12,7 @@ from data.stored import captioned, digest, fill, picture, reasons, tar
 from davae.data import listing
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
+from trials import Trials
 
 datasets = pytest.importorskip("datasets", reason="the extra datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -131,6 +133,76 @@ def test_rows_without_a_picture_are_refused_by_name(tmp_path):
     assert len(kinds) >= len(odd)
 
 
+def test_a_csv_table_reads_like_the_lines(tmp_path):
+    text = '\ufefffile_name,text,label\n000.png,"an apple, red",\n001.png,a pear,12\n002.png,,x\n,nothing,\n'
+    files = {f"{index:03d}.png": picture(index) for index in range(4)} | {"metadata.csv": text.encode()}
+    pictures = open_pictures(fill(tmp_path, files), size=32)
+    assert pictures.captions == ["an apple, red", "a pear"]
+    assert list(reasons(pictures)) == ["metadata.csv, row 4", "002.png", "003.png"]
+    assert open_pictures(tmp_path, size=32, classes=True).classes == [12]
+    (tmp_path / "metadata.csv").write_bytes(b"file_name\n\xff\xfe")
+    with pytest.raises(DataError, match=r"metadata\.csv: no sound table in UTF-8"):
+        open_pictures(tmp_path, size=32)
+
+
+def write_table(path, rows_) -> None:
+    """The same rows in whatever a table about pictures may be."""
+    columns = ("file_name", "text")
+    if path.suffix == ".jsonl":
+        path.write_bytes(lines(*rows_))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows_)
+    else:
+        table(path, **{name: [row.get(name) for row in rows_] for name in columns})
+
+
+@pytest.mark.soak("R23", ci=12, full=1000)
+def test_rows_used_and_refused_are_those_of_the_table(tmp_path, trials: Trials):
+    for number, draw in enumerate(trials):
+        files = {f"{draw.choice('ab')}/{place}.png": picture(place) for place in range(6)}
+        rows_ = []
+        for place in range(draw.randrange(1, 16)):
+            name = draw.choice([*files, "a/gone.png", "../a/0.png", "a/0.jpg", ""])
+            rows_.append({"file_name": name, "text": f"text {place}"} if name else {"text": "about nothing"})
+        folder = fill(tmp_path / str(number), files)
+        write_table(folder / draw.choice(["metadata.jsonl", "metadata.csv", "metadata.parquet"]), rows_)
+
+        pictures = open_pictures(folder, size=32, captions=False)
+        told = {row["file_name"]: row["text"] for row in rows_ if row.get("file_name") in files}
+        said = {entry.picture.name: entry.caption for entry in pictures.entries}
+        assert said == dict.fromkeys(files, "") | told, trials.replay
+        assert len(pictures.refused) == len(rows_) - len(told), trials.replay
+        for row in rows_:
+            name = row.get("file_name")
+            named = [each for each in pictures.refused if name and name in (each.name, each.reason.partition(":")[0])]
+            assert not name or name in told or named, trials.replay
+
+
+@pytest.mark.soak("R23", ci=4, full=200)
+def test_pictures_in_rows_are_used_or_refused_by_their_keys(tmp_path, trials: Trials):
+    """Random rows in one file or several, whole or streamed."""
+    kinds = [picture(0), picture(1), picture(2, 8, 8), b"<html>", b"", None]
+    cell_type = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    for number, draw in enumerate(trials):
+        cells = [{"bytes": draw.choice(kinds), "path": None} for _ in range(draw.randrange(1, 30))]
+        cells.append({"bytes": picture(3), "path": None})
+        start = 0
+        while start < len(cells):
+            end = start + draw.randrange(1, 30)
+            part = pyarrow.array(cells[start:end], cell_type)
+            table(tmp_path / f"{number}/{start:03d}.parquet", image=part, text=["a text"] * len(part))
+            start = end
+        source = draw.choice([tmp_path / str(number), f"datasets:{tmp_path}/{number}?streaming=true"])
+        pictures = open_pictures(source, size=32)
+        names = sorted(pictures.keys + [refusal.name for refusal in pictures.refused])
+        assert names == [f"{row:09d}" for row in range(len(cells))], trials.replay
+        good = [f"{row:09d}" for row, cell in enumerate(cells) if cell["bytes"] in (*kinds[:2], picture(3))]
+        assert pictures.keys == good, trials.replay
+
+
 # pictures in rows
 
 
@@ -235,7 +307,7 @@ def test_what_is_no_set_of_pictures_is_a_typed_error(tmp_path, monkeypatch):
         with pytest.raises(SettingsError, match="allowed after the"):
             open_pictures(f"datasets:a?{query}", size=32)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"a\.parquet cannot be loaded"):
+    with pytest.raises(DataError, match=r"a\.parquet: no sound parquet file"):
         open_pictures(tmp_path / "a.parquet", size=32)
 
     # A stream that would fill the memory.

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from davae.data.sources import PictureSet, heldout, open_pictures
+from davae.data.sources import PictureSet, open_pictures
+from davae.data.split import heldout
 from davae.errors import DataError, SettingsError
 from davae.evaluation.reconstruction import make_gallery, make_table, measure, reconstruct
 from davae.evaluation.tokenizers import enlarge_base, make_tokenizer

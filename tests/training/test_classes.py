@@ -13,7 +13,8 @@ from torch import Tensor
 
 from davae.backbones import BACKBONES, backbone_of
 from davae.data.order import batch_indices
-from davae.data.sources import heldout, open_pictures
+from davae.data.sources import open_pictures
+from davae.data.split import heldout
 from davae.errors import DataError, SettingsError
 from davae.method.flow import interpolate, sample_timesteps
 from davae.models.autoencoder_da import AutoencoderDA

@@ -1,7 +1,9 @@
 """A run goes on with the inputs that it began with; others are refused and named."""
 
+import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from davae.data import order
+from davae.data.sources import open_pictures
+from davae.data.split import heldout
 from davae.errors import CheckpointError
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_run import finetune
 from hashes import digests
 from rank_forks import run_ranks
 from stages import autoencoder_recipe, finetune_recipe
+from trials import Trials
 
 Change = Callable[[Path], object]
-Program = Callable[[Path, Path], object]
+Program = Callable[[Path, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -89,20 +94,23 @@ def set_value(path: Path, name: str, value: object) -> None:
 def redraw(pictures: Path) -> None:
     """Other bytes under the same name, in all pictures."""
     for path in pictures.glob("*.png"):
-        image = Image.open(path)
-        image.putpixel((0, 0), (1, 2, 3))
-        image.save(path)
+        redraw_one(path)
 
 
-def swap(pictures: Path) -> None:
+def redraw_one(path: Path) -> None:
+    image = Image.open(path)
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(path)
+
+
+def swap(pictures: list[Path]) -> None:
     """Every picture and its caption under the name of another one."""
-    names = sorted(path.stem for path in pictures.glob("*.png"))
-    for name in names:
+    for path in pictures:
         for suffix in (".png", ".txt"):
-            (pictures / f"{name}{suffix}").rename(pictures / f"{name}{suffix}.old")
-    for name, other in zip(names, reversed(names), strict=True):
+            path.with_suffix(suffix).rename(path.with_suffix(f"{suffix}.old"))
+    for path, other in zip(pictures, reversed(pictures), strict=True):
         for suffix in (".png", ".txt"):
-            (pictures / f"{name}{suffix}.old").rename(pictures / f"{other}{suffix}")
+            path.with_suffix(f"{suffix}.old").rename(other.with_suffix(suffix))
 
 
 def tell_otherwise(pictures: Path) -> None:
@@ -121,7 +129,7 @@ CHANGES: dict[str, Change] = {
     "text_encoder of the base": lambda inputs: nudge(inputs / "base" / "text_encoder" / "model.safetensors"),
     "base": lambda inputs: nudge(inputs / "base" / "vae" / "diffusion_pytorch_model.safetensors"),
     "pictures": lambda inputs: redraw(inputs / "pictures"),
-    "order of the pictures": lambda inputs: swap(inputs / "pictures"),
+    "order of the pictures": lambda inputs: swap(sorted((inputs / "pictures").glob("*.png"))),
     "captions or classes": lambda inputs: tell_otherwise(inputs / "pictures"),
 }
 STAGES = {
@@ -142,6 +150,47 @@ def test_a_changed_input_is_named_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=f"Changed since then: .*{name}"):
         finished.program(inputs, run)
     assert digests(run, "*") == before
+
+
+def change_something(draw: random.Random, inputs: Path) -> str:
+    """One input changes, or something beside them that is none; returns what."""
+    pictures = sorted((inputs / "pictures").glob("*.png"))
+    chosen, other = draw.sample(pictures, 2)
+    weights = draw.choice(sorted(inputs.rglob("*.safetensors")))
+    changes: dict[str, Callable[[], object]] = {
+        f"a weight in {weights.relative_to(inputs)}": lambda: nudge(weights),
+        f"a pixel of {chosen.name}": lambda: redraw_one(chosen),
+        f"no {chosen.name}": chosen.unlink,
+        f"a copy of {chosen.name}": lambda: shutil.copy(chosen, chosen.with_stem("copy")),
+        f"{chosen.name} and {other.name} swapped": lambda: swap([chosen, other]),
+        f"the caption of {chosen.name}": lambda: chosen.with_suffix(".txt").write_text("another one"),
+        "the scheduler": lambda: CHANGES["scheduler of the base"](inputs),
+        "a note beside the pictures": lambda: (inputs / "pictures" / "notes.md").write_text("seen"),
+        "another time of all files": lambda: [os.utime(path, (1, 1)) for path in inputs.rglob("*")],
+    }
+    name = draw.choice(sorted(changes))
+    changes[name]()
+    return name
+
+
+@pytest.mark.soak("R21", ci=8, full=400)
+def test_a_change_at_random_is_refused_or_changes_no_bit(
+    one: Finished, two: Finished, tmp_path: Path, trials: Trials
+) -> None:
+    for number, draw in enumerate(trials):
+        finished, stopped = draw.choice([one, two]), draw.random() < 0.5
+        inputs, run = finished.copy(tmp_path / str(number), stopped=stopped)
+        before, what = digests(run, "*"), f"{change_something(draw, inputs)}: {trials.replay}"
+        result, refusal = None, ""
+        try:
+            result = finished.program(inputs, run)
+        except CheckpointError as error:
+            refusal = str(error)
+        if result is None:
+            assert "Changed since then: " in refusal or "pictures, and there are" in refusal, what
+            assert digests(run, "*") == before, what
+        else:
+            assert digests(result) == digests(finished.run / result.name), what
 
 
 def test_places_and_intervals_may_change(two: Finished, tmp_path: Path) -> None:
@@ -198,6 +247,31 @@ def test_a_run_keeps_the_order_that_it_began_with(
     set_value(run / "pictures.json", "order", 3)
     with pytest.raises(CheckpointError, match="has the order 3, davae knows 1 to 2: update davae"):
         finished.program(inputs, run)
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_run_keeps_the_split_that_it_began_with(
+    stage: str, inputs: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Of equal pictures under two names a former version held one out and trained on the other."""
+    finished: Finished = request.getfixturevalue(stage)
+    doubled = shutil.copytree(inputs, tmp_path / "inputs")
+    first, second = (next(n for n in map(str, range(99)) if heldout(n) is held) for held in (False, True))
+    for name in (first, second):
+        source = min((doubled / "pictures").glob("*.png"))
+        for suffix in (".png", ".txt"):
+            shutil.copy(source.with_suffix(suffix), doubled / "pictures" / f"{name}{suffix}")
+    finished.program(doubled, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "pictures.json").read_text())["split"] == 2
+
+    # A record without the rule is one of before.
+    former = open_pictures(doubled / "pictures", size=64, split="train", captions=False, keys_alone=True)
+    assert (first in former.keys, second in former.keys) == (True, False)
+    record = {"count": len(former), "sha256_of_names": hashlib.sha256("\n".join(former.keys).encode()).hexdigest()}
+    (tmp_path / "new" / "inputs.json").unlink()
+    (tmp_path / "new" / "pictures.json").write_text(json.dumps(record))
+    finished.program(doubled, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "pictures.json").read_text()) == {**record, "order": 1, "split": 1}
 
 
 def test_a_stage_one_run_needs_no_more_what_its_start_holds(one: Finished, tmp_path: Path) -> None:

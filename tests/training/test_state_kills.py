@@ -22,6 +22,7 @@ from davae.run import faults
 from davae.run.checkpoint import latest_checkpoint
 from davae.training.interruption import Interrupted
 from forks import exit_code, forked
+from rank_forks import run_ranks
 from tiny_training import STEPS, loss_of, outcome, same, snapshot, tiny_model, tiny_state, train
 from trials import Trials
 
@@ -202,8 +203,8 @@ def with_a_small_disk(chance: random.Random, program: Callable[[], object]) -> C
 @pytest.mark.soak("R4", ci=20, full=200)
 def test_a_full_or_failing_disk_keeps_the_last_good_checkpoint(tmp_path, reference, trials: Trials):
     start = tmp_path / "start"
-    assert exit_code(forked(lambda: stop_at(start, 20, log_every=100))) == 143
-    assert max(path.stat().st_size for path in start.glob("checkpoints/step-00000020/*")) > 2800
+    assert exit_code(forked(lambda: stop_at(start, 30, log_every=100))) == 143
+    assert max(path.stat().st_size for path in start.glob("checkpoints/step-00000030/*")) > 2800
     for chance in trials:
         folder = tmp_path / "run"
         shutil.copytree(start, folder)
@@ -213,9 +214,9 @@ def test_a_full_or_failing_disk_keeps_the_last_good_checkpoint(tmp_path, referen
             code = exit_code(forked(program))
             assert code in (0, StorageError.exit_code)
             newest = latest_checkpoint(folder / "checkpoints")
-            assert newest >= folder / "checkpoints" / "step-00000020"
+            assert newest >= folder / "checkpoints" / "step-00000030"
             assert not list(folder.rglob("damaged-*"))
-            if newest.name == "step-00000020":  # nothing failed while the old ones were removed
+            if newest.name == "step-00000030":  # nothing failed while the old ones were removed
                 assert not list(folder.rglob("*.tmp-*"))
         assert exit_code(forked(plain)) == 0
         assert outcome(folder)[0] == reference[0][0]
@@ -243,21 +244,42 @@ def test_a_folder_that_is_read_only_is_a_storage_error(tmp_path_factory):
         shutil.rmtree(folder)
 
 
+def read_and_train(folder: Path, fails: dict[int, str], **changes: object) -> dict[str, Tensor]:
+    """Ten steps, before each of which a file is read, with faults at some of them."""
+    path = folder.parent / "batch"
+    path.write_bytes(b"crops")
+    file = FileBytes("batch", LocalFile(str(path)), 0, 5)
+    model = tiny_model()
+    state = tiny_state(folder, model, steps=10, checkpoint_every=100, **changes)
+    load = state.saving(lambda number: file.read())
+    for step in state.steps():
+        faults.arm(fails.get(step, ""))
+        assert load(step) == b"crops"
+        state.update(loss_of(state, model, step))
+    return snapshot(state, model)
+
+
+def test_a_file_that_one_rank_cannot_read_ends_all_of_them_after_a_save(tmp_path, capfd):
+    def program(name: str, fault: str) -> None:
+        read_and_train(tmp_path / name, {7: fault} if os.environ["RANK"] == "1" else {})
+
+    assert run_ranks(lambda: program("run", "read:eio:*"), 2) == [DataError.exit_code] * 2
+    said = capfd.readouterr().err
+    assert "batch: cannot be read, 3 times tried" in said
+    assert "another rank could not read its part of batch 7" in said
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-00000007"
+
+    # The same command goes on to the same weights.
+    for name in ("run", "whole"):
+        assert run_ranks(lambda name=name: program(name, ""), 2) == [0, 0]
+    last = "checkpoints/step-00000010/mlp.safetensors"
+    assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
 def test_a_file_that_can_no_longer_be_read_ends_a_run_after_a_save(tmp_path):
     """Three attempts, a checkpoint of all steps that are done, and an error that sends to the disk."""
-    (tmp_path / "batch").write_bytes(b"crops")
-    file = FileBytes("batch", LocalFile(str(tmp_path / "batch")), 0, 5)
-
-    def read_and_train(folder: Path, fails: dict[int, str]) -> dict[str, Tensor]:
-        model = tiny_model()
-        state = tiny_state(folder, model, steps=10, checkpoint_every=100)
-        load = state.saving(lambda number: file.read())
-        for step in state.steps():
-            faults.arm(fails.get(step, ""))
-            assert load(step) == b"crops"
-            state.update(loss_of(state, model, step))
-        return snapshot(state, model)
-
     expected = read_and_train(tmp_path / "whole", {})
     try:
         with pytest.raises(DataError, match=r"batch: cannot be read, 3 times tried .*look at its disk or mount"):

@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from davae.data.sources import heldout
+from davae.data.split import heldout
 from davae.errors import SettingsError
 
 EXTRA = "davae[demo]"

@@ -170,6 +170,9 @@ def _find(sample: Sample, suffixes: Sequence[str], keys: Sequence[str], kind: ty
     for table, place in tables:
         for key in keys:
             value = table.get(key)
+            if isinstance(value, str) and len(value) > MAX_TEXT_BYTES:
+                reason = f'the "{key}" of {place} is longer than the allowed {MAX_TEXT_BYTES} letters; shorten it'
+                raise PictureRefused(sample.pictures[0].name, reason, "text")
             if value is not None and isinstance(value, kind):
                 return value, f'the "{key}" of {place}'
     return None, ""

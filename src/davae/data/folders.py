@@ -1,6 +1,8 @@
 """A folder as a source: every picture, archive and link below it is used, or refused by its name."""
 
+import csv
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +12,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from davae.data.bounds import TOLD_KEYS, RowTexts, check_parquet, open_parquet
+from davae.data.entries import CLASS_KEYS
 from davae.data.pictures import Refusal
 from davae.data.stored import (
     FileBytes,
@@ -21,10 +25,10 @@ from davae.data.stored import (
     parse_json,
     refuse_aside,
 )
-from davae.errors import DataError, SettingsError
+from davae.errors import DataError
 
 # Tables about the pictures of a folder, joined by their column "file_name", as Hugging Face `datasets` has them.
-METADATA = ("metadata.jsonl", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_LINE_BYTES = 1 << 20
 
 
@@ -36,6 +40,8 @@ class Listing:
     refused: list[Refusal] = field(default_factory=list)
     # Whether the keys are paths in a folder of pictures, whose sub-folders may be classes.
     folders: bool = False
+    # Whether the keys are numbers of rows, which say nothing about the pictures.
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ def _add_file(tree: Tree, path: Path) -> None:
 
 def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refusal]:
     """Give each row of a table to its picture; yields the rows that have none."""
+    texts = RowTexts(str(folder / table.name))
     for place, row in _read_table(table):
         name = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(name, str):
@@ -185,7 +192,7 @@ def _join(samples: Samples, table: Path, folder: PurePosixPath) -> Iterator[Refu
             if sample.row_place:
                 reason = f"a later row, {table.name}, {place}, is about the same file; one row for each"
                 yield Refusal(sample.row_place, f"{path.as_posix()}: {reason}", "same name")
-            sample.row, sample.row_place = row, f"{folder / table.name}, {place}"
+            sample.row, sample.row_place = texts.keep(row), f"{folder / table.name}, {place}"
 
 
 def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
@@ -197,18 +204,31 @@ def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
                     yield f"line {number}", _parse_line(line)
         return
 
-    # A parquet file is read a thousand rows at a time.
+    if table.suffix == ".csv":
+        yield from _read_csv(table)
+        return
+
+    # A parquet file is read a hundred rows at a time.
+    check_parquet(table)
+    with open_parquet(table) as file:
+        columns = [name for name in file.schema_arrow.names if name in ("file_name", *TOLD_KEYS)]
+        batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=100, columns=columns))
+        for number, row in enumerate(chain.from_iterable(batches), 1):
+            yield f"row {number}", row
+
+
+def _read_csv(table: Path) -> Iterator[tuple[str, Any]]:
+    """Rows with their places; all cells are text, and those of classes numbers if they are digits alone."""
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise SettingsError(f"{table} needs pyarrow: pip install 'davae[datasets]'") from error
-    try:
-        with parquet.ParquetFile(table) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1000))
-            for number, row in enumerate(chain.from_iterable(batches), 1):
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            for number, cells in enumerate(csv.DictReader(stream), 1):
+                row: dict[str, Any] = {name: cell for name, cell in cells.items() if isinstance(name, str) and cell}
+                for key in CLASS_KEYS:
+                    if re.fullmatch("[0-9]{1,9}", row.get(key, "")):
+                        row[key] = int(row[key])
                 yield f"row {number}", row
-    except (ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{table}: no sound parquet file ({error}); make or download it again") from error
+    except (csv.Error, ValueError) as error:
+        raise DataError(f"{table}: no sound table in UTF-8 ({error}); mend it") from error
 
 
 def _parse_line(line: bytes) -> Any:

@@ -1,6 +1,6 @@
 """The content of a source, listed without decoding: a folder, shards, a table of rows; on this machine or elsewhere."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from davae.data.bounds import TOLD_KEYS, RowTexts, check_parquet, check_regular, read_named_file
 from davae.data.folders import Listing, walk_folder
 from davae.data.masks import set_masks_aside
-from davae.data.pictures import PictureRefused, Refusal
+from davae.data.pictures import Refusal
 from davae.data.shards import MAX_UNPACKED_BYTES, list_shards, remote_shards
 from davae.data.stored import PICTURE_SUFFIXES, CellBytes, LocalFile, Sample, Samples
-from davae.errors import DataError, SettingsError
+from davae.errors import DataError, DavaeError, SettingsError
 
 # A folder, a shard or a parquet file; a URL of shards; `datasets:NAME`; or a dataset of Hugging Face `datasets`.
 PictureSource = Path | str | Any
@@ -35,7 +36,7 @@ def _list_source(source: PictureSource) -> Listing:
     if type(source).__module__.partition(".")[0] == "datasets":
         return _list_rows(source, "the dataset")
     if isinstance(source, str) and source.startswith(SCHEME):
-        return _list_rows(_load_named(source), source)
+        return _list_rows(_load_named(source), source, _named_folders(source))
     if isinstance(source, str) and "://" in source:
         return Listing(*list_shards(remote_shards(source)))
 
@@ -47,7 +48,7 @@ def _list_source(source: PictureSource) -> Listing:
         allowed = f"the path of a folder, a tar shard or a parquet file, a URL of shards, or {SCHEME}NAME"
         raise DataError(f"{path} is no folder and no file; allowed is {allowed}")
     if path.suffix == ".parquet":
-        return _list_rows(_load_parquet([path]), str(path))
+        return _list_rows(_load_parquet([path]), str(path), [path.parent])
     return Listing(*list_shards([LocalFile(str(path))]))
 
 
@@ -72,7 +73,8 @@ def _list_folder(folder: Path) -> Listing:
     if shards:
         found = Listing(*list_shards([LocalFile(str(path)) for path in tree.shards]))
     else:
-        found = _list_rows(_load_saved(folder) if saved else _load_parquet(tree.tables), str(folder))
+        rows = _load_saved(folder) if saved else _load_parquet(tree.tables)
+        found = _list_rows(rows, str(folder), [folder])
     found.refused.extend(tree.listing.refused)
     return found
 
@@ -96,13 +98,26 @@ def _load_named(source: str) -> Any:
         )
 
     # The rest is for `datasets` to understand.
+    if Path(path).is_dir():
+        check_regular(Path(path))
     with _loading(source) as datasets:
         rows = datasets.load_dataset(path, streaming=streaming == "true", **options)
     return rows if take is None else rows.take(int(take))
 
 
+def _named_folders(source: str) -> list[Path]:
+    """Where the files may lie that the rows of a source with `SCHEME` name."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    path = Path(source.removeprefix(SCHEME).partition("?")[0])
+    caches = [Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    return [path, *caches] if path.is_dir() else caches
+
+
 def _load_saved(folder: Path) -> Any:
     """The dataset that `Dataset.save_to_disk` wrote."""
+    check_regular(folder)
     with _loading(str(folder)) as datasets:
         rows = datasets.load_from_disk(str(folder))
     if isinstance(rows, datasets.DatasetDict):
@@ -113,6 +128,8 @@ def _load_saved(folder: Path) -> Any:
 def _load_parquet(files: list[Path]) -> Any:
     """Parquet files whose rows hold pictures, which `datasets` converts once, into its cache."""
     with _loading(str(files[0])) as datasets:
+        for file in files:
+            check_parquet(file)
         return datasets.Dataset.from_parquet(list(map(str, files)))
 
 
@@ -125,16 +142,19 @@ def _loading(source: str) -> Iterator[Any]:
         raise SettingsError(f"{source} needs Hugging Face datasets: pip install 'davae[datasets]'") from error
     try:
         yield datasets
+    except DavaeError:
+        raise
     except Exception as error:  # the Hub, the network, arrow and the operating system each have their own
         raise DataError(f"{source} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
-def _list_rows(rows: Any, name: str) -> Listing:
+def _list_rows(rows: Any, name: str, folders: Sequence[Path] | None = None) -> Listing:
     """The rows of a dataset, by their `__key__` (as WebDataset's have) or else their number, from "000000000".
 
     The pictures of a dataset that is not streamed stay where they are, and are read at every use. A stream is read to
     its end, once and in its order, and its encoded pictures stay in memory, so that the order of training is as exact
-    as for any other source; more than `MAX_UNPACKED_BYTES` are refused. `name` is for messages.
+    as for any other source; more than `MAX_UNPACKED_BYTES` are refused. `name` is for messages. A
+    cell may name a file in one of the `folders`; in any, if there are none.
     """
     import datasets
 
@@ -147,34 +167,34 @@ def _list_rows(rows: Any, name: str) -> Listing:
     typed = [column for column, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
     samples: Samples = {}
     refused: list[Refusal] = []
-    column, held = "", 0
+    column, held, numbered, texts = "", 0, True, RowTexts(name)
     for index, row in enumerate(rows if streamed else _without_pictures(rows, datasets)):
         if not index:
             column, refused = _choose_picture_column(row if streamed else rows[0], typed, name)
-        key = str(row.get("__key__", f"{index:09d}"))
+        numbered = "__key__" not in row
+        key = f"{index:09d}" if numbered else str(row["__key__"])
         if key in samples:
             raise DataError(f"{name}: two rows have the key {key!r}; every key must be there once")
 
         # A stream cannot be read again: its pictures stay in memory.
-        read = partial(_read_stored_cell, rows, index, column, key)
+        read = partial(_read_stored_cell, rows, index, column, key, folders)
         if streamed:
-            read = partial(_read_cell, row[column], key)
+            read = partial(_read_cell, row[column], key, folders)
             held += len(_get_bytes(row[column]))
         if held > MAX_UNPACKED_BYTES:
             raise DataError(
                 f"{name}: more than {MAX_UNPACKED_BYTES} bytes of pictures in {index + 1} rows, which a stream keeps "
                 "in memory; take fewer rows (take=), do not stream it, or bring it as shards"
             )
-        rest = {field: value for field, value in row.items() if field != column}
-        samples[key] = Sample([CellBytes(key, read)], row=rest)
-    return Listing(samples, refused)
+        samples[key] = Sample([CellBytes(key, read)], row=texts.keep(row))
+    return Listing(samples, refused, numbered=numbered)
 
 
 def _without_pictures(rows: Any, datasets: Any) -> Iterable[Mapping[str, Any]]:
-    """The rows without their pictures, so that these are not read."""
+    """The rows with nothing but key, captions and classes, so that pictures are not read."""
     columns = []
     for column, kind in rows.features.items():
-        if not isinstance(kind, datasets.Image) and column not in PICTURE_COLUMNS:
+        if not isinstance(kind, datasets.Image) and column in ("__key__", *TOLD_KEYS):
             columns.append(column)
     return rows.select_columns(columns) if columns else repeat({}, len(rows))
 
@@ -209,17 +229,14 @@ def _choose_picture_column(row: Mapping[str, Any], typed: Container[str], name: 
     return chosen, [Refusal(f"column {column}", reason, "same name") for column in columns if column != chosen]
 
 
-def _read_stored_cell(rows: Any, index: int, column: str, key: str) -> bytes:
-    return _read_cell(rows[index][column], key)
+def _read_stored_cell(rows: Any, index: int, column: str, key: str, folders: Sequence[Path] | None) -> bytes:
+    return _read_cell(rows[index][column], key, folders)
 
 
-def _read_cell(cell: Any, key: str) -> bytes:
+def _read_cell(cell: Any, key: str, folders: Sequence[Path] | None) -> bytes:
     # A cell may name a file in place of its bytes.
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-        try:
-            return Path(cell["path"]).read_bytes()
-        except OSError as error:
-            raise PictureRefused(key, f"cannot be read ({error.strerror}); mend its rights") from error
+        return read_named_file(cell["path"], folders, key)
     return _get_bytes(cell)
 
 

@@ -179,6 +179,10 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
     size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > max_pixels:
         raise PictureRefused(name, f"{size} is more than the allowed {max_pixels}; scale it down", "too large")
+    # Animations are decoded with several frames in memory.
+    if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1 and image.width * image.height > max_pixels // 4:
+        reason = f"{size} in an animation, allowed are {max_pixels // 4}; save its first frame alone"
+        raise PictureRefused(name, reason, "too large")
     if min(image.size) < min_side:
         raise PictureRefused(name, f"{size}: its shorter side is under {min_side}; bring a larger one", "too small")
     return image

@@ -24,10 +24,14 @@ from davae.data.stored import (
 )
 from davae.errors import DataError, DavaeError
 
-# Largest compressed shard once unpacked: it stays in memory while its set is in use.
+# All compressed shards of a set once unpacked: they stay in memory while it is in use.
 MAX_UNPACKED_BYTES = 1 << 30
-# Most members of one shard.
-MAX_MEMBERS = 1_000_000
+# What a sample of such a shard takes beside its bytes, rounded up.
+SAMPLE_BYTES = 1 << 12
+# Most members of one shard; shards of WebDataset have about ten thousand.
+MAX_MEMBERS = 200_000
+# Most shards that a range in a URL stands for.
+MAX_SHARDS = 100_000
 MAX_NAME_BYTES = 1024
 # Longest extended header of a member, which is read into memory.
 MAX_HEADER_BYTES = 1 << 20
@@ -43,17 +47,22 @@ def list_shards(shards: Sequence[LocalFile | RemoteFile]) -> tuple[Samples, list
     """
     samples: Samples = {}
     refused: list[Refusal] = []
+    unpacked = 0
     for shard in shards:
-        members = _list_shard(shard, refused)
+        file: LocalFile | RemoteFile = shard
+        if shard.name.endswith(".gz"):
+            file = _unpack(shard, MAX_UNPACKED_BYTES - unpacked)
+            unpacked += len(file.unpacked or b"")
+        members = _list_shard(shard, file, refused)
+        unpacked += SAMPLE_BYTES * len(members) if file is not shard else 0
         for key in members.keys() & samples.keys():
             raise DataError(f"{shard.name}: its key {key!r} is in an earlier shard too; every key must be there once")
         samples |= members
     return samples, refused
 
 
-def _list_shard(shard: LocalFile | RemoteFile, refused: list[Refusal]) -> Samples:
+def _list_shard(shard: LocalFile | RemoteFile, file: LocalFile | RemoteFile, refused: list[Refusal]) -> Samples:
     short = shard.name.rpartition("/")[2]
-    file = _unpack(shard) if short.endswith(".gz") else shard
     samples: Samples = {}
     dotted: list[tuple[str, str, str]] = []
 
@@ -96,6 +105,8 @@ def remote_shards(url: str) -> list[RemoteFile]:
     if span := re.search(r"\{(\d+)\.\.(\d+)\}", url):
         # Numbers keep their leading zeros.
         first, last = span.groups()
+        if int(last) - int(first) >= MAX_SHARDS:
+            raise DataError(f"{url}: allowed is a range of at most {MAX_SHARDS} shards")
         numbered: list[RemoteFile] = []
         for number in range(int(first), int(last) + 1):
             numbered += remote_shards(url.replace(span.group(), str(number).zfill(len(first)), 1))
@@ -157,14 +168,15 @@ def _find_next_tar(stream: Stream, start: int, shard: str) -> int | None:
     raise DataError(f"{shard}: more than {MAX_PADDING_BYTES} zeros from byte {start}; make or download it again")
 
 
-def _unpack(shard: LocalFile | RemoteFile) -> LocalFile:
+def _unpack(shard: LocalFile | RemoteFile, allowed: int) -> LocalFile:
     try:
         with shard.open() as packed, gzip.open(packed) as stream:
-            data = stream.read(MAX_UNPACKED_BYTES + 1)
+            data = stream.read(allowed + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{shard.name}: no sound gzip file ({error}); make or download it again") from error
-    if len(data) > MAX_UNPACKED_BYTES:
-        reason = f"more than {MAX_UNPACKED_BYTES} bytes when unpacked; gunzip it: a plain tar may have any size"
+    if len(data) > allowed:
+        reason = f"with it the compressed shards have more than {MAX_UNPACKED_BYTES} bytes when unpacked; gunzip them: "
+        reason += "plain tars may have any size"
         raise DataError(f"{shard.name}: {reason}")
     return LocalFile(shard.name, data)
 

@@ -17,6 +17,7 @@ from davae.data.listing import Listing, PictureSource, list_source
 from davae.data.loading import in_threads
 from davae.data.order import ORDER, bucket_batch, permute
 from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, Refusal, read_picture, to_floats
+from davae.data.split import SPLIT, take_split
 from davae.data.stored import PICTURE_SUFFIXES
 from davae.errors import DataError, SettingsError
 from davae.run import faults
@@ -44,8 +45,8 @@ class PictureSet:
     ) -> None:
         self.entries, self.size = list(entries), size
         self.refused, self.class_names = list(refused), list(class_names)
-        # The version of the order (`davae.data.order`): a run keeps the one that it began with.
-        self.order = ORDER
+        # The versions of order and split (`davae.data.order`, `split`): a run keeps those that it began with.
+        self.order, self.split = ORDER, SPLIT
         self.keys: list[str] = []
         self.captions: list[str] = []
         self.classes: list[int] = []
@@ -177,7 +178,8 @@ class PictureSet:
         # The decoded pictures go along.
         entries = [self.entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        rest.order, rest._memory, rest._contents = self.order, self._memory, self._contents
+        rest.order, rest.split = self.order, self.split
+        rest._memory, rest._contents = self._memory, self._contents
         return rest
 
     def refusals_summary(self) -> str:
@@ -216,6 +218,7 @@ def open_pictures(
     classes: bool = False,
     buckets: Sequence[Bucket] = (),
     class_names: Sequence[str] = (),
+    keys_alone: bool = False,
 ) -> PictureSet:
     """List the pictures of `source` that can be used at `size`, by their headers; nothing is decoded yet.
 
@@ -231,6 +234,7 @@ def open_pictures(
             before "10"), whatever the split.
         buckets: sizes to choose from (`bucket_table`), in place of the square of side `size`.
         class_names: all sub-folders in the order of their numbers, where a run has recorded another one.
+        keys_alone: split by keys alone, as former versions did, for a run that they began.
 
     Raises:
         SettingsError: an argument is outside its range, or a package that the source needs is missing.
@@ -239,14 +243,8 @@ def open_pictures(
     """
     _check_arguments(size, split, limit)
 
-    # In the order of keys; the keys alone decide the split.
     listing = list_source(source)
-    keys = [key for key, sample in listing.samples.items() if sample.pictures]
-    held_out = choose_heldout(keys) if split else set()
-    samples = {}
-    for key, sample in sorted(listing.samples.items()):
-        if sample.pictures and (split is None or (key in held_out) == (split == "heldout")):
-            samples[key] = sample
+    samples = take_split(listing.samples, split, numbered=listing.numbered, keys_alone=keys_alone)
 
     # Classes have numbers whatever the split; headers say which pictures are usable.
     buckets = tuple(buckets) or (Bucket(size, size),)
@@ -255,7 +253,7 @@ def open_pictures(
     refused = [*listing.refused, *unusable]
     if not entries:
         labels = " with classes" if classes else " with captions beside them" if captions else ""
-        rule = "(about one key in ten is held out, by a hash of its name, and at least one of two: give more pictures)"
+        rule = "(about one picture in ten is held out, by a hash, and at least one of two: give more pictures)"
         raise DataError(
             f"no usable picture{'' if split is None else f' of the split {split!r} {rule}'} in {source}; looked for "
             f"{' '.join(sorted(PICTURE_SUFFIXES))} of at least {smallest_size(buckets)}{labels}; {_summarise(refused)}"
@@ -265,7 +263,9 @@ def open_pictures(
     names = name_classes(entries, folders) if folders is not None else []
     if limit is not None and limit < len(entries):
         entries = [entries[index * len(entries) // limit] for index in range(limit)]
-    return PictureSet(entries, size=size, refused=refused, class_names=names)
+    pictures = PictureSet(entries, size=size, refused=refused, class_names=names)
+    pictures.split = 1 if keys_alone else SPLIT
+    return pictures
 
 
 def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
@@ -280,24 +280,6 @@ def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
 def are_too_many(unreadable: int, total: int, max_unreadable: float) -> bool:
     """Whether so many unreadable pictures are more than the allowed share, rounded up to whole pictures."""
     return unreadable > math.ceil(max_unreadable * total)
-
-
-def heldout(key: str) -> bool:
-    """Whether a picture is kept from training, by its key alone: SHA-256 of the key, as a number, divisible by ten."""
-    return _hash(key) % 10 == 0
-
-
-def choose_heldout(keys: Sequence[str]) -> set[str]:
-    """The keys by the rule of `heldout`; if these are none or all of several, the one of the smallest hash."""
-    chosen = set(filter(heldout, keys))
-    if len(keys) > 1 and len(chosen) in (0, len(keys)):
-        chosen = {min(keys, key=_hash)}
-        logger.warning("few pictures: of these %d only %s is held out, whose hash is the smallest", len(keys), *chosen)
-    return chosen
-
-
-def _hash(key: str) -> int:
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16)
 
 
 def _number_folders(listing: Listing, recorded: Sequence[str]) -> dict[str, int]:

@@ -93,8 +93,11 @@ class RemoteFile:
 
     @cached_property
     def size(self) -> int:
-        """In bytes."""
-        return self._try(lambda files, path: int(files.size(path)))
+        """In bytes; what is no regular file is a DataError."""
+        facts = self._try(lambda files, path: files.info(path))
+        if facts["type"] != "file" or facts["size"] is None:
+            raise DataError(f"{self.name} is no regular file of a known size; give one")
+        return int(facts["size"])
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to before `end`, or a DataError."""

@@ -24,7 +24,7 @@ from davae.run.storage import read_json, remove_whole, replaced_whole, storage_e
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Larger numbers are refused like those that are not finite: their squares, and so every norm, overflow float32.
 LARGEST = 1e19
 MANIFEST_TYPES = {"format_version": int, "step": int, "recipe_digest": str, "files": dict}
@@ -119,8 +119,8 @@ def load_checkpoint(path: Path, *, recipe_digest: str, verified: bool = False) -
     `verified` skips the check for damage, which `latest_checkpoint` has made.
     """
     manifest = _read_manifest(path / "manifest.json") if verified else verify_checkpoint(path)
-    # Digests of formats 1 and 2 included places and intervals, which may change; recipe.toml is compared in any case.
-    if manifest["recipe_digest"] != recipe_digest and manifest["format_version"] > 2:
+    # Digests of formats 1 to 3 included settings that may change by now; recipe.toml is compared in any case.
+    if manifest["recipe_digest"] != recipe_digest and manifest["format_version"] > 3:
         raise CheckpointError(
             f"{path} was written with the recipe of digest {manifest['recipe_digest'][:12]}, this run has digest "
             f"{recipe_digest[:12]}. Give the old recipe to go on with it, or a new folder to start afresh"

@@ -74,11 +74,13 @@ def read_run(folder: Path) -> RunSummary:
     for name in HIDDEN:
         values.pop(name, None)
     if (folder / "result.json").is_file():
-        state, step = "finished", recipe.get("steps", 0)
         result = read_json(folder / "result.json")
-        if not isinstance(result.get("values"), dict):
+        if not isinstance(result.get("values"), dict) or not isinstance(result.get("counts", {}), dict):
             raise CheckpointError(f"{folder / 'result.json'} has no values: it is damaged")
-        values = result["values"]
+        # It may be that of fewer steps, of a run that goes on.
+        steps = recipe.get("steps", 0)
+        if result.get("counts", {}).get("steps", steps) == steps:
+            state, step, values = "finished", steps, result["values"]
 
     return RunSummary(
         folder=str(folder),

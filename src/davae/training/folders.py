@@ -12,6 +12,7 @@ import torch
 
 from davae.data.order import ORDER
 from davae.data.sources import PictureSet, open_pictures
+from davae.data.split import SPLIT
 from davae.errors import CheckpointError, SettingsError
 from davae.run.ranks import Ranks
 from davae.run.recipe import load_recipe
@@ -68,21 +69,32 @@ def check_same_recipe(recipe: OptimisationRecipe, folder: Path) -> None:
         ) from error
 
     # Settings that may change during a run are not compared; nor are places, where the content at them is.
-    is_recorded = (folder / INPUTS).is_file()
+    is_recorded, free = (folder / INPUTS).is_file(), recipe.free_beside(theirs)
     differences = []
     for name in type(recipe).model_fields:
         before, now = getattr(theirs, name), getattr(recipe, name)
         if name in recipe.places:
             is_same = is_recorded or before.rstrip("/") == now.rstrip("/")
         else:
-            is_same = name in recipe.free_to_change or before == now
+            is_same = name in free or before == now
         if not is_same:
             differences.append(f"{name} = {before!r}")
     if differences:
         raise CheckpointError(
             f"{folder} holds a run of another recipe, see {path}, where {', '.join(differences)}. "
-            "Give that recipe to go on with it, or a new folder"
+            f"{_advise(recipe, theirs)}Give that recipe to go on with it, or a new folder"
         )
+
+
+def _advise(recipe: OptimisationRecipe, theirs: OptimisationRecipe) -> str:
+    """How a run of the recipe `theirs` gets more steps, or ""."""
+    if recipe.steps <= theirs.steps or "steps" in recipe.free_beside(theirs):
+        return ""
+    restarts = json.dumps([*theirs.restarts, theirs.steps])
+    return (
+        f"Its learning rate falls until step {theirs.steps}, so with more steps it would have been another one. To let "
+        f"warm-up and fall begin anew there: --set steps={recipe.steps} --set 'restarts={restarts}'. "
+    )
 
 
 def open_training_pictures(
@@ -95,10 +107,10 @@ def open_training_pictures(
 ) -> PictureSet:
     """The training split, every image decoded once; refused images are listed in `folder`/refused.json.
 
-    A run that has `begun` in a folder keeps its order and its class numbers, and its images if none of them was held
-    out, which former versions did with some small sets.
+    A run that has `begun` in a folder keeps its order, its split and its class numbers, and its images if none of them
+    was held out, which former versions did with some small sets.
     """
-    record: dict[str, Any] = {"order": ORDER}
+    record: dict[str, Any] = {"order": ORDER, "split": SPLIT}
     numbers: dict[str, int] = {}
     if begun is not None and has_begun(begun):
         record = read_record(begun)
@@ -109,6 +121,7 @@ def open_training_pictures(
             "captions": captions,
             "classes": classes,
             "class_names": sorted(numbers, key=lambda name: numbers[name]),
+            "keys_alone": record["split"] == 1,
         }
         pictures = open_pictures(
             recipe.source, size=recipe.size, split=split, limit=recipe.limit, buckets=recipe.buckets, **kind
@@ -126,12 +139,13 @@ def open_training_pictures(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a run that has begun noted about its images: the version of their order, their number and names."""
+    """What a run that has begun noted about its images: the versions of order and split, their number and names."""
     path = folder / "pictures.json"
-    # Runs of version 1 noted none, the first ones nothing at all.
-    record = {"order": 1} | (read_json(path) if path.is_file() else {})
-    if record["order"] not in range(1, ORDER + 1):
-        raise CheckpointError(f"{path} has the order {record['order']}, davae knows 1 to {ORDER}: update davae")
+    # Runs of versions 1 noted none, the first ones nothing at all.
+    record = {"order": 1, "split": 1} | (read_json(path) if path.is_file() else {})
+    for name, newest in (("order", ORDER), ("split", SPLIT)):
+        if record[name] not in range(1, newest + 1):
+            raise CheckpointError(f"{path} has the {name} {record[name]}, davae knows 1 to {newest}: update davae")
     return record
 
 
@@ -204,7 +218,8 @@ def note_inputs(folder: Path, inputs: Mapping[str, str], pictures: PictureSet) -
 
 
 def _describe_pictures(pictures: PictureSet) -> dict[str, int | str]:
-    return {"order": pictures.order, "count": len(pictures), "sha256_of_names": _digest_lines(pictures.keys)}
+    versions = {"order": pictures.order, "split": pictures.split}
+    return {**versions, "count": len(pictures), "sha256_of_names": _digest_lines(pictures.keys)}
 
 
 def _digest_lines(lines: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -35,6 +36,9 @@ class OptimisationRecipe(Recipe):
     final_learning_rate: Weight = 1e-5
     """At the end of the half cosine; schedule-free has none."""
     warmup_steps: NotNegative = 50
+    restarts: tuple[Positive, ...] = ()
+    """Steps at which warm-up and half cosine begin anew, the cosine before each ending there. A run whose rate falls
+    gets more steps by one at its end: steps = 2000 and restarts = [1000] after 1000."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Weight = 0.0
     """Decoupled."""
@@ -67,11 +71,54 @@ class OptimisationRecipe(Recipe):
             raise ValueError("betas[0] = 0: AdamWScheduleFree averages by it; it must be above 0")
         return self
 
+    @model_validator(mode="after")
+    def _restarts_lie_between_the_ends(self) -> "OptimisationRecipe":
+        if self.restarts and self.optimizer == "AdamWScheduleFree":
+            raise ValueError(f"restarts = {list(self.restarts)}: AdamWScheduleFree has no schedule; leave it out")
+        if self.restarts and any(start >= end for start, end in self.cycles):
+            raise ValueError(f"restarts = {list(self.restarts)}: allowed are rising numbers under steps = {self.steps}")
+        return self
+
+    @property
+    def cycles(self) -> list[tuple[int, int]]:
+        """First step and end of each warm-up with its half cosine."""
+        return list(pairwise((0, *self.restarts, self.steps))) if self.restarts else [(0, self.steps)]
+
     def late_settings(self) -> list[str]:
         """What the run ends too early for, in a sentence each: the setting, and what never happens."""
-        if self.warmup_steps <= self.steps:
+        if self.warmup_steps <= min(end - start for start, end in self.cycles):
             return []
         return [f"warmup_steps = {self.warmup_steps}: the learning rate never reaches {self.learning_rate:g}"]
+
+    def free_beside(self, before: "OptimisationRecipe") -> frozenset[str]:
+        """The settings in which this recipe may differ from `before`, that of a run which goes on with this one.
+
+        These are those that are always free; more steps, if the learning rates until the old end stay; and the images
+        of a batch, if those of a step stay.
+        """
+        free = self.free_to_change
+        if self.steps >= before.steps:
+            rate, old_rate = schedule_learning_rate(self), schedule_learning_rate(before)
+            if all(rate(step) == old_rate(step) for step in range(before.steps)):
+                free |= {"steps", "restarts"}
+        if self.may_split_steps and self.step_size == before.step_size:
+            free |= {"batch_size", "gradient_accumulation"}
+        return free
+
+    @property
+    def step_size(self) -> int:
+        """Images in a step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
+    def may_split_steps(self) -> bool:
+        """Whether a step is the same, up to rounding, in however many batches its images come."""
+        return True
+
+    def run_digest(self) -> str:
+        """As `digest`, without what a run may go on with otherwise (`free_beside`)."""
+        normal = {"steps": 0, "restarts": (), "batch_size": self.step_size, "gradient_accumulation": 1}
+        return self.model_copy(update=normal).digest()
 
 
 class PicturesRecipe(OptimisationRecipe):
@@ -97,6 +144,11 @@ class PicturesRecipe(OptimisationRecipe):
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The largest share of damaged or otherwise unreadable images, rounded up to whole images; a run with more stops
     before it begins. Images that are too small, or lack a caption or class, are left out and do not count."""
+
+    @property
+    def may_split_steps(self) -> bool:
+        """With several buckets the order of the images goes by batches."""
+        return not (self.aspect_ratios or self.sizes)
 
     @property
     def source(self) -> Path | str:
@@ -135,6 +187,14 @@ def warmup_cosine(peak: float, *, floor: float, warmup_steps: int, total_steps: 
 
 def schedule_learning_rate(recipe: OptimisationRecipe) -> Callable[[int], float]:
     """The recipe's learning rate as a function of the step; schedule-free stays at the peak."""
-    peak = recipe.learning_rate
+    peak, warmup = recipe.learning_rate, recipe.warmup_steps
     floor = peak if recipe.optimizer == "AdamWScheduleFree" else recipe.final_learning_rate
-    return warmup_cosine(peak, floor=floor, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
+    cycles = []
+    for start, end in recipe.cycles:
+        cycles.append((start, warmup_cosine(peak, floor=floor, warmup_steps=warmup, total_steps=end - start)))
+
+    def learning_rate(step: int) -> float:
+        start, rate = next(cycle for cycle in reversed(cycles) if cycle[0] <= step)
+        return rate(step - start)
+
+    return learning_rate

@@ -100,6 +100,11 @@ class AutoencoderRecipe(PicturesRecipe):
     """Held-out images for the metrics during training."""
     loss: LossWeights = LossWeights()
 
+    @property
+    def may_split_steps(self) -> bool:
+        """The discriminator's BatchNorm and the adaptive weights see a batch as a whole."""
+        return super().may_split_steps and not (self.loss.adversarial or self.loss.adaptive_alignment)
+
     def late_settings(self) -> list[str]:
         """As for any run, and the discriminator's beginning."""
         late, loss = super().late_settings(), self.loss

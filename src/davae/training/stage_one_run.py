@@ -74,9 +74,8 @@ def _train_autoencoder(
 ) -> Path:
     # The images to train on, and those held out; rank 0 lists the refused ones.
     pictures = open_training_pictures(recipe, folder if ranks.first else None, captions=False, begun=folder)
-    heldout = open_pictures(
-        recipe.source, size=recipe.heldout_size, split="heldout", limit=recipe.heldout_pictures, captions=False
-    ).sound(folder / "refused_heldout.json" if ranks.first else None)
+    report = folder / "refused_heldout.json" if ranks.first else None
+    heldout = open_heldout(recipe, keys_alone=pictures.split == 1).sound(report)
 
     # The networks: the autoencoder, its discriminator, and the frozen ones that judge.
     alex = LPIPS.alex()
@@ -123,6 +122,12 @@ def _train_autoencoder(
     counts["heldout_pictures"] = len(heldout)
     ranks.on_first(lambda: state.finish({**values, "autoencoder": folder / "autoencoder"}, counts=counts))
     return folder / "autoencoder"
+
+
+def open_heldout(recipe: AutoencoderRecipe, *, keys_alone: bool) -> PictureSet:
+    """The held-out images, squares of the shortest side of a bucket."""
+    size, limit = recipe.heldout_size, recipe.heldout_pictures
+    return open_pictures(recipe.source, size=size, split="heldout", limit=limit, captions=False, keys_alone=keys_alone)
 
 
 def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, number: int) -> tuple[list[str], Tensor]:

@@ -17,7 +17,7 @@ from davae.errors import SettingsError
 from davae.method.widen import start_ports
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import digest_base, save_adapter
-from davae.pipelines.adapter_index import INDEX
+from davae.pipelines.adapter_index import INDEX, VAE_FOLDER
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.publishing import make_model_card, write_card
@@ -26,7 +26,7 @@ from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import digest_encoding_half, upgrade
 from davae.run.ranks import TIMEOUT, Ranks
 from davae.run.record import read_metrics
-from davae.run.storage import check_replaceable
+from davae.run.storage import check_replaceable, read_json
 from davae.seeds import generator
 from davae.training.digests import digest_folder, digest_part
 from davae.training.folders import check_same_inputs, claim_folder, digest_pictures, note_inputs
@@ -176,7 +176,10 @@ def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
 
 def upgrade_base(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> DiffusionPipeline:
     """The same of a base that is loaded already."""
-    autoencoder = load_autoencoder(Path(recipe.autoencoder or assets.upgrade()), base=pipeline.vae)
+    folder = Path(recipe.autoencoder or assets.upgrade())
+    if isinstance(pipeline.vae, AutoencoderDA):
+        check_made_for_upgrade(pipeline.vae, folder, recipe)
+    autoencoder = load_autoencoder(folder, base=pipeline.vae)
     if recipe.adapter and recipe.adapter != recipe.autoencoder:
         warn_of_other_latents(autoencoder, load_autoencoder(Path(recipe.adapter), base=pipeline.vae), recipe)
     expect_noise(autoencoder, recipe.detail_noise)
@@ -186,6 +189,20 @@ def upgrade_base(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> Diffusi
     for side in recipe.sides:
         backbone_of(pipeline.transformer).picture_side(pipeline, side)
     return pipeline
+
+
+def check_made_for_upgrade(base: AutoencoderDA, folder: Path, recipe: FinetuneRecipe) -> None:
+    """Refuse an upgraded base if the autoencoder in `folder` was made for the base of that, such as its own one."""
+    config = folder / "config.json"
+    if not config.is_file():
+        config = folder / VAE_FOLDER / "config.json"
+    if config.is_file() and read_json(config).get("base_channels") == base.config.base_channels:
+        raise SettingsError(
+            f'base = "{recipe.base}" is upgraded already, and the autoencoder was made for the base of that. To take '
+            "more steps, start the run that made it again, in its own folder, with --set steps=N and N greater. To "
+            'train with other settings, give that run\'s base, and its adapter as adapter (trained = "full" leaves '
+            "none). To double once more, train an autoencoder on this base first"
+        )
 
 
 def warn_of_other_latents(autoencoder: AutoencoderDA, other: AutoencoderDA, recipe: FinetuneRecipe) -> None:

@@ -13,7 +13,7 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from torch import Tensor, nn
 
-from davae.errors import DavaeError, NumericsError
+from davae.errors import DataError, DavaeError, NumericsError
 from davae.run import faults
 from davae.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from davae.run.progress import StepProgress
@@ -163,21 +163,25 @@ class TrainingState:
             yield self.step * count + position
 
     def saving(self, load: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        """`load`, which makes a batch; if it fails, the steps that are done are saved before the error goes on.
+        """`load`, which makes a batch; if it fails on a rank, all ranks save the steps that are done, and end.
 
-        Several processes cannot save then, since the others do not know of the error: they go on from the last
-        checkpoint. Nor is a step saved that had some of its batches, and a companion that saw them.
+        A step is not saved that had some of its batches, and a companion that saw them.
         """
 
         def load_or_save(number: int) -> Batch:
+            problem: Exception | None = None
             try:
-                return load(number)
-            except (DavaeError, OSError):
-                begun = self._companion is not None and self._pending
-                if self.ranks.count == 1 and not begun:
-                    self._save()
-                    logger.warning("%s is saved after %d steps", self.label, self.step)
-                raise
+                batch = load(number)
+            except (DavaeError, OSError) as error:
+                problem = error
+            if not self.ranks.largest(int(problem is not None)):
+                return batch
+
+            # Every rank is here, as gathering sharded weights needs.
+            if self._companion is None or not self._pending:
+                self._save()
+                logger.warning("%s is saved after %d steps", self.label, self.step)
+            raise problem or DataError(f"another rank could not read its part of batch {number}, see its own message")
 
         return load_or_save
 
@@ -302,7 +306,7 @@ class TrainingState:
             groups |= self._companion.groups()
             values["companion"] = self._companion.guard.values()
 
-        checkpoint, digest = Checkpoint(self.step, groups, values), self.recipe.digest()
+        checkpoint, digest = Checkpoint(self.step, groups, values), self.recipe.run_digest()
         self.ranks.on_first(
             lambda: save_checkpoint(self._checkpoints, checkpoint, recipe_digest=digest, keep=CHECKPOINTS_KEPT)
         )
@@ -315,7 +319,7 @@ class TrainingState:
 
         # Rank 0 has just verified the checkpoint; the others verify what they read.
         path = self._checkpoints / newest
-        checkpoint = load_checkpoint(path, recipe_digest=self.recipe.digest(), verified=self.ranks.first)
+        checkpoint = load_checkpoint(path, recipe_digest=self.recipe.run_digest(), verified=self.ranks.first)
         groups, values = checkpoint.groups, checkpoint.values
         self.weights.restore(groups, values, path)
         self.guard.restore(values)
