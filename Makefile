@@ -32,9 +32,20 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-$(STAMP): pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+HASHED := $(PIP) install --require-hashes --only-binary :all: --no-deps --requirement
+
+# Where the files are known by their hashes, only these are installed; torch's build for CUDA needs more of them.
+$(STAMP): pyproject.toml constraints.txt requirements.txt requirements-cuda.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]'
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(HASHED) requirements.txt
+	$(PIP) check > /dev/null || $(HASHED) requirements-cuda.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+else
+	$(PIP) install --constraint constraints.txt --editable '.[dev,eval]'
+endif
+	$(PIP) check
 	touch $@
 
 # Put before the environment's own: it has a newer huggingface_hub, which speaks through another HTTP library.
