@@ -32,7 +32,9 @@ RUNS = [
     pytest.param("stage 2", marks=pytest.mark.slow),
     pytest.param("stage 2, full", marks=pytest.mark.slow),
 ]
-MOST_SAVE_OPERATIONS = 150
+STEPS = 8
+"""More than an epoch, with two checkpoints on the way."""
+MOST_SAVE_OPERATIONS = 115
 """About as many file operations as a run's saves have together."""
 
 
@@ -63,12 +65,14 @@ class Stage:
 def stage(request, base_folder, autoencoder_folder, picture_folder, tmp_path_factory) -> Stage:
     first, second = (base_folder, picture_folder), (base_folder, autoencoder_folder, picture_folder)
     recipes = {
-        "stage 1": lambda: autoencoder_recipe(*first),
-        "stage 1, random start": lambda: autoencoder_recipe(*first, start="random"),
-        "stage 1, adversarial": lambda: autoencoder_recipe(*first, loss=ADVERSARIAL, gradient_accumulation=2),
-        "stage 2": lambda: finetune_recipe(*second),
-        "stage 2, accumulated": lambda: finetune_recipe(*second, batch_size=1, gradient_accumulation=2),
-        "stage 2, full": lambda: finetune_recipe(*second, trained="full", skip_spikes=True),
+        "stage 1": lambda: autoencoder_recipe(*first, steps=STEPS),
+        "stage 1, random start": lambda: autoencoder_recipe(*first, steps=STEPS, start="random"),
+        "stage 1, adversarial": lambda: autoencoder_recipe(
+            *first, steps=STEPS, loss=ADVERSARIAL, gradient_accumulation=2
+        ),
+        "stage 2": lambda: finetune_recipe(*second, steps=STEPS),
+        "stage 2, accumulated": lambda: finetune_recipe(*second, steps=STEPS, batch_size=1, gradient_accumulation=2),
+        "stage 2, full": lambda: finetune_recipe(*second, steps=STEPS, trained="full", skip_spikes=True),
     }
     folder = tmp_path_factory.mktemp("undisturbed")
     stage = Stage(recipes[request.param](), folder, {}, 0.0)
