@@ -49,17 +49,13 @@ def inspect(
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
     from davae.run.storage import check_writable, write_json
-    from davae.training.captions import find_cut_captions, load_tokenizers
 
     # Decode everything once, and write before printing.
     folder = out or Path("runs/data") / source_name(source)
     check_writable(folder)
     pictures = open_pictures(source, buckets=buckets, **settings)
     facts = {"source": source, **survey(pictures)}
-    tokenizers = load_tokenizers(base) if base else []
-    long = find_cut_captions(pictures.captions, tokenizers, prompt_tokens)
-    facts["captions"] |= {"read": prompt_tokens, "unit": "tokens" if tokenizers else "words", "cut": long.cut}
-    facts["captions"] |= {"merged": long.merged_count, "example": long.merged[0][:2] if long.merged else []}
+    facts["captions"] |= _describe_long(pictures.captions, base, prompt_tokens)
     write_json(folder / "inspection.json", facts)
     origin = digest_origin(source, settings, buckets)
     sheet = write_png(folder / "contact_sheet.png", contact_sheet(pictures), origin=origin)
@@ -92,6 +88,16 @@ def avatars(
     folder = write_avatar_shards(out, training=training, held_out=held_out, size=size, start=start)
     say(folder)
     say_next(f"{training + held_out} avatars are in {folder}", f"davae data inspect {folder}")
+
+
+def _describe_long(captions: list[str], base: Path | None, tokens: int) -> dict[str, Any]:
+    """How many captions are longer than what is read, how many of these are another one up to there, and an example."""
+    from davae.training.captions import find_cut_captions, load_tokenizers
+
+    tokenizers = load_tokenizers(base) if base else []
+    long = find_cut_captions(captions, tokenizers, tokens)
+    facts = {"read": tokens, "unit": "tokens" if tokenizers else "words", "cut": long.cut, "merged": long.merged_count}
+    return {**facts, "example": long.merged[0][:2] if long.merged else []}
 
 
 def _check_trainable(facts: dict[str, Any]) -> None:
