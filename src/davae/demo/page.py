@@ -50,8 +50,9 @@ def make_page(
     )
     explanation = (
         "The difference between an image and its reconstruction from latents, on images that no training saw. The "
-        "closed-form start is the autoencoder before any training: least squares on 64 images. Stage 1 has added the "
-        f"difference to it, which is little after {plan.stage_one_steps} steps, so the minutes went to stage 2."
+        "closed-form start is the autoencoder before any training: least squares on 64 images. Stage 1 teaches its "
+        f"decoder to forgive noise on the latents; {plan.stage_one_steps} steps of it are too few to gain on exact "
+        "ones, and may lose a little, so the minutes went to stage 2."
     )
 
     caption = f"Means over {plan.heldout} held-out images at {SIZE} px."
