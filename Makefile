@@ -12,7 +12,7 @@ RUN := env HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=
 
 .PHONY: demo test test-oldest soak lint types clean
 
-demo: $(STAMP) ## the whole main job on the shipped pair and pictures; ends with a page to look at
+demo: $(STAMP) ## the whole main job on the shipped pair; ends with a page to look at
 	$(RUN) $(BIN)/davae demo $(DEMO_FLAGS)
 
 test: lint types ## what a change has to pass

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/caches.py
 
-trains the shipped pair as recipes/small_pair/stage2.toml does, in turns of a few steps of either sort, and prints
-seconds a step (median of the turns) and their ratio (median of the pairs, least and most). Building the cache, loading
-and saving are not in it.
+trains the shipped pair as recipes/avatars/stage2.toml does, in turns of a few steps of either sort, and prints
+seconds a step (median of the turns) and their ratio (median of the pairs, least and most). Drawing the images,
+building the cache, loading and saving are not in it.
 """
 
 import os
@@ -18,12 +18,13 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from davae.cost.timing import compute_paired_ratios, compute_spread
+from davae.data.avatar_shards import write_avatar_shards
 from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.training.stage_two_recipe import FinetuneRecipe
 from davae.training.stage_two_run import finetune
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "small_pair" / "stage2.toml"
+RECIPE = Path(__file__).parents[1] / "recipes/avatars/stage2.toml"
 
 
 def measure_seconds(recipe: FinetuneRecipe, folder: Path) -> float:
@@ -41,7 +42,8 @@ def main(
     """Print both times and their ratio."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
-        changes = {"steps": steps, "batch_size": batch_size, "limit": limit, "cache": str(Path(name) / "cache")}
+        images = write_avatar_shards(Path(name) / "images", training=limit, held_out=0)
+        changes = {"steps": steps, "batch_size": batch_size, "pictures": str(images), "cache": f"{name}/cache"}
         for turn in range(turns):
             for online in seconds:
                 recipe = load_recipe(FinetuneRecipe, RECIPE, {**changes, "online": online})

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py                  # the shipped upgrade's decoder, 256 px
     OMP_NUM_THREADS=1 python benchmarks/decode.py --true-size      # SD3.5-Medium's geometry upgraded, 512 px
-    OMP_NUM_THREADS=1 python benchmarks/decode.py --widths 8,16,32,64 --depths 0,0,0,0
+    OMP_NUM_THREADS=1 python benchmarks/decode.py --widths 16,32,48,64 --depths 0,0,0,0
     OMP_NUM_THREADS=1 python benchmarks/decode.py --true-size --size 256 --widths 64,128,256,256 --depths 0,0,0,0
 
 Interleaved; prints milliseconds (median of 7) and the ratio (median of pairs, least and most). Slim and full decoder

@@ -33,7 +33,7 @@ from davae.run.record import environment
 from davae.run.storage import write_json
 from davae.training.sharding import blocks_of
 
-PROMPT = "red apple"
+PROMPT = "a smiling man with a big beard"
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -175,7 +175,7 @@ def main(
 
     side = backbone_of(loaded.transformer).picture_side(loaded, size)
     shipped = pipeline is None and geometry is None
-    case = Case("levers", loaded, side, batch=batch, steps=steps, prompt_tokens=12 if shipped else 256)
+    case = Case("levers", loaded, side, batch=batch, steps=steps, prompt_tokens=20 if shipped else 256)
 
     # Each lever against its plain form, interleaved.
     values = {}

@@ -1,6 +1,6 @@
 """How fast pictures are loaded, beside how fast stage 1 uses them up; and JPEGs decoded small against decoded whole.
 
-    OMP_NUM_THREADS=1 python benchmarks/loading.py                  # the shipped set and pair
+    OMP_NUM_THREADS=1 python benchmarks/loading.py                  # avatars and the shipped pair
     OMP_NUM_THREADS=1 python benchmarks/loading.py --pictures DIR   # yours; --size 1024 for their size
 
 prints pictures a second: read and decoded from files that were just read, fitted, with one thread and with all of the
@@ -19,8 +19,8 @@ import torch
 import typer
 from PIL import Image
 
-from davae import assets
 from davae.cost.timing import compute_paired_ratios, compute_spread, measure_interleaved
+from davae.data.avatar_shards import write_avatar_shards
 from davae.data.buckets import Bucket, fit
 from davae.data.loading import WORKERS, in_threads
 from davae.data.pictures import read_picture
@@ -39,11 +39,10 @@ def measure_loader(pictures: PictureSet, *, alone: bool) -> float:
     return len(pictures) / (time.perf_counter() - began)
 
 
-def measure_stage_one(batch_size: int) -> float:
+def measure_stage_one(batch_size: int, avatars: Path) -> float:
     """Pictures a second of stage 1 on the shipped pair, evaluation left out."""
-    recipe = AutoencoderRecipe(
-        steps=21, batch_size=batch_size, limit=64, heldout_pictures=1, calibration_pictures=16, fit_pictures=16
-    )
+    counts = {"limit": 64, "heldout_pictures": 1, "calibration_pictures": 16, "fit_pictures": 16}
+    recipe = AutoencoderRecipe(steps=21, batch_size=batch_size, pictures=str(avatars), **counts)
     with tempfile.TemporaryDirectory() as folder:
         train_autoencoder(recipe, Path(folder))
         lines = [line for line in read_metrics(Path(folder, "metrics.jsonl")) if "loss" in line]
@@ -64,17 +63,18 @@ def make_photograph() -> bytes:
 
 
 def main(
-    pictures: Annotated[str | None, typer.Option(help="A source of pictures; the shipped set by default.")] = None,
+    pictures: Annotated[str | None, typer.Option(help="A source of pictures; avatars by default.")] = None,
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Of stage 1.")] = 8,
     repeats: Annotated[int, typer.Option(help="Measurements of the JPEG.")] = 7,
 ) -> None:
     """Print the rates and ratios."""
-    images = open_pictures(pictures or assets.pictures(), size=size, limit=COUNT, captions=False).sound()
-    rates = [measure_loader(images, alone=alone) for alone in (True, False)]
-    typer.echo(f"loader: {rates[0]:.0f} pictures/s with one thread, {rates[1]:.0f} with {WORKERS}")
-
-    used = measure_stage_one(batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        avatars = write_avatar_shards(Path(folder, "avatars"), training=COUNT, held_out=16)
+        images = open_pictures(pictures or avatars, size=size, limit=COUNT, captions=False).sound()
+        rates = [measure_loader(images, alone=alone) for alone in (True, False)]
+        typer.echo(f"loader: {rates[0]:.0f} pictures/s with one thread, {rates[1]:.0f} with {WORKERS}")
+        used = measure_stage_one(batch_size, avatars)
     typer.echo(f"stage 1, batches of {batch_size}: {used:.1f} pictures/s; the loader has {rates[0] / used:.1f}x that")
 
     # A large JPEG, decoded whole and small.

@@ -7,6 +7,7 @@ the root mean square of the velocity, for base and detail channels. "bfloat16" i
 """
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from davae import assets
 from davae.backbones import backbone_of
+from davae.data.avatar_shards import write_avatar_shards
 from davae.data.sources import open_pictures
 from davae.pipelines.loading import load_pipeline
 from davae.run.record import environment
 from davae.run.storage import write_json
 
-COUNT, PROMPT_TOKENS, SEED = 16, 12, 0
+COUNT, PROMPT_TOKENS, SEED = 16, 20, 0
 
 
 def eight_bits(transformer: SD3Transformer2DModel, config: object, *, ports: bool) -> SD3Transformer2DModel:
@@ -57,9 +59,11 @@ def main(out: Path) -> None:
     pipeline = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade())
     whole, channels = pipeline.transformer, pipeline.vae.config.base_channels
     backbone = backbone_of(whole)
-    pictures = open_pictures(assets.pictures(), size=256, split="heldout", limit=COUNT)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_avatar_shards(Path(folder), training=0, held_out=COUNT)
+        pictures = open_pictures(shards, size=256, split="heldout")
+        images = pictures.batch(range(COUNT))
     condition = backbone.condition(pipeline, pictures.captions, max_sequence_length=PROMPT_TOKENS)
-    images = pictures.batch(range(COUNT))
     latents = pipeline.vae.standardise(pipeline.vae.encode(images).latent_dist.mode())
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(SEED))
     sigma = torch.linspace(0.05, 0.95, COUNT)

@@ -22,7 +22,7 @@ from davae.pipelines.sampling import sample
 
 pipeline = load_pipeline(assets.base_pipeline(), adapter=assets.upgrade())
 pipeline.set_progress_bar_config(disable=True)
-settings = {"seed": 0, "prompt_tokens": 12}
+settings = {"seed": 0, "prompt_tokens": 20}
 sample(pipeline, [""], steps=1, **settings)
 began = time.perf_counter()
 sample(pipeline, [""], steps=5, **settings)

@@ -13,8 +13,9 @@ DRAWING = DOCS / "architecture.svg"
 
 ROOMS = {
     "cli": ("the verbs of the command line", 1),
-    "serving": ("a pipeline for clients and browsers", 2),
+    "serving": ("a pipeline for clients and browsers", 1),
     "job": ("the whole job, one command", 0),
+    "demo": ("the whole job on the shipped pair", 2),
     "cost": ("what it costs, counted and timed", 0),
     "evaluation": ("numbers and pages", 2),
     "training": ("both stages, and what they share", 0),
@@ -27,8 +28,8 @@ ROOMS = {
 }
 """What each room is for, and its column in the drawing, from left to right."""
 
-COLUMNS, ROW_HEIGHT, TOP = (170, 380, 590), 116, 20
-WIDTH, BOX_WIDTH, BOX_HEIGHT = 760, 300, 66
+COLUMNS, ROW_HEIGHT, TOP = (170, 490, 810), 116, 20
+WIDTH, BOX_WIDTH, BOX_HEIGHT = 980, 300, 66
 MOST_NAMES = 6
 """In a box; more would not fit."""
 PORT_DISTANCE = 56

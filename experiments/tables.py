@@ -9,19 +9,21 @@ from davae.run.markdown import markdown_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 START, END = "<!-- results: written by experiments/tables.py -->\n", "<!-- end of results -->"
-BASE, REFERENCE = "base + bicubic", "reference"
+TITLES = {
+    "base enlarged": "base at 128 px, enlarged with bicubic",
+    "upgrade": "shipped upgrade, 256 px",
+    "real images, halved and enlarged": "real images, halved and enlarged",
+    "other real images": "other real images",
+}
+"""Of the sets of images that `recipes/avatars/measure.py` always has; others keep their names."""
 Row = dict[str, Any]
 
 
 def render() -> str:
     """All tables and where they come from, as Markdown."""
-    small_pair = _read("small_pair")
-    parts = [
-        *_small_pair(small_pair),
-        *_rivals(small_pair, _read("rivals"), _read("slim_decoder")),
-        *_detail(_read("detail")),
-        *_ablations(_read("ablations")),
-    ]
+    parts = _measured(_read("avatars"))
+    if (RESULTS / "demo.json").is_file():
+        parts += _demo(_read("demo"))
     return "\n".join(parts)
 
 
@@ -35,37 +37,9 @@ def _distance(values: list[float]) -> str:
     return f"{1000 * values[0]:.1f} +- {1000 * values[1]:.1f}"
 
 
-def _small_pair(result: Row) -> list[str]:
-    """The shipped pair: reconstruction, generation, cost."""
-    counts, sampling = result["counts"], result["sampling"]
-    reconstruction = [
-        [name, f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['lpips']:.4f}"]
-        for name, row in result["reconstruction_256"].items()
-    ]
-    base = result["base_reconstruction_128"]["base, 128 px"]
-
-    costs = []
-    for title, case, pictures in (
-        ("base at 128 px, enlarged with bicubic", "base, 128 px", "base + bicubic"),
-        ("shipped upgrade, 256 px", "shipped upgrade", "shipped upgrade"),
-        ("base run at 256 px", "base, run at 256 px", "base, run at 256 px"),
-    ):
-        speed, distance = result["speed"][case], _distance(result["kid"][pictures])
-        times = [f"{speed['step_milliseconds']:.1f}", f"{speed['seconds_per_picture']:.2f}"]
-        costs.append([title, speed["tokens"], distance, *times])
-    header = ["", "tokens", "KID x 1000 (EfficientNet-Lite0)", "transformer, ms a step", "s a picture"]
-
-    return [
-        f"**Reconstruction**, {counts['heldout']} held-out pictures at 256 px:\n",
-        markdown_table(["", "PSNR, dB", "SSIM", "LPIPS (AlexNet)"], reconstruction),
-        f"\nThe base autoencoder at its own 128 px: {base['psnr']:.2f} dB, LPIPS {base['lpips']:.4f}.\n",
-        f"**Generation**, {counts['generated']} prompts and seeds, against {counts['real']} real pictures, both "
-        "spread over the whole set, training pictures included:\n",
-        markdown_table(header, costs),
-        f"\n*`python recipes/small_pair/measure.py RUN --count {counts['generated']}`, {_origin(result)}, "
-        f"{sampling['steps']} steps, guidance {sampling['guidance_scale']}, seed {sampling['seed']}; times are of 16 "
-        "steps, medians of interleaved runs, one thread.*\n",
-    ]
+def _share_below(value: float, other: float) -> str:
+    """By how much a value is smaller than another."""
+    return f"{100 * (1 - value / other):.0f} % lower"
 
 
 def _origin(result: Row) -> str:
@@ -75,115 +49,80 @@ def _origin(result: Row) -> str:
     return f"commit {commit[:10]}{changed and ' with changes'}, {where['cpu_count']} CPU cores"
 
 
-def _rivals(ours: Row, result: Row, slim: Row) -> list[str]:
-    """The upgrade beside rivals with the same training FLOPs or the same tokens."""
-    upscaler, by_batch = result["upscaler"], result["seconds_per_picture"]
-    header = ["", "tokens", "KID x 1000", "PSNR, dB", "LPIPS"]
-    for batch in by_batch:
-        header += [f"s a picture, batch {batch}", "its steps"]
+def _measured(result: Row) -> list[str]:
+    """The shipped pair on held-out prompts: distances, attributes, reconstruction."""
+    kid, exact, count = result["kid"], result["to_exact"], result["counts"]["prompts"]
+    enlarged, ours, halved = (kid[name][0] for name in list(TITLES)[:3])
 
-    def times(name: str) -> list[str]:
-        cells = []
-        for row in by_batch.values():
-            cells += [f"{row[name]['whole']:.2f}", f"{result['sampling']['steps'] * row[name]['step']:.2f}"]
-        return cells
+    rows = []
+    for name, value in kid.items():
+        row = [TITLES.get(name, name), "" if "real" in name else 64, _distance(value)]
+        numbers = exact.get(name)
+        if numbers is None:
+            row += ["", "", ""]
+        else:
+            row += [f"{numbers['psnr'][0]:.2f}", f"{numbers['ssim'][0]:.4f}", f"{numbers['lpips'][0]:.4f}"]
+        rows.append(row)
+    header = ["", "tokens", "KID x 1000 (EfficientNet-Lite0)", "PSNR to the exact image, dB", "SSIM", "LPIPS"]
 
-    def quality(row: Row) -> list[str]:
-        return [f"{row['psnr']:.2f}", f"{row['lpips']:.4f}"]
-
-    untimed = [""] * 2 * len(by_batch)
-    shipped = quality(ours["reconstruction_256"]["shipped upgrade"])
-    slim_quality = quality(slim["reconstruction_256"]["slim decoder, trained"])
-    slim_kid = _distance(slim["kid"]["slim decoder, trained"])
-    upscaled = quality(upscaler["reconstruction_256"]["latent upscaler"])
-    upscaled_kid = _distance(upscaler["kid"]["latent upscaler"])
-    native_kid = _distance(result["kid"]["native 256 px model"])
-    rows = [
-        ["shipped upgrade", 64, _distance(ours["kid"]["shipped upgrade"]), *shipped, *times("shipped upgrade")],
-        ["the same, slim decoder", 64, slim_kid, *slim_quality, *times("shipped upgrade, slim decoder")],
-        [f"base at 128 px + latent upscaler, {upscaler['steps']:,} steps", 64, upscaled_kid, *upscaled, *untimed],
-        [
-            f"base trained on at 256 px, {result['native_steps']:,} steps",
-            *(256, native_kid, "", ""),
-            *times("base, run at 256 px"),
-        ],
-    ]
-
-    flops = {name: result[f"{name}_steps"] * count for name, count in result["training_flops"].items()}
-    return [
-        "**Against rivals of equal training**, same prompts, seeds and real pictures:\n",
+    side = "below" if ours < halved else "above"
+    parts = [
+        f"**Generation**, {count} held-out prompts, the same noise for base and upgrade:\n",
         markdown_table(header, rows),
-        "\n*`recipes/small_pair/latent_upscaler.py` (in the history; it no longer runs), `native_256.toml`, "
-        f"`measure_rivals.py`; {_origin(result)}, "
-        f"one thread, pictures decoded one by one. The last row's training had "
-        f"{flops['native'] / flops['upgrade']:.2f} times the FLOPs of the upgrade's stage 2, counted.*\n",
+        f"\nKID is {_share_below(ours, enlarged)} than that of the enlarged base, and {side} that of real images that "
+        "were halved and enlarged, which nothing that only enlarges can pass. LPIPS to the image that the caption "
+        f"fixes is {exact['upgrade']['lpips'][0]:.3f} instead of {exact['base enlarged']['lpips'][0]:.3f}.\n",
+        f"*`python recipes/avatars/measure.py PIPELINE RUN --count {count} --upgrade ADAPTER`, {_origin(result)}, "
+        f"{result['sampling']['steps']} steps, guidance {result['sampling']['guidance_scale']}, seed "
+        f"{result['sampling']['seed']}, one training; errors are of the choice of prompts.*\n",
+        *_attributes(result["attributes"]),
     ]
+    if "reconstruction" in result:
+        parts += _reconstruction(result["reconstruction"], result["counts"]["reconstructed"])
+    return parts
 
 
-def _detail(result: Row) -> list[str]:
-    """Reconstructions with replaced detail latents."""
-    autoencoders = {title: cases for title, cases in result["rows"].items() if title != BASE}
-    names = list(next(iter(autoencoders.values())))
-    rows = [
-        [title, *(f"{cases[name]['psnr']:.2f} / {cases[name]['kid']:.0f}" for name in names)]
-        for title, cases in autoencoders.items()
-    ]
-
-    base = result["rows"][BASE][""]
+def _attributes(shares: Row) -> list[str]:
+    """Which share of each attribute is right."""
+    names = list(shares["real images"])
+    rows = []
+    for title, each in shares.items():
+        rows.append([TITLES.get(title, title), *(f"{each[name][0]:.3f}" for name in names)])
+    header = ["", *(f"{name.replace('_', ' ')} ({shares['real images'][name][1]})" for name in names)]
     return [
-        f"**Detail latents replaced**, {result['heldout']} held-out pictures: PSNR in dB / KID x 1000 of "
-        f"reconstructions; base + bicubic has {base['psnr']:.2f} / {base['kid']:.0f}:\n",
-        markdown_table(["autoencoder", *names], rows),
-        f"\n*`python recipes/small_pair/measure_detail.py RUN`, {_origin(result)}; as in the paper's Fig. S2, whose "
-        "rFID is 0.47, randomised 8.25, zeroed 2.93.*\n",
+        "**Attributes that are right**, read off by the nearest rendering, and how many images have them:\n",
+        markdown_table(header, rows),
+        "",
     ]
 
 
-def _spread(row: Row, name: str, digits: int) -> str:
-    """A mean and its deviation over the seeds; empty where it was not measured."""
-    if name not in row:
-        return ""
-    mean, deviation = row[name]
-    return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if row["seeds"] > 1 else "")
-
-
-def _difference(row: Row) -> str:
-    """KID minus the reference's of the same seed."""
-    if row["arm"] in (BASE, REFERENCE):
-        return ""
-    mean, deviation = row["kid_difference"]
-    return f"{mean:+.1f} +- {deviation:.1f}"
-
-
-def _ablations(result: Row) -> list[str]:
-    """Both tables of recipes/ablations."""
-    counts = result["counts"]
-    stage_one = []
-    for before, row in zip(result["stage_one_before"], result["stage_one_after"], strict=True):
-        cells = [row["arm"]]
-        for name, digits in (("heldout_psnr", 2), ("heldout_lpips", 4), ("heldout_alignment", 3)):
-            cells += [f"{before[name][0]:.{digits}f}", _spread(row, name, digits)]
-        stage_one.append([*cells, row["seeds"]])
-    before_and_after = ["PSNR before, dB", "after", "LPIPS before", "after", "alignment loss before", "after"]
-
-    stage_two = []
-    for row in result["stage_two"]:
-        losses = [_spread(row, f"heldout_{half}_loss", 3) for half in ("base", "detail")]
-        stage_two.append([row["arm"], _spread(row, "kid", 1), _difference(row), *losses, row["seeds"]])
-    distances = ["KID x 1000 (EfficientNet-Lite0)", "difference to the reference"]
-
+def _reconstruction(rows: Row, count: int) -> list[str]:
+    """Images against what is left of them after the latents."""
+    cells = []
+    for name, row in rows.items():
+        cells.append([name, f"{row['psnr'][0]:.2f}", f"{row['ssim'][0]:.4f}", f"{row['lpips'][0]:.4f}"])
     return [
-        "<details><summary>Ablations: the tables</summary>\n",
-        f"**Ablations, stage 1**, {result['stage_one_steps']} steps of four 64 px crops, {counts['heldout']} held-out "
-        "pictures:\n",
-        markdown_table(["arm", *before_and_after, "seeds"], stage_one),
-        f"\n**Ablations, stage 2**, {result['stage_two_steps']} steps of 16 on {counts['real']} pictures; KID of "
-        f"{counts['prompts']} pictures, losses of held-out latents:\n",
-        markdown_table(["arm", *distances, "base loss", "detail loss", "seeds"], stage_two),
-        f"\n*`python recipes/ablations/run.py RUN --stage-one-steps {result['stage_one_steps']} --stage-two-steps "
-        f"{result['stage_two_steps']}`, {_origin(result)}; mean +- standard deviation over the seeds. Detail losses of "
-        "different codes or r are of different targets, and no comparison.*\n",
-        "</details>\n",
+        f"**Reconstruction**, {count} held-out images at 256 px:\n",
+        markdown_table(["", "PSNR, dB", "SSIM", "LPIPS (AlexNet)"], cells),
+        "",
+    ]
+
+
+def _demo(result: Row) -> list[str]:
+    """What `davae demo` gives in its minutes, and times."""
+    plan, rows = result["budget"], []
+    times = {"base + bicubic": "base, 128 px", "this run": "shipped upgrade", "shipped upgrade": "shipped upgrade"}
+    for name, timed in {**times, "base, run at 256 px": "base, run at 256 px"}.items():
+        made, speed = result["generation"].get(name), result["speed"][timed]
+        numbers = ["", ""] if made is None else [_distance(made["kid"]), f"{made['lpips']:.4f}"]
+        cost = [f"{speed['step_milliseconds']:.1f}", f"{speed['seconds_per_picture']:.2f}"]
+        rows.append([name, speed["tokens"], *numbers, *cost])
+    return [
+        f"**The demo**: {plan['stage_one_steps']} steps of stage 1 and {plan['stage_two_steps']} of stage 2, "
+        f"{plan['heldout']} held-out prompts of seed {result['seed']}:\n",
+        markdown_table(["", "tokens", "KID x 1000", "LPIPS", "transformer, ms a step", "s an image"], rows),
+        f"\n*`davae demo`, {_origin(result)}; times are medians of {plan['repeats']} interleaved runs of "
+        f"{plan['sampling_steps']} steps.*\n",
     ]
 
 

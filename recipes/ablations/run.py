@@ -1,18 +1,20 @@
 """Ablations of the method on the small pair: one choice changed at a time, equal budgets, several seeds.
 
-    python recipes/ablations/run.py runs/ablations
+    davae data avatars runs/images --training 512
+    python recipes/ablations/run.py runs/ablations runs/images
 
 trains stage 1 and stage 2 of every arm, first all arms with seed 0, then with the next seed; measures each, and writes
 RUN/result.json after every run. The same command resumes, and skips the arms that have numbers. Runs of one
-seed share images, crops, prompts and all noise. With `--only SEED` another process may run a later seed in RUN once
-seed 0 is through stage 1. `figure.py` draws the result.
+seed share images, crops, prompts and all noise. Prompts are captions of held-out images. With `--only SEED` another
+process may run a later seed in RUN once seed 0 is through stage 1. `figure.py` draws the result.
 """
 
 import json
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,10 +24,13 @@ import torch
 import typer
 from torch import Tensor
 
-from davae import assets, demo
+from davae import assets
 from davae.backbones import backbone_of
 from davae.data.sources import PictureSet, open_pictures
-from davae.evaluation.generation import extract_features, sample_many
+from davae.demo.plan import TRAINED_LAYERS
+from davae.demo.prompts import SAMPLING as PAIR_SAMPLING
+from davae.errors import SettingsError
+from davae.evaluation.generation import extract_features, resize, sample_many
 from davae.method.flow import flow_matching_losses, interpolate, velocity_target
 from davae.method.losses import detail_alignment_loss
 from davae.method.metrics import kid
@@ -88,24 +93,41 @@ STAGE_TWO: dict[str, tuple[str, dict[str, Any]]] = {
 """The autoencoder of which arm of stage 1, and changes to `stage_two`: warm start, schedule, the layers themselves."""
 ARMS = STAGE_ONE | STAGE_ONE_ONLY
 PICTURES = 192
-"""Training pictures of stage 2, evenly spread over the set."""
+"""Training pictures of stage 2, and held-out ones that KID compares with, evenly spread over the set."""
 PROMPTS = 48
-SAMPLING = {**demo.SAMPLING, "steps": 10}
+SAMPLING = {**PAIR_SAMPLING, "steps": 10}
 HELDOUT = 16
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 """Noise levels of the held-out losses."""
 
 
-def stage_one_recipe(arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
+@dataclass(frozen=True)
+class Source:
+    """What every run begins with."""
+
+    base: str
+    pictures: str
+    size: int
+
+    def open(self, split: str, limit: int) -> PictureSet:
+        """So many images of a split."""
+        return open_pictures(self.pictures, size=self.size, split=split, limit=limit).sound()
+
+    def places(self) -> dict[str, Any]:
+        """As a recipe has it."""
+        return {"base": self.base, "pictures": self.pictures, "size": self.size}
+
+
+def stage_one_recipe(source: Source, arm: Mapping[str, Any], steps: int, seed: int) -> AutoencoderRecipe:
     """Stage 1 of an arm, on small crops."""
     changes = dict(arm)
     alignment = changes.pop("alignment", 0.02)
     return AutoencoderRecipe(
-        **{"detail_channels": 16, **changes},
+        **{"detail_channels": 16, **source.places(), **changes},
         limit=512,
         steps=steps,
         seed=seed,
-        crop=64,
+        crop=min(64, source.size),
         batch_size=4,
         learning_rate=3e-4,
         warmup_steps=20,
@@ -120,35 +142,37 @@ def stage_one_recipe(arm: Mapping[str, Any], steps: int, seed: int) -> Autoencod
     )
 
 
-def stage_two_recipe(arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int, cache: Path) -> FinetuneRecipe:
+def stage_two_recipe(
+    source: Source, arm: Mapping[str, Any], autoencoder: Path, steps: int, seed: int, cache: Path
+) -> FinetuneRecipe:
     """Stage 2 of an arm, on stage 1's autoencoder; arms of one autoencoder share its latents in `cache`."""
     changes: dict[str, Any] = {"trained": "layers", "detail_warmup_steps": steps // 4, **arm}
     return FinetuneRecipe(
+        **source.places(),
         **changes,
         limit=PICTURES,
         autoencoder=str(autoencoder),
         cache=str(cache),
-        lora_targets=demo.SMALL_PAIR_TARGETS,
+        lora_targets=TRAINED_LAYERS,
         steps=steps,
         learning_rate=3e-3,
         warmup_steps=20,
         batch_size=16,
-        prompt_tokens=demo.PROMPT_TOKENS,
+        prompt_tokens=SAMPLING["prompt_tokens"],
         checkpoint_every=steps,
         ema_decay=0.98,
         seed=seed,
     )
 
 
-def make_start(folder: Path, changes: Mapping[str, Any], seed: int) -> Path:
+def make_start(folder: Path, source: Source, changes: Mapping[str, Any], seed: int) -> Path:
     """The start of an arm, made once in `folder`: the closed form for all seeds, and for all arms that share it."""
     own = {name: value for name, value in changes.items() if name != "alignment"}
     seed = seed if own.get("start") == "random" else 0
     made = folder / name_folder("-".join(map(str, [*own.values(), seed]))) / "start"
     if not made.is_dir():
-        recipe = stage_one_recipe(own, 1, seed)
-        pictures = open_pictures(assets.pictures(), size=recipe.size, split="train", limit=recipe.limit).sound()
-        start_autoencoder(recipe, pictures, made)
+        recipe = stage_one_recipe(source, own, 1, seed)
+        start_autoencoder(recipe, source.open("train", recipe.limit or 0), made)
     return made
 
 
@@ -164,17 +188,19 @@ def measure_reconstruction(autoencoder: AutoencoderDA, pictures: PictureSet, lpi
     return {**values, "heldout_alignment": statistics.mean(losses)}
 
 
-def measure_stage_one(folder: Path, starts: Path, arm: str, steps: int, seed: int, heldout: PictureSet) -> Measured:
+def measure_stage_one(
+    folder: Path, starts: Path, source: Source, arm: str, steps: int, seed: int, heldout: PictureSet
+) -> Measured:
     """Train an arm of stage 1; its held-out numbers before and after."""
     changes, lpips = ARMS[arm], LPIPS.alex()
-    made = make_start(starts, changes, seed)
+    made = make_start(starts, source, changes, seed)
     first = partial(measure_reconstruction, load_autoencoder(made), heldout, lpips)
     before = measure_once(made.with_name("measured.json"), first)
 
     if not (folder / "start").is_dir():
         with replaced_whole(folder / "start") as unfinished:
             shutil.copytree(made, unfinished, dirs_exist_ok=True)
-    train_autoencoder(stage_one_recipe(changes, steps, seed), folder)
+    train_autoencoder(stage_one_recipe(source, changes, steps, seed), folder)
     after = measure_reconstruction(load_autoencoder(folder / "autoencoder"), heldout, lpips)
     return {"before": before, "after": after}
 
@@ -187,7 +213,7 @@ def measure_heldout_losses(pipeline, heldout: PictureSet) -> dict[str, float]:
 
     image = heldout.batch(range(len(heldout)))
     clean = vae.to_units(vae.encode(image).latent_dist.mode())
-    condition = encode_captions(pipeline, backbone, heldout.captions, demo.PROMPT_TOKENS)
+    condition = encode_captions(pipeline, backbone, heldout.captions, SAMPLING["prompt_tokens"])
 
     shape = (len(clean), channels, *clean.shape[2:])
     rows = []
@@ -216,7 +242,7 @@ def measure_stage_two(
     numbers["curve"] = [[row["step"], row["base_loss"], row["detail_loss"]] for row in curve]
     prompts = choose_captions(real)
     images = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=recipe.seed, **SAMPLING)
-    numbers["kid"] = 1000 * kid(extract_features(images, side=demo.SIZE), references)
+    numbers["kid"] = 1000 * kid(extract_features(images, side=recipe.size), references)
 
     for heavy in ("pipeline", "checkpoints", "adapter"):  # the numbers stay
         shutil.rmtree(folder / heavy, ignore_errors=True)
@@ -228,13 +254,13 @@ def choose_captions(real: PictureSet) -> list[str]:
     return [real.captions[index * len(real) // PROMPTS] for index in range(PROMPTS)]
 
 
-def measure_base(folder: Path, seed: int, real: PictureSet, references: Tensor) -> Measured:
+def measure_base(folder: Path, source: Source, seed: int, real: PictureSet, references: Tensor) -> Measured:
     """KID of the base pipeline at its own size, enlarged with bicubic."""
-    pipeline = load_pipeline(assets.base_pipeline())
+    pipeline = load_pipeline(source.base)
     prompts = choose_captions(real)
     small = sample_many(pipeline, prompts, folder / "pictures", label="generating", seed=seed, **SAMPLING)
-    images = [demo.enlarge(image) for image in small]
-    return {"kid": 1000 * kid(extract_features(images, side=demo.SIZE), references)}
+    images = [resize(image, source.size) for image in small]
+    return {"kid": 1000 * kid(extract_features(images, side=source.size), references)}
 
 
 def measure_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -282,20 +308,25 @@ def summarise(one: Results, two: Results) -> dict[str, Any]:
 
 def main(
     run: Path,
+    images: Annotated[Path, typer.Argument(help="Captioned images, such as those of `davae data avatars`.")],
+    base: Annotated[Path | None, typer.Option(help="The base pipeline; by default the shipped one.")] = None,
+    size: Annotated[int, typer.Option(help="Side of the images: twice the base's.")] = 256,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
     stage_one_steps: Annotated[int, typer.Option(help="Of every arm of stage 1.")] = 120,
     stage_two_steps: Annotated[int, typer.Option(help="Of every arm of stage 2.")] = 160,
     only: Annotated[int | None, typer.Option(help="This seed alone: several processes may share RUN.")] = None,
+    arm: Annotated[list[str], typer.Option(help="These arms alone, beside the reference. Repeatable.")] = [],  # noqa: B006
 ) -> None:
     """Train and measure every arm that has no numbers yet."""
-    heldout = open_pictures(assets.pictures(), size=demo.SIZE, split="heldout", limit=HELDOUT)
-    real = open_pictures(assets.pictures(), size=demo.SIZE, split="train", limit=PICTURES)
-    references = extract_features([real.image(index) for index in range(len(real))], side=demo.SIZE)
+    chosen = choose_arms(arm)
+    source = Source(str(base or assets.base_pipeline()), str(images), size)
+    heldout, real = source.open("heldout", HELDOUT), source.open("heldout", PICTURES)
+    references = extract_features([real.image(index) for index in range(len(real))], side=size)
     one: Results = defaultdict(dict)
     two: Results = defaultdict(dict)
     budget = {"seeds": seeds, "stage_one_steps": stage_one_steps, "stage_two_steps": stage_two_steps}
     one_folder, two_folder = run / f"stage1_{stage_one_steps}", run / f"stage2_{stage_one_steps}_{stage_two_steps}"
-    counts = {"heldout": HELDOUT, "real": len(real), "prompts": PROMPTS}
+    counts = {"heldout": len(heldout), "real": len(real), "prompts": PROMPTS}
 
     def write() -> None:
         facts = {**budget, "counts": counts, "sampling": SAMPLING, "sigmas": SIGMAS, "environment": environment()}
@@ -304,28 +335,44 @@ def main(
 
     def measure_one(arm: str, seed: int) -> None:
         folder = one_folder / f"{name_folder(arm)}-{seed}"
-        make = partial(measure_stage_one, folder, run / "starts", arm, stage_one_steps, seed, heldout)
+        make = partial(measure_stage_one, folder, run / "starts", source, arm, stage_one_steps, seed, heldout)
         one[arm][seed] = measure_once(folder / "measured.json", make)
         after = one[arm][seed]["after"]
         typer.echo(f"stage 1, seed {seed}, {arm}: {after['heldout_psnr']:.2f} dB")
         write()
 
-    chosen = range(seeds) if only is None else (only,)
-    for seed in chosen:
-        for arm in STAGE_ONE:
-            measure_one(arm, seed)
+    def measure_two(arm: str, seed: int) -> None:
+        autoencoder_arm, changes = STAGE_TWO[arm]
+        folder = two_folder / f"{name_folder(arm)}-{seed}"
+        autoencoder = one_folder / f"{name_folder(autoencoder_arm)}-{seed}" / "autoencoder"
+        recipe = stage_two_recipe(source, changes, autoencoder, stage_two_steps, seed, two_folder / "cache")
+        make = partial(measure_stage_two, folder, recipe, real, references, heldout)
+        two[arm][seed] = measure_once(folder / "measured.json", make)
+        typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
+        write()
+
+    # All arms of a seed before the next seed; arms without a stage 2 come last.
+    each_seed = range(seeds) if only is None else (only,)
+    for seed in each_seed:
+        for name in [each for each in STAGE_ONE if each in chosen]:
+            measure_one(name, seed)
         folder = two_folder / f"base-{seed}"
-        two[BASE][seed] = measure_once(folder / "measured.json", partial(measure_base, folder, seed, real, references))
-        for arm, (source, changes) in STAGE_TWO.items():
-            folder = two_folder / f"{name_folder(arm)}-{seed}"
-            autoencoder = one_folder / f"{name_folder(source)}-{seed}" / "autoencoder"
-            recipe = stage_two_recipe(changes, autoencoder, stage_two_steps, seed, two_folder / "cache")
-            make = partial(measure_stage_two, folder, recipe, real, references, heldout)
-            two[arm][seed] = measure_once(folder / "measured.json", make)
-            typer.echo(f"stage 2, seed {seed}, {arm}: KID x 1000 {two[arm][seed]['kid']:.1f}")
-            write()
-    for seed, arm in product(chosen, STAGE_ONE_ONLY):
-        measure_one(arm, seed)
+        make = partial(measure_base, folder, source, seed, real, references)
+        two[BASE][seed] = measure_once(folder / "measured.json", make)
+        for name in [each for each in STAGE_TWO if each in chosen]:
+            measure_two(name, seed)
+    for seed, name in product(each_seed, STAGE_ONE_ONLY):
+        if name in chosen:
+            measure_one(name, seed)
+
+
+def choose_arms(names: Sequence[str]) -> set[str]:
+    """The named arms, the reference, and the arms of stage 1 whose autoencoders they need; all arms without names."""
+    known = [*ARMS, *STAGE_TWO]
+    if unknown := sorted(set(names) - set(known)):
+        raise SettingsError(f"--arm {', '.join(unknown)}: allowed are {', '.join(dict.fromkeys(known))}")
+    arms = {REFERENCE, *(names or known)}
+    return arms | {STAGE_TWO[name][0] for name in arms if name in STAGE_TWO}
 
 
 def name_folder(arm: str) -> str:

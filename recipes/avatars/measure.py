@@ -19,17 +19,19 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from attributes import SIDE, accuracy, read_attributes
 from torch import Tensor
 from word_tokenizers import PROMPT_TOKENS
 
 from davae.data import avatars
 from davae.data.avatar_captions import full_caption
 from davae.data.avatars import Attributes
-from davae.data.pictures import read_png, to_floats
+from davae.data.pictures import read_png, to_bytes, to_floats
+from davae.evaluation.attributes import SIDE, accuracy, read_attributes
 from davae.evaluation.generation import extract_features, kid_with_error, resize, sample_many
+from davae.evaluation.tokenizers import enlarge_base, make_tokenizer
 from davae.method.metrics import psnr, ssim
 from davae.method.perceptual import LPIPS
+from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.pipelines.loading import load_pipeline
 from davae.run.progress import track
 from davae.run.record import environment
@@ -66,6 +68,23 @@ def distances(made: list[Tensor], real: list[Tensor], lpips: LPIPS) -> dict[str,
     return dict(zip(("psnr", "ssim", "lpips"), numbers, strict=True))
 
 
+@torch.no_grad()
+def measure_reconstruction(base: Path, adapter: Path, real: list[Tensor], lpips: LPIPS) -> dict[str, dict[str, Any]]:
+    """By way, distances between images and what is left of them after the latents."""
+    vae = load_base_vae(str(base))
+    autoencoder = load_autoencoder(adapter, base=vae)
+    ways = {
+        "base + bicubic": enlarge_base(vae, autoencoder),
+        "upgrade": make_tokenizer(autoencoder),
+        "base at full size": make_tokenizer(vae),
+    }
+    rows = {}
+    for name, way in track(list(ways.items()), "reconstructing", unit="ways"):
+        made = [to_bytes(way(to_floats(image[None])).clamp(-1, 1))[0] for image in real]
+        rows[name] = distances(made, real, lpips)
+    return rows
+
+
 def attribute_accuracy(sets: dict[str, list[Tensor]], attributes: list[Attributes]) -> dict[str, dict[str, list]]:
     """By set and attribute, the share that is right and of how many."""
     answers: dict[str, list[dict[str, bool]]] = {name: [] for name in sets}
@@ -83,6 +102,7 @@ def main(
     other: Annotated[list[str], typer.Option(metavar="NAME=FOLDER", help="More images. Repeatable.")] = [],  # noqa: B006
     count: Annotated[int, typer.Option(help="Prompts.")] = 1000,
     start: Annotated[int, typer.Option(help="The first held-out image to take its caption from.")] = 512,
+    reconstructed: Annotated[int, typer.Option(help="Images to encode and decode.")] = 200,
 ) -> None:
     """Measure, and write the numbers."""
     attributes, others = held_out_attributes(start, count), held_out_attributes(start + count, count)
@@ -105,7 +125,7 @@ def main(
 
     lpips = LPIPS.alex()
     references = extract_features(real, side=side)
-    result = {
+    result: dict[str, Any] = {
         "kid": {
             name: list(kid_with_error(extract_features(images, side=side), references, seed=0))
             for name, images in {**sets, OTHER: real_images(others, side)}.items()
@@ -115,6 +135,9 @@ def main(
         "counts": {"prompts": count, "first held-out image": start},
         "sampling": SAMPLING,
     }
+    if upgrade is not None:
+        result["reconstruction"] = measure_reconstruction(pipeline, upgrade, real[:reconstructed], lpips)
+        result["counts"]["reconstructed"] = len(real[:reconstructed])
     write_json(run / "result.json", {**result, "environment": environment()})
 
 

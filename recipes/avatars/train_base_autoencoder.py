@@ -66,6 +66,8 @@ class BaseAutoencoderRecipe(OptimisationRecipe):
     kl_weight: float = 5e-5
     color_weight: float = 1.0
     """Of the L1 between images averaged over 8 x 8 pixels."""
+    chroma_weight: float = 0.0
+    """Of the L1 between images less the mean of their channels: thin colored lines on black lose their color else."""
     head_weight: float = 10.0
     """In the first phase: of the squared error of the averaged image that a linear head reads off the latents. Without
     it, one axis of colour may be lost for good: a decoder that ignores it gives the encoder no reason to tell it."""
@@ -129,6 +131,12 @@ def patch_means(image: Tensor) -> Tensor:
 def color_l1(made: Tensor, image: Tensor) -> Tensor:
     """The L1 between averaged images, [B]: how far the colours of areas are off."""
     return (patch_means(made) - patch_means(image)).abs().mean(dim=(1, 2, 3))
+
+
+def chroma_l1(made: Tensor, image: Tensor) -> Tensor:
+    """The L1 between images less the mean of their channels, [B]: how far the saturation of pixels is off."""
+    difference = made - image
+    return (difference - difference.mean(dim=1, keepdim=True)).abs().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -196,6 +204,7 @@ def train(recipe: BaseAutoencoderRecipe, vae: AutoencoderKL, images: Path, folde
             "squared": recipe.squared_weight * (made - image).square().mean(),
             "lpips": recipe.lpips_weight * distance,
             "color": recipe.color_weight * color_l1(made, image).mean(),
+            "chroma": recipe.chroma_weight * chroma_l1(made, image).mean(),
             "kl": recipe.kl_weight * kl_loss_mean(mean, logvar),
         }
         if not decoder_only:

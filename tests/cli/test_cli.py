@@ -15,6 +15,7 @@ from davae.pipelines.inspection import describe
 from tiny import tiny_sd3_pipeline
 
 VERBS = [
+    "try",
     "demo",
     "doctor",
     "init",
@@ -85,6 +86,7 @@ def test_help_shows_the_names_of_extras() -> None:
     ("arguments", "expected"),
     [
         (["demo", "--budget", "tiny", "--seed", "3"], {"out": "runs/demo", "budget": "tiny", "seed": 3}),
+        (["try", "a", "b", "--seed", "3"], {"prompts": ["a", "b"], "out": "runs/try", "seed": 3}),
         (["inspect", "a", "--size", "320x192"], {"pipeline": "a", "size": [320, 192]}),
         (["upgrade", "a", "b", "c"], {"pipeline": "a", "autoencoder": "b", "out": "c"}),
         (["generate", "a", "red apple", "--size", "256"], {"prompts": ["red apple"], "size": 256, "seed": 0}),

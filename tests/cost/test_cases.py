@@ -160,7 +160,7 @@ def test_clip_tokens_are_those_that_the_pipelines_tokenizers_pad_to() -> None:
     base.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         make_runs(case(base, 128, prompt_tokens=12), ["step"])["step"]()
-    assert seen == [base.tokenizer.model_max_length + 12] == [24]
+    assert seen == [base.tokenizer.model_max_length + 12] == [32]
 
 
 def test_every_step_of_the_whole_is_guided() -> None:

@@ -1,10 +1,8 @@
-"""Folders and shards: what is taken, what is refused and said; the split; the shipped set."""
+"""Folders and shards: what is taken, what is refused and said; the split."""
 
-import gzip
 import hashlib
 import json
 import os
-import tarfile
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 from PIL import Image
 
 from data.stored import captioned, check_reasons, digest, fill, picture, reasons
-from davae import assets
 from davae.data.buckets import Bucket, fit
 from davae.data.sources import open_pictures
 from davae.data.split import heldout
@@ -282,42 +279,12 @@ def test_the_split_depends_on_the_key_alone(tmp_path):
     assert open_pictures(tmp_path, size=32, split="heldout").keys == [key for key in HELDOUT_OF_FORTY if key != "023"]
 
 
-# the shipped set
-
-
-def test_the_shipped_set():
-    pictures = open_pictures(assets.pictures(), size=256)
-    assert (len(pictures), len(pictures.refused)) == (1854, 0)
-    assert sum(map(heldout, pictures.keys)) == 165
-    index = pictures.captions.index("red apple")
-    assert pictures.keys[index] == "1f34e"
-    assert digest(pictures) == "b590907a8f48cd81d830d6b786f27baa435c7324d5ebcb21aacad7684134daf1"
-    apple = pictures.batch([index])
-    assert apple.shape == (1, 3, 256, 256)
-    assert torch.equal(apple[0, :, 0, 0], torch.ones(3))  # white around it
-    red, green, blue = apple[0, :, 128, 128]
-    assert red > green + 0.5
-    assert red > blue + 0.5
-
-
-def test_the_shipped_shards_are_those_of_the_provenance():
-    folder = assets.pictures()
-    provenance = (folder / "PROVENANCE.md").read_text()
-    shards = sorted(folder.glob("*.tar.gz"))
-    assert len(shards) == 4
-    for shard in shards:
-        unpacked = gzip.decompress(shard.read_bytes())
-        assert f"{hashlib.sha256(unpacked).hexdigest()}  {shard.stem}" in provenance
-
-
-def test_the_shipped_pictures_that_are_not_square_are_cropped():
-    pictures = open_pictures(assets.pictures(), size=256)
-    with tarfile.open(assets.pictures() / "fluent-emoji-3d-00000.tar.gz") as shard:
-        rgba = Image.open(shard.extractfile("0035-20e3.webp")).convert("RGBA")
-    assert rgba.size == (256, 264)
-    white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+def test_a_picture_that_is_not_square_is_flattened_on_white_and_cropped_in_the_middle(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (40, 32, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "tall.png")
+    white = Image.alpha_composite(Image.new("RGBA", (32, 40), "white"), Image.fromarray(rgba)).convert("RGB")
     expected = torch.from_numpy(np.array(white)[4:-4]).permute(2, 0, 1)
-    assert torch.equal(pictures.image(pictures.keys.index("0035-20e3")), expected)
+    assert torch.equal(open_pictures(tmp_path, size=32, captions=False).image(0), expected)
 
 
 def test_where_no_captions_are_needed_a_picture_without_one_is_used(tmp_path):

@@ -16,7 +16,7 @@ from davae.errors import CheckpointError, SettingsError
 from davae.method.perceptual import LPIPS, patchwise_lpips
 from davae.models.tiling import tile_starts
 
-BUILD_SCRIPT = Path(__file__).parents[2] / "recipes" / "small_pair" / "build_lpips.py"
+BUILD_SCRIPT = Path(__file__).parents[2] / "recipes" / "lpips" / "build_lpips.py"
 ALEX_LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))  # stride, padding, pool before
 VGG_DEPTHS = (2, 2, 3, 3, 3)
 

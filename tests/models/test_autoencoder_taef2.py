@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from davae import AutoencoderDA, AutoencoderTAEF2, assets
-from davae.data.sources import open_pictures
+from davae import AutoencoderDA, AutoencoderTAEF2
+from davae.data.pictures import to_floats
 from davae.errors import CheckpointError, SettingsError
 from davae.method.metrics import psnr
 from davae.pipelines.autoencoders import load_base_vae
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import upgrade
+from scenes import scene
 
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "taef2"
 PUBLISHED = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="TAEF2's weights are not here")
@@ -100,7 +101,7 @@ def test_published_weights_do_what_their_keys_say_and_reconstruct() -> None:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     vae = module.load_taef2(WEIGHTS)
-    image = open_pictures(assets.pictures(), size=128, split="heldout", limit=2).batch([0, 1])
+    image = to_floats(torch.from_numpy(np.stack([scene(0, 128), scene(1, 128)])).permute(0, 3, 1, 2))
     encoder, decoder = (
         {key: tensor.float() for key, tensor in load_file(WEIGHTS / f"{part}.safetensors").items()}
         for part in ("encoder", "decoder")

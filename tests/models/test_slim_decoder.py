@@ -260,12 +260,12 @@ def test_an_autoencoder_of_other_latents_is_refused(finished) -> None:
 
 
 def test_the_recipes_decoder_has_a_fifth_of_the_work() -> None:
-    path = ROOT / "recipes" / "small_pair" / "slim_decoder.toml"
+    path = ROOT / "recipes" / "avatars" / "slim_decoder.toml"
     recipe = load_recipe(AutoencoderRecipe, path)
     whole = recipe.model_copy(update={"decoder_block_out_channels": (), "decoder_layers_per_block": ()})
     with torch.enable_grad():
         slim, full = (figures(each, read_geometry("", path)) for each in (recipe, whole))
-    assert 5 < full["decoding it"] / slim["decoding it"] < 5.2
+    assert 5 < full["decoding it"] / slim["decoding it"] < 5.5
     assert slim["encoding one picture of 256 px"] == full["encoding one picture of 256 px"]
     assert full["joint decoder without its new block"] > 5 * slim["joint decoder without its new block"]
     assert slim["trained in this stage"] < full["trained in this stage"]

@@ -1,5 +1,6 @@
 """Slices and tiles are the whole: exactly with AutoencoderKL's decoder, without a seam with others."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from autoencoders import BASES, images, trained
 from davae import AutoencoderDA, assets
-from davae.data.sources import open_pictures
+from davae.data.avatars import draw_attributes, draw_image
+from davae.data.pictures import to_floats
 from davae.method.closed_form import fit_closed_form
 from davae.models.tiling import can_decode_tiles, decode_tiles
 from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
@@ -95,8 +97,9 @@ def test_an_autoencoders_tiles_are_pixels_of_the_picture(linear_blocks: bool) ->
 
 def test_the_shipped_pair_decodes_real_pictures_without_a_seam() -> None:
     autoencoder = load_autoencoder(assets.upgrade(), base=load_base_vae(str(assets.base_pipeline())))
-    pictures = open_pictures(assets.pictures(), size=256, split="heldout", limit=3)
-    latents = autoencoder.encode(pictures.batch(range(3))).latent_dist.mode()
+    drawn = [np.asarray(draw_image(draw_attributes(number), 256)) for number in range(3)]
+    pictures = to_floats(torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2))
+    latents = autoencoder.encode(pictures).latent_dist.mode()
     whole = autoencoder.decode(latents).sample
     autoencoder.enable_tiling()
     autoencoder.tile_sample_size = 128

@@ -30,7 +30,7 @@ def quantised(pipeline: StableDiffusion3Pipeline, folder: Path, config: object) 
 @torch.no_grad()
 def velocity(pipeline: StableDiffusion3Pipeline, transformer: SD3Transformer2DModel) -> Tensor:
     backbone, sigma = backbone_of(transformer), torch.tensor([0.3, 0.9])
-    condition = backbone.condition(pipeline, ["red apple", "grinning face"], max_sequence_length=12)
+    condition = backbone.condition(pipeline, ["long red curls", "grinning woman"], max_sequence_length=12)
     arguments = {name: tensor.to(transformer.dtype) for name, tensor in condition.items()}
     noise = torch.randn(2, transformer.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     return backbone.velocity(transformer, noise.to(transformer.dtype), sigma.to(transformer.dtype), arguments).float()
@@ -69,7 +69,7 @@ def test_a_quantised_pipeline_makes_images_and_its_transformer_is_saved(upgraded
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 2, "max_sequence_length": 12, "output_type": "pt"}
 
-    assert pipeline("red apple", generator=torch.Generator().manual_seed(0), **arguments).images.shape == (
+    assert pipeline("long red curls", generator=torch.Generator().manual_seed(0), **arguments).images.shape == (
         1,
         3,
         256,

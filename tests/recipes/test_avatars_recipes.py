@@ -1,6 +1,7 @@
 """The scripts that build the small pair run, one after the other, at a tiny size."""
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
 
 from davae.backbones import sd3
 from davae.data import avatars
 from davae.data.avatar_shards import write_avatar_shards
 from davae.data.avatars import Attributes
+from davae.errors import SettingsError
+from davae.evaluation.attributes import SIDE, read_attributes
+from davae.evaluation.generation import resize
+from davae.pipelines.loading import load_pipeline
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder
@@ -90,8 +97,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finetune(
             FinetuneRecipe(**pictures, autoencoder=str(first), trained="ports", prompt_tokens=20), folder / "stage2"
         )
+        lora = {"trained": "lora", "lora_targets": ("to_q", "to_v"), "lora_rank": 2, "prompt_tokens": 20}
+        finetune(FinetuneRecipe(**pictures, autoencoder=str(first), **lora), folder / "stage2_lora")
         upgrade, rival = folder / "stage2/adapter", folder / "rival"
         main_of("generative_decoder.py")(folder / "pipeline", upgrade, shards, rival, steps=2, count=4, start=0)
+
+        pair = {"base": folder / "pipeline", "adapter": upgrade}
+        main_of("measure_detail.py")(folder / "detail", shards, [f"again={first}"], size=64, count=4, **pair)
 
         settings = {"upgrade": upgrade, "other": [f"rival={rival / 'images'}"], "count": 4, "start": 0}
         main_of("measure.py")(folder / "pipeline", folder / "measured", **settings)
@@ -135,24 +147,92 @@ def test_the_numbers_of_a_pipeline(work: Path) -> None:
     enlarged, halved = (result["to_exact"][name] for name in ("base enlarged", "real images, halved and enlarged"))
     assert enlarged["psnr"][0] < halved["psnr"][0]
     assert all(share == 1 for share, _ in result["attributes"]["real images"].values())
+    assert result["counts"]["reconstructed"] == 4
+    assert set(result["reconstruction"]) == {"base + bicubic", "upgrade", "base at full size"}
 
 
-def test_attributes_are_read_where_they_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(FOLDER)
-    module = runpy.run_path(str(FOLDER / "attributes.py"))
+def test_detail_latents_are_replaced(work: Path) -> None:
+    rows = json.loads((work / "detail/result.json").read_text())["rows"]
+    assert set(rows) == {"base + bicubic", "shipped", "again"}
+    for name, numbers in rows["shipped"].items():
+        assert rows["again"][name] == pytest.approx(numbers)
+    assert len({numbers["psnr"] for numbers in rows["shipped"].values()}) == 6  # each change does something else
+
+
+@pytest.mark.parametrize("stage", ["stage2", "stage2_lora"])
+def test_a_pair_that_was_trained_is_shipped(work: Path, tmp_path: Path, stage: str) -> None:
+    package = tmp_path / "src/davae"
+    card = package / "assets/base_pipeline/README.md"
+    card.parent.mkdir(parents=True)
+    card.write_text("about the base")
+    main_of("ship.py")(work / "pipeline", work / stage / "adapter", package=package)
+
+    # The card stays, the files are half as large, and all of it loads.
+    assert card.read_text() == "about the base"
+    for folder in (work / "pipeline", work / stage / "adapter"):
+        out = package / "assets" / ("base_pipeline" if folder.name == "pipeline" else "upgrade")
+        names = {path.relative_to(folder) for path in folder.rglob("*.safetensors")}
+        assert {path.relative_to(out) for path in out.rglob("*.safetensors")} == names
+        tensors = [tensor for name in names for tensor in load_file(out / name).values()]
+        assert all(tensor.itemsize == 2 for tensor in tensors if tensor.is_floating_point())
+    loaded = load_pipeline(package / "assets/base_pipeline", adapter=package / "assets/upgrade")
+    assert loaded.transformer.config.in_channels == 32
+
+
+def test_a_blind_comparison_hides_the_sides_and_counts_votes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = FOLDER.parents[1] / "benchmarks/blind.py"
+    blind = runpy.run_path(str(script), run_name="imported")
+    run, pair = work / "blind", {"base": work / "pipeline", "adapter": work / "stage2/adapter"}
+    blind["main"](run, count=4, seed=1, **pair)
+
+    answers = json.loads((run / "answers.json").read_text())
+    sides = "".join(answers["upgrade is"])
+    assert set(sides) == {"L", "R"}
+    assert 0 <= answers["judge prefers the upgrade"] <= 4
+    text = re.sub("data:[^'\"]*", "", (run / "index.html").read_text())
+    assert not {"upgrade", "base", "bicubic"} & set(re.findall(r"\w+", text.partition("<body")[2]))
+
+    capsys.readouterr()
+    blind["main"](run, votes=sides[:3].lower() + ".")
+    assert capsys.readouterr().out == "{'upgrade': 3, 'base + bicubic': 0, 'cannot tell': 1}\n"
+    with pytest.raises(SettingsError, match="give 4 letters"):
+        blind["main"](run, votes="LR")
+
+
+def test_the_judge_prefers_the_exact_image() -> None:
+    blind = runpy.run_path(str(FOLDER.parents[1] / "benchmarks/blind.py"), run_name="imported")
+    person = Attributes("longCurly", "smileLOL", "glasses5", None, None, None, "tan", "green", "blue")
+    exact = torch.from_numpy(np.array(avatars.draw_image(person, 128))).permute(2, 0, 1)
+    enlarged = resize(resize(exact, 64), 128)
+    assert blind["judge"](enlarged, exact, person) > 0.1
+    assert blind["judge"](exact, enlarged, person) < -0.1
+
+
+def test_the_figures_prompts_differ_and_the_figure_is_small(tmp_path: Path) -> None:
+    figure = runpy.run_path(str(FOLDER / "figure.py"), run_name="imported")
+    people = figure["choose_people"]()
+    assert all(avatars.is_held_out(each) for each in people)
+    for name in ("hair", "expression", "skin"):
+        assert len({getattr(each, name) for each in people}) == 4
+    noise = Image.effect_noise((400, 400), 90).convert("RGB")
+    assert figure["write_small"](noise, tmp_path / "figure.webp") < 95
+    assert (tmp_path / "figure.webp").stat().st_size <= 100_000
+
+
+def test_attributes_are_read_where_they_can_be_seen() -> None:
     bald = Attributes("noHair1", "smile", None, None, None, None, "tan", "green", "blue")
     for shown, shirt in ((bald, "green"), (replace(bald, shirt="red"), "red")):
-        drawn = avatars.draw_image(replace(shown, shirt=shirt), module["SIDE"])
+        drawn = avatars.draw_image(replace(shown, shirt=shirt), SIDE)
         image = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
-        right = module["read_attributes"]({"set": image}, bald)["set"]
+        right = read_attributes({"set": image}, bald)["set"]
         assert right.pop("shirt") == (shirt == bald.shirt)
         assert right == dict.fromkeys(right, True)
         assert {"hair", "expression", "accessory", "facial_hair", "skin", "background"} == set(right)
 
     # Long hair before the shirt.
     hidden = replace(bald, hair="longBangs")
-    image = torch.from_numpy(np.array(avatars.draw_image(hidden, module["SIDE"]))).permute(2, 0, 1)
-    assert "shirt" not in module["read_attributes"]({"set": image}, hidden)["set"]
+    image = torch.from_numpy(np.array(avatars.draw_image(hidden, SIDE))).permute(2, 0, 1)
+    assert "shirt" not in read_attributes({"set": image}, hidden)["set"]
 
 
 def test_there_is_a_strip_of_held_out_prompts(work: Path) -> None:

@@ -66,6 +66,12 @@ def stage_one(base: Path, pictures: Path, **changes: object) -> AutoencoderRecip
     return AutoencoderRecipe(**(settings | changes))
 
 
+def test_a_recipe_that_names_no_pictures_is_refused(base_folder, tmp_path) -> None:
+    for settings in ({}, {"pictures": ""}):
+        with pytest.raises(SettingsError, match="`davae data avatars FOLDER` draws a set"):
+            train_autoencoder(AutoencoderRecipe(base=str(base_folder), size=64, **settings), tmp_path / "run")
+
+
 def test_stage_one_trains_on_buckets_and_resumes_as_if_undisturbed(base_folder, uneven, tmp_path) -> None:
     recipe = stage_one(base_folder, uneven)
     pictures = open_training_pictures(recipe, tmp_path)

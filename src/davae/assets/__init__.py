@@ -1,14 +1,9 @@
-"""Folders of the files that ship with the package: pictures, the small pair, LPIPS, configs of large bases, recipes."""
+"""Folders of the files that ship with the package: the small pair, LPIPS, configs of large bases, recipes."""
 
 from importlib.resources import files
 from pathlib import Path
 
 from davae.errors import DataError
-
-
-def pictures() -> Path:
-    """The WebDataset shards of the shipped picture set (Fluent Emoji 3D, 256 px, captioned)."""
-    return _folder("pictures")
 
 
 def base_pipeline() -> Path:

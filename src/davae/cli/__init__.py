@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 # In the order of `davae --help`. Verbs that ranks cannot share are done by the first one alone.
 verbs: dict[str, Callable[..., None]] = {
+    "try": by_first(making.try_),
     "demo": by_first(making.demo),
     "doctor": by_first(job.doctor),
     "init": by_first(job.init),

@@ -16,13 +16,30 @@ def demo(
     budget: Annotated[str, typer.Option(help="tiny (a check that everything runs) or short (the demo).")] = "short",
     seed: options.Seed = 0,
 ) -> None:
-    """Train, upgrade, fine-tune, generate and measure with the shipped pair and images, and write a page."""
+    """Train, upgrade, fine-tune, generate and measure with the shipped pair, and write a page."""
     quiet_libraries()
-    from davae.demo import run_demo
+    from davae.demo.run import run_demo
 
     page = run_demo(out, budget, seed)
     say(page)
     say(page.with_name("figure.png"))
+
+
+@with_dry_run
+def try_(
+    prompts: Annotated[list[str], typer.Argument(metavar="[PROMPT]...", help="One row of images for each.")] = [],
+    out: options.ResultFolder = Path("runs/try"),
+    seed: options.Seed = 0,
+) -> None:
+    """Show the shipped base enlarged beside its upgrade, for your own prompts, without training."""
+    quiet_libraries()
+    from davae.demo.prompts import list_ignored_words, try_prompts
+
+    for prompt in prompts:
+        if ignored := list_ignored_words(prompt):
+            say(f"{prompt!r}: not known, and ignored: {', '.join(ignored)}")
+    for path in try_prompts(prompts, out, seed=seed):
+        say(path)
 
 
 @with_dry_run

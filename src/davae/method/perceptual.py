@@ -55,7 +55,7 @@ class LPIPS(nn.Module):
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"no LPIPS weights can be read from {weights} for this network ({error}): write them with "
-                "recipes/small_pair/build_lpips.py"
+                "recipes/lpips/build_lpips.py"
             ) from error
 
     @classmethod
@@ -65,7 +65,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def vgg(cls, path: Path | str) -> "LPIPS":
-        """The VGG16 variant from a local file (29 MB) that recipes/small_pair/build_lpips.py writes."""
+        """The VGG16 variant from a local file (29 MB) that recipes/lpips/build_lpips.py writes."""
         return cls(vgg_stages(), Path(path))
 
     def forward(self, image: Images, other: Images) -> PerImage:

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from davae import assets
 from davae.data.buckets import Bucket, bucket_table
+from davae.errors import SettingsError
 from davae.run.recipe import Recipe
 
 Positive = Annotated[int, Field(gt=0)]
@@ -128,8 +127,8 @@ class PicturesRecipe(OptimisationRecipe):
     places: ClassVar[frozenset[str]] = frozenset({"pictures", "base", "autoencoder"})
 
     pictures: str = ""
-    """What `davae.data.sources.open_pictures` opens: a folder, shards here or at a URL, parquet files, datasets:NAME;
-    "" is the shipped set. Stage 2 needs captions or, for a class-conditional base, classes."""
+    """What `davae.data.sources.open_pictures` opens: a folder, shards here or at a URL, parquet files, datasets:NAME.
+    Stage 2 needs captions or, for a class-conditional base, classes."""
     limit: Positive | None = None
     """At most so many images, evenly spread over the set."""
     size: Positive = 256
@@ -151,9 +150,13 @@ class PicturesRecipe(OptimisationRecipe):
         return not (self.aspect_ratios or self.sizes)
 
     @property
-    def source(self) -> Path | str:
-        """Where the images are."""
-        return self.pictures or assets.pictures()
+    def source(self) -> str:
+        """Where the images are, or a SettingsError if the recipe names no place."""
+        if not self.pictures:
+            raise SettingsError(
+                'pictures = "": give a folder, shards or another source; `davae data avatars FOLDER` draws a set'
+            )
+        return self.pictures
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -37,7 +37,7 @@ class LossWeights(Recipe):
     """Multiply by |gradient of the reconstruction loss| / |gradient of this term| at the detail encoder's last 3x3
     layer, at most 1e8."""
     lpips_weights: str = ""
-    """File of VGG16 weights that recipes/small_pair/build_lpips.py writes; "" is the shipped AlexNet. Held-out metrics
+    """File of VGG16 weights that recipes/lpips/build_lpips.py writes; "" is the shipped AlexNet. Held-out metrics
     always use AlexNet."""
     lpips_patch: Positive | None = None
     """Side of LPIPS's patches in pixels (the SD3 set-up: 256); without it, LPIPS sees the whole crop."""
