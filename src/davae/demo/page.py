@@ -113,4 +113,8 @@ def _read_series(run: Path, names: Sequence[str]) -> list[Series]:
     """Curves of the losses in a run's log, in which held-out values have lines of their own."""
     lines = [line for line in read_metrics(run / "metrics.jsonl") if names[0] in line]
     steps = [line["step"] for line in lines]
-    return [Series(name.replace("_", " "), steps, [line[name] for line in lines]) for name in names]
+
+    series = []
+    for name in names:
+        series.append(Series(name.replace("_", " "), steps, [line[name] for line in lines]))
+    return series

@@ -67,8 +67,8 @@ def try_prompts(
         BASE: load_pipeline(base or assets.base_pipeline()),
         UPGRADE: load_pipeline(base or assets.base_pipeline(), adapter=adapter or assets.upgrade()),
     }
-    images: dict[str, list[Tensor]] = {name: [] for name in pipelines}
-    seconds: dict[str, list[float]] = {name: [] for name in pipelines}
+    images: dict[str, list[Tensor]] = {BASE: [], UPGRADE: []}
+    seconds: dict[str, list[float]] = {BASE: [], UPGRADE: []}
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
         sample(pipeline, [""], seed=seed, **{**SAMPLING, "steps": 1})
@@ -113,7 +113,7 @@ def make_figure(
     rows, cells = [], []
     for index, prompt in enumerate(prompts):
         pair = [resize(images[BASE][index], SIZE), images[UPGRADE][index]]
-        cells.append([*pair, *(crop(image) for image in pair)])
+        cells.append([*pair, *map(crop, pair)])
         note = f" (not known: {', '.join(ignored[prompt])})" if ignored[prompt] else ""
         rows.append(prompt + note)
     columns = [ENLARGED, UPGRADE, f"{ENLARGED}, {CROP_SCALE} times", f"{UPGRADE}, {CROP_SCALE} times"]

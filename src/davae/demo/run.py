@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -154,7 +155,7 @@ def measure_images(
 
     # The same people in the same order as in the set.
     numbers = itertools.islice(avatars.numbers(held_out=True, start=start), len(real))
-    answers: dict[str, list[dict[str, bool]]] = {name: [] for name in made}
+    answers: defaultdict[str, list[dict[str, bool]]] = defaultdict(list)
     for index, number in enumerate(track(list(numbers), "reading attributes", unit="images")):
         shown = {name: resize(images[index], SIDE) for name, images in made.items()}
         for name, right in read_attributes(shown, avatars.draw_attributes(number)).items():

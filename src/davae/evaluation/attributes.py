@@ -86,7 +86,10 @@ def read_attributes(made: Mapping[str, Tensor], attributes: Attributes) -> dict[
         attributes: what all of them should show.
     """
     margins = measure_margins(made, attributes)
-    return {name: {key: margin > 0 for key, margin in each.items()} for name, each in margins.items()}
+    right: dict[str, dict[str, bool]] = {}
+    for name, each in margins.items():
+        right[name] = {key: margin > 0 for key, margin in each.items()}
+    return right
 
 
 def accuracy(answers: Sequence[Mapping[str, bool]]) -> dict[str, tuple[float, int]]:
