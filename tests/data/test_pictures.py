@@ -1,12 +1,14 @@
 """Odd pictures: each gives the pixels that a person sees, or a refusal that names the reason."""
 
 import os
+import sys
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pillow_heif import register_heif_opener
 
 from data.corpus import (
     ALPHA,
@@ -181,6 +183,27 @@ def test_a_truncated_picture_is_refused_unless_nothing_of_it_is_missing(kind):
         except PictureRefused:
             refused += 1
     assert refused >= 15  # of a PNG the last chunk may be missing
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("AVIF", 12), ("HEIF", 12)])
+def test_pictures_of_telephones_are_read(kind, tolerance):
+    register_heif_opener()
+    smooth = Image.linear_gradient("L").convert("RGB").resize((64, 48))
+    stream = BytesIO()
+    smooth.save(stream, format=kind, quality=95)
+    assert close(pixels(stream.getvalue()), np.array(smooth), tolerance=tolerance)
+    assert check_picture(BytesIO(stream.getvalue()), "a.heic") == (64, 48)
+    with pytest.raises(PictureRefused, match=r"a\.heic: 64x48 pixels is more than the allowed 100"):
+        read_picture(stream.getvalue(), "a.heic", max_pixels=100)
+    with pytest.raises(PictureRefused):
+        read_picture(stream.getvalue()[:-200], "a.heic")
+
+
+def test_without_its_reader_heic_is_refused_with_the_name_of_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PictureRefused, match=r"a: HEIC, which needs a reader; pip install 'davae\[heic\]'") as refused:
+        read_picture(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "a")
+    assert refused.value.refusal.kind == "format"
 
 
 def test_every_allowed_format_is_in_the_corpus():

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -196,7 +197,10 @@ def test_buckets_that_do_not_fit_are_named(base_folder, uneven, tmp_path, change
         train_autoencoder(stage_one(base_folder, uneven, **changes), tmp_path)
 
 
-@pytest.mark.parametrize(("damaged", "allowed", "stops"), [(1, 0.01, False), (2, 0.01, True), (2, 0.2, False)])
+LOSSES = [(3, 0.01, False), (4, 0.01, True), (4, 0.25, False), (1, 0.0, True)]
+
+
+@pytest.mark.parametrize(("damaged", "allowed", "stops"), LOSSES)
 def test_too_many_unreadable_pictures_stop_a_run_and_small_ones_do_not(
     uneven, tmp_path, damaged, allowed, stops
 ) -> None:
@@ -208,9 +212,10 @@ def test_too_many_unreadable_pictures_stop_a_run_and_small_ones_do_not(
         (folder / f"{key}.png").write_bytes((folder / f"{key}.png").read_bytes()[:-300])
     recipe = FinetuneRecipe(pictures=str(folder), size=64, max_unreadable=allowed)
     if stops:
-        with pytest.raises(DataError, match=r"2 of 16 pictures cannot be read, more than the allowed 1\.0%"):
+        words = f"{damaged} of 16 pictures cannot be read, more than the allowed {allowed:.1%}"
+        with pytest.raises(DataError, match=re.escape(words)):
             open_training_pictures(recipe, tmp_path)
-        assert len((tmp_path / "refused.json").read_text().splitlines()) == 2 + 2 + 2
+        assert len((tmp_path / "refused.json").read_text().splitlines()) == 2 + 2 + damaged
     else:
         pictures = open_training_pictures(recipe, tmp_path)
         assert len(pictures) == 16 - damaged

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from davae.errors import DataError
@@ -21,6 +22,9 @@ from davae.run.storage import write_atomically
 
 # The formats that are decoded, by Pillow's names; the bytes decide, not the name of the file.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Brands that the header of a HEIC or AVIF file may name. Pillow's wheels read AVIF; HEIC needs the extra `heic`.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
 
 MAX_PIXELS = 64_000_000
 MIN_PICTURE_SIDE = 16
@@ -146,11 +150,17 @@ def place_png(path: Path, origin: str) -> Path:
     return path.with_stem(f"{path.stem}-{origin[:12]}")
 
 
-def write_png(path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "") -> Path:
-    """Write one picture, whole or not at all, and return its path: that of `place_png`, if an `origin` is given."""
+def write_png(
+    path: Path, picture: UInt8[Tensor, "3 h w"], *, origin: str = "", texts: Mapping[str, str] | None = None
+) -> Path:
+    """Write one picture, whole or not at all, and return its path: that of `place_png`, if an `origin` is given.
+
+    `texts` are further metadata, by keyword.
+    """
     path = place_png(path, origin) if origin else path
     text, stream = PngImagePlugin.PngInfo(), BytesIO()
-    text.add_text(ORIGIN, origin)
+    for key, value in {ORIGIN: origin, **(texts or {})}.items():
+        text.add_text(key, value)
     Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(stream, format="PNG", pnginfo=text)
     write_atomically(path, stream.getvalue())
     return path
@@ -164,14 +174,15 @@ def read_png(path: Path) -> UInt8[Tensor, "3 h w"]:
 def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image.Image:
     if not stream.read(1):
         raise PictureRefused(name, "empty, zero bytes; save or download it again")
+    formats = (*FORMATS, *_find_more_formats(stream, name))
     try:
         with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=FORMATS)
+            image = Image.open(stream, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureRefused(name, f"{error}; scale it down to at most {max_pixels} pixels", "too large") from error
     except Image.UnidentifiedImageError as error:
-        raise PictureRefused(name, f"not of a format that is read ({', '.join(FORMATS)})", "format") from error
+        raise PictureRefused(name, f"not of a format that is read ({', '.join(formats)})", "format") from error
     except Exception as error:  # as above
         raise PictureRefused(name, f"its header is damaged ({error}); save or download it again") from error
 
@@ -186,6 +197,30 @@ def _open(stream: Stream, name: str, *, max_pixels: int, min_side: int) -> Image
     if min(image.size) < min_side:
         raise PictureRefused(name, f"{size}: its shorter side is under {min_side}; bring a larger one", "too small")
     return image
+
+
+def _find_more_formats(stream: Stream, name: str) -> tuple[str, ...]:
+    """The format of a HEIC or AVIF file, if it is one; a PictureRefused where its reader is not installed."""
+    stream.seek(0)
+    header = stream.read(32)
+    stream.seek(0)
+    if header[4:8] != b"ftyp":
+        return ()
+
+    # An AVIF file may name a general brand first.
+    brands = {header[start : start + 4] for start in (8, 16, 20, 24, 28)}
+    if not brands.isdisjoint(AVIF_BRANDS):
+        if not features.check("avif"):
+            raise PictureRefused(name, "AVIF, which this Pillow was built without; pip install -U pillow", "format")
+        return ("AVIF",)
+    if brands.isdisjoint(HEIC_BRANDS):
+        return ()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise PictureRefused(name, "HEIC, which needs a reader; pip install 'davae[heic]'", "format") from error
+    register_heif_opener()
+    return ("HEIF",)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -24,6 +24,8 @@ from davae.run import faults
 from davae.run.progress import track
 from davae.run.storage import write_json
 
+# Unreadable pictures that a small set may have, whatever its share of them.
+SPARE_UNREADABLE = 3
 logger = logging.getLogger(__name__)
 
 # A set up to this size as uint8 is kept in memory once it is decoded; a larger one is decoded at every use.
@@ -278,8 +280,15 @@ def _check_arguments(size: int, split: str | None, limit: int | None) -> None:
 
 
 def are_too_many(unreadable: int, total: int, max_unreadable: float) -> bool:
-    """Whether so many unreadable pictures are more than the allowed share, rounded up to whole pictures."""
-    return unreadable > math.ceil(max_unreadable * total)
+    """Whether so many unreadable pictures are more than the allowed share, rounded up to whole pictures.
+
+    A few are allowed whatever the share, unless it is 0 or they are over half of the set: small sets have broken files,
+    too.
+    """
+    allowed = math.ceil(max_unreadable * total)
+    if max_unreadable:
+        allowed = max(allowed, min(SPARE_UNREADABLE, total // 2))
+    return unreadable > allowed
 
 
 def _number_folders(listing: Listing, recorded: Sequence[str]) -> dict[str, int]:

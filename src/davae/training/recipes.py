@@ -141,8 +141,9 @@ class PicturesRecipe(OptimisationRecipe):
     """The buckets' sides are multiples of this: downsample factor times patch side, or a multiple of it. Only used with
     `aspect_ratios` or `sizes`."""
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The largest share of damaged or otherwise unreadable images, rounded up to whole images; a run with more stops
-    before it begins. Images that are too small, or lack a caption or class, are left out and do not count."""
+    """The largest share of damaged or otherwise unreadable images, rounded up to whole images, and three in any case
+    unless it is 0 or they are over half of the set; a run with more stops before it begins. Images that are too small,
+    or lack a caption or class, are left out and do not count."""
 
     @property
     def may_split_steps(self) -> bool:
