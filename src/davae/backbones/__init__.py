@@ -3,9 +3,9 @@
 To add a backbone, add its row; `tests/backbones/test_table.py` then checks that its warm start is exact.
 """
 
-from diffusers import DiffusionPipeline
+from collections.abc import Collection
+
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from davae.backbones import (
     auraflow,
@@ -25,6 +25,7 @@ from davae.backbones import (
     z_image,
 )
 from davae.backbones.backbone import Backbone as Backbone
+from davae.backbones.backbone import Pipeline
 from davae.errors import SettingsError
 from davae.method.widen import LatentPorts, Transformer, widen_ports
 
@@ -59,9 +60,13 @@ BACKBONES: dict[str, Backbone] = {
 
 def backbone_of(transformer: nn.Module) -> Backbone:
     """The row of `BACKBONES` for a transformer, compiled or not, whose parameters FSDP2 may have spread over ranks."""
-    # torch.compile wraps a model; FSDP2 makes a class of its own for it, under another name.
+    # torch.compile wraps a model; FSDP2 makes a class of its own for it, with FSDP before the name.
     transformer = getattr(transformer, "_orig_mod", transformer)
-    name = next(kind.__name__ for kind in type(transformer).__mro__ if not issubclass(kind, FSDPModule))
+    return find_backbone(next(kind.__name__ for kind in type(transformer).__mro__ if kind.__name__[:4] != "FSDP"))
+
+
+def find_backbone(name: str) -> Backbone:
+    """The row of `BACKBONES` for a class of transformers."""
     if name not in BACKBONES:
         raise SettingsError(
             f"{name} is no backbone that davae knows: {', '.join(BACKBONES)}. To add it, add a row there with the "
@@ -70,16 +75,20 @@ def backbone_of(transformer: nn.Module) -> Backbone:
     return BACKBONES[name]
 
 
-def check_parts(pipeline: DiffusionPipeline) -> None:
+def check_parts(pipeline: Pipeline) -> None:
     """Refuse a pipeline without an autoencoder or without a transformer of the table."""
-    parts = {name for name, part in pipeline.components.items() if part is not None}
-    if missing := {"vae", "transformer"} - parts:
+    check_part_names(type(pipeline).__name__, {name for name, part in pipeline.components.items() if part is not None})
+    backbone_of(pipeline.transformer)
+
+
+def check_part_names(kind: str, parts: Collection[str]) -> None:
+    """Refuse a kind of pipeline without an autoencoder or without a transformer."""
+    if missing := {"vae", "transformer"} - set(parts):
         raise SettingsError(
-            f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: it cannot be upgraded. It has "
+            f"{kind} has no {' and no '.join(sorted(missing))}: it cannot be upgraded. It has "
             f"{', '.join(sorted(parts)) or 'no parts'}; allowed are pipelines with a transformer of "
             f"{', '.join(BACKBONES)}, and a VAE"
         )
-    backbone_of(pipeline.transformer)
 
 
 def widen_transformer(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:

@@ -2,12 +2,10 @@
 
 import math
 
-from diffusers import ModelMixin
-
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Sigma, encode_texts
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     return transformer(latents, timestep=sigma, **condition, return_dict=False)[0]
 
 

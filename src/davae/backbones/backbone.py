@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from davae.errors import SettingsError
 from davae.method.flow import Latents, Sigma
 from davae.method.noise_prediction import Timestep
 from davae.method.widen import LatentPorts, patch_side
+from davae.method.widen import Model as Model
 from davae.models.base_autoencoders import downsample_factor
 
+Pipeline = Any
+"""A DiffusionPipeline of diffusers; see `davae.method.widen.Model`."""
 Condition = dict[str, Tensor]
 """The keyword arguments of the transformer besides latents and time, each value [B, ...]."""
 Size = int | tuple[int, int]
@@ -34,7 +36,7 @@ def refuse_use(*arguments: Any, **keywords: Any) -> NoReturn:
     )
 
 
-def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
+def compute_shift(pipeline: Pipeline, tokens: int) -> float:
     """The timestep shift s of sigma = s t / (1 + (s - 1) t) with which the stock pipeline samples that many tokens.
 
     A static shift is in the scheduler's config (`shift`, or `flow_shift` of the DPM solvers). A dynamic one is exp(mu),
@@ -75,7 +77,7 @@ class Backbone:
     """Setting of the transformer that counts its classes, which is also the number for no class; "" for captions."""
     lora_targets: tuple[str, ...] = ()
     """Names of the layers that get LoRA by default, as peft matches them."""
-    shift: Callable[[DiffusionPipeline, int], float] = compute_shift
+    shift: Callable[[Pipeline, int], float] = compute_shift
     """(pipeline, tokens) -> timestep shift of the stock pipeline; for flow models."""
 
     # Sampling.
@@ -142,7 +144,7 @@ class Backbone:
         call = {"prompt": list(prompts), "latents": noise, "height": height, "width": width}
         return self.adjust_call({**call, "guidance_scale": guidance_scale, "max_sequence_length": prompt_tokens})
 
-    def picture_side(self, pipeline: DiffusionPipeline, size: int | None) -> int:
+    def picture_side(self, pipeline: Pipeline, size: int | None) -> int:
         """Side of an image in pixels: `size`, or the pipeline's default for None. Width and height are asked apart.
 
         Refuses a pipeline that davae neither trains nor samples from, and a size that it cannot make.
@@ -166,16 +168,16 @@ class Backbone:
         unit = math.lcm(token, self.pixel_multiple)
         return checked_side(default if size is None else size, unit=unit, largest=largest)
 
-    def width_and_height(self, pipeline: DiffusionPipeline, size: Size | None) -> tuple[int, int]:
+    def width_and_height(self, pipeline: Pipeline, size: Size | None) -> tuple[int, int]:
         """Width and height in pixels of a `size`; see `picture_side`."""
         width, height = size if isinstance(size, tuple) else (size, size)
         return self.picture_side(pipeline, width), self.picture_side(pipeline, height)
 
-    def _check_pipeline(self, pipeline: DiffusionPipeline) -> None:
+    def _check_pipeline(self, pipeline: Pipeline) -> None:
         if not self.pipelines:
             refuse_use()
-        # By name, since an older diffusers lacks some of the classes.
-        if not any(kind.__name__ in self.pipelines for kind in type(pipeline).__mro__):
+        # By name, since an older diffusers lacks some of the classes; image-to-image has the same sizes.
+        if not any(kind.__name__.replace("Img2Img", "") in self.pipelines for kind in type(pipeline).__mro__):
             raise SettingsError(
                 f"a {type(pipeline).__name__} was given; allowed is {' or '.join(self.pipelines)}: davae upgrades "
                 "other pipelines with this transformer, too, but neither trains them nor samples from them yet"
@@ -193,7 +195,7 @@ def checked_side(side: int, *, unit: int, largest: int | None = None) -> int:
 def encode_texts(*names: str, **settings: Any) -> Callable[..., Condition]:
     """A `condition` that names the results of the pipeline's `encode_prompt`; "" for those that are not needed."""
 
-    def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int) -> Condition:
+    def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int) -> Condition:
         results = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length, **settings)
         return {name: tensor for name, tensor in zip(names, results, strict=False) if name}
 
@@ -205,7 +207,7 @@ def guide_from_zero(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "guidance_scale": max(call["guidance_scale"] - 1, 0.0)}
 
 
-def encode_classes(pipeline: DiffusionPipeline, labels: Sequence[int], *, class_setting: str) -> Condition:
+def encode_classes(pipeline: Pipeline, labels: Sequence[int], *, class_setting: str) -> Condition:
     """Class numbers as a condition, `class_labels` [B] in int64; the null class stands for no class."""
     null = pipeline.transformer.config[class_setting]
     foreign = [label for label in labels if label not in range(null + 1)]

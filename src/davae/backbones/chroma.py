@@ -2,14 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 
 from davae.backbones import flux
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, encode_texts
+from davae.backbones.backbone import Backbone, Condition, Latents, Model, Sigma, encode_texts
 from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # The mask goes on over the image's tokens; their ids, and those of the text, are FLUX.1's.
     mask, grid = condition["attention_mask"], token_grid(latents)
     ids = {"txt_ids": torch.zeros(mask.shape[1], 3, device=latents.device), "img_ids": F.pad(grid, (1, 0))}

@@ -2,15 +2,23 @@
 
 from functools import partial
 
-from diffusers import ModelMixin
-from diffusers.models.embeddings import LabelEmbedding
-
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Timestep, encode_classes, split_variance
+from davae.backbones.backbone import (
+    Backbone,
+    Condition,
+    LatentPorts,
+    Latents,
+    Model,
+    Timestep,
+    encode_classes,
+    split_variance,
+)
 
 
 def noise(
-    transformer: ModelMixin, latents: Latents, timestep: Timestep, condition: Condition
+    transformer: Model, latents: Latents, timestep: Timestep, condition: Condition
 ) -> tuple[Latents, Latents | None]:
+    from diffusers.models.embeddings import LabelEmbedding
+
     # In training mode the label embeddings would drop classes at random, which `caption_dropout` does already.
     for module in transformer.modules():
         if isinstance(module, LabelEmbedding):

@@ -2,17 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 
 from davae.backbones import sd3
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Sigma, encode_texts
 from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 GUIDANCE = 3.5
 """The guidance that a distilled model (FLUX.1-dev) is told in training: the stock pipeline's default."""
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # All text tokens are at the origin; an image token's id is 0, row, column.
     tokens = condition["encoder_hidden_states"].shape[1]
     ids = {"txt_ids": torch.zeros(tokens, 3, device=latents.device), "img_ids": F.pad(token_grid(latents), (1, 0))}

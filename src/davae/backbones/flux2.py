@@ -4,22 +4,22 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Pipeline, Sigma, encode_texts
 from davae.backbones.packing import call_packed, token_grid
 
 GUIDANCE = 4.0
 """The guidance that a distilled model (FLUX.2-dev) is told in training: the stock pipeline's default."""
 
 
-def compute_shift(pipeline: DiffusionPipeline, tokens: int) -> float:
+def compute_shift(pipeline: Pipeline, tokens: int) -> float:
     """The pipelines' own formula, which depends on the sampling steps, too; 50 are their default."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
     return math.exp(compute_empirical_mu(image_seq_len=tokens, num_steps=50))
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # Ids are time, row, column, and place in the text.
     places = torch.arange(condition["encoder_hidden_states"].shape[1], device=latents.device)
     ids = {"txt_ids": F.pad(places[:, None], (3, 0)), "img_ids": F.pad(token_grid(latents), (1, 1))}

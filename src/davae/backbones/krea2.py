@@ -5,24 +5,33 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, compute_shift, guide_from_zero
+from davae.backbones.backbone import (
+    Backbone,
+    Condition,
+    LatentPorts,
+    Latents,
+    Model,
+    Pipeline,
+    Sigma,
+    compute_shift,
+    guide_from_zero,
+)
 from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 
-def shift(pipeline: DiffusionPipeline, tokens: int) -> float:
+def shift(pipeline: Pipeline, tokens: int) -> float:
     """The scheduler's shift; distilled models have one for any number of tokens."""
     return math.exp(1.15) if pipeline.config.is_distilled else compute_shift(pipeline, tokens)
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
     """`encoder_hidden_states` [B, tokens, layers x width] and `encoder_attention_mask` [B, tokens]."""
     embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length)
     return {"encoder_hidden_states": embeds.flatten(2), "encoder_attention_mask": mask}
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     embeds = condition["encoder_hidden_states"].unflatten(2, (transformer.config.num_text_layers, -1))
     # Text tokens are at the origin, and come first.
     places = torch.cat([torch.zeros(embeds.shape[1], 2, device=latents.device), token_grid(latents)])

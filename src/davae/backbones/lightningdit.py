@@ -2,12 +2,10 @@
 
 from functools import partial
 
-from diffusers import ModelMixin
-
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_classes
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Sigma, encode_classes
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     return -transformer(hidden_states=latents, timestep=1 - sigma, **condition, return_dict=False)[0]
 
 

@@ -4,23 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
 
 from davae.backbones import flux, ovis_image
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma
+from davae.backbones.backbone import Backbone, Condition, Latents, Model, Pipeline, Sigma
 from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 TEXT_TOKENS = 512
 """The stock pipeline pads each prompt to so many tokens, and places the image's first token there."""
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
     """`encoder_hidden_states` [B, 512, width], whatever `max_sequence_length` is; prompts are not rewritten."""
     embeds, _ = pipeline.encode_prompt(list(prompts))
     return {"encoder_hidden_states": embeds}
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # An image token's id is 1, row, column, counted from behind the text.
     text_ids = ovis_image.text_ids(condition)
     image_ids = F.pad(token_grid(latents) + TEXT_TOKENS, (1, 0), value=1.0)

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
-
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Pipeline, Sigma
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 256) -> Condition:
     """`encoder_hidden_states` [B, max_sequence_length, width] and `encoder_attention_mask` [B, max_sequence_length]."""
     # As in the stock pipeline, a prompt follows the system prompt, and the empty prompt stands alone.
     texts = [f"{pipeline.system_prompt} <Prompt Start> {prompt}" if prompt else "" for prompt in prompts]
@@ -19,7 +17,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     return -transformer(latents, timestep=1 - sigma, **condition, return_dict=False)[0]
 
 

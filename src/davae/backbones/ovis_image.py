@@ -2,12 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 from jaxtyping import Float
 from torch import Tensor
 
 from davae.backbones import flux
-from davae.backbones.backbone import Backbone, Condition, Latents, Sigma, encode_texts
+from davae.backbones.backbone import Backbone, Condition, Latents, Model, Sigma, encode_texts
 from davae.backbones.packing import call_packed, pack_noise, token_grid
 
 
@@ -18,7 +17,7 @@ def text_ids(condition: Condition) -> Float[Tensor, "tokens 3"]:
     return F.pad(torch.stack([places, places], dim=1), (1, 0))
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     image_ids = F.pad(token_grid(latents), (1, 0))
     return call_packed(transformer, latents, sigma, txt_ids=text_ids(condition), img_ids=image_ids, **condition)
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from davae.backbones.backbone import Latents, Sigma
+from davae.backbones.backbone import Latents, Model, Sigma
 
 
 def pack(latents: Latents) -> Float[Tensor, "b tokens features"]:
@@ -28,7 +27,7 @@ def token_grid(latents: Latents) -> Float[Tensor, "tokens 2"]:
     return torch.stack([rows, columns], dim=-1).flatten(0, 1).to(latents.device, torch.float32)
 
 
-def call_packed(transformer: ModelMixin, latents: Latents, sigma: Sigma, **arguments: Any) -> Latents:
+def call_packed(transformer: Model, latents: Latents, sigma: Sigma, **arguments: Any) -> Latents:
     """Call a transformer with packed latents, and unpack what it returns."""
     height, width = latents.shape[-2:]
     tokens = transformer(hidden_states=pack(latents), timestep=sigma, **arguments, return_dict=False)[0]

@@ -6,13 +6,22 @@ PixArt-alpha for 1024 px is told the image's size, which doubles with an upgrade
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from davae.backbones.backbone import UNBINNED, Backbone, Condition, LatentPorts, Latents, Timestep, split_variance
+from davae.backbones.backbone import (
+    UNBINNED,
+    Backbone,
+    Condition,
+    LatentPorts,
+    Latents,
+    Model,
+    Pipeline,
+    Timestep,
+    split_variance,
+)
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
     """`encoder_hidden_states` [B, tokens, width] and `encoder_attention_mask` [B, tokens].
 
     Where the transformer is told the image's size (PixArt-alpha at 1024 px), also `downsample_factor` [B]. Captions are
@@ -27,7 +36,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return texts
 
 
-def condition_shapes(transformer: ModelMixin, tokens: int) -> dict[str, tuple[int, ...]]:
+def condition_shapes(transformer: Model, tokens: int) -> dict[str, tuple[int, ...]]:
     """Shapes of one row of `condition`."""
     width = transformer.config.caption_channels
     shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens, width), "encoder_attention_mask": (tokens,)}
@@ -35,7 +44,7 @@ def condition_shapes(transformer: ModelMixin, tokens: int) -> dict[str, tuple[in
 
 
 def noise(
-    transformer: ModelMixin, latents: Latents, timestep: Timestep, condition: Condition
+    transformer: Model, latents: Latents, timestep: Timestep, condition: Condition
 ) -> tuple[Latents, Latents | None]:
     # PixArt-alpha is told height and width in pixels, and their ratio.
     texts = dict(condition)

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Pipeline, Sigma
 from davae.backbones.packing import call_packed, pack_noise
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
     """`encoder_hidden_states` [B, max_sequence_length, width], zero behind the prompt, and their mask."""
     embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=max_sequence_length)
     if mask is None:
@@ -23,7 +22,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     }
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # Each image is one frame of so many tokens.
     height, width = latents.shape[-2:]
     shapes = [[(1, height // 2, width // 2)]] * len(latents)

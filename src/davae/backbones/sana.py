@@ -4,17 +4,18 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline
 
-from davae.backbones.backbone import UNBINNED, Backbone, Condition, LatentPorts, Latents, Sigma
+from davae.backbones.backbone import UNBINNED, Backbone, Condition, LatentPorts, Latents, Model, Pipeline, Sigma
 
 
 def read_instruction() -> list[str]:
     """The stock pipeline's default text before a prompt, which makes the language model enhance it."""
+    from diffusers import SanaPipeline
+
     return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 300) -> Condition:
     """`encoder_hidden_states` [B, tokens, width] and `encoder_attention_mask` [B, tokens]."""
     # As in the stock pipeline, a prompt follows the instruction, and the empty prompt stands alone.
     embeds, masks, blank_embeds, blank_mask = pipeline.encode_prompt(
@@ -30,7 +31,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     }
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     timestep = 1000 * sigma * transformer.config.timestep_scale
     return transformer(latents, timestep=timestep, **condition, return_dict=False)[0]
 

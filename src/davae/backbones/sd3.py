@@ -1,8 +1,6 @@
 """Stable Diffusion 3 and 3.5: three text encoders, latents in patches of 2, timestep = 1000 sigma."""
 
-from diffusers import ModelMixin
-
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, encode_texts
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Sigma, encode_texts
 
 # Differentiable, so call it without gradients where the text encoders are frozen.
 condition = encode_texts(
@@ -10,7 +8,7 @@ condition = encode_texts(
 )
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     return transformer(hidden_states=latents, timestep=1000 * sigma, **condition, return_dict=False)[0]
 
 

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
 
-from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Sigma, guide_from_zero
+from davae.backbones.backbone import Backbone, Condition, LatentPorts, Latents, Model, Pipeline, Sigma, guide_from_zero
 
 
-def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
+def condition(pipeline: Pipeline, prompts: Sequence[str], *, max_sequence_length: int = 512) -> Condition:
     """`caption` [B, max_sequence_length, width], zero behind the prompt, and its length `caption_tokens` [B]."""
     embeds, _ = pipeline.encode_prompt(
         list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
@@ -19,7 +18,7 @@ def condition(pipeline: DiffusionPipeline, prompts: Sequence[str], *, max_sequen
     return {"caption": torch.stack(padded), "caption_tokens": lengths}
 
 
-def velocity(transformer: ModelMixin, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
+def velocity(transformer: Model, latents: Latents, sigma: Sigma, condition: Condition) -> Latents:
     # The transformer takes captions without padding, and each image as a video of one frame.
     lengths = condition["caption_tokens"].tolist()
     captions = [caption[:length] for caption, length in zip(condition["caption"], lengths, strict=True)]

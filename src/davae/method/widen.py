@@ -4,18 +4,18 @@ Nothing here knows a model: `davae.backbones` says where the ports of each backb
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from davae.errors import SettingsError
 
-Transformer = TypeVar("Transformer", bound=ModelMixin)
+Model = Any
+"""A ModelMixin of diffusers, whose import takes longer than all else that `davae inspect` does."""
+Transformer = TypeVar("Transformer", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class LatentPorts:
     """Side of the transformer's own patches, where its config has no `patch_size`."""
 
 
-def patch_side(transformer: ModelMixin, ports: LatentPorts) -> int:
+def patch_side(transformer: Model, ports: LatentPorts) -> int:
     """Side in latent positions of the patch in one token, packed by the pipeline or by the transformer itself."""
     return ports.packed if ports.packed > 1 else ports.patch or transformer.config.patch_size
 
 
-def measure_width(transformer: ModelMixin, ports: LatentPorts) -> int:
+def measure_width(transformer: Model, ports: LatentPorts) -> int:
     """How many numbers a token has inside a transformer, where its output port reads it."""
     return int(transformer.get_submodule(ports.output).weight.shape[1])
 
 
-def lost_directions(transformer: ModelMixin, ports: LatentPorts) -> int:
+def lost_directions(transformer: Model, ports: LatentPorts) -> int:
     """In how many directions a token keeps the noise that sampling starts from, whatever the training; 0 if in none.
 
     A token has n = (C + D) p^2 numbers, and the output port makes them from `width` numbers. So all predictions lie in
@@ -87,6 +87,8 @@ def widen_ports(
     prediction, if there are several), to the last bit wherever the matrix kernels add in the same order for both
     widths. All tensors but the ports are shared with `transformer`, not copied: training one in place trains the other.
     """
+    from accelerate import init_empty_weights
+
     _check_channels(transformer, ports, base_channels=base_channels, detail_channels=detail_channels)
 
     # `_use_default_values` names the arguments that were left out: `from_config` would ignore what is given for them.
@@ -119,7 +121,7 @@ def widen_ports(
     return widened
 
 
-def _check_channels(transformer: ModelMixin, ports: LatentPorts, *, base_channels: int, detail_channels: int) -> None:
+def _check_channels(transformer: Model, ports: LatentPorts, *, base_channels: int, detail_channels: int) -> None:
     channels = transformer.config.in_channels // ports.packed**2
     if base_channels != channels:
         raise SettingsError(
@@ -140,7 +142,7 @@ def _check_channels(transformer: ModelMixin, ports: LatentPorts, *, base_channel
             )
 
 
-def _copy_state(source: ModelMixin, target: ModelMixin) -> None:
+def _copy_state(source: Model, target: Model) -> None:
     """Everything that a state dict does not hold: buffers of positions, `requires_grad`, modes, checkpointing."""
     for name, buffer in source.named_buffers():  # positions on the base's grid, persistent or not
         owner, _, attribute = name.rpartition(".")
@@ -153,7 +155,7 @@ def _copy_state(source: ModelMixin, target: ModelMixin) -> None:
         target.enable_gradient_checkpointing()
 
 
-def _port_layouts(transformer: ModelMixin, ports: LatentPorts, channels: int) -> tuple[dict[str, str], dict[str, int]]:
+def _port_layouts(transformer: Model, ports: LatentPorts, channels: int) -> tuple[dict[str, str], dict[str, int]]:
     """Layout of every tensor with a channel axis, which has `channels`; and their `patch` and `predictions`."""
     tensors, patch = transformer.state_dict(), patch_side(transformer, ports)
     layouts = {f"{ports.input}.weight": ports.input_layout, f"{ports.output}.weight": ports.output_layout}
@@ -168,7 +170,7 @@ PortsStart = Literal["zero", "random", "repeat"]
 
 @torch.no_grad()
 def start_ports(
-    transformer: ModelMixin, ports: LatentPorts, *, base_channels: int, start: PortsStart, generator: torch.Generator
+    transformer: Model, ports: LatentPorts, *, base_channels: int, start: PortsStart, generator: torch.Generator
 ) -> None:
     """Start the new half of a widened transformer's ports in place, otherwise than at zero (docs/method.md 9).
 

@@ -5,24 +5,31 @@ Another class needs a row of `BASE_AUTOENCODERS`, and nothing else: no other fil
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn, tanh
 
 Config = Mapping[str, Any]
+Model = Any
+"""A ModelMixin of diffusers, which is imported when a class is loaded: facts of configs do not need it."""
 
 
-def _load_autoencoder_da() -> type[ModelMixin]:
+def _load_stock(name: str) -> Callable[[], type[Model]]:
+    def load_class() -> type[Model]:
+        return getattr(import_module("diffusers"), name)
+
+    return load_class
+
+
+def _load_autoencoder_da() -> type[Model]:
     from davae.models.autoencoder_da import AutoencoderDA  # here, because that file imports this one
 
     return AutoencoderDA
 
 
-def _load_autoencoder_taef2() -> type[ModelMixin]:
+def _load_autoencoder_taef2() -> type[Model]:
     from davae.models.autoencoder_taef2 import AutoencoderTAEF2
 
     return AutoencoderTAEF2
@@ -59,7 +66,7 @@ def _drop_tiny_convolutions(encoder: Any, decoder: Any) -> tuple[int, int]:
 class BaseAutoencoder:
     """One class of base autoencoder; the defaults are AutoencoderKL's."""
 
-    load_class: Callable[[], type[ModelMixin]]
+    load_class: Callable[[], type[Model]]
     frames: bool = False
     """Whether its own `encode` and `decode` take videos: an image is then a video of one frame."""
     nested: bool = False
@@ -80,7 +87,7 @@ class BaseAutoencoder:
 
 
 _TINY = BaseAutoencoder(
-    lambda: AutoencoderTiny,
+    _load_stock("AutoencoderTiny"),
     # The layers take and give images in [0, 1].
     run_encoder=lambda encoder, image: _run_layers(encoder, (image + 1) / 2),
     encode=lambda encoder, _, image: _run_layers(encoder, (image + 1) / 2),
@@ -89,17 +96,17 @@ _TINY = BaseAutoencoder(
     drop_latent_layers=_drop_tiny_convolutions,
 )
 BASE_AUTOENCODERS = {
-    "AutoencoderKL": BaseAutoencoder(lambda: AutoencoderKL),
+    "AutoencoderKL": BaseAutoencoder(_load_stock("AutoencoderKL")),
     "AutoencoderTiny": _TINY,
     "AutoencoderDC": BaseAutoencoder(
-        lambda: AutoencoderDC,
+        _load_stock("AutoencoderDC"),
         encode=lambda encoder, _, image: encoder(image),
         drop_latent_layers=None,
         # SANA's pipelines count the encoder's stages under another name.
         contract=lambda config, channels, stages: {"encoder_block_out_channels": tuple(stages)},
     ),
     "AutoencoderKLQwenImage": BaseAutoencoder(
-        lambda: AutoencoderKLQwenImage,
+        _load_stock("AutoencoderKLQwenImage"),
         frames=True,
         encode=lambda encoder, conv, image: _encode_mode(encoder, conv, image.unsqueeze(2)).squeeze(2),
         decode=lambda decoder, conv, hidden: _decode(decoder, conv, hidden.unsqueeze(2)).squeeze(2),
@@ -112,7 +119,7 @@ BASE_AUTOENCODERS = {
         },
     ),
     "AutoencoderKLFlux2": BaseAutoencoder(
-        lambda: AutoencoderKLFlux2,
+        _load_stock("AutoencoderKLFlux2"),
         # FLUX.2's pipelines read a batch normalisation of 2x2 patches of latents.
         contract=lambda config, channels, stages: {"batch_norm_eps": config["batch_norm_eps"]},
     ),
@@ -140,15 +147,15 @@ def find_base(name: str) -> BaseAutoencoder:
     return BASE_AUTOENCODERS[name]
 
 
-def encode_image(vae: ModelMixin, image: Tensor) -> Tensor:
+def encode_image(vae: Model, image: Tensor) -> Tensor:
     """An autoencoder's own `encode`, with the mode where it has a posterior: [B, 3, H, W] -> [B, C, h, w]."""
     frames = find_base(type(vae).__name__).frames
     (latents,) = vae.encode(image.unsqueeze(2) if frames else image, return_dict=False)
-    latents = latents.mode() if isinstance(latents, DiagonalGaussianDistribution) else latents
+    latents = latents if isinstance(latents, Tensor) else latents.mode()  # of a posterior
     return latents.squeeze(2) if frames else latents
 
 
-def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
+def decode_latents(vae: Model, latents: Tensor) -> Tensor:
     """An autoencoder's own `decode` of latents in its own scale: [B, C, h, w] -> [B, 3, H, W]."""
     frames = find_base(type(vae).__name__).frames
     (image,) = vae.decode(latents.unsqueeze(2) if frames else latents, return_dict=False)[:1]

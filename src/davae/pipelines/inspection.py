@@ -1,33 +1,90 @@
-"""Facts of a pipeline, and the changes that an upgrade would make."""
+"""Facts of a pipeline, and the changes that an upgrade would make; from a folder's configs and headers alone, too."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
-from davae.backbones import backbone_of, check_parts
-from davae.backbones.backbone import Size, checked_side
-from davae.method.widen import measure_width, patch_side
+from davae.backbones import check_part_names, find_backbone
+from davae.backbones.backbone import Pipeline, Size, checked_side
+from davae.method.widen import LatentPorts
 from davae.models.base_autoencoders import downsample_factor
+from davae.pipelines.places import loading
+from davae.run.storage import read_json
 
 RESOLUTION_FACTOR = 2  # of the default upgrade
+DEFAULT_SAMPLE_SIZE = 128  # of stock pipelines whose transformer's config names none
+BUFFERS = ("pos_embed.pos_embed", "running_mean", "running_var", "num_batches_tracked", "detail_mean", "detail_std")
+"""Ends of the names of tensors in weights that are no parameters, but in AuraFlow, whose positions are learned."""
 
 
-def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """A model of a pipeline, without its weights."""
+
+    kind: str
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its weights, by their names."""
+    parameters: int
+
+
+def describe(pipeline: Pipeline, size: Size | None = None) -> dict[str, Any]:
     """Facts of a pipeline as plain JSON values: factor, channels, tokens per size, ports, and the upgrade's effect.
 
     Tokens are counted at half the default size, at that and at twice that, and at `size`. `"upgrade"` holds the changes
     of the default upgrade (as many detail channels as base channels, twice the side length); None for a pipeline that
     is upgraded already.
     """
-    check_parts(pipeline)
-    transformer, config = pipeline.transformer, pipeline.vae.config
-    backbone = backbone_of(transformer)
-    ports, patch = backbone.ports, patch_side(transformer, backbone.ports)
-    factor = downsample_factor(config)  # some pipelines' own count differs from their VAE's
-    channels = transformer.config.in_channels // ports.packed**2
-    detail_channels = config.get("detail_channels", 0)
+    names = {name for name, part in pipeline.components.items() if part is not None}
+    check_part_names(type(pipeline).__name__, names)
+    parts = []
+    for model in (pipeline.transformer, pipeline.vae):
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        parts.append(Part(type(model).__name__, model.config, shapes, model.num_parameters()))
+    transformer, vae = parts
+
     sample_size = getattr(pipeline, "default_sample_size", None) or transformer.config.get("sample_size")
-    side = sample_size * factor if sample_size else backbone.picture_side(pipeline, None)
+    return _describe(type(pipeline).__name__, transformer, vae, sample_size or DEFAULT_SAMPLE_SIZE, size)
+
+
+def describe_folder(folder: Path, size: Size | None = None) -> dict[str, Any]:
+    """The facts of `describe`, of a pipeline's folder; no weights are read, and nothing is checked that needs them."""
+    index = read_json(folder / "model_index.json")
+    kind, names = str(index.get("_class_name")), set()
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry != [None, None]:
+            names.add(name)
+    check_part_names(kind, names)
+    with loading(folder, "a pipeline"):
+        transformer, vae = (read_part(folder / name, index[name][1]) for name in ("transformer", "vae"))
+        return _describe(kind, transformer, vae, transformer.config.get("sample_size") or DEFAULT_SAMPLE_SIZE, size)
+
+
+def read_part(folder: Path, kind: str) -> Part:
+    """A model's config, and the shapes in the headers of its weights."""
+    config = read_json(folder / "config.json")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with loading(path, "weights"), safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    buffers = () if kind == "AuraFlowTransformer2DModel" else BUFFERS
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(buffers))
+    return Part(config.get("_class_name", kind), config, shapes, parameters)
+
+
+def _describe(kind: str, transformer: Part, vae: Part, sample_size: int, size: Size | None) -> dict[str, Any]:
+    backbone = find_backbone(transformer.kind)
+    ports, config = backbone.ports, vae.config
+    patch = ports.packed if ports.packed > 1 else ports.patch or transformer.config["patch_size"]
+    factor = downsample_factor(config)  # some pipelines' own count differs from their VAE's
+    channels = transformer.config["in_channels"] // ports.packed**2
+    detail_channels = config.get("detail_channels", 0)
+    side = sample_size * factor
 
     unit = factor * patch  # side of a token in pixels
     tokens = {}
@@ -38,11 +95,11 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         tokens[f"{width}x{height}"] = checked_side(width, unit=unit) * checked_side(height, unit=unit) // unit**2
 
     facts: dict[str, Any] = {
-        "pipeline": type(pipeline).__name__,
-        "transformer": type(transformer).__name__,
-        "transformer_parameters": transformer.num_parameters(),
-        "autoencoder": type(pipeline.vae).__name__,
-        "autoencoder_parameters": pipeline.vae.num_parameters(),
+        "pipeline": kind,
+        "transformer": transformer.kind,
+        "transformer_parameters": transformer.parameters,
+        "autoencoder": vae.kind,
+        "autoencoder_parameters": vae.parameters,
         "upgraded": detail_channels > 0,
         "downsample_factor": factor,
         "latent_channels": channels,
@@ -50,7 +107,7 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
         "detail_channels": detail_channels,
         "patch_size": patch,
         "numbers_per_token": channels * patch**2,
-        "transformer_width": measure_width(transformer, ports),
+        "transformer_width": transformer.shapes[f"{ports.output}.weight"][1],
         "scaling_factor": config.get("scaling_factor"),
         "shift_factor": config.get("shift_factor"),
         "default_size": side,
@@ -62,22 +119,21 @@ def describe(pipeline: DiffusionPipeline, size: Size | None = None) -> dict[str,
     }
     if backbone.advice:
         facts["once_upgraded"] = backbone.advice
-    facts["upgrade"] = None if facts["upgraded"] else _describe_upgrade(pipeline, facts)
+    facts["upgrade"] = None if facts["upgraded"] else _describe_upgrade(transformer, ports, facts)
     return facts
 
 
-def _describe_port(transformer: Any, layer: str, layout: str) -> dict[str, Any]:
-    return {"layer": layer, "layout": layout, "weight": list(transformer.get_submodule(layer).weight.shape)}
+def _describe_port(transformer: Part, layer: str, layout: str) -> dict[str, Any]:
+    return {"layer": layer, "layout": layout, "weight": list(transformer.shapes[f"{layer}.weight"])}
 
 
-def _describe_upgrade(pipeline: DiffusionPipeline, facts: dict[str, Any]) -> dict[str, Any]:
+def _describe_upgrade(transformer: Part, ports: LatentPorts, facts: dict[str, Any]) -> dict[str, Any]:
     """The effect of the default upgrade on a base pipeline with these facts."""
     channels, factor, side = facts["latent_channels"], facts["downsample_factor"], facts["default_size"]
-    layers = [facts["ports"]["input"]["layer"], facts["ports"]["output"]["layer"]]
 
     # Both weights double, and so does the output port's bias.
-    input_port, output_port = map(pipeline.transformer.get_submodule, layers)
-    added = input_port.weight.numel() + sum(parameter.numel() for parameter in output_port.parameters())
+    grown = [f"{ports.input}.weight", f"{ports.output}.weight", f"{ports.output}.bias"]
+    added = sum(math.prod(transformer.shapes[name]) for name in grown if name in transformer.shapes)
 
     # Numbers of a token beyond the transformer's width would keep their noise (`widen.lost_directions`).
     most = facts["transformer_width"] // facts["patch_size"] ** 2 - channels
@@ -89,5 +145,42 @@ def _describe_upgrade(pipeline: DiffusionPipeline, facts: dict[str, Any]) -> dic
         "default_size": [side, side * RESOLUTION_FACTOR],
         "tokens_at_default_size": [facts["tokens"][str(side)]] * 2,
         "added_transformer_parameters": added,
-        "changed_layers": layers,
+        "changed_layers": [ports.input, ports.output],
     }
+
+
+def tabulate(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts of `describe` as rows for a person: name, value."""
+    ports, upgrade = facts["ports"], facts["upgrade"]
+    channels = f"{facts['latent_channels']} latent channels"
+    if facts["upgraded"]:
+        channels += f", {facts['base_channels']} base and {facts['detail_channels']} detail"
+    tokens = []
+    for size, count in facts["tokens"].items():
+        tokens.append(f"{count:,} at {size} px" + (" (default)" if size == str(facts["default_size"]) else ""))
+
+    rows = [
+        ("pipeline", facts["pipeline"]),
+        ("state", "upgraded by davae" if facts["upgraded"] else "a base, not upgraded"),
+        ("transformer", f"{facts['transformer']}, {facts['transformer_parameters']:,} parameters"),
+        ("autoencoder", f"{facts['autoencoder']}, {facts['autoencoder_parameters']:,} parameters"),
+        ("latents", f"{channels}, downsample factor {facts['downsample_factor']}"),
+        ("scale, shift", f"{facts['scaling_factor']}, {facts['shift_factor']}"),
+        ("tokens", ", ".join(tokens)),
+        ("token", f"{facts['numbers_per_token']} numbers, patch size {facts['patch_size']}"),
+        ("width", f"{facts['transformer_width']} numbers inside the transformer"),
+    ]
+    for name, port in ports.items():
+        rows.append((f"{name} port", f"{port['layer']} {port['weight']}, {port['layout']}"))
+    if upgrade is not None:
+        before, after = upgrade["default_size"]
+        rows.append(
+            ("an upgrade", f"{before} px -> {after} px at the same {upgrade['tokens_at_default_size'][0]:,} tokens")
+        )
+        added = f"{upgrade['detail_channels']} detail channels (at most {upgrade['most_detail_channels']})"
+        rows.append(
+            ("it adds", f"{added} and {upgrade['added_transformer_parameters']:,} parameters, to the two ports")
+        )
+    if "once_upgraded" in facts:
+        rows.append(("once upgraded", facts["once_upgraded"]))
+    return rows

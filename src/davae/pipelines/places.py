@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-
 from davae.errors import CheckpointError, DavaeError, SettingsError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".toml")
+ANSWER_SECONDS = 10.0  # that the Hub has to say whether it has a file
 DEFAULT_OUT = "runs"  # where all verbs write unless told otherwise
 
 
@@ -67,15 +65,48 @@ def loading(source: str | Path, what: str) -> Iterator[None]:
         raise CheckpointError(f"{source} cannot be loaded as {what}: {error or type(error).__name__}") from error
 
 
+def find_remote(hub: HubName, file: str) -> None:
+    """Refuse a repository without this file, and say which of the usual mistakes it is; nothing is fetched.
+
+    The Hub answers the same for a name that does not exist and for one that is private.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors as hub_errors
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(hub.repository, file, revision=hub.revision), str):
+        return
+    name, page = "@".join(filter(None, hub)), f"https://huggingface.co/{hub.repository}"
+    url = huggingface_hub.hf_hub_url(hub.repository, file, revision=hub.revision)
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_SECONDS)
+    except hub_errors.GatedRepoError as error:
+        reason = f"{name} is gated: accept its licence at {page}, then run hf auth login"
+        raise CheckpointError(reason) from error
+    except hub_errors.RevisionNotFoundError as error:
+        reason = f"{hub.repository} on the Hub has no revision {hub.revision}: give a commit, tag or branch"
+        raise CheckpointError(reason) from error
+    except hub_errors.RepositoryNotFoundError as error:
+        reason = f"the Hub knows no {hub.repository}, or it is private: mend the name, or run hf auth login"
+        raise CheckpointError(reason) from error
+    except hub_errors.EntryNotFoundError as error:
+        raise CheckpointError(f"{name} on the Hub has no {file}: it is no pipeline of diffusers") from error
+    except hub_errors.OfflineModeIsEnabled as error:
+        reason = "HF_HUB_OFFLINE keeps the Hub from being asked: unset it, or give a folder that is here"
+        raise CheckpointError(f"{name} is not in this machine's cache, and {reason}") from error
+    except Exception as error:  # of the network, in the classes of whatever library speaks HTTP
+        reason = "the Hub cannot be reached: mend the connection, or give a folder that is here"
+        raise CheckpointError(f"{name} is not in this machine's cache, and {reason} ({error})") from error
+
+
 def fetch_files(hub: HubName, patterns: Sequence[str]) -> Path:
     """The folder of a repository's files of these patterns, fetched from the Hub or found where they were fetched."""
+    from huggingface_hub import snapshot_download
+
     with loading("@".join(filter(None, hub)), "a name on the Hub"):
         return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=list(patterns)))
 
 
-def fetch_pipeline(
-    hub: HubName, without: Sequence[str], pipeline_class: type[DiffusionPipeline], variant: str | None
-) -> Path:
+def fetch_pipeline(hub: HubName, without: Sequence[str], pipeline_class: type[Any], variant: str | None) -> Path:
     """The folder of a pipeline's configs and safetensors files; parts of the names in `without` are left out."""
     with loading("@".join(filter(None, hub)), "a pipeline"):
         parts: dict[str, Any] = dict.fromkeys(without)

@@ -1,14 +1,10 @@
 """The settings of stage 1, and which of them fit together."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from davae.errors import SettingsError
-from davae.method.closed_form import Code
-from davae.method.discriminator import DISCRIMINATOR_MIN_SIDE
-from davae.method.perceptual import LPIPS_MIN_SIDE
-from davae.method.stage_one_loss import StageOneSettings
 from davae.run.recipe import Recipe
 from davae.training.recipes import Decay, NotNegative, PicturesRecipe, Positive, Weight
 
@@ -79,7 +75,7 @@ class AutoencoderRecipe(PicturesRecipe):
     """Residual blocks of each of these stages, less one; () is as in the base, or as in `autoencoder`."""
     target: Literal["picture", "base reconstruction"] = "picture"
     """What the reconstruction is compared with: the crop, or the base autoencoder's reconstruction at full size."""
-    code: Code = "aligned"
+    code: Literal["aligned", "unit variance", "residual", "base added", "zero sum"] = "aligned"
     """The detail latents of the closed-form start, see `davae.method.closed_form.Code`."""
     fit_pictures: Positive = 128
     """Images for the fit of the closed-form start."""
@@ -123,8 +119,10 @@ TERMS = ("l1", "gradient", "lpips", "kl", "alignment", "adversarial")
 """The terms of stage 1's loss that have a weight in a recipe."""
 
 
-def loss_settings(recipe: AutoencoderRecipe) -> StageOneSettings:
-    """The settings of `stage_one_loss` that a recipe decides."""
+def loss_settings(recipe: AutoencoderRecipe) -> Any:
+    """The StageOneSettings that a recipe decides."""
+    from davae.method.stage_one_loss import StageOneSettings  # imports diffusers
+
     loss = recipe.loss
     adaptive = {"alignment": loss.adaptive_alignment, "adversarial": loss.adaptive_adversarial}
     return StageOneSettings(
@@ -155,6 +153,9 @@ def check_choices(recipe: AutoencoderRecipe) -> None:
 
 def check_sides(recipe: AutoencoderRecipe, factor: int) -> None:
     """Refuse images, crops and patches that do not fit each other, the networks or the downsample `factor`."""
+    from davae.method.discriminator import DISCRIMINATOR_MIN_SIDE
+    from davae.method.perceptual import LPIPS_MIN_SIDE
+
     loss = recipe.loss
     sides = recipe.sides
     least, network = 0, ""

@@ -4,7 +4,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from davae.method.widen import PortsStart
 from davae.training.recipes import NotNegative, PicturesRecipe, Positive, Weight
 
 
@@ -33,7 +32,7 @@ class FinetuneRecipe(PicturesRecipe):
     """Ends of the names of the layers that get LoRA, or are trained themselves; () is the backbone's default."""
     adapter: str = ""
     """Folder of an adapter to train further, for the same base; with LoRA, of the same rank, alpha and targets."""
-    ports_start: PortsStart = "zero"
+    ports_start: Literal["zero", "random", "repeat"] = "zero"
     """How the ports' new half starts: "zero" is the method's warm start, the others are for comparison."""
     batch_size: Positive = 32
     detail_warmup_steps: NotNegative = 200
