@@ -1,6 +1,7 @@
 """The page: safe whatever the texts say, needs nothing beside it, shows the pictures bit for bit."""
 
 import base64
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -39,7 +40,7 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.names.add(tag)
         self.attributes += attrs
-        if tag not in {"meta", "img", "br"}:
+        if tag not in {"meta", "img", "br", "input"}:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -52,7 +53,11 @@ def test_texts_are_escaped_and_tags_balance(tmp_path: Path) -> None:
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
-    assert "script" not in tags.names
+    assert text.count("<script>") == 1, "the page's own viewer"
+    digest = base64.b64encode(
+        hashlib.sha256(text.split("<script>")[1].split("</script>")[0].encode()).digest()
+    ).decode()
+    assert f"script-src 'sha256-{digest}'" in text
     assert not [name for name, _ in tags.attributes if name.startswith("on")]
     assert "&lt;script&gt;" in text
 
@@ -74,6 +79,24 @@ def test_pictures_are_shown_bit_for_bit(tmp_path: Path) -> None:
     for data, original in zip(urls, shown, strict=True):
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
         assert torch.equal(torch.from_numpy(pixels).permute(2, 0, 1), original)
+
+
+def test_large_pictures_are_embedded_at_quality_90_and_files_are_linked(tmp_path: Path) -> None:
+    large = picture(1, 520)
+    grid = ImageGrid(["a b", "c"], ["r"], [[large, large]], files=[[Path("my pictures/0#.png"), None]])
+    write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", grid)]))
+    text = (tmp_path / "page.html").read_text()
+    assert text.count('href="my%20pictures/0%23.png"') == text.count('src="my%20pictures/0%23.png"') == 1
+    (data,) = re.findall(r'src="data:image/webp;base64,([^"]+)"', text)
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    assert pixels.shape == (520, 520, 3)
+    assert not torch.equal(torch.from_numpy(pixels).permute(2, 0, 1), large)
+    assert len(data) < large.numel()
+
+
+def test_a_page_without_pictures_runs_nothing(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", Report("t", "l", [Section("s", "", Table(["a"], [["b"]]))]))
+    assert "script" not in (tmp_path / "page.html").read_text()
 
 
 def test_figure_contains_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:

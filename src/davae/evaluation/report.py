@@ -1,16 +1,19 @@
-"""The page that a person looks at: one HTML file that needs nothing beside it, and its main figure as a PNG.
+"""The page that a person looks at: one HTML file, with images in it or in files beside it, and a figure as a PNG.
 
 A report is data: `Report`, `Section`, and the content of a section. `write_page` renders it with the templates of this
-folder. The page loads nothing, runs nothing, escapes all text, and follows the reader's light or dark setting.
+folder. The page loads nothing but its images, runs only its own viewer, which its security policy names by its digest,
+escapes all text, and follows the reader's light or dark setting.
 """
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import matplotlib
 import numpy as np
@@ -30,6 +33,7 @@ from davae.data.pictures import write_png
 from davae.run.storage import write_atomically
 
 _COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
+LOSSLESS_PIXELS = 512 * 512  # of an embedded image; larger ones are embedded at quality 90
 _TEXT = "#010203"  # stands for the page's own text colour, see `draw_curves`
 _INK, _SOFT, _LINE = "#1b1b1a", "#6a6a64", "#d8d8d2"
 _TILE = 420  # side of a cloud of points or a matrix, in pixels
@@ -46,6 +50,12 @@ class ImageGrid:
     cells: Sequence[Sequence[UInt8[Tensor, "3 _ _"]]]  # `cells[row][column]`, RGB in 0..255
     notes: Sequence[str] = ()  # nothing, or one short line under each title (size, tokens, filter)
     caption: str = ""
+    # Nothing, or the file of each cell, relative to the page; None embeds the image.
+    files: Sequence[Sequence[Path | None]] = ()
+
+    def file(self, row: int, column: int) -> Path | None:
+        """The file of a cell, if it has one."""
+        return self.files[row][column] if self.files else None
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.cells}
@@ -55,6 +65,26 @@ class ImageGrid:
             )
         if self.notes and len(self.notes) != len(self.columns):
             raise ValueError(f"{len(self.notes)} notes for {len(self.columns)} columns: give one each, or none")
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """One image with its prompt."""
+
+    image: UInt8[Tensor, "3 _ _"]
+    text: str
+    note: str = ""  # a short line, such as its seed
+    command: str = ""  # what makes it again, to copy
+    file: Path | None = None  # relative to the page; None embeds the image
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images in a grid, as many in a row as there is room for."""
+
+    template: ClassVar[str] = "gallery.html"
+
+    items: Sequence[GalleryItem]
 
 
 @dataclass(frozen=True)
@@ -101,7 +131,7 @@ class Section:
 
     heading: str
     text: str = ""
-    content: ImageGrid | Table | Curves | None = None
+    content: ImageGrid | Gallery | Table | Curves | None = None
 
 
 @dataclass(frozen=True)
@@ -115,15 +145,22 @@ class Report:
 
 
 def write_page(path: Path, report: Report) -> None:
-    """Write `report` as one HTML file that needs no other file, whole or not at all; make its folder."""
+    """Write `report` as one HTML file that needs none but linked images, whole or not at all; make its folder."""
     # A name that a template misspells is an error, not an empty string.
     loader = PackageLoader("davae.evaluation")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     # matplotlib has escaped the names of the curves.
     environment.filters["svg"] = lambda curves: Markup(draw_curves(curves))
     environment.filters["webp"] = _webp_url
+    environment.filters["link"] = lambda file: quote(file.as_posix())
 
-    page = environment.get_template("page.html").render(report=report)
+    # Only pages with images have the viewer. The browser runs no script but the one of this digest.
+    viewer = None
+    if any(isinstance(section.content, ImageGrid | Gallery) for section in report.sections):
+        script, _, _ = environment.loader.get_source(environment, "page.js")  # type: ignore[union-attr]
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        viewer = {"script": Markup(script), "digest": digest}
+    page = environment.get_template("page.html").render(report=report, viewer=viewer)
     write_atomically(path, page.encode())
 
 
@@ -138,9 +175,10 @@ def write_figure(path: Path, grid: ImageGrid, *, title: str = "", origin: str = 
 
 
 def _webp_url(image: UInt8[Tensor, "3 _ _"]) -> str:
-    """The image as a data URL, without loss."""
+    """The image as a data URL, without loss unless it is large."""
     buffer = io.BytesIO()
-    _to_pillow(image).save(buffer, format="WEBP", lossless=True)
+    height, width = image.shape[1:]
+    _to_pillow(image).save(buffer, format="WEBP", lossless=height * width <= LOSSLESS_PIXELS, quality=90)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
