@@ -13,8 +13,8 @@ from house import PACKAGE, closure_lines, inspect_house
         ("method/stage_one_loss.py", 2000),
         ("training/stage_one.py", 6000),
         ("training/stage_two.py", 6000),
-        ("training/stage_one_run.py", 9400),
-        ("training/stage_two_run.py", 11300),
+        ("training/stage_one_run.py", 9700),
+        ("training/stage_two_run.py", 11600),
     ],
 )
 def test_a_file_pulls_in_few_lines(file: str, bound: int) -> None:
@@ -33,4 +33,4 @@ def test_the_source_has_air(capsys: pytest.CaptureFixture[str]) -> None:
     assert house.comprehensions_per_100_lines < 2
     assert not house.long_functions
     assert not house.long_files
-    assert house.lines <= 23_500, "the package only gets smaller; new features bring their own lines here"
+    assert house.lines <= 24_600, "the package only gets smaller; new features bring their own lines here"

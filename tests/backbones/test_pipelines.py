@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -20,7 +21,7 @@ from davae.backbones.packing import pack, unpack
 from davae.errors import SettingsError
 from davae.pipelines.adapter import find_target_layers
 from davae.pipelines.loading import load_pipeline
-from davae.pipelines.sampling import draw_shared_noise, sample
+from davae.pipelines.sampling import draw_shared_noise, image_to_image, sample
 from davae.pipelines.saving import save_pipeline
 from davae.seeds import sample_generators
 from davae.training.stage_two import choose_objective
@@ -87,10 +88,11 @@ def test_the_default_size_doubles_and_others_are_checked(base, upgraded):
 def test_a_pipeline_that_davae_does_not_sample_from_is_named(upgraded):
     """Sizes and calls are known for the pipelines that are tested, not for others with the same backbone."""
     backbone = backbone_of(upgraded.transformer)
-    if backbone.classes or type(upgraded).__name__ not in IMG2IMG:
+    name = type(upgraded).__name__
+    kind = getattr(diffusers, name.removesuffix("Pipeline") + "InpaintPipeline", None)
+    if backbone.classes or kind is None:
         pytest.skip("no other pipeline with this backbone is tried here")
-    kind, _ = IMG2IMG[type(upgraded).__name__]
-    with pytest.raises(SettingsError, match=rf"a {kind.__name__} was given; allowed is {type(upgraded).__name__}"):
+    with pytest.raises(SettingsError, match=rf"a {kind.__name__} was given; allowed is .*{name}"):
         backbone.picture_side(kind(**upgraded.components), 64)
 
 
@@ -160,6 +162,20 @@ def test_the_stock_pipeline_decodes_what_training_would_encode(upgraded, size, m
     standardised = upgraded.vae.standardise(latents.squeeze(2) if latents.ndim == 5 else latents)
     torch.testing.assert_close(standardised, final, atol=1e-4, rtol=1e-4)
     assert final.std() > 0.1
+
+
+def test_sample_starts_from_an_image_where_diffusers_can(upgraded):
+    if type(upgraded).__name__ not in IMG2IMG:
+        with pytest.raises(SettingsError, match=f"no image-to-image pipeline beside {type(upgraded).__name__}"):
+            image_to_image(upgraded)
+        return
+    image = torch.randint(0, 256, (3, 80, 72), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pipeline = tiny_pipelines.quiet(image_to_image(upgraded))
+    settings = {"seed": 1, "steps": 2, "prompt_tokens": TEXT_TOKENS, "size": 64, "image": image}
+    made = [sample(pipeline, ["red apple", "blue box"], strength=strength, **settings) for strength in (0.5, 0.5, 1.0)]
+    assert made[0].shape == (2, 3, 64, 64)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 def test_img2img_starts_from_the_image(upgraded):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from davae import AutoencoderDA, assets, load_pipeline, upgrade, widen_transformer
 from davae.backbones import backbone_of
+from davae.cli import main
+from davae.cli.sources import repeat_command
 from davae.method.widen import lost_directions
 from davae.pipelines.inspection import describe
 from tiny import tiny_sd3_pipeline
@@ -49,7 +52,9 @@ def test_help_is_fast_and_names_every_verb() -> None:
     seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
     assert answer.returncode == 0
     assert all(verb in answer.stdout for verb in [*VERBS, "cache", "data"])
-    assert seconds < 2  # 0.2 s on an idle machine
+    assert answer.stdout.index("Use") < answer.stdout.index("generate") < answer.stdout.index("Research")
+    assert answer.stdout.index("Research") < answer.stdout.index("bench")
+    assert seconds < 0.6  # 0.2 s on an idle machine
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -68,6 +73,44 @@ def test_threads_wait_asleep_unless_the_user_says_otherwise(
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.split()[-2:] == [expected, "False"]
+
+
+def test_inspect_reads_no_weights_and_imports_no_library_that_does() -> None:
+    program = (
+        "import sys\n"
+        "from davae import assets\n"
+        "from davae.cli import main\n"
+        "try:\n    main(['inspect', str(assets.base_pipeline())])\n"
+        "except SystemExit as left:\n    assert not left.code\n"
+        "assert 'davae.pipelines.inspection' in sys.modules\n"
+        "assert not {'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)"
+    )
+    began = os.times()
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    ended = os.times()
+    seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
+    assert seconds < 3
+    lines = ("transformer   SD3Transformer2DModel", "an upgrade    128 px -> 256 px at the same 64 tokens")
+    for line in lines:
+        assert line in answer.stdout
+
+
+def test_short_help_and_completion() -> None:
+    assert davae("generate", "-h").stdout == davae("generate", "--help").stdout
+    variables = {"_DAVAE_COMPLETE": "complete_bash", "COMP_WORDS": "davae gen", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "davae"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
+    assert answer.stdout.split() == ["generate"]
+
+
+def test_the_timeout_of_ranks_is_shown_to_ranks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--rank-timeout" not in davae("generate", "--help").stdout
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--rank-timeout" in davae("generate", "--help").stdout
+
+
+def test_types_are_published() -> None:
+    assert (Path(assets.__file__).parents[1] / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -116,6 +159,16 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_command_to_copy_has_the_settings_of_its_image(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"steps": 3, "size": (96, 48), "negative": "a b", "lora": [("x", 0.5)], "adapter": ["c"], "dtype": None}
+    command = shlex.split(repeat_command("base", settings, "it's a cat", 7))
+    assert command[0] == "davae"
+    with pytest.raises(SystemExit):
+        main([*command[1:], "--dry-run"])
+    expected = {**settings, "size": [96, 48], "lora": [["x", 0.5]], "prompts": ["it's a cat"], "first_index": 7}
+    assert json.loads(capsys.readouterr().out).items() >= expected.items()
+
+
 def test_version() -> None:
     assert davae("--version").stdout.startswith("davae 0.")
 
@@ -148,7 +201,7 @@ def test_a_missing_pipeline_is_one_error_without_a_traceback(tmp_path: Path) -> 
 
 def test_inspect_tells_what_a_pipeline_is_and_what_an_upgrade_would_change(tmp_path: Path) -> None:
     tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
-    answer = davae("inspect", str(tmp_path / "base"))
+    answer = davae("inspect", str(tmp_path / "base"), "--json")
     assert answer.returncode == 0, answer.stderr
     facts = json.loads(answer.stdout)
     assert not facts["upgraded"]
@@ -210,8 +263,9 @@ def test_missing_recipe_leaves_with_2(tmp_path: Path, verb: str) -> None:
 def test_an_upgrade_never_replaces_what_it_reads(tmp_path: Path) -> None:
     tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*"))
+    autoencoder = Path(__file__).parents[1] / "fixtures" / "0.1.0" / "upgraded" / "vae"
     for out in (tmp_path / "base", tmp_path):
-        answer = davae("upgrade", str(tmp_path / "base"), str(tmp_path / "autoencoder"), str(out))
+        answer = davae("upgrade", str(tmp_path / "base"), str(autoencoder), str(out))
         assert answer.returncode == 2
         assert "would be replaced" in answer.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "base").rglob("*")) == before

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from davae import assets
 from davae.cli import main
 from davae.cli.options import PrintableFormatter, make_printable, say
 
@@ -67,7 +69,9 @@ def test_an_out_that_cannot_be_written_is_found_before_anything_is_read(verb, tm
 def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = command.replace("davae ", f"{sys.executable} -m davae ")
     environment = {**os.environ, **variables}
-    return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -76,6 +80,14 @@ def test_a_full_stdout_is_an_error_without_a_traceback(arguments: str) -> None:
     answer = run(f"davae {arguments} > /dev/full")
     assert (answer.returncode, "Traceback" in answer.stderr, "Exception" in answer.stderr) == (5, False, False)
     assert "No space left on device" in answer.stderr
+
+
+def test_a_verb_shows_its_own_progress_and_nothing_of_its_libraries(tmp_path: Path) -> None:
+    base, settings = assets.base_pipeline(), "--size 64 --steps 1 --prompt-tokens 8"
+    answer = run(f"davae generate {base} 'a ball' {settings} --out {tmp_path} 2>&1 >/dev/null")
+    assert answer.returncode == 0, answer.stdout
+    rest = re.sub(r"generating: 1/1 batches, .*\n", "", answer.stdout).split("\n")
+    assert [line.partition(" ")[0] for line in rest if line] == ["1", "next:"], answer.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

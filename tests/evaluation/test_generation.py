@@ -1,17 +1,22 @@
+import copy
 import json
+import re
 from html import unescape
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from davae.data.pictures import to_bytes
 from davae.data.sources import open_pictures
 from davae.errors import DataError, SettingsError
+from davae.evaluation.evaluate import BASE, GENERATED, REAL, SOFT, evaluate, interpret
 from davae.evaluation.generation import (
-    evaluate,
     generate,
     kid_with_error,
     repeat_captions,
@@ -21,7 +26,7 @@ from davae.evaluation.generation import (
 from davae.method.metrics import kid
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
-from davae.pipelines.sampling import draw_shared_noise
+from davae.pipelines.sampling import draw_shared_noise, image_to_image
 from davae.pipelines.upgrade import upgrade
 from davae.seeds import generator
 from hashes import digests
@@ -183,6 +188,68 @@ def test_pictures_of_other_prompts_settings_or_weights_are_not_taken_for_these(u
             assert torch.equal(make(upgraded, tmp_path, ["red ball"])[0], first)
 
 
+def test_a_picture_tells_how_it_was_made(upgraded, tmp_path) -> None:
+    prompts = ["grüner Ball", "red\nball"]
+    make(upgraded, tmp_path, prompts, negative="blur", first_index=3, notes={"pipeline": "mine"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00003.png", "00004.png"]
+    for index, prompt in enumerate(prompts, 3):
+        with Image.open(tmp_path / f"{index:05d}.png") as picture:
+            texts = picture.text
+        facts = json.loads(texts["davae"])
+        expected = {"prompt": prompt, "index": index, "seed": 1, "steps": 2, "negative": "blur", "pipeline": "mine"}
+        assert facts.items() >= {**expected, "width": 64, "height": 64}.items()
+        assert texts["parameters"].startswith(f"{prompt}\nNegative prompt: blur\nSteps: 2, ")
+
+
+def test_a_picture_is_made_again_from_its_number_alone(upgraded, tmp_path) -> None:
+    """Prompt, seed and number make the image, whatever was made with it."""
+    together = make(upgraded, tmp_path / "together", PROMPTS[:2])
+    alone = make(upgraded, tmp_path / "alone", PROMPTS[1:2], first_index=1)
+    assert (alone[0].int() - together[1].int()).abs().max() <= 1
+
+
+def test_a_negative_prompt_changes_a_guided_picture_and_is_refused_otherwise(upgraded) -> None:
+    first = sample(upgraded, ["red ball"], seed=1, **QUICK)
+    assert torch.equal(sample(upgraded, ["red ball"], seed=1, negative="", **QUICK), first)
+    assert not torch.equal(sample(upgraded, ["red ball"], seed=1, negative="blue tree", **QUICK), first)
+    with pytest.raises(SettingsError, match="guidance_scale=1 leaves a negative prompt unused"):
+        sample(upgraded, ["red ball"], seed=1, negative="blue tree", guidance_scale=1.0, **QUICK)
+
+
+def test_a_picture_of_another_precision_is_not_taken_for_this_one(upgraded, tmp_path) -> None:
+    half = copy.deepcopy(upgraded).to(torch.bfloat16)
+    whole = make(upgraded, tmp_path, ["red ball"])[0]
+    assert not torch.equal(make(half, tmp_path, ["red ball"])[0], whole)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_offloaded_weights_have_the_digest_of_the_same_weights_in_place(upgraded, tmp_path) -> None:
+    whole = make(upgraded, tmp_path, ["red ball"])[0]
+    away = copy.deepcopy(upgraded)
+    for part in (away.transformer, away.text_encoder):
+        cpu_offload(part, torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in away.transformer.parameters())
+    assert torch.equal(make(away, tmp_path, ["red ball"])[0], whole)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_image_to_image_starts_from_the_image(upgraded) -> None:
+    start = (torch.arange(64) * 4).to(torch.uint8).expand(3, 64, 64)
+    pipeline = image_to_image(upgraded)
+    made = {}
+    for strength in (0.25, 1.0):
+        settings = {"seed": 1, "steps": 4, "prompt_tokens": 8, "image": start, "strength": strength}
+        made[strength] = sample(pipeline, ["red ball", "red ball"], **settings).int()
+        assert made[strength].shape == (2, 3, 64, 64)
+        assert not torch.equal(made[strength][0], made[strength][1]), "each image has noise of its own"
+
+    # The decoder has random weights, so the encoded image is the measure: what strength 0 would show.
+    scaled = start[None] / 127.5 - 1
+    encoded = to_bytes(upgraded.vae.decode(upgraded.vae.encode(scaled).latent_dist.mode()).sample)[0].int()
+    near, far = ((made[strength][0] - encoded).abs().float().mean() for strength in (0.25, 1.0))
+    assert near < far
+
+
 # ----------------------------------------------------------------------------------------------------------------- KID
 
 
@@ -217,13 +284,23 @@ def test_generate_writes_pictures_and_a_page_that_is_safe(upgraded, tmp_path) ->
     text = page.read_text()
     assert "<b>blue" not in text
     assert "<b>blue</b> & tree" in unescape(text)
-    assert "2 images, 2 steps, guidance 4.0, seed 4." in text
-    assert text.count("data:image/") == 2
+    assert "2 images of 64x64 px, 2 steps, guidance 4.0, seed 4." in text
+    assert re.findall(r'<img src="([^"]+)"', text)[:2] == ["pictures/00000.png", "pictures/00001.png"]
+    assert len(page.read_bytes()) < 40_000, "the images are beside it"
+
+
+def test_several_images_of_a_prompt(upgraded, tmp_path) -> None:
+    page = generate(upgraded, ["red ball", "blue tree"], tmp_path, count=3, steps=1, prompt_tokens=8)
+    assert len(list((tmp_path / "pictures").iterdir())) == 6
+    assert page.read_text().count("seed 0, number ") == 6
+    alone = sample(upgraded, ["red ball"], seed=0, first_index=2, steps=1, prompt_tokens=8)[0]
+    with Image.open(tmp_path / "pictures" / "00002.png") as third:
+        assert abs(np.asarray(third).astype(int).transpose(2, 0, 1) - alone.numpy()).max() <= 1
 
 
 def test_generate_into_the_same_folder_shows_the_new_prompts(upgraded, tmp_path) -> None:
     pages = [generate(upgraded, [prompt], tmp_path, steps=2).read_text() for prompt in ("red ball", "blue tree")]
-    pictures = [page[page.index("data:image/") :].split('"')[0] for page in pages]
+    pictures = [re.findall(r'<img src="([^"]+)"', page)[0] for page in pages]
     assert pictures[0] != pictures[1]
 
 
@@ -271,6 +348,21 @@ class TestEvaluate:
         assert "KID (EfficientNet-Lite0) of 6 images against 16 real ones" in text
         assert f"{1000 * result['kid']:.2f}" in text
 
+    def test_it_sets_the_base_and_real_pictures_beside_the_number(
+        self, upgraded, base, picture_folder, tmp_path
+    ) -> None:
+        settings = {"count": 4, "steps": 1, "seed": 1, "prompt_tokens": 8}
+        page = evaluate(upgraded, picture_folder, tmp_path, load_base=lambda: base, **settings)
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert list(result["beside"]) == [BASE, SOFT, REAL]
+        value, error = result["beside"][REAL]
+        assert abs(value) < abs(result["beside"][SOFT][0]) + 3 * error
+        assert all(value > result["beside"][REAL][0] for value in (result["kid"], result["beside"][BASE][0]))
+        assert len(list((tmp_path / "base").iterdir())) == 4
+        text = unescape(page.read_text())
+        assert result["verdict"] in text
+        assert text.count("<img") == 4 * 3
+
     @pytest.mark.parametrize("count", [2, 3])
     def test_too_few_pictures_are_refused_before_any_is_made(self, upgraded, picture_folder, tmp_path, count) -> None:
         with pytest.raises(SettingsError, match=f"count={count}: allowed is 4 or more"):
@@ -282,3 +374,21 @@ class TestEvaluate:
         with pytest.raises(DataError, match="2 real images at least"):
             evaluate(upgraded, pictures, tmp_path / "out", count=4)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ((0.05, 0.001), "Base + bicubic has 50.00: the generated images are better, closer to the real images by 21.2"),
+        ((0.01, 0.001), "the generated images are worse, farther from the real images by 7.1 standard errors"),
+        ((0.021, 0.001), "the difference is within the error"),
+        (None, "give the base pipeline, too"),
+    ],
+)
+def test_the_number_is_said_in_words(base: tuple[float, float] | None, words: str) -> None:
+    numbers = {GENERATED: (0.02, 0.001)}
+    if base is not None:
+        numbers[BASE] = base
+    text = interpret(numbers)
+    assert text.startswith("KID x 1000 of the generated images is 20.00")
+    assert words in text

@@ -13,42 +13,48 @@ from rich.console import Console
 
 from davae import __version__
 from davae.cli import data, job, making, measuring, serve, training
-from davae.cli.options import PrintableFormatter, by_first, is_first, make_printable, say
+from davae.cli.options import PrintableFormatter, by_first, make_printable, quiet_libraries, say
 from davae.errors import DavaeError, StorageError
 
 app = typer.Typer(
     name="davae",
     help="Double the resolution of a latent diffusion pipeline at the same token count.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-# In the order of `davae --help`. Verbs that ranks cannot share are done by the first one alone.
-verbs: dict[str, Callable[..., None]] = {
-    "try": by_first(making.try_),
-    "demo": by_first(making.demo),
-    "doctor": by_first(job.doctor),
-    "init": by_first(job.init),
-    "run": job.run,
-    "recipes": by_first(job.recipes),
-    "inspect": by_first(making.inspect),
-    "train-autoencoder": training.train_autoencoder,
-    "upgrade": by_first(making.upgrade),
-    "import": by_first(making.import_),
-    "finetune": training.finetune,
-    "generate": making.generate,
-    "reconstruct": measuring.reconstruct,
-    "latents": by_first(measuring.latents),
-    "evaluate": measuring.evaluate,
-    "bench": by_first(measuring.bench),
-    "serve": by_first(serve.serve),
-    "runs": by_first(training.runs),
+# In the order of `davae --help`, in its two panels. Verbs that ranks cannot share are done by the first one alone.
+USE, RESEARCH = "Use", "Research"
+verbs: dict[str, dict[str, Callable[..., None]]] = {
+    USE: {
+        "try": by_first(making.try_),
+        "demo": by_first(making.demo),
+        "doctor": by_first(job.doctor),
+        "init": by_first(job.init),
+        "run": job.run,
+        "recipes": by_first(job.recipes),
+        "inspect": by_first(making.inspect),
+        "train-autoencoder": training.train_autoencoder,
+        "upgrade": by_first(making.upgrade),
+        "finetune": training.finetune,
+        "generate": making.generate,
+        "evaluate": measuring.evaluate,
+        "serve": by_first(serve.serve),
+        "runs": by_first(training.runs),
+    },
+    RESEARCH: {
+        "reconstruct": measuring.reconstruct,
+        "latents": by_first(measuring.latents),
+        "bench": by_first(measuring.bench),
+        "import": by_first(making.import_),
+    },
 }
-for name, verb in verbs.items():
-    app.command(name=name)(verb)
-app.add_typer(data.app, name="data")
-app.add_typer(training.caches, name="cache")
+for panel, members in verbs.items():
+    for name, verb in members.items():
+        app.command(name=name, rich_help_panel=panel)(verb)
+app.add_typer(data.app, name="data", rich_help_panel=USE)
+app.add_typer(training.caches, name="cache", rich_help_panel=RESEARCH)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,11 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before torch is imported: OpenMP's threads sleep while they wait. Those that spin take the core that the last one
     # needs, as soon as another program is busy (benchmarks/waiting.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not is_first():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows the libraries' progress
+    quiet_libraries()
 
     try:
-        app(arguments)
+        app(arguments, prog_name="davae")
     except DavaeError as error:
         with suppress(OSError):  # stderr may be full, too
             # A code above 128 is a signal, after which everything is saved: no error.

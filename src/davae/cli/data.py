@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
+from davae.cli.checks import check_pictures
 from davae.cli.options import by_first, say, say_next, show, with_dry_run
 
 app = typer.Typer(help="Look at images before training on them, or draw some.", no_args_is_help=True)
@@ -36,6 +37,11 @@ def inspect(
     dry_run: options.DryRun = False,
 ) -> None:
     """Count, measure and show the images of a source, and list the refused ones with reasons."""
+    from davae.run.storage import check_writable, write_json
+
+    if not dry_run:
+        check_writable(out or Path("runs/data"))
+        check_pictures(source)
     from davae.data.buckets import bucket_table
 
     # Buckets differ from a single square only with several sizes or aspect ratios.
@@ -48,7 +54,6 @@ def inspect(
     from davae.data.pictures import digest_origin, write_png
     from davae.data.sources import open_pictures
     from davae.data.survey import contact_sheet, source_name, survey
-    from davae.run.storage import check_writable, write_json
 
     # Decode everything once, and write before printing.
     folder = out or Path("runs/data") / source_name(source)

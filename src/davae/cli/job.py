@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_trackers, quiet_libraries, say, say_next, show
+from davae.cli.options import choose_trackers, say, say_next, show
 from davae.errors import SettingsError
 
 
@@ -42,7 +42,6 @@ def doctor(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: this verb changes nothing.")] = False,
 ) -> None:
     """Look at this machine: devices, precision, extras, disk, Hub login, and which models fit."""
-    quiet_libraries()
     from davae.job.doctor import examine, to_text
 
     facts = examine()
@@ -64,7 +63,6 @@ def init(
     dry_run: options.DryRun = False,
 ) -> None:
     """Look at your images, the base and this machine, time three steps, and write one recipe for the whole job."""
-    quiet_libraries()
     from davae.data.survey import source_name
 
     file = out or Path(f"{source_name(pictures)}.toml")
@@ -89,7 +87,6 @@ def run(
     dry_run: options.DryRun = False,
 ) -> None:
     """Do the whole job: both stages, images, numbers, a page. The same command goes on where it stopped."""
-    quiet_libraries()
     from davae.job.recipe import load_job
     from davae.run.recipe import parse_overrides
 

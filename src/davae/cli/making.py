@@ -1,12 +1,15 @@
 """Verbs that make pipelines and images: the demo, a description, an upgrade, an import, images from prompts."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, quiet_libraries, say, show, with_dry_run
+from davae.cli.checks import check_settings
+from davae.cli.options import choose_device, print_rows, say, say_next, say_result, show, with_dry_run
+from davae.cli.sources import check_sampling, load_sampler, read_prompts, repeat_command
 from davae.errors import SettingsError
 
 
@@ -17,7 +20,6 @@ def demo(
     seed: options.Seed = 0,
 ) -> None:
     """Train, upgrade, fine-tune, generate and measure with the shipped pair, and write a page."""
-    quiet_libraries()
     from davae.demo.run import run_demo
 
     page = run_demo(out, budget, seed)
@@ -32,7 +34,6 @@ def try_(
     seed: options.Seed = 0,
 ) -> None:
     """Show the shipped base enlarged beside its upgrade, for your own prompts, without training."""
-    quiet_libraries()
     from davae.demo.prompts import list_ignored_words, try_prompts
 
     for prompt in prompts:
@@ -48,13 +49,25 @@ def inspect(
     revision: options.Revision = None,
     adapter: options.Adapter = [],
     size: options.ImageSize = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print a pipeline's factor, channels, tokens per size and ports, and what an upgrade would change."""
-    from davae.pipelines.inspection import describe
-    from davae.pipelines.loading import load_pipeline
-    from davae.pipelines.places import pin
+    from davae.pipelines.inspection import describe, describe_folder, tabulate
 
-    show(describe(load_pipeline(pin(pipeline, revision), adapter=adapter), size))
+    # A folder's configs and headers tell it all; adapters are applied to weights.
+    if Path(pipeline).is_dir() and not adapter:
+        facts = describe_folder(Path(pipeline), size)
+    else:
+        from davae.pipelines.loading import load_pipeline
+        from davae.pipelines.places import pin
+
+        facts = describe(load_pipeline(pin(pipeline, revision), adapter=adapter), size)
+    if as_json:
+        return show(facts)
+    print_rows(tabulate(facts))
+    if facts["upgraded"]:
+        return say_next(f"{pipeline} is upgraded", f'davae generate {pipeline} "a prompt"')
+    return say_next(f"{pipeline} can be upgraded", f"davae init --base {pipeline} --pictures FOLDER")
 
 
 @with_dry_run
@@ -70,6 +83,8 @@ def upgrade(
     private: Annotated[bool, typer.Option("--private", help="Make NAME private if it is new.")] = False,
 ) -> None:
     """Write the upgraded, warm-started pipeline: a stock pipeline for twice the side length at the same tokens."""
+    if any(Path(folder).resolve().is_relative_to(out.resolve()) for folder in (pipeline, autoencoder)):
+        raise SettingsError(f"OUT={out} holds an input of the upgrade, and would be replaced: give another folder")
     from davae.pipelines.autoencoders import load_autoencoder
     from davae.pipelines.loading import load_pipeline
     from davae.pipelines.places import pin
@@ -80,8 +95,6 @@ def upgrade(
 
     # Refuse before anything is loaded; OUT is made beside its place, and takes it when it is complete.
     check_writable(out.resolve().parent)
-    if any(Path(folder).resolve().is_relative_to(out.resolve()) for folder in (pipeline, autoencoder)):
-        raise SettingsError(f"OUT={out} holds an input of the upgrade, and would be replaced: give another folder")
     if push_to_hub is not None:
         check_repository_name(push_to_hub)
 
@@ -108,7 +121,10 @@ def import_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and report, and write nothing.")] = False,
 ) -> None:
     """Convert another program's checkpoint to a folder that diffusers or davae loads, and account for every key."""
-    quiet_libraries()
+    from davae.run.storage import check_writable
+
+    check_writable(out)
+    check_settings({"file": file, "base": base, "revision": revision})
     from davae.pipelines.importing.kinds import import_checkpoint
     from davae.pipelines.places import pin
 
@@ -124,7 +140,14 @@ def import_(
 @with_dry_run
 def generate(
     pipeline: options.PipelinePath,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One image for each.")],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What the images show.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="A text file with a prompt on each line.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1,
+    negative: options.Negative = "",
+    image: Annotated[Path | None, typer.Option(help="A picture to start from, where diffusers can do that.")] = None,
+    strength: Annotated[float, typer.Option(min=0.01, max=1, help="How much of --image changes.")] = 0.6,
     revision: options.Revision = None,
     out: options.ResultFolder = Path("runs/generate"),
     steps: options.Steps = 28,
@@ -132,20 +155,36 @@ def generate(
     size: options.ImageSize = None,
     prompt_tokens: options.PromptTokens = 256,
     seed: options.Seed = 0,
+    first_index: Annotated[int, typer.Option(min=0, help="Number of the first image: its noise is of that.")] = 0,
+    batch: options.BatchSize = 16,
     adapter: options.Adapter = [],
-    lora: Annotated[str | None, typer.Option(help="A LoRA of the base or this model: file, folder or name.")] = None,
+    lora: options.Lora = [],
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    compiled: options.Compile = False,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
 ) -> None:
     """Generate images from prompts."""
+    texts = [*(prompts or []), *read_prompts(prompts_file)]
+    if not texts:
+        raise SettingsError("there is no prompt: give one or more in quotes after PIPELINE, or --prompts FILE")
+    check_sampling(texts, negative=negative, guidance_scale=guidance_scale, device=device, offload=offload)
+    if image is not None and int(steps * strength) < 1:
+        raise SettingsError(f"strength={strength} of {steps} steps is none: give more of either")
+    from davae.data.pictures import read_picture
     from davae.evaluation.generation import generate
-    from davae.pipelines.base_lora import load_base_lora
-    from davae.pipelines.loading import load_pipeline
-    from davae.pipelines.places import pin
 
-    source = pin(pipeline, revision)
-    loaded = load_pipeline(source, adapter=adapter, device=choose_device(device, rank_timeout))
-    if lora is not None:
-        load_base_lora(loaded, lora)
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
-    say(generate(loaded, prompts, out, prompt_tokens=prompt_tokens, seed=seed, **settings))
+    settings |= {"prompt_tokens": prompt_tokens, "seed": seed, **({"negative": negative} if negative else {})}
+    source: dict[str, Any] = {"revision": revision, "adapter": adapter, "lora": lora, "dtype": dtype}
+    started = {} if image is None else {"image": image, "strength": strength}
+    again = partial(repeat_command, pipeline, {**settings, **source, **started})
+    if image is not None:
+        settings |= {**started, "image": read_picture(image.read_bytes(), str(image))}
+
+    placing: dict[str, Any] = {"device": choose_device(device, rank_timeout), "offload": offload, "compiled": compiled}
+    loaded = load_sampler(pipeline, **source, **placing, from_image=image is not None)
+    making: dict[str, Any] = {"count": count, "batch_size": batch, "first_index": first_index, "command": again}
+    page = generate(loaded, texts, out, **making, notes={"pipeline": pipeline, **source}, **settings)
+    say_result(page, f"{len(texts) * count} images are in {page.parent / 'pictures'}")

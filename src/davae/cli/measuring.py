@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, quiet_libraries, say, with_dry_run
+from davae.cli.options import choose_device, say, say_result, with_dry_run
+from davae.cli.sources import check_sampling, load_sampler
+from davae.errors import SettingsError
 
 
 @with_dry_run
@@ -24,6 +26,7 @@ def reconstruct(
     with_kid: Annotated[bool, typer.Option("--kid/--no-kid", help="Also measure KID of the reconstructions.")] = False,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS on held-out images, beside the base's bounds and other tokenizers if given."""
     from davae.evaluation.reconstruction import reconstruct
@@ -37,7 +40,11 @@ def reconstruct(
     others = {name: load_tokenizer(folder, device=where) for name, folder in name_folders(compare).items()}
     settings: dict[str, Any] = {"size": size, "limit": limit, "patch": patch}
     settings |= {"ablate_detail": ablate_detail, "with_kid": with_kid}
-    say(reconstruct(loaded, pictures, out, base=vae, compare=others, **settings))
+    say_result(
+        reconstruct(loaded, pictures, out, base=vae, compare=others, **settings),
+        "the numbers are on the page",
+        as_json=as_json,
+    )
 
 
 @with_dry_run
@@ -53,6 +60,7 @@ def latents(
     neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that are compared.")] = 10,
     seed: options.Seed = 0,
     device: options.Device = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Draw base and detail latents beside each other (t-SNE, PCA, spectra), and measure how alike they are."""
     from davae.evaluation.latents import draw_latents
@@ -67,34 +75,62 @@ def latents(
     for name, folder in name_folders(autoencoders).items():
         loaded[name] = load_autoencoder(folder, base=vae, device=where)
     settings: dict[str, Any] = {"size": size, "limit": limit, "points": points, "neighbours": neighbours, "seed": seed}
-    say(draw_latents(loaded, pictures, out, **settings))
+    say_result(draw_latents(loaded, pictures, out, **settings), "the drawings are on the page", as_json=as_json)
 
 
 @with_dry_run
 def evaluate(
     pipeline: options.PipelinePath,
     pictures: options.ImageSource,
+    base: Annotated[
+        str | None, typer.Option(help="The base pipeline, to compare with; with --adapter it is PIPELINE.")
+    ] = None,
+    with_base: Annotated[bool, typer.Option("--with-base/--no-base", help="Compare with the base.")] = True,
     revision: options.Revision = None,
     out: options.ResultFolder = Path("runs/evaluate"),
     count: Annotated[int, typer.Option(min=4, help="Images to generate, from as many captions.")] = 1000,
+    negative: options.Negative = "",
     steps: options.Steps = 28,
     guidance_scale: options.GuidanceScale = 4.0,
     size: options.ImageSize = None,
     prompt_tokens: options.PromptTokens = 256,
     seed: options.Seed = 0,
+    batch: options.BatchSize = 16,
     adapter: options.Adapter = [],
+    lora: options.Lora = [],
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    compiled: options.Compile = False,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Generate from a set's captions, and measure KID against its images."""
-    from davae.evaluation.generation import evaluate
-    from davae.pipelines.loading import load_pipeline
-    from davae.pipelines.places import pin
+    """Generate from a set's captions, and measure KID against its images, beside base + bicubic and real images."""
+    check_sampling([], negative=negative, guidance_scale=guidance_scale, device=device, offload=offload)
+    from davae.evaluation.evaluate import evaluate
+    from davae.run.storage import read_json
 
-    source = pin(pipeline, revision)
-    loaded = load_pipeline(source, adapter=adapter, device=choose_device(device, rank_timeout))
-    settings: dict[str, Any] = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "size": size}
-    say(evaluate(loaded, pictures, out, prompt_tokens=prompt_tokens, seed=seed, **settings))
+    source: dict[str, Any] = {"lora": lora, "dtype": dtype, "offload": offload, "compiled": compiled}
+    source["device"] = choose_device(device, rank_timeout)
+    loaded = load_sampler(pipeline, revision=revision, adapter=adapter, **source)
+
+    # Only one of both pipelines is on the device.
+    compared = base or (pipeline if adapter else None)
+
+    def load_base() -> Any:
+        assert compared is not None, "it is only called then"
+        if offload is None:
+            loaded.to("cpu")
+        return load_sampler(compared, revision=revision if compared == pipeline else None, **source)
+
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
+    if negative:
+        settings["negative"] = negative
+    making: dict[str, Any] = {"count": count, "batch_size": batch, "notes": {"pipeline": pipeline, "adapter": adapter}}
+    comparison = load_base if compared and with_base else None
+    page = evaluate(loaded, pictures, out, load_base=comparison, **making, **settings)
+    say_result(page, read_json(page.with_name("result.json"))["verdict"], as_json=as_json)
 
 
 @with_dry_run
@@ -128,7 +164,8 @@ def bench(
     device: options.Device = None,
 ) -> None:
     """Time a pipeline's parts, alone or against its base, beside counted operations and the machine's ceilings."""
-    quiet_libraries()
+    if (pipeline is None) == (geometry is None):
+        raise SettingsError("give a PIPELINE, or a --geometry to build one with random weights, and not both")
     from davae.cost.bench import bench, load_pair, make_cases, quicken
     from davae.pipelines.places import pin
 

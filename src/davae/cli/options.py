@@ -6,17 +6,19 @@ import json
 import logging
 import os
 import re
+import sys
 import unicodedata
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from davae.errors import SettingsError
+from davae.cli.checks import check_device, check_settings
 
 Verb = Callable[..., None]
 
@@ -32,6 +34,15 @@ def parse_size(text: str) -> int | tuple[int, int]:
         raise typer.BadParameter(f"{text}: give a side in pixels, such as 256, or WIDTHxHEIGHT, such as 320x192")
     width, height = match.groups()
     return int(width) if height is None else (int(width), int(height))
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """A LoRA and its weight: "style.safetensors", or "style.safetensors:0.7"."""
+    place, colon, weight = text.rpartition(":")
+    try:
+        return (place, float(weight)) if colon and place else (text, 1.0)
+    except ValueError:
+        raise typer.BadParameter(f"{text}: the weight {weight!r} is no number; give it as FILE:0.7") from None
 
 
 # Where things are read and written.
@@ -69,22 +80,54 @@ Limit = Annotated[int | None, typer.Option(min=1, help="At most this many images
 Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 GuidanceScale = Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")]
 PromptTokens = Annotated[int, typer.Option(min=1, max=512, help="Length that T5 pads to.")]
+BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Images that are made at once.")]
+Negative = Annotated[str, typer.Option(metavar="TEXT", help="Text that guidance leads away from.")]
+Lora = Annotated[
+    list[Any],  # of `parse_lora`
+    typer.Option(
+        metavar="LORA[:WEIGHT]",
+        help="A LoRA of the base or this model: file, folder or name; by default with weight 1. Repeatable.",
+        parser=parse_lora,
+    ),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Precision of the weights; by default bfloat16 on a GPU, float32 on a CPU."),
+]
+Offload = Annotated[
+    Literal["model", "sequential", "group"] | None,
+    typer.Option(help="Keep weights in the computer's memory: a model, a layer or a group of layers at a time."),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks; for many images.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number of the run.")]
 
 # The run itself.
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")]
-Device = Annotated[str | None, typer.Option(help="Where it runs, such as cuda; by default a GPU if there is one.")]
-RankTimeout = Annotated[float, typer.Option(min=1, help="Seconds that one rank waits for another.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="gpu|cuda|cuda:N|mps|cpu", help="Where it runs; by default on CUDA if it is there."),
+]
+# Only processes that were launched together see it in --help.
+RankTimeout = Annotated[
+    float,
+    typer.Option(
+        min=1,
+        help="Seconds that one rank waits for another.",
+        hidden=os.environ.get("WORLD_SIZE", "1") == "1",
+    ),
+]
 ReportTo = Annotated[
     list[str], typer.Option(help="Trackers of metrics: wandb, trackio, none; by default TensorBoard if installed.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as JSON, for programs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
 
 
 def with_dry_run(verb: Verb) -> Verb:
     """Give a verb the option --dry-run: print its settings, and leave without calling it.
 
-    Otherwise its OUT must be a folder that can be written, before the verb loads or makes anything.
+    Otherwise its OUT must be a folder that can be written, and its other arguments are checked, before anything is
+    loaded or made.
     """
 
     @functools.wraps(verb)
@@ -96,6 +139,7 @@ def with_dry_run(verb: Verb) -> Verb:
             from davae.run.storage import check_writable
 
             check_writable(settings["out"])
+        check_settings(settings)
         verb(**settings)
 
     # typer reads the options from the signature.
@@ -107,16 +151,17 @@ def with_dry_run(verb: Verb) -> Verb:
 
 def choose_device(name: str | None, rank_timeout: float = 1800.0) -> str:
     """The device of that name, or by default a GPU if there is one, for each rank its own; waits for the ranks."""
+    if name is not None:
+        check_device(name)
     import torch
 
     from davae.run.ranks import Ranks, join_ranks
 
     join_ranks(rank_timeout)
     gpu = torch.cuda.is_available()
-    allowed = ["cpu", "cuda"] if gpu else ["cpu"]
-    if name is not None and name.partition(":")[0] not in allowed:
-        raise SettingsError(f"--device {name}: allowed here are {', '.join(allowed)}")
-    return name or str(Ranks().device if gpu else "cpu")
+    if name is None or (name == "gpu" and gpu):
+        return str(Ranks().device if gpu else "cpu")
+    return "mps" if name == "gpu" else name
 
 
 def choose_trackers(names: list[str]) -> list[str]:
@@ -130,9 +175,12 @@ def choose_trackers(names: list[str]) -> list[str]:
 
 
 def quiet_libraries() -> None:
-    """Keep notes on torchvision, casts and cut captions out of a run's progress; errors are still shown."""
+    """Keep libraries' notes, warnings and bars for loading out of a verb's output; errors and downloads are shown."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def is_first() -> bool:
@@ -189,3 +237,21 @@ def say_next(result: str, command: str) -> None:
 def show(facts: dict[str, Any]) -> None:
     """Print facts as JSON."""
     say(json.dumps(facts, indent=2, default=str))
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print facts in two columns, names and values."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"{name.ljust(width)}  {value}")
+
+
+def say_result(page: Path, sentence: str, *, as_json: bool = False) -> None:
+    """Print what a verb made: its page, or its result.json for programs; in words, and what to do with it."""
+    if as_json:
+        from davae.run.storage import read_json
+
+        show(read_json(page.with_name("result.json")))
+    else:
+        say(page)
+    say_next(sentence, f"open {page} in a browser")

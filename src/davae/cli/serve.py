@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, quiet_libraries, say, with_dry_run
+from davae.cli.options import choose_device, say, with_dry_run
 from davae.errors import SettingsError
 
 TOKEN_VARIABLE = "DAVAE_SERVE_TOKEN"
@@ -46,7 +46,6 @@ def serve(
     ui: Annotated[bool, typer.Option("--ui", help="Add a page to try it in a browser. Needs the extra `ui`.")] = False,
 ) -> None:
     """Serve a pipeline: images by the API that OpenAI's clients speak. Needs the extra `serve`; see docs/serving.md."""
-    quiet_libraries()
     if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
         raise SettingsError("serving needs FastAPI and uvicorn, which are not installed: pip install 'davae[serve]'")
     if ui and find_spec("gradio") is None:

@@ -1,13 +1,15 @@
 """Verbs that train, each from its recipe; the one that lists runs; and those on caches of stage 2's inputs."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from davae.cli import options
-from davae.cli.options import by_first, choose_trackers, quiet_libraries, say, say_next
-from davae.errors import CheckpointError
+from davae.cli.checks import check_pictures, check_settings
+from davae.cli.options import by_first, choose_trackers, say, say_next
+from davae.errors import CheckpointError, SettingsError
 
 
 def train_autoencoder(
@@ -19,16 +21,16 @@ def train_autoencoder(
     dry_run: options.DryRun = False,
 ) -> None:
     """Stage 1: train the detail-aligned autoencoder, then calibrate its latent statistics."""
-    quiet_libraries()
-    from davae.cost.budget import describe_plan
-    from davae.run.recipe import load_recipe, parse_overrides, run_folder
+    from davae.run.recipe import run_folder
     from davae.training.stage_one_recipe import AutoencoderRecipe
+
+    resolved = _read_recipe(1, recipe, settings)
+    if dry_run:
+        return _show_plan(resolved, recipe)
+    folder = run_folder(AutoencoderRecipe, recipe, out)
+    _check_inputs(resolved, folder)
     from davae.training.stage_one_run import train_autoencoder
 
-    resolved = load_recipe(AutoencoderRecipe, recipe, parse_overrides(settings))
-    if dry_run:
-        return say(describe_plan(resolved, recipe))
-    folder = run_folder(AutoencoderRecipe, recipe, out)
     trained = train_autoencoder(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
     say(trained)
     say_next(
@@ -46,19 +48,60 @@ def finetune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Stage 2: fine-tune the upgraded transformer for the detail latents: LoRA and ports, layers and ports, or all."""
-    quiet_libraries()
-    from davae.cost.budget import describe_plan
-    from davae.run.recipe import load_recipe, parse_overrides, run_folder
+    from davae.run.recipe import run_folder
     from davae.training.stage_two_recipe import FinetuneRecipe
+
+    resolved = _read_recipe(2, recipe, settings)
+    if dry_run:
+        return _show_plan(resolved, recipe)
+    folder = run_folder(FinetuneRecipe, recipe, out)
+    _check_inputs(resolved, folder)
     from davae.training.stage_two_run import finetune
 
-    resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
-    if dry_run:
-        return say(describe_plan(resolved, recipe))
-    folder = run_folder(FinetuneRecipe, recipe, out)
     pipeline = finetune(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
     say(pipeline)
     say_next(f"stage 2 is done: the upgraded pipeline is in {pipeline}", f'davae generate {pipeline} "a prompt"')
+
+
+def _read_recipe(stage: int, path: Path, settings: Sequence[str]) -> Any:
+    """The recipe of a stage; one of the other stage is told in a line."""
+    from davae.run.recipe import has_sections, load_recipe, parse_overrides, read_toml
+    from davae.training.stage_one_recipe import AutoencoderRecipe
+    from davae.training.stage_two_recipe import FinetuneRecipe
+
+    kinds: dict[int, Any] = {1: AutoencoderRecipe, 2: FinetuneRecipe}
+    verbs = {1: "train-autoencoder", 2: "finetune"}
+    kind, other = kinds[stage], kinds[3 - stage]
+
+    # Keys that only the other stage has, and none of its own.
+    values = read_toml(path)
+    keys, own, others = set(values), set(kind.model_fields), set(other.model_fields)
+    foreign = sorted(keys & others - own)
+    if foreign and not keys & own - others and not has_sections(kind, values):
+        raise SettingsError(
+            f"recipe {path} is of stage {3 - stage}, by its {', '.join(foreign[:3])}: davae {verbs[3 - stage]} {path} "
+            f"runs it; davae {verbs[stage]} needs one of stage {stage}"
+        )
+    return load_recipe(kind, path, parse_overrides(settings))
+
+
+def _check_inputs(recipe: Any, folder: Path) -> None:
+    """Check where a recipe's run reads and writes, before anything is loaded."""
+    from davae.run.storage import check_writable
+
+    check_writable(folder)
+    if (folder / "environment.json").is_file():
+        return  # it goes on, from what it has
+    if recipe.pictures:
+        check_pictures(recipe.pictures)
+    autoencoder = getattr(recipe, "autoencoder", "")
+    check_settings({"base": recipe.base or None, "autoencoder": Path(autoencoder) if autoencoder else None})
+
+
+def _show_plan(recipe: Any, path: Path) -> None:
+    from davae.cost.budget import describe_plan
+
+    say(describe_plan(recipe, path))
 
 
 def runs(
@@ -71,6 +114,11 @@ def runs(
     """List runs: their progress, their results, and the settings in which they differ."""
     from davae.run.comparison import find_runs, to_json, to_text
 
+    # A folder that nothing has run in yet is no mistake.
+    if not folders and not any(Path("runs").rglob("recipe.toml")):
+        if as_json:
+            say("[]")
+        return say_next("there are no runs yet: they will be in runs/", "davae demo")
     summaries = find_runs(folders or [Path("runs")])
     say(to_json(summaries) if as_json else to_text(summaries))
     finished = sum(summary.state == "finished" for summary in summaries)
@@ -95,13 +143,15 @@ def build(
     dry_run: options.DryRun = False,
 ) -> None:
     """Encode what the recipe's run needs before it trains; resumes where it stopped, and several ranks share it."""
-    quiet_libraries()
-    from davae.run.recipe import load_recipe, parse_overrides, run_folder
+    from davae.run.recipe import run_folder
     from davae.training.stage_two_recipe import FinetuneRecipe
+
+    resolved = _read_recipe(2, recipe, settings)
+    folder = run_folder(FinetuneRecipe, recipe, out)
+    if not dry_run:
+        _check_inputs(resolved, folder)
     from davae.training.stage_two_run import build_caches, find_cache_folder
 
-    resolved = load_recipe(FinetuneRecipe, recipe, parse_overrides(settings))
-    folder = run_folder(FinetuneRecipe, recipe, out)
     if dry_run:
         say(resolved.to_toml())
         return say(f"# caches go to {find_cache_folder(resolved, folder)}")

@@ -25,6 +25,7 @@ from davae.errors import SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import base_facts
 from davae.pipelines.loading import load_pipeline
+from davae.pipelines.placement import choose_dtype
 from davae.pipelines.upgrade import upgrade
 from davae.run.markdown import markdown_table
 from davae.run.record import environment
@@ -32,7 +33,6 @@ from davae.run.storage import finite, write_atomically
 from davae.training.devices import lay_out
 from davae.training.stage_two_transformer import compile_blocks
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # By the type of device: the sizes of the matrix product and of the copy that measure the ceilings.
 CEILINGS = {"cuda": {"side": 8192, "copied_bytes": 8 * 10**9}, "cpu": {"side": 1024, "copied_bytes": 256 * 2**20}}
 # The parts whose share of the ceiling of products is in the table.
@@ -59,9 +59,7 @@ def load_pair(
     `layers` blocks with random weights (`davae.cost.geometry.build`), which is compared with its own upgrade.
     """
     place = torch.device(device)
-    chosen = dtype or ("float32" if place.type == "cpu" else "bfloat16")
-    if chosen not in DTYPES:
-        raise SettingsError(f"dtype={chosen}: allowed are {', '.join(DTYPES)}")
+    precision = choose_dtype(dtype, place)
     if (pipeline is None) == (geometry is None):
         raise SettingsError("give a PIPELINE, or a --geometry to build one with random weights, and not both")
 
@@ -70,9 +68,9 @@ def load_pair(
         if layers is not None:
             raise SettingsError("--layers is for a --geometry: a loaded pipeline is as deep as it is")
         name = " + ".join(path.name for path in (Path(pipeline), *adapter))
-        pair = {name: load_pipeline(pipeline, adapter=adapter, dtype=DTYPES[chosen], device=place)}
+        pair = {name: load_pipeline(pipeline, adapter=adapter, dtype=precision, device=place)}
         if against is not None:
-            pair[f"against {Path(against).name}"] = load_pipeline(against, dtype=DTYPES[chosen], device=place)
+            pair[f"against {Path(against).name}"] = load_pipeline(against, dtype=precision, device=place)
         return pair
 
     # A geometry has text encoders only if they are timed, because they may be its larger part.
@@ -82,7 +80,7 @@ def load_pair(
     if layers is None and place.type == "cpu":
         raise SettingsError("a --geometry at its full depth is for a GPU: on a CPU give its depth, such as --layers 2")
     text = not parts or "text" in parts or "whole" in parts
-    base = build(geometry, layers=layers, text=text, dtype=DTYPES[chosen], device=place)
+    base = build(geometry, layers=layers, text=text, dtype=precision, device=place)
     autoencoder = AutoencoderDA.from_base(base.vae, detail_channels=base_facts(base.vae.config).latent_channels).eval()
     return {f"{geometry} upgraded": upgrade(base, autoencoder), f"against {geometry}": base}
 

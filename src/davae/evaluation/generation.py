@@ -1,6 +1,7 @@
 """Images out of a pipeline, and KID of many of them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,61 +9,118 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
+from davae import __version__
 from davae.backbones import backbone_of
-from davae.backbones.backbone import Size
-from davae.data.buckets import Bucket
-from davae.data.listing import PictureSource
 from davae.data.pictures import ORIGIN, digest_origin, place_png, read_png, to_bytes, to_floats, write_png
-from davae.data.sources import PictureSet, open_pictures
-from davae.errors import DataError, SettingsError
-from davae.evaluation.report import ImageGrid, Report, Section, Table, write_page
+from davae.data.sources import PictureSet
+from davae.errors import DataError
+from davae.evaluation.report import Gallery, GalleryItem, Report, Section, write_page
 from davae.method.metrics import EfficientNetLite0Features, kid
 from davae.pipelines.autoencoders import digest_tensors
+from davae.pipelines.placement import read_weights
 from davae.pipelines.sampling import sample
 from davae.run.progress import track
 from davae.run.ranks import Ranks
-from davae.run.record import environment
-from davae.run.storage import write_json
 from davae.seeds import generator
+
+# Settings of `sample` that a result and a page name, whether they are given or not.
+DEFAULTS = {"steps": 28, "guidance_scale": 4.0, "size": None, "prompt_tokens": 256, "seed": 0}
 
 
 def sample_many(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, *, label: str, batch_size: int = 16, **settings
+    pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, **settings: Any
 ) -> list[UInt8[Tensor, "3 height width"]]:
+    """The images of `sample_files`, with its settings."""
+    return [read_png(path) for path in sample_files(pipeline, prompts, folder, **settings)]
+
+
+def sample_files(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    label: str,
+    batch_size: int = 16,
+    first_index: int = 0,
+    notes: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Path]:
     """`sample` in batches, into PNG files in `folder`; a second call makes only what is missing.
 
-    Each file records its weights, prompt, index and settings. A file of others keeps its place: then the image gets a
-    name beside it (`place_png`). The ranks share the batches, and all return all images.
+    Each file records its weights, prompt, index and settings, and beside them the `notes`, such as the pipeline's name.
+    A file of others keeps its place: then the image gets a name beside it (`place_png`). The ranks share the batches,
+    and all return the files of all.
     """
     ranks = Ranks()
     pipeline.set_progress_bar_config(disable=True)
-    digests = []
-    for _, component in sorted(pipeline.components.items()):
-        if isinstance(component, nn.Module):
-            digests.append(digest_tensors(component.state_dict()))
-    weights = digest_origin(*digests, dict(pipeline.scheduler.config))
+    weights = _digest_pipeline(pipeline)
 
     # Where each image goes, and what it is made from.
+    facts = dict(settings)
+    if "image" in settings:
+        facts["image"] = digest_tensors({"image": settings["image"]})
     paths, origins = [], []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts, first_index):
         paths.append(folder / f"{index:05d}.png")
-        origins.append(digest_origin(weights, settings, prompt, index))
+        origins.append(digest_origin(weights, facts, prompt, index))
 
     # Each rank makes every so many-th batch, if one of its images is missing.
     starts = range(0, len(prompts), batch_size)[ranks.rank :: ranks.count]
     for start in track(starts, label, unit="batches", visible=ranks.first):
         batch = range(start, min(start + batch_size, len(prompts)))
-        if all(_is_made(paths[index], origins[index]) for index in batch):
+        if all(_is_made(paths[place], origins[place]) for place in batch):
             continue
-        images = sample(pipeline, [prompts[index] for index in batch], first_index=start, **settings)
-        for index, image in zip(batch, images, strict=True):
-            write_png(paths[index], image, origin=origins[index])
+        images = sample(pipeline, [prompts[place] for place in batch], first_index=first_index + start, **settings)
+        for place, image in zip(batch, images, strict=True):
+            texts = describe_image(image, prompts[place], first_index + place, facts, notes or {})
+            write_png(paths[place], image, origin=origins[place], texts=texts)
 
     ranks.wait("generating")
-    return [read_png(place_png(path, origin)) for path, origin in zip(paths, origins, strict=True)]
+    return [place_png(path, origin) for path, origin in zip(paths, origins, strict=True)]
+
+
+def describe_image(
+    image: UInt8[Tensor, "3 h w"], prompt: str, index: int, settings: Mapping[str, Any], notes: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata of a generated image: "davae" has all facts as JSON, "parameters" the text that viewers show."""
+    height, width = image.shape[1:]
+    facts = {"prompt": prompt, "index": index, **settings, "width": width, "height": height, **notes}
+    facts["davae"] = __version__
+
+    lines = [prompt]
+    if settings.get("negative"):
+        lines.append(f"Negative prompt: {settings['negative']}")
+    values = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "Denoising strength": "strength"}
+    items = [f"{name}: {settings[key]}" for name, key in values.items() if key in settings]
+    items += [f"Size: {width}x{height}", f"Image number: {index}", f"Version: davae {__version__}"]
+    lines.append(", ".join(items))
+
+    return {"parameters": "\n".join(lines), "davae": json.dumps(facts, default=str)}
+
+
+def _digest_pipeline(pipeline: DiffusionPipeline) -> str:
+    """SHA-256 (hex) of a pipeline's weights, precision, strengths of LoRAs and scheduler: its images depend on them."""
+    digests: list[Any] = []
+    strengths: set[tuple[str, str, float]] = set()
+    for part, component in sorted(pipeline.components.items()):
+        if not isinstance(component, nn.Module):
+            continue
+        digests.append(digest_tensors(dict(read_weights(component))))
+        for layer in component.modules():
+            if isinstance(layer, BaseTunerLayer):
+                strengths.update((part, name, layer.scaling[name]) for name in layer.active_adapters)
+
+    # What most pipelines do not have is only told where it is there, so that earlier images keep their digests.
+    more: list[Any] = []
+    if pipeline.transformer.dtype != torch.float32:
+        more.append(str(pipeline.transformer.dtype))
+    if strengths:
+        more.append(sorted(strengths))
+    return digest_origin(*digests, dict(pipeline.scheduler.config), *more)
 
 
 def repeat_captions(pictures: PictureSet, count: int) -> list[str]:
@@ -72,9 +130,10 @@ def repeat_captions(pictures: PictureSet, count: int) -> list[str]:
     return [pictures.captions[index % len(pictures)] for index in range(count)]
 
 
-def resize(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 {side} {side}"]:
-    """A square image at another side with bicubic, antialiased where it gets smaller."""
-    return to_bytes(F.interpolate(to_floats(image[None]), size=(side, side), mode="bicubic", antialias=True))[0]
+def resize(image: UInt8[Tensor, "3 _ _"], size: int | tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
+    """An image at another side, or height and width, with bicubic, antialiased where it gets smaller."""
+    sides = (size, size) if isinstance(size, int) else size
+    return to_bytes(F.interpolate(to_floats(image[None]), size=sides, mode="bicubic", antialias=True))[0]
 
 
 def extract_features(images: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:
@@ -105,81 +164,43 @@ def generate(
     prompts: Sequence[str],
     out: Path,
     *,
-    steps: int = 28,
-    guidance_scale: float = 4.0,
-    size: Size | None = None,
-    prompt_tokens: int = 256,
-    seed: int = 0,
+    count: int = 1,
+    batch_size: int = 16,
+    first_index: int = 0,
+    notes: Mapping[str, Any] | None = None,
+    command: Callable[[str, int], str] | None = None,
+    **settings: Any,
 ) -> Path:
-    """Generate an image for each prompt, as PNG files in `out`, and a page of them; the path of the page.
+    """Generate `count` images for each prompt, as PNG files in `out`, and a page of them; the path of the page.
 
-    The settings are those of `sample`.
+    The other settings are those of `sample`, and `notes` go into the images' metadata. `command` says what makes an
+    image again, by its prompt and its number.
     """
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
-    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
-    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
-    images = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
+    settings = {**DEFAULTS, **settings}
+    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, settings["size"])
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    making: dict[str, Any] = {"label": "generating", "batch_size": batch_size, "first_index": first_index}
+    paths = sample_files(pipeline, repeated, out / "pictures", notes=notes, **making, **settings)
 
-    grid = ImageGrid([f"{width}x{height} px"], list(prompts), [[image] for image in images])
-    lead = f"{len(images)} images, {steps} steps, guidance {guidance_scale}, seed {seed}."
-    report = Report("Generated images", lead, [Section("Images", "", grid)])
+    items = []
+    for index, (prompt, path) in enumerate(zip(repeated, paths, strict=True), first_index):
+        again = "" if command is None else command(prompt, index)
+        note = f"seed {settings['seed']}, number {index}"
+        items.append(GalleryItem(read_png(path), prompt, note, again, path.relative_to(out)))
+    lead = f"{len(items)} images of {width}x{height} px, {describe_settings(settings)}."
+    report = Report("Generated images", lead, [Section("Images", "", Gallery(items))])
     Ranks().on_first(lambda: write_page(out / "index.html", report))
     return out / "index.html"
 
 
-def evaluate(
-    pipeline: DiffusionPipeline,
-    pictures: PictureSource,
-    out: Path,
-    *,
-    count: int = 1000,
-    steps: int = 28,
-    guidance_scale: float = 4.0,
-    size: Size | None = None,
-    prompt_tokens: int = 256,
-    seed: int = 0,
-) -> Path:
-    """Generate `count` images from a set's captions and measure KID against its images; the path of a page in `out`.
-
-    The settings are those of `sample`. Real images are cropped to the shape of the generated ones.
-
-    Raises:
-        SettingsError: `count` is below 4, `sample` refuses the pipeline, or `davae[eval]` is not installed.
-        DataError: there are fewer than 2 real images.
-    """
-    if count < 4:
-        raise SettingsError(f"count={count}: allowed is 4 or more, because the error of KID comes from halves")
-    EfficientNetLite0Features()  # if it is not installed, say so before hours of sampling
-
-    ranks = Ranks()
-    width, height = backbone_of(pipeline.transformer).width_and_height(pipeline, size)
-    shape = Bucket(height, width, width / height)
-    real = open_pictures(pictures, size=min(width, height), buckets=[shape])
-    real = real.sound(out / "refused.json" if ranks.first else None)
-    if len(real) < 2:
-        raise DataError(f"KID needs 2 real images at least, and {pictures} has 1; {real.refusals_summary()}")
-
-    # Generate, and compare features.
-    prompts = repeat_captions(real, count)
-    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": (width, height)}
-    settings |= {"prompt_tokens": prompt_tokens, "seed": seed}
-    generated = sample_many(pipeline, prompts, out / "pictures", label="generating", **settings)
-    references = extract_features([real.image(index) for index in range(len(real))], side=width)
-    value, error = kid_with_error(extract_features(generated, side=width), references, seed=seed)
-
-    features = EfficientNetLite0Features.name
-    result = {"kid": value, "kid_error": error, "features": features, "count": count, "real": len(real), **settings}
-    result |= {"device": str(pipeline.device), "environment": environment()}
-    ranks.on_first(lambda: write_json(out / "result.json", result))
-
-    # The page shows the first images.
-    table = Table(["", "KID x 1000"], [["generated images", f"{1000 * value:.2f} +- {1000 * error:.2f}"]])
-    cells = [[image] for image in generated[:16]]
-    grid = ImageGrid([f"{width}x{height} px"], prompts[:16], cells)
-    lead = f"KID ({features}) of {count} images against {len(real)} real ones. {real.refusals_summary()}"
-    report = Report("Generation", lead, [Section("Numbers", "", table), Section("Images", "", grid)])
-    ranks.on_first(lambda: write_page(out / "index.html", report))
-    return out / "index.html"
+def describe_settings(settings: Mapping[str, Any]) -> str:
+    """The settings of a page's images in a line."""
+    parts = [f"{settings['steps']} steps", f"guidance {settings['guidance_scale']}", f"seed {settings['seed']}"]
+    if settings.get("negative"):
+        parts.append(f"negative prompt {settings['negative']!r}")
+    if "image" in settings:
+        parts.append(f"from an image with strength {settings['strength']:g}")
+    return ", ".join(parts)
 
 
 def _is_made(path: Path, origin: str) -> bool:

@@ -8,7 +8,7 @@ changes the base channels as in the base model, and the others not at all.
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,16 @@ def load_base_lora(
     place = {"weight_name": weight_name, "revision": hub and hub.revision, "use_safetensors": True}
     with loading(lora, "a LoRA of this pipeline"):
         _load(pipeline, source, place, adapter_name)
+
+
+def load_base_loras(pipeline: DiffusionPipeline, loras: Sequence[tuple[str, float]]) -> None:
+    """Load LoRAs as `load_base_lora` does, each with the weight that scales it."""
+    names = []
+    for number, (lora, _) in enumerate(loras, 1):
+        names.append(f"lora_{number}")
+        load_base_lora(pipeline, lora, adapter_name=names[-1])
+    if names:
+        pipeline.set_adapters(names, [weight for _, weight in loras])
 
 
 def _load(pipeline: DiffusionPipeline, source: str, place: dict[str, Any], adapter_name: str | None) -> None:

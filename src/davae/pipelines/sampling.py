@@ -1,8 +1,10 @@
 """Images from prompts, from any pipeline that takes captions; noise that a base shares with its upgrade; previews."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from jaxtyping import UInt8
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.backbones.backbone import Size
+from davae.data.buckets import Bucket, fit
 from davae.data.pictures import to_bytes
 from davae.errors import SettingsError
 from davae.models.base_autoencoders import base_facts, downsample_factor
@@ -58,25 +61,67 @@ def sample(
     size: Size | None = None,
     prompt_tokens: int = 256,
     first_index: int = 0,
+    negative: str = "",
+    image: UInt8[Tensor, "3 _ _"] | None = None,
+    strength: float = 0.6,
 ) -> UInt8[Tensor, "b 3 height width"]:
     """Make one image for each prompt, all in one batch.
 
     The noise is keyed by `seed` and by each image's index, which counts from `first_index`. `guidance_scale` is an
-    argument of the stock pipeline; in most, 1 turns classifier-free guidance off. `size` is a side in pixels, or width
-    and height; the pipeline's default square if None. The longest text encoder pads or cuts to `prompt_tokens`.
+    argument of the stock pipeline; in most, 1 turns classifier-free guidance off, and otherwise it is against the text
+    `negative`. `size` is a side in pixels, or width and height; the pipeline's default square if None. The longest text
+    encoder pads or cuts to `prompt_tokens`.
+
+    With an `image`, `image_to_image` has made the pipeline. It starts from that image, cropped and scaled down, at the
+    share `strength` of the steps; the smaller, the more of it stays.
     """
     backbone = backbone_of(pipeline.transformer)
     width, height = backbone.width_and_height(pipeline, size)
     factor = downsample_factor(pipeline.vae.config)  # some pipelines' own count differs from their VAE's
     indices = range(first_index, first_index + len(prompts))
     noise = draw_shared_noise(pipeline, indices, seed=seed, height=height // factor, width=width // factor)
-    noise = noise.to(pipeline.device, pipeline.transformer.dtype)
+    noise = noise.to(pipeline._execution_device, pipeline.transformer.dtype)
 
     arguments = backbone.call_arguments(
         prompts, noise=noise, height=height, width=width, guidance_scale=guidance_scale, prompt_tokens=prompt_tokens
     )
+    if negative:
+        _check_negative(pipeline, guidance_scale)
+        arguments["negative_prompt"] = [negative] * len(prompts)
+    if image is not None:
+        # Image-to-image pipelines would take latents for noisy ones that begin at the first step.
+        del arguments["latents"]
+        start = fit(image, Bucket(height, width, width / height)) / 255
+        arguments |= {"image": start.expand(len(prompts), *start.shape), "strength": strength}
+        arguments["generator"] = [generator(seed, "image to image", index) for index in indices]
+
     images = pipeline(**arguments, num_inference_steps=steps, output_type="pt").images
     return to_bytes(images * 2 - 1)
+
+
+def image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The stock pipeline with the same parts that starts from an image, for `sample(image=...)`."""
+    name = type(pipeline).__name__
+    kind = getattr(diffusers, name.removesuffix("Pipeline") + "Img2ImgPipeline", None)
+    if kind is None:
+        raise SettingsError(
+            f"diffusers has no image-to-image pipeline beside {name}: leave --image out, or take a pipeline of Stable "
+            "Diffusion 3, FLUX.1, Chroma, Qwen-Image or Z-Image"
+        )
+    return kind(**pipeline.components)
+
+
+def _check_negative(pipeline: DiffusionPipeline, guidance_scale: float) -> None:
+    """Refuse a negative prompt that the pipeline would not use."""
+    name = type(pipeline).__name__
+    if backbone_of(pipeline.transformer).guided_rows == 1:
+        raise SettingsError(f"{name}'s guidance is an input of its model, without a negative prompt: leave it out")
+    if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise SettingsError(f"{name} takes no negative prompt: leave it out")
+    if guidance_scale <= 1:
+        raise SettingsError(
+            f"guidance_scale={guidance_scale:g} leaves a negative prompt unused: give a scale above 1, or leave it out"
+        )
 
 
 def to_vae_scale(vae: ModelMixin, latents: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ def _explain(cls: type[Recipe], problem: Mapping[str, Any]) -> str:
             table = table.model_fields[part].annotation
         known = list(table.model_fields)
         hint = _suggest(location[-1], known, '"{}"')
-        return f'unknown key "{dotted}": {hint}known keys here: {", ".join(known)}'
+        keys = "" if hint else f"known keys here: {', '.join(known)}"
+        return f'unknown key "{dotted}": {hint.strip()}{keys}'
 
     if problem["type"] == "missing" and isinstance(location[-1], int):
         return f'key "{dotted.rpartition(".")[0]}" = {problem["input"]!r}: too few values'
