@@ -82,6 +82,7 @@ def test_a_full_stdout_is_an_error_without_a_traceback(arguments: str) -> None:
     assert "No space left on device" in answer.stderr
 
 
+@pytest.mark.timeout(900)
 def test_a_verb_shows_its_own_progress_and_nothing_of_its_libraries(tmp_path: Path) -> None:
     base, settings = assets.base_pipeline(), "--size 64 --steps 1 --prompt-tokens 8"
     answer = run(f"davae generate {base} 'a ball' {settings} --out {tmp_path} 2>&1 >/dev/null")

@@ -139,7 +139,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monke
 
 def test_another_models_folder_is_a_typed_refusal(base, tmp_path):
     base.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be loaded as an AutoencoderDA"):
+    with pytest.raises(CheckpointError, match="is a plain AutoencoderKL, not an AutoencoderDA"):
         load_autoencoder(tmp_path / "vae")
 
     index = json.loads((tmp_path / "model_index.json").read_text())

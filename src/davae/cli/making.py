@@ -105,7 +105,8 @@ def upgrade(
     write_card(out, make_upgrade_card(pipeline, portable=portable))
     say(out)
     if push_to_hub is not None:
-        say(push_folder(out, push_to_hub, private=private))
+        return say(push_folder(out, push_to_hub, private=private))
+    return say(f'next: davae generate {out} "a prompt"; davae finetune makes it good')
 
 
 def import_(

@@ -16,6 +16,7 @@ from davae.errors import CheckpointError, SettingsError
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_autoencoders import find_base
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
+from davae.pipelines.folders import check_autoencoder
 from davae.pipelines.places import fetch_files, find_on_hub, loading
 from davae.pipelines.sizes import check_finite
 from davae.pipelines.vetting import check_files
@@ -66,6 +67,8 @@ def load_autoencoder(
                     f"and this one's is {digest}. Give the base pipeline that the adapter names"
                 )
         folder = folder / VAE_FOLDER
+    elif (folder / "config.json").is_file():
+        check_autoencoder(folder)
 
     return load_model(AutoencoderDA, folder, frozen=frozen, dtype=dtype, device=device)
 

@@ -12,6 +12,7 @@ from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
 from davae.pipelines.places import find_on_hub, find_remote
 
 AUTOENCODER = "AutoencoderDA"
+UNKNOWN = "model of unknown class"
 PIPELINE_INDEX = "model_index.json"
 
 
@@ -39,11 +40,11 @@ def describe_place(path: Path) -> str:
 
 
 def read_class(folder: Path) -> str:
-    """The class of the model in a folder, by its config; "model of unknown class" if that does not say."""
+    """The class of the model in a folder, by its config; `UNKNOWN` if that does not say."""
     try:
         name = json.loads((folder / "config.json").read_bytes())["_class_name"]
     except (OSError, ValueError, LookupError, TypeError):  # the loader will say what is wrong with it
-        return "model of unknown class"
+        return UNKNOWN
     return str(name)
 
 
@@ -76,8 +77,9 @@ def check_pipeline(source: str) -> None:
 
 
 def check_autoencoder(folder: Path) -> None:
-    """Refuse a place without an AutoencoderDA and without an adapter, which has one."""
-    if (folder / INDEX).is_file() or read_class(folder) == AUTOENCODER:
+    """Refuse a place without an AutoencoderDA and without an adapter, which has one; not a damaged config."""
+    has_config = (folder / "config.json").is_file()
+    if (folder / INDEX).is_file() or (has_config and read_class(folder) in (AUTOENCODER, UNKNOWN)):
         return
     kind = describe_place(folder)
     advice = f"give the folder of a trained {AUTOENCODER}, such as runs/NAME/autoencoder, or of an adapter"
@@ -90,7 +92,7 @@ def check_autoencoder(folder: Path) -> None:
         advice = f"its autoencoder is in {part}" if own else f"its autoencoder is a plain {read_class(part)}; {advice}"
     elif is_run(folder):
         advice = _find_results(folder)
-    elif (folder / "config.json").is_file():
+    elif has_config:
         kind = f"a plain {read_class(folder)}"
         advice = f"davae train-autoencoder makes an {AUTOENCODER} from a base's; {advice}"
     raise CheckpointError(f"{folder} is {kind}, not an {AUTOENCODER}: {advice}")
