@@ -70,7 +70,7 @@ def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = command.replace("davae ", f"{sys.executable} -m davae ")
     environment = {**os.environ, **variables}
     return subprocess.run(
-        command, shell=True, capture_output=True, text=True, timeout=240, check=False, env=environment
+        command, shell=True, capture_output=True, text=True, timeout=800, check=False, env=environment
     )
 
 

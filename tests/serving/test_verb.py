@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from davae import assets
+
 TOKEN = "a-token-of-24-characters"
 
 
 def serve(*arguments: str, token: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "davae", "serve", "nowhere", *arguments]
+    command = [sys.executable, "-m", "davae", "serve", str(assets.base_pipeline()), *arguments]
     environment = {**os.environ, "DAVAE_SERVE_TOKEN": token}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
