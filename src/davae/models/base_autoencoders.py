@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn, tanh
 
 Config = Mapping[str, Any]
-Model = Any
-"""A ModelMixin of diffusers, which is imported when a class is loaded: facts of configs do not need it."""
-
-
-def _load_stock(name: str) -> Callable[[], type[Model]]:
-    def load_class() -> type[Model]:
-        return getattr(import_module("diffusers"), name)
-
-    return load_class
+Model = Any  # a ModelMixin of diffusers, which is imported when a class is loaded: facts of configs do not need it
 
 
 def _load_autoencoder_da() -> type[Model]:
@@ -87,7 +79,7 @@ class BaseAutoencoder:
 
 
 _TINY = BaseAutoencoder(
-    _load_stock("AutoencoderTiny"),
+    lambda: import_module("diffusers").AutoencoderTiny,
     # The layers take and give images in [0, 1].
     run_encoder=lambda encoder, image: _run_layers(encoder, (image + 1) / 2),
     encode=lambda encoder, _, image: _run_layers(encoder, (image + 1) / 2),
@@ -96,17 +88,17 @@ _TINY = BaseAutoencoder(
     drop_latent_layers=_drop_tiny_convolutions,
 )
 BASE_AUTOENCODERS = {
-    "AutoencoderKL": BaseAutoencoder(_load_stock("AutoencoderKL")),
+    "AutoencoderKL": BaseAutoencoder(lambda: import_module("diffusers").AutoencoderKL),
     "AutoencoderTiny": _TINY,
     "AutoencoderDC": BaseAutoencoder(
-        _load_stock("AutoencoderDC"),
+        lambda: import_module("diffusers").AutoencoderDC,
         encode=lambda encoder, _, image: encoder(image),
         drop_latent_layers=None,
         # SANA's pipelines count the encoder's stages under another name.
         contract=lambda config, channels, stages: {"encoder_block_out_channels": tuple(stages)},
     ),
     "AutoencoderKLQwenImage": BaseAutoencoder(
-        _load_stock("AutoencoderKLQwenImage"),
+        lambda: import_module("diffusers").AutoencoderKLQwenImage,
         frames=True,
         encode=lambda encoder, conv, image: _encode_mode(encoder, conv, image.unsqueeze(2)).squeeze(2),
         decode=lambda decoder, conv, hidden: _decode(decoder, conv, hidden.unsqueeze(2)).squeeze(2),
@@ -119,7 +111,7 @@ BASE_AUTOENCODERS = {
         },
     ),
     "AutoencoderKLFlux2": BaseAutoencoder(
-        _load_stock("AutoencoderKLFlux2"),
+        lambda: import_module("diffusers").AutoencoderKLFlux2,
         # FLUX.2's pipelines read a batch normalisation of 2x2 patches of latents.
         contract=lambda config, channels, stages: {"batch_norm_eps": config["batch_norm_eps"]},
     ),
