@@ -89,7 +89,7 @@ def test_inspect_reads_no_weights_and_imports_no_library_that_does() -> None:
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     ended = os.times()
     seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
-    assert seconds < 3
+    assert seconds < 6  # 2 s on a core that others use, too; with diffusers it would be 8
     lines = ("transformer   SD3Transformer2DModel", "an upgrade    128 px -> 256 px at the same 64 tokens")
     for line in lines:
         assert line in answer.stdout
