@@ -39,9 +39,8 @@ def inspect(
     """Count, measure and show the images of a source, and list the refused ones with reasons."""
     from davae.run.storage import check_writable, write_json
 
-    if not dry_run:
-        check_writable(out or Path("runs/data"))
-        check_pictures(source)
+    check_writable(out or Path("runs/data"))
+    check_pictures(source)
     from davae.data.buckets import bucket_table
 
     # Buckets differ from a single square only with several sizes or aspect ratios.
