@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from davae import assets
+from davae.cli.checks import check_pictures
 from hub_server import serving
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "0.1.0"
@@ -181,6 +182,13 @@ def test_a_mistake_is_named_before_anything_is_loaded(name: str, places: Path) -
 
 def test_there_are_thirty() -> None:
     assert len({mistake.command for mistake in MISTAKES.values()}) >= 30
+
+
+@pytest.mark.parametrize("name", ["a.JPG", "b.tiff", "shards/c.tar.gz", "d.parquet", "saved/data.arrow"])
+def test_what_may_hold_pictures_is_let_through(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    check_pictures(tmp_path)
 
 
 def test_no_runs_yet_is_no_mistake(tmp_path: Path) -> None:

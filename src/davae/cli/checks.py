@@ -8,7 +8,7 @@ from typing import Any
 from davae.errors import DataError, SettingsError
 
 # Suffixes that tell at a glance that a folder holds images; davae.data knows all of them.
-USUAL = (".jpg", ".jpeg", ".png", ".webp", ".tar", ".parquet", ".arrow")
+USUAL = (".jpg", ".jpeg", ".png", ".webp", ".tar", ".tgz", ".gz", ".parquet", ".arrow")
 DEVICES = "cpu, cuda (an NVIDIA or AMD GPU; cuda:1 for the second one), mps (Apple)"
 
 
