@@ -95,7 +95,7 @@ def test_the_page_says_every_number_with_its_count_and_seed(folder: Path) -> Non
 
 def test_the_page_escapes_captions_and_runs_nothing(folder: Path) -> None:
     page = page_of(folder, facts())
-    assert "<script" not in page
+    assert page.count("<script") == 1, "the viewer of images"
     assert "&lt;script&gt;alert(" in page
     assert NASTY in unescape(page)
     links = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
