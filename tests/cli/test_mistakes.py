@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from davae import assets
 from davae.cli.checks import check_pictures
 from hub_server import serving
 
@@ -127,12 +126,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "autoencoder": KEPT / "upgraded" / "vae",
         "adapter": KEPT / "adapter_lora",
         "lora": KEPT / "attention_lora",
-        "pictures": assets.pictures(),
     }.items():
         (folder / name).symlink_to(place)
     shutil.copytree(KEPT / "base", folder / "base")
-    for name in ("empty", "runs/one/autoencoder"):
+    for name in ("empty", "pictures", "runs/one/autoencoder"):
         (folder / name).mkdir(parents=True)
+    (folder / "pictures" / "a.png").touch()
     for name in ("recipe.toml", "environment.json"):
         (folder / "runs" / "one" / name).write_text("{}" if name.endswith("json") else "")
 
