@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from davae.data.loading import in_threads
 from davae.data.order import ORDER, bucket_batch, permute
 from davae.data.pictures import LEFT_OUT, MIN_PICTURE_SIDE, PictureRefused, Refusal, read_picture, to_floats
 from davae.data.split import SPLIT, take_split
-from davae.data.stored import PICTURE_SUFFIXES
+from davae.data.stored import PASSING, PICTURE_SUFFIXES
 from davae.errors import DataError, SettingsError
 from davae.run import faults
 from davae.run.progress import track
@@ -68,6 +69,10 @@ class PictureSet:
         # SHA-256 of the encoded bytes by key, of those that were read.
         self._contents: dict[str, bytes] = {}
 
+        # Pictures that failed after they had been sound, and those that take their places (`batch_or_next`).
+        self.stand_ins: dict[int, int] = {}
+        self._max_unreadable = 1.0
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -103,6 +108,15 @@ class PictureSet:
         if len({self.entries[index].bucket[:2] for index in indices}) > 1:
             raise SettingsError("a batch of several buckets: take the pictures of one, see PictureSet.members")
         return to_floats(torch.stack(self._images(indices)))
+
+    def batch_or_next(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
+        """As `batch`; a picture that cannot be read any more is replaced by the next of its bucket that can.
+
+        The rule depends on the pictures alone, so every rank and every start replaces alike. `stand_ins` has what was
+        replaced by what, and each is logged. A DataError says that they are more than `sound` allowed to be unreadable.
+        """
+        decoded = all(self.keys[index] in self._memory for index in indices)
+        return to_floats(torch.stack(in_threads(self._image_or_next, indices, alone=decoded)))
 
     def squares(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 side side"]:
         """Several pictures of any buckets: central squares as large as the smallest side of all buckets allows."""
@@ -146,7 +160,7 @@ class PictureSet:
         shown where a report is asked for.
         """
         usable: list[int] = []
-        refused = list(self.refused)
+        refused, self._max_unreadable = list(self.refused), max_unreadable
         starts = range(0, len(self), DECODED_TOGETHER)
         for start in track(starts, "reading pictures", unit="batches", visible=report is not None):
             indices = range(start, min(start + DECODED_TOGETHER, len(self)))
@@ -180,7 +194,7 @@ class PictureSet:
         # The decoded pictures go along.
         entries = [self.entries[index] for index in usable]
         rest = PictureSet(entries, size=self.size, refused=refused, class_names=self.class_names)
-        rest.order, rest.split = self.order, self.split
+        rest.order, rest.split, rest._max_unreadable = self.order, self.split, max_unreadable
         rest._memory, rest._contents = self._memory, self._contents
         return rest
 
@@ -201,6 +215,37 @@ class PictureSet:
     def _images(self, indices: Sequence[int]) -> list[Tensor]:
         decoded = all(self.keys[index] in self._memory for index in indices)
         return in_threads(self.image, indices, alone=decoded)
+
+    def _image_or_next(self, index: int) -> Tensor:
+        members = self.members[self.buckets.index(self.entries[index].bucket)]
+        place = bisect_left(members, index)
+        for step in range(len(members)):
+            candidate = members[(place + step) % len(members)]
+            if candidate in self.stand_ins:
+                continue
+            try:
+                image = self.image(candidate)
+            except PictureRefused as error:
+                # A disk that fails loses all of its pictures, not this one.
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in PASSING:
+                    raise
+                self._note_failure(candidate, error)
+                continue
+            if candidate != index:
+                self.stand_ins[index] = candidate
+            return image
+        raise DataError(f"no picture of {self.keys[index]}'s size can be read any more; mend the set, and run again")
+
+    def _note_failure(self, index: int, error: PictureRefused) -> None:
+        """Count and name a picture that fails in training, or stop if there are too many."""
+        self.stand_ins[index] = index
+        count, total = len(self.stand_ins), len(self)
+        logger.warning("%s; the next picture of its size takes its place, number %d of %d so far", error, count, total)
+        if are_too_many(count, total, self._max_unreadable):
+            raise DataError(
+                f"{count} of {total} pictures cannot be read any more, more than the allowed "
+                f"{self._max_unreadable:.1%} (max_unreadable); the last one: {error}. Mend the set, and run again"
+            ) from error
 
     def _try_to_decode(self, index: int) -> Refusal | None:
         try:

@@ -117,6 +117,8 @@ def _train_autoencoder(
 
     # The record: the last metrics, and how many images they stand on.
     counts = {"pictures": len(pictures)}
+    if pictures.stand_ins:
+        counts["replaced_pictures"] = len(pictures.stand_ins)
     if discriminator is not None:
         counts["skipped_discriminator_steps"] = discriminator.guard.skipped
     counts["heldout_pictures"] = len(heldout)
@@ -134,7 +136,7 @@ def load_crops(recipe: AutoencoderRecipe, pictures: PictureSet, ranks: Ranks, nu
     """The names of all images in batch `number`, and this rank's crops of them."""
     # Seed and batch number choose the images; a sample's number in the run chooses its crop.
     indices = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=number)
-    images = pictures.batch(ranks.share(indices))
+    images = pictures.batch_or_next(ranks.share(indices))
     samples = ranks.sample_numbers(number, len(images))
     names = [pictures.keys[index] for index in indices]
     return names, random_crops(images, recipe.crop, seed=recipe.seed, samples=samples)

@@ -97,6 +97,8 @@ def load_batch(
     chosen = pictures.step_indices(recipe.batch_size, seed=recipe.seed, step=number)
     indices = ranks.share(chosen)
     latents = faults.at("encode", read_latents(indices, number).to(ranks.device))
+    # An online run may have replaced pictures, whose captions go with them.
+    indices = [pictures.stand_ins.get(index, index) for index in indices]
     random = sample_generators(recipe.seed, "flow", ranks.sample_numbers(number, len(indices)))
     return Batch([pictures.keys[index] for index in chosen], indices, latents, random)
 
@@ -169,7 +171,7 @@ def encode_online(
     add_noise = _fix_detail_noise(autoencoder, detail_noise, seed)
 
     def read(indices: Sequence[int], batch: int) -> Tensor:
-        image = pictures.batch(indices)
+        image = pictures.batch_or_next(indices)
         if flips:
             # Drawn anew for every sample of the run, the same for any number of ranks.
             samples = Ranks().sample_numbers(batch, len(indices))
