@@ -104,14 +104,23 @@ class ServerProcess:
             self.process.stderr.close()
 
 
-def save_tiny_pair(folder: Path) -> tuple[Path, Path]:
-    """A tiny base pipeline and its upgrade on disk."""
+def save_tiny_pair(folder: Path, *, sees_detail: bool = False) -> tuple[Path, Path]:
+    """A tiny base pipeline and its upgrade on disk; its decoder begins with zeros for the detail latents.
+
+    With `sees_detail` they are random numbers instead, so that the detail shows as in a trained one.
+    """
+    import torch
+
     import tiny_pipelines
     from tiny_upgrades import upgrade_tiny
 
     base, upgraded = folder / "tiny-base", folder / "tiny"
     tiny_pipelines.sd3().save_pretrained(base)
-    upgrade_tiny(tiny_pipelines.sd3()).save_pretrained(upgraded)
+    pipeline = upgrade_tiny(tiny_pipelines.sd3())
+    if sees_detail:
+        torch.manual_seed(6)
+        torch.nn.init.normal_(pipeline.vae.detail_upsample.shortcut.weight, std=0.2)
+    pipeline.save_pretrained(upgraded)
     return base, upgraded
 
 

@@ -23,6 +23,7 @@ from davae.pipelines.sampling import sample
 from server_process import ServerProcess, save_tiny_pair, traversal_probes
 from trials import Trials
 
+pytestmark = pytest.mark.timeout(900)
 LONG = {"steps": 1000, "seed": 1}
 """Settings of a request that takes long enough to be cancelled on the way."""
 

@@ -146,9 +146,14 @@ def _add_generation(desk: Desk, sessions: Sessions) -> None:
         except (DavaeError, ValidationError) as error:
             yield _lay_out([None] * len(names), [_say(error)] * len(names))
             return
+        shown: list[Any] = [None] * len(outputs)
+        yield [None] * len(outputs)
         async for _ in _follow(panes):
-            shown = {pane.name: pane for pane in panes}
-            yield _lay_out([shown[name].image for name in names], [shown[name].status for name in names])
+            by_name = {pane.name: pane for pane in panes}
+            values = _lay_out([by_name[name].image for name in names], [by_name[name].status for name in names])
+            # Images that are there already are not written and sent again.
+            yield [gr.skip() if new is old else new for new, old in zip(values, shown, strict=True)]
+            shown = values
 
     inputs = [prompt, size, steps, guidance, seed]
     gr.on([start.click, prompt.submit], generate, inputs, outputs, show_progress="hidden", trigger_mode="once")
