@@ -35,12 +35,12 @@ types: $(STAMP)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 HASHED := $(PIP) install --require-hashes --only-binary :all: --no-deps --requirement
 
-# Where the files are known by their hashes, only these are installed; torch's build for CUDA needs more of them.
-$(STAMP): pyproject.toml constraints.txt requirements.txt requirements-cuda.txt
+# Where the files are known by their hashes, only these are installed: torch's build for CPUs if pip finds it.
+$(STAMP): pyproject.toml constraints.txt requirements.txt requirements-cpu.txt requirements-cuda.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(HASHED) requirements.txt
-	$(PIP) check > /dev/null || $(HASHED) requirements-cuda.txt
+	$(HASHED) requirements-cpu.txt || $(HASHED) requirements-cuda.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 else
 	$(PIP) install --constraint constraints.txt --editable '.[dev,eval]'

@@ -1,9 +1,9 @@
-"""Write requirements.txt and requirements-cuda.txt anew, from pyproject.toml and constraints.txt.
+"""Write requirements.txt, -cpu and -cuda anew, from pyproject.toml and constraints.txt.
 
-    python tests/lock_requirements.py uv [WHEEL]...
+    python tests/lock_requirements.py uv WHEEL
 
-`uv` is the program of that name; it asks the package index for every file of the pinned versions. Each WHEEL is another
-build of a package, such as torch's for CPUs, and is listed, too. To be run with Python 3.11 on Linux x86-64.
+`uv` is the program of that name; it asks the package index for every file of the pinned versions. WHEEL is torch's
+build for CPUs. To be run with Python 3.11 on Linux x86-64.
 """
 
 import hashlib
@@ -22,12 +22,19 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = ("eval", "dev")
 BACKEND = ("hatchling==1.27.0", "editables")
 """What builds davae."""
-CUDA = re.compile(r"nvidia-|cuda-|triton$")
-HEAD = """\
+CUDA = re.compile(r"nvidia-|cuda-|triton$|torch$")
+HEADS = {
+    "requirements.txt": """\
 # What `make` installs on Linux x86-64 with Python 3.11: the versions of constraints.txt, each file by its SHA-256.
-# Made by tests/lock_requirements.py. Of torch: its builds for CUDA, aarch64 and CPUs.
-"""
-CUDA_HEAD = "# What torch's build for CUDA needs beside requirements.txt; the build for CPUs needs none of it.\n"
+# torch is in requirements-cpu.txt or, if that is not found, in requirements-cuda.txt. By tests/lock_requirements.py.
+""",
+    "requirements-cuda.txt": """\
+# torch's build for CUDA, which PyPI has, and all that it needs beside requirements.txt.
+""",
+    "requirements-cpu.txt": """\
+# torch's build for CPUs, where a package index or a folder that pip looks into has it.
+""",
+}
 
 
 def find_dependencies(project: dict[str, Any], extras: tuple[str, ...]) -> set[str]:
@@ -69,19 +76,20 @@ def choose_hashes(package: dict[str, Any]) -> list[str]:
     return hashes
 
 
-def main(uv: str, *builds: str) -> None:
-    """Write both files."""
-    lines: dict[str, list[str]] = {"requirements.txt": [], "requirements-cuda.txt": []}
+def main(uv: str, wheel: str) -> None:
+    """Write the three files."""
+    lines: dict[str, list[str]] = {name: [] for name in HEADS}
     for package in lock(uv):
-        hashes = choose_hashes(package)
-        for build in map(Path, builds):
-            if build.name.partition("-")[0].lower().replace("_", "-") == package["name"]:
-                hashes.append(f"sha256:{hashlib.sha256(build.read_bytes()).hexdigest()}")
         file = "requirements-cuda.txt" if CUDA.match(package["name"]) else "requirements.txt"
-        lines[file].append(" ".join([f"{package['name']}=={package['version']}", *map("--hash={}".format, hashes)]))
+        hashes = map("--hash={}".format, choose_hashes(package))
+        lines[file].append(" ".join([f"{package['name']}=={package['version']}", *hashes]))
 
-    for (file, content), head in zip(lines.items(), (HEAD, CUDA_HEAD), strict=True):
-        (ROOT / file).write_text(head + "\n".join(content) + "\n")
+    # The build for CPUs has a version of its own.
+    name, version, *_ = parse_wheel_filename(Path(wheel).name)
+    digest = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
+    lines["requirements-cpu.txt"].append(f"{name}=={version} --hash=sha256:{digest}")
+    for file, head in HEADS.items():
+        (ROOT / file).write_text(head + "\n".join(lines[file]) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def read_pins(file: str) -> dict[str, str]:
     return pins
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-cuda.txt"])
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-cpu.txt", "requirements-cuda.txt"])
 def test_every_requirement_has_its_version_and_its_hashes(file: str) -> None:
     lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
     assert lines
@@ -35,13 +35,15 @@ def test_the_versions_are_those_of_the_constraints() -> None:
     assert {name: hashed[name] for name in hashed.keys() & constraints.keys()}.items() <= constraints.items()
     # What is not in both: the build backend and what torch alone needs; and what is in no environment of `make`.
     assert hashed.keys() - constraints.keys() <= {"hatchling", "trove-classifiers", "editables", "setuptools"}
-    assert constraints.keys() - hashed.keys() <= {"bitsandbytes", "torchao"}
+    assert constraints.keys() - hashed.keys() <= {"bitsandbytes", "torch", "torchao"}
     assert "lightning" not in hashed
 
 
-def test_torch_has_several_builds() -> None:
-    (line,) = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch==")]
-    assert line.count("--hash=") >= 3
+def test_torch_has_a_build_for_cpus_and_one_for_cuda() -> None:
+    version = read_pins("constraints.txt")["torch"]
+    assert read_pins("requirements-cpu.txt") == {"torch": f"{version}+cpu"}
+    assert read_pins("requirements-cuda.txt")["torch"] == version
+    assert "torch" not in read_pins("requirements.txt")
 
 
 def test_the_build_backend_is_pinned_and_hashed() -> None:
@@ -54,4 +56,5 @@ def test_the_build_backend_is_pinned_and_hashed() -> None:
 def test_make_installs_nothing_else() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert "install --require-hashes --only-binary :all: --no-deps --requirement" in makefile
+    assert "$(HASHED) requirements-cpu.txt || $(HASHED) requirements-cuda.txt" in makefile
     assert "install --no-deps --no-build-isolation --editable ." in makefile
