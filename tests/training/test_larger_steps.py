@@ -18,7 +18,7 @@ from davae import AutoencoderDA, load_pipeline, upgrade
 from davae.backbones import backbone_of
 from davae.data.pictures import read_png
 from davae.errors import DataError, SettingsError
-from davae.evaluation.generation import evaluate
+from davae.evaluation.evaluate import evaluate
 from davae.evaluation.tokenizers import enlarge_base, make_tokenizer, unshuffle_base
 from davae.method.closed_form import fit_closed_form
 from davae.models.base_autoencoders import base_facts, decode_latents

@@ -180,7 +180,7 @@ def test_another_recipe_or_another_model_is_refused_with_the_way_out(tmp_path):
     state = tiny_state(tmp_path, model, steps=5)
     for step in state.steps():
         state.update(loss_of(state, model, step))
-    ours, theirs = (tiny_recipe(steps=5, **changes).digest()[:12] for changes in ({}, {"seed": 8}))
+    ours, theirs = (tiny_recipe(steps=5, **changes).run_digest()[:12] for changes in ({}, {"seed": 8}))
     with pytest.raises(CheckpointError, match=rf"{ours}.*{theirs}.*new folder"):
         tiny_state(tmp_path, tiny_model(), steps=5, seed=8)
     with pytest.raises(CheckpointError, match=r"0\.weight is \(16, 4\)"):

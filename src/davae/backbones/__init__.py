@@ -29,6 +29,8 @@ from davae.backbones.backbone import Pipeline
 from davae.errors import SettingsError
 from davae.method.widen import LatentPorts, Transformer, widen_ports
 
+BUFFERS = ("pos_embed.pos_embed", "running_mean", "running_var", "num_batches_tracked", "detail_mean", "detail_std")
+
 BACKBONES: dict[str, Backbone] = {
     "SD3Transformer2DModel": sd3.BACKBONE,
     "FluxTransformer2DModel": flux.BACKBONE,
@@ -63,6 +65,12 @@ def backbone_of(transformer: nn.Module) -> Backbone:
     # torch.compile wraps a model; FSDP2 makes a class of its own for it, with FSDP before the name.
     transformer = getattr(transformer, "_orig_mod", transformer)
     return find_backbone(next(kind.__name__ for kind in type(transformer).__mro__ if kind.__name__[:4] != "FSDP"))
+
+
+def buffer_names(kind: str) -> tuple[str, ...]:
+    """Ends of the names of tensors in the weights of a class of models that are no parameters."""
+    # AuraFlow's positions are learned.
+    return () if kind == "AuraFlowTransformer2DModel" else BUFFERS
 
 
 def find_backbone(name: str) -> Backbone:

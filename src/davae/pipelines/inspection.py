@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from davae.backbones import check_part_names, find_backbone
+from davae.backbones import buffer_names, check_part_names, find_backbone
 from davae.backbones.backbone import Pipeline, Size, checked_side
 from davae.method.widen import LatentPorts
 from davae.models.base_autoencoders import downsample_factor
@@ -17,8 +17,6 @@ from davae.run.storage import read_json
 
 RESOLUTION_FACTOR = 2  # of the default upgrade
 DEFAULT_SAMPLE_SIZE = 128  # of stock pipelines whose transformer's config names none
-BUFFERS = ("pos_embed.pos_embed", "running_mean", "running_var", "num_batches_tracked", "detail_mean", "detail_std")
-"""Ends of the names of tensors in weights that are no parameters, but in AuraFlow, whose positions are learned."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ def read_part(folder: Path, kind: str) -> Part:
         with loading(path, "weights"), safe_open(path, framework="numpy") as file:
             for name in file.keys():
                 shapes[name] = tuple(file.get_slice(name).get_shape())
-    buffers = () if kind == "AuraFlowTransformer2DModel" else BUFFERS
-    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(buffers))
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(buffer_names(kind)))
     return Part(config.get("_class_name", kind), config, shapes, parameters)
 
 
