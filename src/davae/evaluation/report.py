@@ -254,7 +254,7 @@ def draw_curves(curves: Curves) -> str:
         # The frame is a line below; the grid shows heights.
         axes.set_xlabel(curves.labels[0], color=_TEXT)
         axes.set_ylabel(curves.labels[1], color=_TEXT)
-        axes.tick_params(colors=_TEXT, width=0.6, length=3)
+        axes.tick_params(which="both", colors=_TEXT, width=0.6, length=3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right", "left"]].set_visible(False)

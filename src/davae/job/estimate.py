@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from davae.backbones import backbone_of
+from davae.cost.workload import count_parameters
 from davae.errors import StorageError
 from davae.job.recipe import JobRecipe
 from davae.job.trial import Trial
@@ -76,7 +77,7 @@ def estimate_job(recipe: JobRecipe, trial: Trial, base: DiffusionPipeline, pictu
     weights = 0
     for part in base.components.values():
         if isinstance(part, nn.Module):
-            weights += sum(4 * parameter.numel() for parameter in part.parameters())
+            weights += 4 * count_parameters(part)
     caches = 0.0 if two.online else pictures * trial.cached_bytes
     disk = caches + weights + CHECKPOINTS_KEPT * CHECKPOINT_BYTES * trial.trained
     return Estimate(seconds, caches, disk, trial.peak_bytes)

@@ -9,13 +9,13 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from davae.evaluation.reconstruction import make_table
 from davae.evaluation.report import Curves, Series, Table, draw_curves
 from davae.job.estimate import in_words
 from davae.job.recipe import STAGE_ONE, STAGE_TWO, JobRecipe
 from davae.job.record import PAGE, JobRecord
 from davae.job.steps import BASE, REAL, STEPS, UPGRADE
 from davae.job.verdicts import judge_distance, judge_reconstruction
-from davae.method.metrics import METRICS
 from davae.run.record import read_metrics
 from davae.run.storage import write_atomically
 from davae.training.recipes import OptimisationRecipe
@@ -137,20 +137,19 @@ def make_numbers(facts: dict[str, Any]) -> Table | None:
     """Reconstruction of the held-out images, and KID, once they are measured."""
     if "reconstruction" not in facts:
         return None
-    kid, rows = facts["kid"], []
-    for name, title in ROW_NAMES.items():
-        values = facts["reconstruction"][name]
-        row = [title, *(f"{values[key]:.{metric.decimals}f}" for key, metric in METRICS.items())]
-        if kid:
-            value = kid.get({"enlarged": BASE, "upgrade": UPGRADE}.get(name, ""))
-            row.append("-" if value is None else f"{1000 * value[0]:.1f} +- {1000 * value[1]:.1f}")
-        rows.append(row)
-
-    header = ["", *(metric.title for metric in METRICS.values()), *(["KID x 1000"] if kid else [])]
-    caption = f"Reconstructions of {facts['heldout']} held-out images."
+    caption, kid = f"Reconstructions of {facts['heldout']} held-out images.", facts["kid"]
     if kid:
         caption += f" KID: {facts['count']} generated images against as many real ones, with its standard error."
-    return Table(header, rows, caption)
+    quality = make_table({title: facts["reconstruction"][name] for name, title in ROW_NAMES.items()}, caption=caption)
+    if not kid:
+        return quality
+
+    # The base at full size makes no images.
+    rows = []
+    for row, name in zip(quality.rows, (BASE, UPGRADE, ""), strict=True):
+        value = kid.get(name)
+        rows.append([*row, "-" if value is None else f"{1000 * value[0]:.1f} +- {1000 * value[1]:.1f}"])
+    return Table([*quality.header, "KID x 1000"], rows, caption)
 
 
 def judge(facts: dict[str, Any]) -> list[str]:
@@ -175,8 +174,11 @@ def make_curves(state: PageState) -> list[tuple[str, Curves]]:
             continue
         series = []
         for key in names:
-            known = [line for line in lines if line.get(key) is not None]
-            steps, values = [line["step"] for line in known], [line[key] for line in known]
+            steps, values = [], []
+            for line in lines:
+                if line.get(key) is not None:
+                    steps.append(line["step"])
+                    values.append(line[key])
             series.append(Series(key.replace("_", " "), steps, values))
         drawn.append((name, Curves(series, smoothing=5, logarithmic=name == "stage 1")))
     return drawn

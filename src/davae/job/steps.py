@@ -18,6 +18,7 @@ from davae.data.survey import contact_sheet, survey
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import FULL, OURS, SMALL, reconstruct
 from davae.job.recipe import STAGE_ONE, STAGE_TWO, JobRecipe
+from davae.job.trial import count_bytes
 from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_pipeline
@@ -110,7 +111,7 @@ def encode(job: Job) -> Facts:
     if recipe.online:
         return {"skipped": "online = true: every step encodes"}
     caches = build_caches(recipe, folder, rank_timeout=job.rank_timeout)
-    return {"bytes": sum(path.stat().st_size for path in caches.rglob("*") if path.is_file())}
+    return {"bytes": count_bytes(caches)}
 
 
 def check_upgrade(job: Job) -> Facts:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from davae.backbones import backbone_of
+from davae.cost.workload import count_parameters
 from davae.job.recipe import JobRecipe
 from davae.method.perceptual import LPIPS
 from davae.method.stage_one_loss import compared_weights
@@ -123,7 +124,7 @@ def time_stage_one(recipe: AutoencoderRecipe, folder: Path) -> Timed:
         train_networks(
             autoencoder, recipe, state, load, lambda: None, lpips=lpips, base_vae=target, discriminator=discriminator
         )
-    return Timed(watch.seconds, sum(parameter.numel() for parameter in parameters))
+    return Timed(watch.seconds, count_parameters(autoencoder, trained=True))
 
 
 def time_stage_two(
@@ -148,7 +149,7 @@ def time_stage_two(
     began = time.perf_counter()
     read_latents, read_conditions = prepare_inputs(recipe, pipeline, pictures, folder, ranks)
     encoding = (time.perf_counter() - began) / len(pictures)
-    cached = sum(path.stat().st_size for path in folder.glob("cache/**/*") if path.is_file()) / len(pictures)
+    cached = count_bytes(folder / "cache") / len(pictures)
 
     # The steps of the run.
     parameters = choose_parameters(transformer, recipe, choose_targets(transformer, recipe), "")
@@ -160,7 +161,12 @@ def time_stage_two(
     load = watch.watch(partial(load_batch, recipe, pictures, read_latents, ranks))
     with suppress(_Enough):
         train_transformer(transformer, recipe, state, load, read_conditions, objectives, lambda: None)
-    return Timed(watch.seconds, sum(parameter.numel() for parameter in parameters)), encoding, cached
+    return Timed(watch.seconds, count_parameters(transformer, trained=True)), encoding, cached
+
+
+def count_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _limit(recipe: AutoencoderRecipe | FinetuneRecipe) -> int:
