@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 class Browser:
     """One tab."""
 
-    def __init__(self, reading: int, writing: int) -> None:
-        self._answers, self._writing, self._number, self._session = os.fdopen(reading, "rb"), writing, 0, ""
+    def __init__(self, answers: BufferedReader, writing: int) -> None:
+        self._answers, self._writing, self._number, self._session = answers, writing, 0, ""
         self._rest = b""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -87,7 +88,8 @@ def browser(folder: Path) -> Iterator[Browser]:
     os.close(commands)
     os.close(answers)
     try:
-        yield Browser(reading, writing)
+        with os.fdopen(reading, "rb") as spoken:
+            yield Browser(spoken, writing)
     finally:
         process.terminate()
         process.wait()

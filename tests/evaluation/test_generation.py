@@ -345,7 +345,7 @@ class TestEvaluate:
         assert result["kid"] > 0  # made by random weights
         assert result["kid_error"] > 0
         text = unescape(page.read_text())
-        assert "KID (EfficientNet-Lite0) of 6 images against 16 real ones" in text
+        assert "KID (EfficientNet-Lite0) of 6 images of 64x64 px against 16 real ones" in text
         assert f"{1000 * result['kid']:.2f}" in text
 
     def test_it_sets_the_base_and_real_pictures_beside_the_number(

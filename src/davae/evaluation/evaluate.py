@@ -189,6 +189,10 @@ def _make_report(
     grid = ImageGrid([*made, REAL], shown, cells)
 
     features, count = EfficientNetLite0Features.name, len(prompts)
-    lead = f"KID ({features}) of {count} images against {len(real)} real ones. {real.refusals_summary()}"
+    height, width = next(iter(made.values()))[0].shape[-2:]
+    lead = (
+        f"KID ({features}) of {count} images of {width}x{height} px against {len(real)} real ones. "
+        f"{real.refusals_summary()}"
+    )
     sections = [Section("Numbers", f"{meaning}\n\n{settings}.", table), Section("Images", "", grid)]
     return Report("Generation", lead, sections)
