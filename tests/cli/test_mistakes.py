@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from davae.cli.checks import check_pictures
-from hub_server import serving
+from hub_server import RefusingHub, serving
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 SECONDS = 3.0
@@ -204,33 +203,9 @@ def test_a_verb_that_only_lists_works_where_nothing_can_be_written(places: Path,
 # ------------------------------------------------------------------------------------------------------------ the Hub
 
 
-class Hub(ThreadingHTTPServer):
-    """A Hub whose repository is gated, or that has none."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.code = ""
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        self.send_response(403 if self.server.code == "GatedRepo" else 404)
-        self.send_header("X-Error-Code", self.server.code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serving(Hub()) as server:
+def hub() -> Iterator[RefusingHub]:
+    with serving(RefusingHub()) as server:
         yield server
 
 
@@ -244,7 +219,7 @@ def hub() -> Iterator[Hub]:
         ("unreachable", ("not in this machine's cache, and the Hub cannot be reached",)),
     ],
 )
-def test_what_the_hub_says_is_told_apart(code: str, words: tuple[str, ...], hub: Hub, tmp_path: Path) -> None:
+def test_what_the_hub_says_is_told_apart(code: str, words: tuple[str, ...], hub: RefusingHub, tmp_path: Path) -> None:
     hub.code = code
     port = 1 if code == "unreachable" else hub.server_address[1]
     variables = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}

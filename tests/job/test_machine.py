@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from davae.cli import main
 from davae.job.doctor import list_extras
 from davae.job.plan import USABLE
 from davae.job.recipe import load_job
-from hub_server import serving
+from hub_server import RefusingHub, serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,24 +59,7 @@ def test_an_extra_that_is_missing_comes_with_its_command() -> None:
     assert "dev" not in rows
 
 
-class Gate(BaseHTTPRequestHandler):
-    """Refuses as the Hub does to those who have not accepted a licence."""
-
-    def do_GET(self) -> None:
-        self.send_response(403)
-        self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("X-Error-Message", "Access to this model is restricted")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def run_against(server: ThreadingHTTPServer, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_against(server: RefusingHub, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     address = f"http://127.0.0.1:{server.server_address[1]}"
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
     command = [sys.executable, "-m", "davae", *map(str, arguments)]
@@ -85,7 +67,7 @@ def run_against(server: ThreadingHTTPServer, home: Path, *arguments: object) -> 
 
 
 def test_a_gated_base_says_how_to_be_let_in_before_anything_is_read(tmp_path: Path) -> None:
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Gate)) as server:
+    with serving(RefusingHub("GatedRepo")) as server:
         arguments = ("init", "--base", "someone/gated", "--pictures", tmp_path / "none", "--out", tmp_path / "a.toml")
         answer = run_against(server, tmp_path, *arguments)
     assert answer.returncode == 4

@@ -5,46 +5,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.places import HubName, find_on_hub, pin
-from hub_server import serving
+from hub_server import RefusingHub, serving
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 
 
-class Hub(ThreadingHTTPServer):
-    """A Hub that has nothing, and remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.asked: list[str] = []
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serving(Hub()) as server:
+def hub() -> Iterator[RefusingHub]:
+    with serving(RefusingHub()) as server:
         yield server
 
 
@@ -59,7 +33,9 @@ for arguments in (["generate", "runs/finetune", "a kite"], ["inspect", "someone/
 """
 
 
-def test_no_request_leaves_for_a_folder_that_is_missing_and_a_revision_is_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_no_request_leaves_for_a_folder_that_is_missing_and_a_revision_is_asked_for(
+    hub: RefusingHub, tmp_path: Path
+) -> None:
     address = f"http://127.0.0.1:{hub.server_address[1]}"
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", VERBS]
