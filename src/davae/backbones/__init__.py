@@ -69,8 +69,7 @@ def backbone_of(transformer: nn.Module) -> Backbone:
 
 def buffer_names(kind: str) -> tuple[str, ...]:
     """Ends of the names of tensors in the weights of a class of models that are no parameters."""
-    # AuraFlow's positions are learned.
-    return () if kind == "AuraFlowTransformer2DModel" else BUFFERS
+    return () if kind in BACKBONES and BACKBONES[kind].learned_positions else BUFFERS
 
 
 def find_backbone(name: str) -> Backbone:

@@ -16,6 +16,7 @@ BACKBONE = Backbone(
     # Attention, MLP output and modulation of the image stream.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.out_projection", "norm1.linear"),
     pipelines=("AuraFlowPipeline",),
+    learned_positions=True,
     longest_grid=lambda config: math.isqrt(config["pos_embed_max_size"]),  # the number of all positions
     padded_text=True,
     advice="in half precision use bfloat16: in float16 its pipeline asks for a setting that only AutoencoderKL has",

@@ -93,6 +93,8 @@ class Backbone:
     """Positions fit one token grid."""
     pixel_multiple: int = 1
     """The stock pipeline wants sides that are multiples of so many pixels, whatever its VAE is."""
+    learned_positions: bool = False
+    """Its positions are parameters, where others keep them in a buffer."""
     longest_grid: Callable[[Mapping[str, Any]], int] | None = None
     """(config of the transformer) -> tokens along the longest side that its positions reach to; None for any."""
 
