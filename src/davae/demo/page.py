@@ -1,6 +1,6 @@
 """The demo's figure and page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from davae.data.sources import PictureSet
 from davae.demo.plan import Plan
 from davae.demo.prompts import BASE, ENLARGED, SIZE
 from davae.evaluation import reconstruction
-from davae.evaluation.report import Curves, ImageGrid, Report, Section, Series, Table
+from davae.evaluation.report import Curves, ImageGrid, Report, Section, Table, read_series
 from davae.method.metrics import EfficientNetLite0Features
-from davae.run.record import environment, read_metrics
+from davae.run.record import environment
 
 NATIVE = "base, run at 256 px"
 THIS_RUN, SHIPPED = "this run", "shipped upgrade"
@@ -58,8 +58,8 @@ def make_page(
 
     caption = f"Means over {plan.heldout} held-out images at {SIZE} px."
     table = reconstruction.make_table(facts["reconstruction"], caption=caption)
-    stage_one = _read_series(folder / "stage1", ("l1", "lpips", "alignment"))
-    stage_two = _read_series(folder / "stage2", ("base_loss", "detail_loss"))
+    stage_one = read_series(folder / "stage1", ("l1", "lpips", "alignment"))
+    stage_two = read_series(folder / "stage2", ("base_loss", "detail_loss"))
     sections = [
         Section("Images from held-out prompts", "", figure),
         Section("Distance to the exact images, and cost", "", make_generation_table(facts, plan, seed)),
@@ -108,14 +108,3 @@ def make_generation_table(facts: Mapping[str, Any], plan: Plan, seed: int) -> Ta
     )
     header = ["", "KID x 1000", "LPIPS", "PSNR, dB", "attributes", "tokens", "ms a step", "s an image"]
     return Table(header, rows, caption)
-
-
-def _read_series(run: Path, names: Sequence[str]) -> list[Series]:
-    """Curves of the losses in a run's log, in which held-out values have lines of their own."""
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if names[0] in line]
-    steps = [line["step"] for line in lines]
-
-    series = []
-    for name in names:
-        series.append(Series(name.replace("_", " "), steps, [line[name] for line in lines]))
-    return series

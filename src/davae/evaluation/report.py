@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from davae.data.pictures import write_png
+from davae.run.record import read_metrics
 from davae.run.storage import write_atomically
 
 _COLOURS = ["#2b83c6", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9"]  # Okabe and Ito: safe for most eyes
@@ -94,6 +95,20 @@ class Series:
     name: str
     steps: Sequence[float | int]
     values: Sequence[float | int]
+
+
+def read_series(run: Path, names: Sequence[str]) -> list[Series]:
+    """The losses of these names in a run's log, each where it stands; none if there is no log or none of the first."""
+    path = run / "metrics.jsonl"
+    lines = read_metrics(path) if path.is_file() else []
+    # Held-out values have lines of their own.
+    lines = [line for line in lines if names[0] in line]
+
+    series = []
+    for name in names if lines else ():
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        series.append(Series(name.replace("_", " "), [step for step, _ in points], [value for _, value in points]))
+    return series
 
 
 @dataclass(frozen=True)

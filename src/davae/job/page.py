@@ -10,7 +10,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from davae.evaluation.reconstruction import make_table
-from davae.evaluation.report import Curves, Series, Table, draw_curves
+from davae.evaluation.report import Curves, Table, draw_curves, read_series
 from davae.job.estimate import in_words
 from davae.job.recipe import STAGE_ONE, STAGE_TWO, JobRecipe
 from davae.job.record import PAGE, JobRecord
@@ -168,19 +168,9 @@ def make_curves(state: PageState) -> list[tuple[str, Curves]]:
     """The losses of each stage that has some."""
     drawn = []
     for name, names in (("stage 1", ("l1", "lpips", "alignment")), ("stage 2", ("base_loss", "detail_loss"))):
-        path = state.stages[name][0] / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if names[0] in line] if path.is_file() else []
-        if len(lines) < 2:
-            continue
-        series = []
-        for key in names:
-            steps, values = [], []
-            for line in lines:
-                if line.get(key) is not None:
-                    steps.append(line["step"])
-                    values.append(line[key])
-            series.append(Series(key.replace("_", " "), steps, values))
-        drawn.append((name, Curves(series, smoothing=5, logarithmic=name == "stage 1")))
+        series = read_series(state.stages[name][0], names)
+        if series and len(series[0].steps) > 1:
+            drawn.append((name, Curves(series, smoothing=5, logarithmic=name == "stage 1")))
     return drawn
 
 
@@ -190,6 +180,7 @@ def make_strips(state: PageState) -> list[dict[str, Any]]:
         "stage 1": "Held-out images above, their reconstructions below.",
         "stage 2": "A column for each prompt: the trained weights above, their moving average below.",
     }
+
     strips = []
     for name, (folder, _) in state.stages.items():
         paths = sorted((folder / "pictures").glob("????????.png"))
@@ -198,6 +189,7 @@ def make_strips(state: PageState) -> list[dict[str, Any]]:
             # A file that is written anew has the same name: the time keeps browsers from showing the old one.
             source = f"{path.relative_to(state.folder).as_posix()}?{path.stat().st_mtime_ns // 10**9}"
             pictures.append({"source": source, "step": int(path.stem), "stage": name})
+
         if pictures:
             strips.append({"stage": name, "caption": captions[name], "pictures": pictures, "count": len(paths)})
     return strips
