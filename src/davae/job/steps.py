@@ -3,10 +3,10 @@
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from davae.job.trial import count_bytes
 from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_pipeline
+from davae.pipelines.placement import choose_dtype
 from davae.run.ranks import Ranks
 from davae.run.storage import read_json, write_json
 from davae.training.recipes import PicturesRecipe
@@ -51,6 +52,11 @@ class Job:
     def result(self) -> Path:
         """The upgraded pipeline."""
         return self.folder / STAGE_TWO / "pipeline"
+
+    @cached_property
+    def images(self) -> tuple[list[str], dict[str, list[Tensor]], PictureSet]:
+        """See `generate_both`: two steps use them, and its pipelines are loaded once."""
+        return generate_both(self)
 
     @property
     def trainer_settings(self) -> dict[str, Any]:
@@ -140,7 +146,7 @@ def make_images(job: Job) -> Facts:
     """Make the same images with the base and the upgrade, and lay them beside the real ones."""
     if backbone_has_classes(job.recipe.stage_two.base):
         return {"skipped": "images are made from captions, and this base has classes"}
-    prompts, images, real = generate_both(job)
+    prompts, images, real = job.images
 
     def write_shown() -> Facts:
         shown = []
@@ -168,14 +174,14 @@ def choose_shown(count: int, from_captions: int) -> list[int]:
 def generate_both(job: Job) -> tuple[list[str], dict[str, list[Tensor]], PictureSet]:
     """Prompts, the images of base (enlarged) and upgrade, and the real images whose captions come first.
 
-    A second call reads what the first one wrote.
+    What an earlier call wrote is read.
     """
     two, results, factor = job.recipe.stage_two, job.recipe.results, job.recipe.stage_one.resolution_factor
     real = open_pictures(two.source, size=two.size, limit=results.count).sound()
     prompts = [*generation.repeat_captions(real, results.count), *results.prompts]
     settings: dict[str, Any] = {"steps": results.steps, "guidance_scale": results.guidance_scale, "seed": results.seed}
     settings |= {"prompt_tokens": two.prompt_tokens}
-    dtype = torch.bfloat16 if job.ranks.device.type == "cuda" else torch.float32
+    dtype = choose_dtype(None, job.ranks.device)
 
     images = {}
     for name, source in ((BASE, name_base(two)), (UPGRADE, str(job.result))):
@@ -213,7 +219,7 @@ def measure(job: Job) -> Facts:
         return {**facts, "kid": {}, "no_kid": "pip install 'davae[eval]' to measure KID, the distance to real images"}
     if backbone_has_classes(two.base):
         return {**facts, "kid": {}, "no_kid": "KID is measured on images from captions, and this base has classes"}
-    _, images, real = generate_both(job)
+    _, images, real = job.images
     references = generation.extract_features([real.image(index) for index in range(len(real))], side=two.size)
     facts["kid"] = {}
     for name in (BASE, UPGRADE):
@@ -225,10 +231,8 @@ def measure(job: Job) -> Facts:
 def write_model_cards(job: Job) -> Facts:
     """Write what was measured into the cards of the pipeline and the adapter."""
     recipe, folder = job.recipe.stage_two, job.folder / STAGE_TWO
-    result, measured = (
-        read_json(folder / "result.json"),
-        read_json(job.folder / "job.json")["steps"]["evaluate"]["facts"],
-    )
+    result = read_json(folder / "result.json")
+    measured = read_json(job.folder / "job.json")["steps"]["evaluate"]["facts"]
     metrics = dict(result["values"])
     for name, value in measured["reconstruction"]["upgrade"].items():
         metrics[f"held-out {name}"] = value
