@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -29,10 +29,7 @@ def serve(
         Path | None, typer.Option(help=f"File with the token that clients send; or set {TOKEN_VARIABLE}.")
     ] = None,
     device: Annotated[list[str], typer.Option(help="Where it runs, such as cuda:1. Repeatable: a worker each.")] = [],
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; by default bfloat16 on a GPU and float32 on a CPU."),
-    ] = None,
+    dtype: options.Dtype = None,
     steps: options.Steps = 28,
     guidance_scale: options.GuidanceScale = 4.0,
     prompt_tokens: options.PromptTokens = 256,
@@ -61,13 +58,12 @@ def serve(
         raise SettingsError(f"--steps {steps} is more than --max-steps {max_steps}")
     devices = [choose_device(place) for place in device] or [choose_device(None)]
 
-    import torch
-
+    from davae.pipelines.placement import choose_dtype
     from davae.pipelines.places import pin
     from davae.serving.server import Server, Source
 
     on_gpu = any(place.startswith("cuda") for place in devices)
-    weights = getattr(torch, dtype or ("bfloat16" if on_gpu else "float32"))
+    weights = choose_dtype(dtype, "cuda" if on_gpu else "cpu")
     source = Source(pin(pipeline, revision), adapter, base, name, weights)
     server = Server(source, devices, address, limits, defaults, ui)
     page = "; its page is {url}/ui" if ui else ""

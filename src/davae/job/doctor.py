@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from davae.job.estimate import size_in_words
 from davae.job.plan import USABLE
 from davae.models.base_autoencoders import base_facts
 from davae.run.markdown import markdown_table
+from davae.run.storage import free_bytes
 from davae.training.devices import computes_bfloat16
 from davae.training.stage_one_recipe import AutoencoderRecipe
 from davae.training.stage_two_recipe import FinetuneRecipe
@@ -99,11 +99,7 @@ def _is_installed(package: str) -> bool:
 def list_disks() -> list[dict[str, Any]]:
     """Free bytes where runs go, and where the Hub's files go."""
     places = {"runs": Path("runs"), "Hub's cache": Path(huggingface_hub.constants.HF_HUB_CACHE)}
-    disks = []
-    for name, place in places.items():
-        nearest = next(path for path in (place, *place.absolute().parents) if path.is_dir())
-        disks.append({"for": name, "free_bytes": shutil.disk_usage(nearest).free})
-    return disks
+    return [{"for": name, "free_bytes": free_bytes(place)} for name, place in places.items()]
 
 
 def ask_hub() -> dict[str, Any]:
@@ -129,6 +125,7 @@ def list_fits(memory: int) -> list[dict[str, Any]]:
     for base, size in JOBS:
         name = Path(base).name or "the shipped pair"
         row: dict[str, Any] = {"base": f"{name} at {size} px", "needed_bytes": None, "fits": False, "note": ""}
+
         try:
             geometry = read_geometry(base, assets.geometry())
             channels = base_facts(geometry.vae.config).latent_channels
@@ -138,6 +135,7 @@ def list_fits(memory: int) -> list[dict[str, Any]]:
             row["fits"] = row["needed_bytes"] <= USABLE * memory
         except DavaeError as error:
             row["note"] = str(error)
+
         rows.append(row)
     return rows
 

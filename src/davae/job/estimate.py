@@ -1,6 +1,5 @@
 """How long a job takes and how much disk it needs, from three timed steps of each stage."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from davae.cost.workload import count_parameters
 from davae.errors import StorageError
 from davae.job.recipe import JobRecipe
 from davae.job.trial import Trial
+from davae.run.storage import free_bytes
 from davae.training.state import CHECKPOINTS_KEPT
 
 # A step is a forward and a backward pass, and the latter costs about two of the former.
@@ -85,8 +85,7 @@ def estimate_job(recipe: JobRecipe, trial: Trial, base: DiffusionPipeline, pictu
 
 def check_disk(folder: Path, needed: float) -> None:
     """Refuse a disk on which the job would not fit."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(nearest).free
+    free = free_bytes(folder)
     if free < needed:
         raise StorageError(
             f"{folder} needs about {size_in_words(needed)}, and {size_in_words(free)} are free there: make room, or "

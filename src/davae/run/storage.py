@@ -177,11 +177,16 @@ def storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 def storage_error(path: Path, needed: int, error: Exception) -> StorageError:
     """The error to raise when `path` (`needed` bytes) could not be written; it tells how much room there is."""
-    free = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if os.path.isdir(parent))).free
     return StorageError(
-        f"cannot write {path}: {error}. {needed:,} bytes are needed, {free:,} are free. "
+        f"cannot write {path}: {error}. {needed:,} bytes are needed, {free_bytes(path):,} are free. "
         "Make room (or lift the quota, or make the folder writable) or choose another folder, and run again"
     )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk where `path` is, or would be."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(nearest).free
 
 
 # ------------------------------------------------------------------------- single operations, each a site for faults
