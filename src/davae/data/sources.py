@@ -219,6 +219,8 @@ class PictureSet:
     def _image_or_next(self, index: int) -> Tensor:
         members = self.members[self.buckets.index(self.entries[index].bucket)]
         place = bisect_left(members, index)
+
+        # Around the bucket, from the picture itself on.
         for step in range(len(members)):
             candidate = members[(place + step) % len(members)]
             if candidate in self.stand_ins:
@@ -231,9 +233,11 @@ class PictureSet:
                     raise
                 self._note_failure(candidate, error)
                 continue
+
             if candidate != index:
                 self.stand_ins[index] = candidate
             return image
+
         raise DataError(f"no picture of {self.keys[index]}'s size can be read any more; mend the set, and run again")
 
     def _note_failure(self, index: int, error: PictureRefused) -> None:

@@ -209,12 +209,16 @@ def describe_images(facts: dict[str, Any], training: int) -> str:
 def warn(facts: dict[str, Any], recipe: JobRecipe, wanted: JobRecipe, device: str, geometry: Geometry) -> list[str]:
     """What a user should know before spending hours."""
     warnings = []
+
+    # The images.
     if facts["pictures"] < FEW:
         warnings.append(f"{facts['pictures']} images are few: the upgrade learns their detail, and little beyond them")
     if facts["soft"] > facts["pictures"] // 2:
         warnings.append(f"{facts['soft']} images are soft: they have little detail that half their size would not show")
     if facts["captions"]["repeated"] > facts["pictures"] // 2:
         warnings.append("most captions are repeated: prompts have little to tell images apart")
+
+    # The time, the machine and the base.
     for name in ("stage_one", "stage_two"):
         asked, given = getattr(wanted, name).steps, getattr(recipe, name).steps
         if given < asked:
@@ -240,11 +244,14 @@ def render(recipe: JobRecipe, estimate: Estimate, path: Path, machine: str, fact
     environment = Environment(loader=PackageLoader("davae.job"), undefined=StrictUndefined, trim_blocks=True)
     environment.filters["setting"] = write_setting
     two = recipe.stage_two
+
+    # Comments behind settings.
     notes = {
         "layers": "the weights of these layers themselves, as the transformer is small",
         "lora": "both latent ports, and a LoRA of the transformer",
     }
     longest = "as long as the longest caption" if two.prompt_tokens < DEFAULT_TOKENS else "as the stock pipeline pads"
+
     return (
         environment.get_template("recipe.toml").render(
             title=f"{Path(two.base or 'the shipped pair').name} upgraded to {two.size} px with {two.pictures}",

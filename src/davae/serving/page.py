@@ -146,6 +146,7 @@ def _add_generation(desk: Desk, sessions: Sessions) -> None:
         except (DavaeError, ValidationError) as error:
             yield _lay_out([None] * len(names), [_say(error)] * len(names))
             return
+
         shown: list[Any] = [None] * len(outputs)
         yield [None] * len(outputs)
         async for _ in _follow(panes):
