@@ -16,7 +16,8 @@ demo: $(STAMP) ## the whole main job on the shipped pair; ends with a page to lo
 	$(RUN) $(BIN)/davae demo $(DEMO_FLAGS)
 
 test: lint types ## what a change has to pass
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" \
+		--numprocesses 2 --dist worksteal $(PYTEST_FLAGS)
 
 test-oldest: $(STAMP) $(OLDEST)/.installed ## what saves, loads and widens, on the oldest diffusers that is allowed
 	PYTHONPATH=$(OLDEST) $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from davae import AutoencoderDA, assets, load_pipeline, upgrade, widen_transformer
 from davae.backbones import backbone_of
-from davae.cli import main
+from davae.cli import interrupts_kept, main
 from davae.cli.sources import repeat_command
 from davae.method.widen import lost_directions
 from davae.pipelines.inspection import describe
@@ -167,6 +168,27 @@ def test_a_command_to_copy_has_the_settings_of_its_image(capsys: pytest.CaptureF
         main([*command[1:], "--dry-run"])
     expected = {**settings, "size": [96, 48], "lora": [["x", 0.5]], "prompts": ["it's a cat"], "first_index": 7}
     assert json.loads(capsys.readouterr().out).items() >= expected.items()
+
+
+def loaded_while_interrupted() -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
+
+
+def test_an_interrupt_stays_one_whatever_a_library_makes_of_it() -> None:
+    """safetensors makes a ValueError of it, diffusers an OSError of that."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_kept():
+            loaded_while_interrupted()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+        with pytest.raises(ValueError, match="no interrupt"), interrupts_kept():
+            raise ValueError("no interrupt")
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_version() -> None:

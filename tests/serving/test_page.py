@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,12 +21,18 @@ pytest.importorskip("gradio", reason="the extra `ui` is not installed")
 pytest.importorskip("selenium", reason="selenium is not installed")
 
 from selenium import webdriver
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -37,6 +42,13 @@ pytestmark = [
 SWITCHES = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
 PATIENCE = 300
 """Seconds, for a busy machine."""
+NOT_YET = (
+    NoSuchElementException,
+    StaleElementReferenceException,
+    ElementNotInteractableException,
+    ElementClickInterceptedException,
+)
+"""What a page says of a part that it still builds, or builds anew."""
 
 
 @pytest.fixture(scope="module")
@@ -75,28 +87,28 @@ def open_page(browser: WebDriver, server: ServerProcess) -> None:
 
 def wait(condition: Callable[[], object]) -> object:
     """What the condition gives, once it is true."""
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the page does not come to it"
-        time.sleep(0.05)
-    return value
-
-
-def entry(browser: WebDriver, name: str) -> WebElement:
-    return browser.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input")
+    return WebDriverWait(None, PATIENCE, 0.05, NOT_YET).until(lambda _: condition(), "the page does not come to it")
 
 
 def fill(browser: WebDriver, name: str, text: str) -> None:
-    field = entry(browser, name)
-    field.send_keys(Keys.CONTROL, "a")
-    field.send_keys(text)
+    def filled() -> bool:
+        field = browser.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text or Keys.DELETE)
+        return field.get_attribute("value") == text
+
+    wait(filled)
+
+
+def click(browser: WebDriver, selector: str) -> None:
+    wait(lambda: browser.find_element(By.CSS_SELECTOR, selector).click() is None)
 
 
 def start(browser: WebDriver, prompt: str, seed: str, steps: str = "8") -> None:
     fill(browser, "prompt", prompt)
     fill(browser, "seed", seed)
     fill(browser, "steps", steps)
-    browser.find_element(By.ID, "generate").click()
+    click(browser, "#generate")
 
 
 def statuses(browser: WebDriver) -> list[str]:
@@ -139,7 +151,7 @@ def test_previews_come_before_the_images(browser: WebDriver) -> None:
     wait(lambda: (32, 32) in sizes(browser))  # by the base's decoder, at half the size
     screenshot(browser, "preview")
     assert not any("seed" in text for text in statuses(browser))
-    browser.find_element(By.ID, "cancel").click()
+    click(browser, "#cancel")
     wait(lambda: all_say(browser, "cancelled"))
 
 
@@ -147,7 +159,7 @@ def test_cancelled_images_vanish(browser: WebDriver, server: ServerProcess) -> N
     images = server.metric("davae_images_total")
     start(browser, "red apple", "1", steps="2000")
     wait(lambda: any("step" in text for text in statuses(browser)))
-    browser.find_element(By.ID, "cancel").click()
+    click(browser, "#cancel")
     wait(lambda: all_say(browser, "cancelled"))
     wait(lambda: sizes(browser) == [])
     screenshot(browser, "cancelled")
@@ -173,7 +185,7 @@ def test_what_is_not_allowed_is_said_where_the_images_would_be(
 ) -> None:
     fill(browser, "prompt", "red apple")
     fill(browser, field, text)
-    browser.find_element(By.ID, "generate").click()
+    click(browser, "#generate")
     wait(lambda: all_say(browser, message))
 
 
@@ -200,8 +212,12 @@ def test_two_users_at_once_see_their_own_images(browser: WebDriver, server: Serv
 
 
 def test_a_picture_is_reconstructed_and_a_bad_file_refused(browser: WebDriver, tmp_path: Path) -> None:
-    tabs = browser.find_elements(By.CSS_SELECTOR, "button[role=tab]")
-    next(tab for tab in tabs if tab.is_displayed() and "Reconstruct" in tab.text).click()
+    def tab_is_open() -> bool:
+        tabs = browser.find_elements(By.CSS_SELECTOR, "button[role=tab]")
+        shown = [tab for tab in tabs if tab.is_displayed() and "Reconstruct" in tab.text]
+        return bool(shown) and shown[0].click() is None
+
+    wait(tab_is_open)
     bad, good = tmp_path / "bad.png", tmp_path / "good.png"
     bad.write_text("<script>no picture</script>")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)).save(good)
@@ -209,9 +225,7 @@ def test_a_picture_is_reconstructed_and_a_bad_file_refused(browser: WebDriver, t
     upload(browser, bad)
     wait(lambda: any("not of a format" in text for text in statuses(browser)))
     screenshot(browser, "refused")
-    browser.find_element(
-        By.CSS_SELECTOR, "#picture button[aria-label*='lear'], #picture button[aria-label*='emove']"
-    ).click()
+    click(browser, "#picture button[aria-label*='lear'], #picture button[aria-label*='emove']")
     upload(browser, good)
     wait(lambda: any("64x40 px" in text and "strength 1" in text for text in statuses(browser)))
     wait(lambda: sizes(browser) == [(64, 40)] * 4)

@@ -407,8 +407,9 @@ def test_killed_and_started_again_it_serves_from_the_same_port(pair: tuple[Path,
             again.wait_for("davae_batch_images_count", 3)
             again.process.send_signal(signal.SIGINT)
             assert running.result().data
+        assert again.process.wait(60) == 0
     finally:
-        assert again.end(signal.SIGINT) == 0
+        again.end(signal.SIGKILL)
 
 
 def check_token(server: ServerProcess) -> None:

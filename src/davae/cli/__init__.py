@@ -3,9 +3,12 @@
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -74,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
 
     try:
-        app(arguments, prog_name="davae")
+        with interrupts_kept():
+            app(arguments, prog_name="davae")
     except DavaeError as error:
         with suppress(OSError):  # stderr may be full, too
             # A code above 128 is a signal, after which everything is saved: no error.
@@ -91,6 +95,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     finally:
         _give_up_full_streams()
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Keep Ctrl+C what it is, whatever error a library makes of it.
+
+    safetensors, for one, raises a ValueError where Python raised KeyboardInterrupt within its code, and the pipeline
+    would be said to be damaged.
+    """
+    came = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.default_int_handler(signum, frame)
+
+    # Python allows handlers in the main thread only, and another program's own handler stays.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _give_up_full_streams() -> None:
