@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def page_of(folder: Path, known: dict[str, dict]) -> str:
 
 def test_the_page_says_every_number_with_its_count_and_seed(folder: Path) -> None:
     text = unescape(page_of(folder, facts()))
-    assert f"{PLAN.stage_one_steps} steps of stage 1 and {PLAN.stage_two_steps} of stage 2" in text
+    assert f"{PLAN.stage_one_steps} steps of stage 1 and {PLAN.stage_two_steps} steps of stage 2" in text
     assert "KID 67 % below base + bicubic, LPIPS to the exact image 0.060 instead of 0.180" in text
     assert "4.0 times the speed of the base at 256 px" in text
 
@@ -91,6 +92,19 @@ def test_the_page_says_every_number_with_its_count_and_seed(folder: Path) -> Non
     assert "seed 7" in text
     assert text.count("<svg") == 2  # one for each stage
     assert text.count('<table class="images"') == 2
+
+
+def test_the_page_of_stage_2_alone_says_so_and_has_no_stage_1(folder: Path) -> None:
+    known = facts()
+    for name in (CLOSED_FORM, THIS_RUN):
+        del known["reconstruction"][name]
+    shutil.rmtree(folder / "stage1")
+    plan = PLANS["short"]
+    write_page(folder / "index.html", make_page(known, grid("red ball"), grid(NASTY), folder, plan, 7))
+    text = unescape((folder / "index.html").read_text())
+    assert f"{plan.stage_two_steps} steps of stage 2, with the autoencoder of the shipped upgrade, on this" in text
+    assert "stage 1" not in text.lower()
+    assert text.count("<svg") == 1
 
 
 def test_the_page_escapes_captions_and_runs_nothing(folder: Path) -> None:

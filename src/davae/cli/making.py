@@ -16,10 +16,13 @@ from davae.errors import SettingsError
 @with_dry_run
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run that stopped resumes.")] = Path("runs/demo"),
-    budget: Annotated[str, typer.Option(help="tiny (a check that everything runs) or short (the demo).")] = "short",
+    budget: Annotated[
+        str,
+        typer.Option(help="short (stage 2 alone), both (a short stage 1, too) or tiny (a check that everything runs)."),
+    ] = "short",
     seed: options.Seed = 0,
 ) -> None:
-    """Train, upgrade, fine-tune, generate and measure with the shipped pair, and write a page."""
+    """Upgrade, fine-tune, generate and measure with the shipped pair, and write a page."""
     from davae.demo.run import run_demo
 
     page = run_demo(out, budget, seed)

@@ -44,30 +44,31 @@ def make_page(
     gain = 100 * (1 - ours["kid"][0] / base["kid"][0])
     side = "below" if gain >= 0 else "above"
     lead = (
-        f"{plan.stage_one_steps} steps of stage 1 and {plan.stage_two_steps} of stage 2 on this machine, from the "
-        f"128 px base: on {plan.heldout} held-out prompts KID {abs(gain):.0f} % {side} base + bicubic, "
-        f"LPIPS to the exact image {ours['lpips']:.3f} instead of {base['lpips']:.3f}, and {speedup:.1f} "
-        f"times the speed of the base at {SIZE} px."
+        f"{describe_training(plan)} on this machine, from the 128 px base: on {plan.heldout} held-out prompts KID "
+        f"{abs(gain):.0f} % {side} base + bicubic, LPIPS to the exact image {ours['lpips']:.3f} instead of "
+        f"{base['lpips']:.3f}, and {speedup:.1f} times the speed of the base at {SIZE} px."
     )
-    explanation = (
-        "The difference between an image and its reconstruction from latents, on images that no training saw. The "
-        "closed-form start is the autoencoder before any training: least squares on 64 images. Stage 1 teaches its "
-        f"decoder to forgive noise on the latents; {plan.stage_one_steps} steps of it are too few to gain on exact "
-        "ones, and may lose a little; without them the images of stage 2 come out mottled."
-    )
+    explanation = "The difference between an image and its reconstruction from latents, on images that no training saw."
+    if plan.stage_one_steps:
+        explanation += (
+            " The closed-form start is the autoencoder before any training: least squares on 64 images. Stage 1 "
+            f"teaches its decoder to forgive noise on the latents; {plan.stage_one_steps} steps of it are too few to "
+            "gain on exact ones, and may lose a little; without them the images of stage 2 come out mottled."
+        )
 
     caption = f"Means over {plan.heldout} held-out images at {SIZE} px."
     table = reconstruction.make_table(facts["reconstruction"], caption=caption)
-    stage_one = read_series(folder / "stage1", ("l1", "lpips", "alignment"))
     stage_two = read_series(folder / "stage2", ("base_loss", "detail_loss"))
     sections = [
         Section("Images from held-out prompts", "", figure),
         Section("Distance to the exact images, and cost", "", make_generation_table(facts, plan, seed)),
         Section("Reconstruction of held-out images", explanation, table),
         Section("Reconstructions", "", gallery),
-        Section("Stage 1", "", Curves(stage_one, logarithmic=True)),
         Section("Stage 2", "", Curves(stage_two, smoothing=5)),
     ]
+    if plan.stage_one_steps:
+        stage_one = read_series(folder / "stage1", ("l1", "lpips", "alignment"))
+        sections.insert(4, Section("Stage 1", "", Curves(stage_one, logarithmic=True)))
 
     where = environment()
     versions = where["versions"]
@@ -77,6 +78,14 @@ def make_page(
         "one image for a full caption."
     )
     return Report("davae demo: 256 px from a 128 px model, at the same 64 tokens", lead, sections, footer)
+
+
+def describe_training(plan: Plan) -> str:
+    """The steps of a run, and what they start from."""
+    steps = f"{plan.stage_two_steps} steps of stage 2"
+    if plan.stage_one_steps:
+        return f"{plan.stage_one_steps} steps of stage 1 and {steps}"
+    return f"{steps}, with the autoencoder of the shipped upgrade,"
 
 
 def make_generation_table(facts: Mapping[str, Any], plan: Plan, seed: int) -> Table:

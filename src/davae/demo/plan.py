@@ -20,6 +20,7 @@ class Plan:
     images: int
     """For training."""
     stage_one_steps: int
+    """0: stage 2 trains on the shipped upgrade's autoencoder."""
     stage_two_steps: int
     heldout: int
     """Held-out images: all are generated from their captions, and reconstructed."""
@@ -32,7 +33,8 @@ class Plan:
 
 PLANS = {
     "tiny": Plan(images=32, stage_one_steps=4, stage_two_steps=4, heldout=8, shown=2, repeats=2, sampling_steps=4),
-    "short": Plan(images=1024, stage_one_steps=200, stage_two_steps=600, heldout=64, shown=8, repeats=3),
+    "short": Plan(images=1024, stage_one_steps=0, stage_two_steps=1200, heldout=64, shown=8, repeats=3),
+    "both": Plan(images=1024, stage_one_steps=200, stage_two_steps=600, heldout=64, shown=8, repeats=3),
 }
 
 

@@ -72,15 +72,19 @@ def run_demo(
     counts = {"training": plan.images, "held_out": plan.heldout}
     images = write_avatar_shards(folder / "images", **counts, size=SIZE, start=start)
 
-    console.rule("2 of 6: the detail-aligned autoencoder (stage 1)")
-    autoencoder = train_autoencoder(stage_one_recipe(plan, seed, images, base), folder / "stage1")
+    if plan.stage_one_steps:
+        console.rule("2 of 6: the detail-aligned autoencoder (stage 1)")
+        autoencoder = train_autoencoder(stage_one_recipe(plan, seed, images, base), folder / "stage1")
+    else:
+        console.rule("2 of 6: the shipped upgrade's autoencoder, instead of a stage 1")
+        autoencoder = adapter
 
     console.rule("3 of 6: upgrade and fine-tuning (stage 2)")
     finetuned = finetune(stage_two_recipe(plan, seed, images, base, autoencoder), folder / "stage2")
 
     console.rule("4 of 6: reconstruction of held-out images")
     real = open_pictures(images, size=SIZE, split="heldout")
-    ways = load_ways(base, folder / "stage1" / "start", autoencoder, adapter)
+    ways = load_ways(base, folder / "stage1", adapter)
     quality = _once(folder / "reconstruction.json", lambda: reconstruction.measure(real, ways, lpips=LPIPS.alex()))
 
     console.rule("5 of 6: images from held-out prompts")
@@ -97,7 +101,7 @@ def run_demo(
 
     facts = {"reconstruction": quality, "generation": generation, "speed": speed}
     rows = range(0, plan.heldout, plan.heldout // 4)
-    gallery = reconstruction.make_gallery(real, rows, ways, differences=[ENLARGED, THIS_RUN])
+    gallery = reconstruction.make_gallery(real, rows, ways, differences=[ENLARGED, SHIPPED])
     return write_results(facts, make_figure(made, real, plan.shown), gallery, folder, plan, seed)
 
 
@@ -111,17 +115,15 @@ def write_results(
     return folder / "index.html"
 
 
-def load_ways(base: Path, start: Path, trained: Path, adapter: Path) -> dict[str, reconstruction.Way]:
-    """The base's two bounds, the closed-form start, this run's autoencoder and the shipped one, by name."""
+def load_ways(base: Path, stage_one: Path, adapter: Path) -> dict[str, reconstruction.Way]:
+    """The base's two bounds, the shipped autoencoder and, of a run with a stage 1, its start and end, by name."""
     vae = load_base_vae(str(base))
     shipped = load_autoencoder(adapter, base=vae)
-    return {
-        ENLARGED: enlarge_base(vae, shipped),
-        CLOSED_FORM: make_tokenizer(load_autoencoder(start)),
-        THIS_RUN: make_tokenizer(load_autoencoder(trained)),
-        SHIPPED: make_tokenizer(shipped),
-        FULL: make_tokenizer(vae),
-    }
+    ways = {ENLARGED: enlarge_base(vae, shipped)}
+    if stage_one.is_dir():
+        ways[CLOSED_FORM] = make_tokenizer(load_autoencoder(stage_one / "start"))
+        ways[THIS_RUN] = make_tokenizer(load_autoencoder(stage_one / "autoencoder"))
+    return {**ways, SHIPPED: make_tokenizer(shipped), FULL: make_tokenizer(vae)}
 
 
 def generate_images(
