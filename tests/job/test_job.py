@@ -1,12 +1,14 @@
 """A whole job on a tiny base and a dozen drawn images: `davae init`, then `davae run`, killed twice on the way."""
 
 import json
+import re
 import shutil
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from davae.errors import CheckpointError, SettingsError
 from davae.job.recipe import load_job
@@ -22,7 +24,7 @@ TINY = {
     **{"finetune.steps": 4, "finetune.batch_size": 2, "finetune.validation_every": 2, "finetune.validation_steps": 2},
     **{"results.count": 4, "results.steps": 2, "results.prompts": ["blue tree"]},
     **{"autoencoder.checkpoint_every": 1, "finetune.checkpoint_every": 1},
-    **{"autoencoder.fit_pictures": 4, "finetune.prompt_tokens": 8},
+    **{"autoencoder.fit_pictures": 4, "finetune.prompt_tokens": 8, "finetune.pictures_licence": "CC0"},
 }
 
 
@@ -110,8 +112,20 @@ def test_a_job_ends_with_all_steps_done_in_their_order(job_folder: Path) -> None
     for stage in ("autoencoder", "finetune"):
         steps = [line["step"] for line in read_metrics(job_folder / stage / "metrics.jsonl") if "loss" in line]
         assert steps == sorted(set(steps))
-    card = (job_folder / "finetune" / "pipeline" / "README.md").read_text()
-    assert "held-out psnr" in card
+
+
+@pytest.mark.parametrize("result", ["pipeline", "adapter"])
+def test_the_card_shows_images_numbers_and_data(job_folder: Path, result: str) -> None:
+    card = (job_folder / "finetune" / result / "README.md").read_text()
+    assert "![The base enlarged with bicubic, and the upgrade" in card
+    with Image.open(job_folder / "finetune" / result / "card.webp") as picture:
+        assert picture.height > 3 * 64, "three rows of images"
+    assert "Reconstructions of 4 held-out images." in card
+    for row in ("base, enlarged", "upgrade", "base at full size"):
+        assert f"| {row} " in card
+    assert re.search(r"Data: \d+ pictures of \w+, licence CC0\.", card)
+    assert 'load_pipeline("' in card
+    assert "dtype=torch.bfloat16" in card
 
 
 def test_the_page_shows_every_step_and_all_its_pictures_are_there(job_folder: Path) -> None:

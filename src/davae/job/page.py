@@ -9,12 +9,12 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from davae.evaluation.reconstruction import make_table
-from davae.evaluation.report import Curves, Table, draw_curves, read_series
+from davae.evaluation.report import Curves, draw_curves, read_series
 from davae.job.estimate import in_words
+from davae.job.numbers import BASE, REAL, UPGRADE, make_numbers
 from davae.job.recipe import STAGE_ONE, STAGE_TWO, JobRecipe
 from davae.job.record import PAGE, JobRecord
-from davae.job.steps import BASE, REAL, STEPS, UPGRADE
+from davae.job.steps import STEPS
 from davae.job.verdicts import judge_distance, judge_reconstruction
 from davae.run.record import read_metrics
 from davae.run.storage import write_atomically
@@ -22,7 +22,6 @@ from davae.training.recipes import OptimisationRecipe
 
 # Pictures in a strip; of more, the first, the last and others between them are shown.
 MOST_IN_A_STRIP = 6
-ROW_NAMES = {"enlarged": "base, enlarged", "upgrade": "upgrade", "full size": "base at full size"}
 
 
 @dataclass
@@ -131,25 +130,6 @@ def list_steps(state: PageState) -> list[dict[str, Any]]:
             row |= {"share": done / max(1, total), "time": f"{in_words(seconds)} so far"}
         rows.append(row)
     return rows
-
-
-def make_numbers(facts: dict[str, Any]) -> Table | None:
-    """Reconstruction of the held-out images, and KID, once they are measured."""
-    if "reconstruction" not in facts:
-        return None
-    caption, kid = f"Reconstructions of {facts['heldout']} held-out images.", facts["kid"]
-    if kid:
-        caption += f" KID: {facts['count']} generated images against as many real ones, with its standard error."
-    quality = make_table({title: facts["reconstruction"][name] for name, title in ROW_NAMES.items()}, caption=caption)
-    if not kid:
-        return quality
-
-    # The base at full size makes no images.
-    rows = []
-    for row, name in zip(quality.rows, (BASE, UPGRADE, ""), strict=True):
-        value = kid.get(name)
-        rows.append([*row, "-" if value is None else f"{1000 * value[0]:.1f} +- {1000 * value[1]:.1f}"])
-    return Table([*quality.header, "KID x 1000"], rows, caption)
 
 
 def judge(facts: dict[str, Any]) -> list[str]:

@@ -12,26 +12,29 @@ from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.cost.geometry import read_geometry
-from davae.data.pictures import digest_origin, to_bytes, write_png
+from davae.data.pictures import digest_origin, read_png, to_bytes, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.data.survey import contact_sheet, survey
 from davae.evaluation import generation
 from davae.evaluation.reconstruction import FULL, OURS, SMALL, reconstruct
+from davae.evaluation.report import ImageGrid, write_figure
+from davae.job.numbers import BASE, REAL, UPGRADE, make_numbers
 from davae.job.recipe import STAGE_ONE, STAGE_TWO, JobRecipe
 from davae.job.trial import count_bytes
 from davae.pipelines.autoencoders import load_autoencoder, load_base_vae
 from davae.pipelines.inspection import describe
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.placement import choose_dtype
+from davae.pipelines.publishing import CardPicture
+from davae.run.markdown import markdown_table
 from davae.run.ranks import Ranks
 from davae.run.storage import read_json, write_json
 from davae.training.recipes import PicturesRecipe
 from davae.training.stage_one_run import train_autoencoder
 from davae.training.stage_two_run import build_caches, finetune, load_upgraded_base, name_base, write_cards
 
-BASE, UPGRADE, REAL = "base", "upgrade", "real"
-# Held-out images that are reconstructed at most.
-MOST_RECONSTRUCTED = 64
+# Held-out images that are reconstructed at most, and rows of the model card's picture.
+MOST_RECONSTRUCTED, MOST_ON_A_CARD = 64, 3
 
 Facts = dict[str, Any]
 
@@ -229,19 +232,31 @@ def measure(job: Job) -> Facts:
 
 
 def write_model_cards(job: Job) -> Facts:
-    """Write what was measured into the cards of the pipeline and the adapter."""
+    """Write the cards of the pipeline and the adapter: a picture, what was measured, how the result was made."""
     recipe, folder = job.recipe.stage_two, job.folder / STAGE_TWO
-    result = read_json(folder / "result.json")
-    measured = read_json(job.folder / "job.json")["steps"]["evaluate"]["facts"]
-    metrics = dict(result["values"])
-    for name, value in measured["reconstruction"]["upgrade"].items():
-        metrics[f"held-out {name}"] = value
-    for name, (value, _) in measured["kid"].items():
-        metrics[f"KID of the {name} x 1000"] = 1000 * value
-
+    result, steps = read_json(folder / "result.json"), read_json(job.folder / "job.json")["steps"]
     counts = {name: count for name, count in result["counts"].items() if isinstance(count, int)}
-    job.ranks.on_first(lambda: write_cards(folder, recipe, base=name_base(recipe), metrics=metrics, counts=counts))
+    numbers = make_numbers(steps["evaluate"]["facts"])
+    evaluation = "" if numbers is None else f"{markdown_table(numbers.header, numbers.rows)}\n\n{numbers.caption}"
+    facts = {"metrics": result["values"], "counts": counts, "evaluation": evaluation}
+
+    def write() -> None:
+        picture = draw_card_picture(job.folder, steps["generate"]["facts"].get("shown", []))
+        write_cards(folder, recipe, base=name_base(recipe), picture=picture, **facts)
+
+    job.ranks.on_first(write)
     return {"card": f"{STAGE_TWO}/pipeline/README.md"}
+
+
+def draw_card_picture(folder: Path, shown: Sequence[dict[str, str]]) -> CardPicture | None:
+    """The first shown images of base and upgrade side by side; None where none were made."""
+    rows = shown[:MOST_ON_A_CARD]
+    if not rows:
+        return None
+    cells = [[read_png(folder / row[name]) for name in (BASE, UPGRADE)] for row in rows]
+    grid = ImageGrid(("base, enlarged", "upgrade"), [row["prompt"] for row in rows], cells)
+    path = write_figure(folder / "images" / "card.png", grid, origin=digest_origin(rows))
+    return CardPicture(path, "The base enlarged with bicubic, and the upgrade: same prompts, seeds and tokens")
 
 
 STEPS: dict[str, Step] = {

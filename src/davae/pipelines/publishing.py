@@ -1,23 +1,34 @@
 """Model cards, and uploads of saved folders to the Hugging Face Hub."""
 
+import io
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
 from davae.errors import SettingsError, StorageError
 from davae.pipelines.adapter_index import INDEX
+from davae.pipelines.places import fetch_files, find_on_hub
 from davae.run.markdown import markdown_table
 from davae.run.recipe import Recipe
 from davae.run.record import environment
 from davae.run.storage import write_atomically
 
+logger = logging.getLogger(__name__)
+
 CARD = "README.md"
 # Settings that may be paths on this machine: the card has only the last part of such a path.
 PATH_SETTINGS = ("base", "autoencoder", "adapter", "pictures")
+# The picture beside a card, and its longest side in pixels.
+CARD_PICTURE, LONGEST_SIDE = "card.webp", 4096
+# What a card says about its licence; the last two where the licence is none of the Hub's list.
+LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 # Every folder of a pipeline, an adapter or a model has one of these files.
 RESULTS = ("model_index.json", INDEX, "config.json")
@@ -27,8 +38,14 @@ TEMPLATE = """---
 ---
 
 # {{ name }}, upgraded with davae
+{% if picture %}
+![{{ picture.caption }}]({{ file }})
 
-Base model: {{ name }}. Licence: {{ license or "see the base model, whose licence holds for derived models" }}.
+*{{ picture.caption }}*
+{% endif %}
+DA-VAE (arXiv 2603.22125) doubles the side length of the base model's images at the same number of tokens.
+
+Base model: {{ name }}. Licence: {{ licence }}.
 
 {{ data }}
 
@@ -36,23 +53,44 @@ Base model: {{ name }}. Licence: {{ license or "see the base model, whose licenc
 {{ usage }}
 ```
 
+In float32, leave out `dtype`.
+
 {{ details }}
 """
-LOAD = """from davae import load_pipeline
+LOAD = """import torch
+from davae import load_pipeline
 
-pipe = load_pipeline("this folder")"""
-LOAD_PORTABLE = """from diffusers import DiffusionPipeline
+pipe = load_pipeline("this folder", dtype=torch.bfloat16)"""
+LOAD_PORTABLE = """import torch
+from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True)  # no davae needed"""
+# No davae is needed.
+pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True, dtype=torch.bfloat16)"""
+
+
+@dataclass(frozen=True)
+class CardPicture:
+    """A picture for a card, from a file of any format, and a sentence about it."""
+
+    source: Path
+    caption: str
 
 
 def make_model_card(
-    recipe: Recipe, *, usage: str, base: str, data: str, metrics: Mapping[str, Any], counts: Mapping[str, int]
+    recipe: Recipe,
+    *,
+    usage: str,
+    base: str,
+    data: str,
+    metrics: Mapping[str, Any],
+    counts: Mapping[str, int],
+    evaluation: str = "",
+    picture: CardPicture | None = None,
 ) -> str:
     """A card of a training run's result.
 
     `usage` is Python that loads the result, `base` the base pipeline's folder or Hub name, `data` the training data in
-    words; `metrics` are of the last step, and `counts` tells how many samples they stand on.
+    words; `metrics` are of the last step, and `counts` tells how many samples they stand on; `evaluation` is Markdown.
     """
     # Paths of this machine mean nothing to others.
     shortened = {}
@@ -62,19 +100,21 @@ def make_model_card(
             shortened[name] = path.name
     settings = recipe.model_copy(update=shortened).to_toml().strip()
 
+    details = [f"## Evaluation\n\n{evaluation}"] if evaluation else []
     rows = []
     for name, value in metrics.items():
         rows.append([name.replace("_", " "), "-" if value is None else f"{value:.4g}"])
     amounts = ", ".join(f"{name} {count:,}" for name, count in counts.items()).replace("_", " ")
     made_in = environment()
-    details = [
+    details += [
+        "## How it was made",
         markdown_table(["metric, of the last step", ""], rows),
         f"Counts: {amounts}.",
-        "## How it was made",
         f"Command: `{' '.join(made_in['command'])}`, {_describe_versions(made_in)}",
         f"```toml\n{settings}\n```",
     ]
-    return _make_card(base, data=f"Data: {data}.", usage=usage, details="\n\n".join(details))
+    contents = {"details": "\n\n".join(details), "picture": picture, "file": CARD_PICTURE}
+    return _make_card(base, data=f"Data: {data}.", usage=usage, **contents)
 
 
 def make_upgrade_card(base: str, *, portable: bool) -> str:
@@ -84,18 +124,31 @@ def make_upgrade_card(base: str, *, portable: bool) -> str:
     return _make_card(base, data=data, usage=usage, details=f"Made at {_describe_versions(environment())}")
 
 
-def _make_card(base: str, **texts: str) -> str:
-    """`base` is a folder, whose own card may name a licence, or a name on the Hub, which is not asked."""
+def _make_card(base: str, **contents: Any) -> str:
+    """`base` is a folder or a name on the Hub, whose own card may name a licence."""
     is_folder = Path(base).is_dir()
+    licence = find_licence(base)
     facts = ModelCardData(
         base_model=None if is_folder else base.partition("@")[0],  # without its revision
-        license=read_licence(Path(base)) if is_folder else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["davae", "da-vae"],
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
     )
-    texts["name"] = Path(base).name if is_folder else base
-    return f"{ModelCard.from_template(facts, template_str=TEMPLATE, **texts)}\n"
+    contents["name"] = Path(base).name if is_folder else base
+    contents["licence"] = _describe_licence(licence)
+    return f"{ModelCard.from_template(facts, template_str=TEMPLATE, **contents)}\n"
+
+
+def _describe_licence(licence: Mapping[str, str]) -> str:
+    """A licence in words; derived models are under their base's."""
+    name = licence.get("license_name", licence.get("license"))
+    if name is None:
+        return "see the base model, whose licence holds for derived models"
+    link = licence.get("license_link", "")
+    return f"{name}, the base model's" + (f" ({link})" if link else "")
 
 
 def _describe_versions(made_in: Mapping[str, Any]) -> str:
@@ -103,15 +156,40 @@ def _describe_versions(made_in: Mapping[str, Any]) -> str:
     return f"commit {made_in['commit'] or 'unknown'}; {', '.join(versions)}."
 
 
-def read_licence(folder: Path) -> str | None:
-    """The licence in the card of a folder; None without a card, or without a licence in it."""
-    if not (folder / CARD).is_file():
-        return None
-    return ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license")
+def find_licence(base: str) -> dict[str, str]:
+    """Some of `LICENCE_FIELDS`, from the card of a folder, or of a name on the Hub where it can be asked.
+
+    Without a card, or without a licence in it, there are none: no run fails because of its card.
+    """
+    try:
+        hub = find_on_hub(base)
+        folder = Path(base) if hub is None else fetch_files(hub, (CARD,))
+        if not (folder / CARD).is_file():
+            return {}
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
+        licence = {name: str(data.get(name)) for name in LICENCE_FIELDS if data.get(name)}
+    except Exception as error:  # of the network, the Hub, or YAML
+        reason = str(error).partition("\n")[0]
+        logger.warning("the licence of %s is not known (%s): the model card points to the base model", base, reason)
+        return {}
+
+    # A link is often a file beside the card; in another folder it leads nowhere.
+    link = licence.get("license_link", "")
+    if link and "://" not in link:
+        del licence["license_link"]
+        if hub is not None:
+            licence["license_link"] = f"https://huggingface.co/{hub.repository}/blob/{hub.revision or 'main'}/{link}"
+    return licence
 
 
-def write_card(folder: Path, text: str) -> None:
-    """Write a card into the folder of a result."""
+def write_card(folder: Path, text: str, picture: CardPicture | None = None) -> None:
+    """Write a card into the folder of a result, and its picture beside it."""
+    if picture is not None:
+        buffer = io.BytesIO()
+        with Image.open(picture.source) as image:
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            image.save(buffer, format="WEBP", quality=90)
+        write_atomically(folder / CARD_PICTURE, buffer.getvalue())
     write_atomically(folder / CARD, text.encode())
 
 

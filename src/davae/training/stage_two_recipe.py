@@ -15,6 +15,7 @@ class FinetuneRecipe(PicturesRecipe):
         "cache",
         "compile",
         "gradient_checkpointing",
+        "pictures_licence",
         "validation_every",
     }
     places: ClassVar[frozenset[str]] = PicturesRecipe.places | {"adapter"}
@@ -23,6 +24,8 @@ class FinetuneRecipe(PicturesRecipe):
     """Folder or Hub name of the base pipeline; "" is the shipped one."""
     autoencoder: str = ""
     """Folder of the trained AutoencoderDA, or of an adapter that holds one; "" is the shipped upgrade's."""
+    pictures_licence: str = ""
+    """Licence of the training images, for the model card."""
     trained: Literal["lora", "layers", "full", "ports"] = "lora"
     """Both ports with LoRA on the targets; both ports with the targets' own weights; the whole transformer; or both
     ports alone."""

@@ -1,16 +1,18 @@
 """A whole run of stage 2, from a base pipeline to a fine-tuned one; and its caches, made beforehand."""
 
+import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from einops import rearrange
 
 from davae import assets
-from davae.backbones import backbone_of
+from davae.backbones import BACKBONES, backbone_of
 from davae.data.pictures import write_png
 from davae.data.sources import PictureSet
 from davae.errors import SettingsError
@@ -20,7 +22,7 @@ from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
-from davae.pipelines.publishing import make_model_card, write_card
+from davae.pipelines.publishing import CardPicture, make_model_card, write_card
 from davae.pipelines.sampling import sample
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import digest_encoding_half, upgrade
@@ -315,17 +317,56 @@ def finish_record(state: TrainingState, recipe: FinetuneRecipe, *, pictures: int
 
 
 def write_cards(
-    folder: Path, recipe: FinetuneRecipe, *, base: str, metrics: dict[str, float | None], counts: dict[str, int]
+    folder: Path,
+    recipe: FinetuneRecipe,
+    *,
+    base: str,
+    metrics: dict[str, float | None],
+    counts: dict[str, int],
+    evaluation: str = "",
+    picture: CardPicture | None = None,
 ) -> None:
-    """Write a model card into the pipeline's folder and, if there is one, into the adapter's."""
+    """Write a model card into the pipeline's folder and, if there is one, into the adapter's.
+
+    Without `picture`, the last validation picture of the run is shown, if there is one.
+    """
     name = "base" if Path(base).is_dir() else base
-    calls = {"pipeline": 'load_pipeline("this folder")', "adapter": f'load_pipeline("{name}", adapter="this folder")'}
-    source = Path(recipe.pictures).name or "the set that davae ships (Fluent Emoji 3D, MIT)"
+    calls = {"pipeline": '"this folder"', "adapter": f'"{name}", adapter="this folder"'}
+    source = Path(recipe.pictures).name or "a set without a name"
     data = f"{counts['pictures']:,} pictures of {source}"
+    if recipe.pictures_licence:
+        data += f", licence {recipe.pictures_licence}"
+
+    # `draw_pictures` writes a file for each validation.
+    drawn = sorted((folder / "pictures").glob("*.png"))
+    if picture is None and drawn:
+        caption = (
+            f"After {int(drawn[-1].stem):,} steps: the raw weights above, their average below, with the same noise"
+        )
+        picture = CardPicture(drawn[-1], caption)
 
     # Both cards show the same facts and their own line of Python.
     for result, call in calls.items():
         if (folder / result).is_dir():
-            usage = f"from davae import load_pipeline\n\npipe = {call}"
-            card = make_model_card(recipe, usage=usage, base=base, data=data, metrics=metrics, counts=counts)
-            write_card(folder / result, card)
+            usage = describe_usage(call, recipe, folder)
+            facts: dict[str, Any] = {"usage": usage, "base": base, "data": data, "metrics": metrics, "counts": counts}
+            card = make_model_card(recipe, **facts, evaluation=evaluation, picture=picture)
+            write_card(folder / result, card, picture)
+
+
+def describe_usage(call: str, recipe: FinetuneRecipe, folder: Path) -> str:
+    """Python that loads a result with `call` and makes an image; by its backbone, from a prompt or a class."""
+    _, transformer = read_json(folder / "pipeline" / "model_index.json")["transformer"]
+    backbone = BACKBONES[transformer]
+    prompt = json.dumps(recipe.validation_prompts[0] if recipe.validation_prompts else "a prompt", ensure_ascii=False)
+    sides = f", height={recipe.size}, width={recipe.size}"
+    arguments = "[0]" if backbone.classes else prompt + sides
+    lines = [
+        "import torch",
+        "from davae import load_pipeline",
+        "",
+        f'pipe = load_pipeline({call}, dtype=torch.bfloat16, device="cuda")',
+        *([f"# {backbone.advice}"] if backbone.advice else []),
+        f"image = pipe({arguments}).images[0]",
+    ]
+    return "\n".join(lines)
