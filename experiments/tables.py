@@ -1,4 +1,4 @@
-"""Write the README's results out of results/*.json, between its two marks: `python experiments/tables.py`."""
+"""Write the measured tables out of results/*.json into README.md and docs/results.md: `python experiments/tables.py`."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,16 @@ TITLES = {
 Row = dict[str, Any]
 
 
-def render() -> str:
-    """All tables and where they come from, as Markdown."""
-    parts = _measured(_read("avatars"))
+def render() -> dict[str, str]:
+    """For each page, what stands between its two marks: tables and where they come from, as Markdown."""
+    measured = _read("avatars")
+    first = _measured(measured)
+    parts = [*first, *_attributes(measured["attributes"])]
+    if "reconstruction" in measured:
+        parts += _reconstruction(measured["reconstruction"], measured["counts"]["reconstructed"])
     if (RESULTS / "demo.json").is_file():
         parts += _demo(_read("demo"))
-    return "\n".join(parts)
+    return {"README.md": "\n".join(first), "docs/results.md": "\n".join(parts)}
 
 
 def _read(name: str) -> Row:
@@ -52,7 +56,7 @@ def _origin(result: Row) -> str:
 
 
 def _measured(result: Row) -> list[str]:
-    """The shipped pair on held-out prompts: distances, attributes, reconstruction."""
+    """The shipped pair on held-out prompts: distances."""
     kid, exact, count = result["kid"], result["to_exact"], result["counts"]["prompts"]
     enlarged, ours, halved = (kid[name][0] for name in list(TITLES)[:3])
 
@@ -68,7 +72,7 @@ def _measured(result: Row) -> list[str]:
     header = ["", "tokens", "KID x 1000 (EfficientNet-Lite0)", "PSNR to the exact image, dB", "SSIM", "LPIPS"]
 
     side = "below" if ours < halved else "above"
-    parts = [
+    return [
         f"**Generation**, {count} held-out prompts, the same noise for base and upgrade:\n",
         markdown_table(header, rows),
         f"\nKID is {_share_below(ours, enlarged)} than that of the enlarged base, and {side} that of real images that "
@@ -77,11 +81,7 @@ def _measured(result: Row) -> list[str]:
         f"*`python recipes/avatars/measure.py PIPELINE RUN --count {count} --upgrade ADAPTER`, {_origin(result)}, "
         f"{result['sampling']['steps']} steps, guidance {result['sampling']['guidance_scale']}, seed "
         f"{result['sampling']['seed']}, one training; errors are of the choice of prompts.*\n",
-        *_attributes(result["attributes"]),
     ]
-    if "reconstruction" in result:
-        parts += _reconstruction(result["reconstruction"], result["counts"]["reconstructed"])
-    return parts
 
 
 def _attributes(shares: Row) -> list[str]:
@@ -129,10 +129,11 @@ def _demo(result: Row) -> list[str]:
 
 
 def main() -> None:
-    """Rewrite the README's section."""
-    path = ROOT / "README.md"
-    before, rest = path.read_text().split(START)
-    path.write_text(before + START + render() + END + rest.split(END)[1])
+    """Rewrite the sections."""
+    for name, text in render().items():
+        path = ROOT / name
+        before, rest = path.read_text().split(START)
+        path.write_text(before + START + text + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":
