@@ -1,4 +1,4 @@
-"""Write the measured tables out of results/*.json into README.md and docs/results.md: `python experiments/tables.py`."""
+"""Write the measured tables of results/*.json into README.md and docs/results.md: `python experiments/tables.py`."""
 
 import json
 from pathlib import Path
