@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from davae.backbones import backbone_of
 from davae.cli import interrupts_kept, main
 from davae.cli.sources import repeat_command
 from davae.method.widen import lost_directions
-from davae.pipelines.inspection import describe
+from davae.pipelines.inspection import describe, describe_folder
+from hub_server import FolderHub, serving
 from tiny import tiny_sd3_pipeline
 
 VERBS = [
@@ -40,9 +42,10 @@ VERBS = [
 ]
 
 
-def davae(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def davae(*arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "davae", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
 def test_help_is_fast_and_names_every_verb() -> None:
@@ -231,6 +234,31 @@ def test_inspect_tells_what_a_pipeline_is_and_what_an_upgrade_would_change(tmp_p
     assert facts["tokens"] == {"16": 4, "32": 16, "64": 64}
     assert facts["upgrade"]["default_size"] == [32, 64]
     assert facts["upgrade"]["tokens_at_default_size"] == [16, 16]
+
+
+def test_inspect_of_a_name_fetches_json_and_the_headers_of_weights_alone(tmp_path: Path) -> None:
+    base, cache = tmp_path / "base", tmp_path / "cache"
+    load_pipeline(assets.base_pipeline()).save_pretrained(base, max_shard_size="8MB")
+    shards = sorted((base / "transformer").glob("*.safetensors"))
+    assert len(shards) > 1
+
+    with serving(FolderHub(base)) as hub:
+        # A download that was cut short after a shard is not taken for the whole.
+        kept = cache / "hub" / "models--someone--tiny" / "snapshots" / hub.commit / "transformer"
+        kept.mkdir(parents=True)
+        shutil.copy(shards[0], kept)
+        address = f"http://127.0.0.1:{hub.server_address[1]}"
+        answer = davae(
+            "inspect", hub.name, "--json", HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HOME=str(cache), HF_TOKEN=""
+        )
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout) == describe_folder(base)
+
+    # Of each file of weights, what a header takes; nothing of the other parts.
+    weights = {name: count for name, count in hub.sent.items() if not name.endswith(".json")}
+    assert {name.partition("/")[0] for name in weights} == {"transformer", "vae"}
+    assert all(count <= 100_001 < (base / name).stat().st_size for name, count in weights.items())
+    assert [path.name for path in cache.rglob("*.safetensors")] == [shards[0].name]
 
 
 def test_inspect_knows_an_upgraded_pipeline() -> None:

@@ -55,16 +55,18 @@ def inspect(
     as_json: options.AsJson = False,
 ) -> None:
     """Print a pipeline's factor, channels, tokens per size and ports, and what an upgrade would change."""
-    from davae.pipelines.inspection import describe, describe_folder, tabulate
+    from davae.pipelines.inspection import describe, describe_folder, describe_on_hub, tabulate
+    from davae.pipelines.places import find_on_hub, pin
 
-    # A folder's configs and headers tell it all; adapters are applied to weights.
-    if Path(pipeline).is_dir() and not adapter:
-        facts = describe_folder(Path(pipeline), size)
-    else:
+    # Configs and headers tell it all; adapters are applied to weights.
+    place = pin(pipeline, revision)
+    hub = find_on_hub(place)
+    if adapter:
         from davae.pipelines.loading import load_pipeline
-        from davae.pipelines.places import pin
 
-        facts = describe(load_pipeline(pin(pipeline, revision), adapter=adapter), size)
+        facts = describe(load_pipeline(place, adapter=adapter), size)
+    else:
+        facts = describe_folder(Path(place), size) if hub is None else describe_on_hub(hub, size)
     if as_json:
         return show(facts)
     print_rows(tabulate(facts))

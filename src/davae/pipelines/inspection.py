@@ -10,9 +10,10 @@ from safetensors import safe_open
 
 from davae.backbones import buffer_names, check_part_names, find_backbone
 from davae.backbones.backbone import Pipeline, Size, checked_side
+from davae.errors import CheckpointError
 from davae.method.widen import LatentPorts
 from davae.models.base_autoencoders import downsample_factor
-from davae.pipelines.places import loading
+from davae.pipelines.places import HubName, fetch_files, fetch_shapes, loading
 from davae.run.storage import read_json
 
 RESOLUTION_FACTOR = 2  # of the default upgrade
@@ -49,8 +50,11 @@ def describe(pipeline: Pipeline, size: Size | None = None) -> dict[str, Any]:
     return _describe(type(pipeline).__name__, transformer, vae, sample_size or DEFAULT_SAMPLE_SIZE, size)
 
 
-def describe_folder(folder: Path, size: Size | None = None) -> dict[str, Any]:
-    """The facts of `describe`, of a pipeline's folder; no weights are read, and nothing is checked that needs them."""
+def describe_folder(folder: Path, size: Size | None = None, hub: HubName | None = None) -> dict[str, Any]:
+    """The facts of `describe`, of a pipeline's folder; no weights are read, and nothing is checked that needs them.
+
+    With `hub` the folder has the JSON of this repository, and weights that are not there keep their headers on the Hub.
+    """
     index = read_json(folder / "model_index.json")
     kind, names = str(index.get("_class_name")), set()
     for name, entry in index.items():
@@ -58,18 +62,34 @@ def describe_folder(folder: Path, size: Size | None = None) -> dict[str, Any]:
             names.add(name)
     check_part_names(kind, names)
     with loading(folder, "a pipeline"):
-        transformer, vae = (read_part(folder / name, index[name][1]) for name in ("transformer", "vae"))
+        transformer, vae = (read_part(folder / name, index[name][1], hub) for name in ("transformer", "vae"))
         return _describe(kind, transformer, vae, transformer.config.get("sample_size") or DEFAULT_SAMPLE_SIZE, size)
 
 
-def read_part(folder: Path, kind: str) -> Part:
-    """A model's config, and the shapes in the headers of its weights."""
+def describe_on_hub(hub: HubName, size: Size | None = None) -> dict[str, Any]:
+    """The facts of `describe`, of a name on the Hub: its JSON is fetched, and of weights their headers alone."""
+    folder = fetch_files(hub, ["model_index.json", "transformer/*.json", "vae/*.json"])
+    return describe_folder(folder, size, hub._replace(revision=folder.name))
+
+
+def read_part(folder: Path, kind: str, hub: HubName | None = None) -> Part:
+    """A model's config, and the shapes in the headers of its weights, which may still be on the Hub."""
     config = read_json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         with loading(path, "weights"), safe_open(path, framework="numpy") as file:
             for name in file.keys():
                 shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    # A download that was cut short has left some of the shards.
+    shards: set[str] = set()
+    for path in folder.glob("*.safetensors.index.json"):
+        shards.update(read_json(path)["weight_map"].values())
+    if hub is not None and not (files and shards <= {path.name for path in files}):
+        shapes |= fetch_shapes(hub, folder.name)
+    if not shapes:
+        raise CheckpointError(f"{folder} has no .safetensors weights: save the pipeline with safe_serialization")
     parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(buffer_names(kind)))
     return Part(config.get("_class_name", kind), config, shapes, parameters)
 

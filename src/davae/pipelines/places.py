@@ -106,6 +106,19 @@ def fetch_files(hub: HubName, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=list(patterns)))
 
 
+def fetch_shapes(hub: HubName, part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a part's weights by their names, from the headers of its files on the Hub; no weight is fetched."""
+    from huggingface_hub import HfApi
+
+    api, shapes = HfApi(), {}
+    with loading("@".join(filter(None, hub)), "a pipeline"):
+        for path in api.list_repo_files(hub.repository, revision=hub.revision):
+            if path.startswith(f"{part}/") and path.endswith(".safetensors"):
+                header = api.parse_safetensors_file_metadata(hub.repository, path, revision=hub.revision)
+                shapes |= {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+    return shapes
+
+
 def fetch_pipeline(hub: HubName, without: Sequence[str], pipeline_class: type[Any], variant: str | None) -> Path:
     """The folder of a pipeline's configs and safetensors files; parts of the names in `without` are left out."""
     with loading("@".join(filter(None, hub)), "a pipeline"):
