@@ -1,5 +1,6 @@
 """Typical mistakes: each is one message that names it, what is allowed and what to type, before anything is loaded."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -192,7 +193,7 @@ def test_what_may_hold_pictures_is_let_through(name: str, tmp_path: Path) -> Non
 def test_no_runs_yet_is_no_mistake(tmp_path: Path) -> None:
     assert "no runs yet" in run("runs", tmp_path)[0].stderr
     answer, _ = run("runs --json", tmp_path)
-    assert (answer.returncode, answer.stdout) == (0, "[]\n")
+    assert (answer.returncode, json.loads(answer.stdout)) == (0, {"runs": []})
 
 
 def test_a_verb_that_only_lists_works_where_nothing_can_be_written(places: Path, tmp_path: Path) -> None:

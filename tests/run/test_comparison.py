@@ -76,7 +76,7 @@ def test_the_verb_prints_the_table_or_json(runs: Path, capsys) -> None:
     assert len([line for line in capsys.readouterr().out.splitlines() if "| stopped " in line]) == 2
     with pytest.raises(SystemExit):
         main(["runs", str(runs / "b"), "--json"])
-    (facts,) = json.loads(capsys.readouterr().out)
+    (facts,) = json.loads(capsys.readouterr().out)["runs"]
     assert facts["values"] == {"loss": 0.0625}
     assert facts["settings"]["lora_targets"] == ["to_q"]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from davae import __version__
 from davae.cli import data, job, making, measuring, serve, training
-from davae.cli.options import PrintableFormatter, by_first, make_printable, quiet_libraries, say
+from davae.cli.options import PrintableFormatter, by_first, make_printable, quiet_libraries, say, with_json
 from davae.errors import DavaeError, StorageError
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ verbs: dict[str, dict[str, Callable[..., None]]] = {
 }
 for panel, members in verbs.items():
     for name, verb in members.items():
-        app.command(name=name, rich_help_panel=panel)(verb)
+        app.command(name=name, rich_help_panel=panel)(with_json(verb))
 app.add_typer(data.app, name="data", rich_help_panel=USE)
 app.add_typer(training.caches, name="cache", rich_help_panel=RESEARCH)
 

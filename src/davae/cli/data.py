@@ -7,12 +7,13 @@ import typer
 
 from davae.cli import options
 from davae.cli.checks import check_pictures
-from davae.cli.options import by_first, say, say_next, show, with_dry_run
+from davae.cli.options import by_first, give, say, say_next, show, with_dry_run, with_json
 
 app = typer.Typer(help="Look at images before training on them, or draw some.", no_args_is_help=True)
 
 
 @app.command()
+@with_json
 @by_first
 def inspect(
     source: options.ImageSource,
@@ -33,7 +34,6 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option(help="Folder for inspection.json and contact_sheet.png; by default runs/data/NAME.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Count, measure and show the images of a source, and list the refused ones with reasons."""
@@ -63,12 +63,10 @@ def inspect(
     write_json(folder / "inspection.json", facts)
     origin = digest_origin(source, settings, buckets)
     sheet = write_png(folder / "contact_sheet.png", contact_sheet(pictures), origin=origin)
-    if json:
-        show(facts)
-    else:
-        _print(facts)
-        say(folder / "inspection.json")
-        say(sheet)
+    _print(facts)
+    say(folder / "inspection.json")
+    say(sheet)
+    give({**facts, "file": folder / "inspection.json", "contact_sheet": sheet})
     _check_trainable(facts)
     say_next(
         f"{facts['pictures']} images can be used at {sizes[0]} px, {facts['refused']['pictures']} cannot",
@@ -77,6 +75,7 @@ def inspect(
 
 
 @app.command()
+@with_json
 @by_first
 @with_dry_run
 def avatars(
@@ -91,6 +90,7 @@ def avatars(
 
     folder = write_avatar_shards(out, training=training, held_out=held_out, size=size, start=start)
     say(folder)
+    give({"folder": folder, "training": training, "held_out": held_out})
     say_next(f"{training + held_out} avatars are in {folder}", f"davae data inspect {folder}")
 
 

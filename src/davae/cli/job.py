@@ -6,13 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_trackers, say, say_next, show
+from davae.cli.options import choose_trackers, give, say, say_next, show
 from davae.errors import SettingsError
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe; without, list all.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: this verb changes nothing.")] = False,
 ) -> None:
     """List the recipes that come with davae, or print one, to keep and change: `davae recipes NAME > mine.toml`."""
@@ -23,32 +22,29 @@ def recipes(
     if name is not None:
         if name.removesuffix(".toml") not in files:
             raise SettingsError(f"there is no recipe {name}: allowed are {', '.join(files)}")
-        say(files[name.removesuffix(".toml")].read_text(encoding="utf-8").rstrip("\n"))
+        text = files[name.removesuffix(".toml")].read_text(encoding="utf-8").rstrip("\n")
+        say(text)
+        give({"name": name, "recipe": text})
         return say_next("the recipe is on stdout", "davae run mine.toml")
 
     # A recipe's first line says what it is for.
     purposes = {}
     for stem, path in files.items():
         purposes[stem] = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-    if json:
-        show(dict(purposes))
-    else:
-        say(markdown_table(["recipe", "for"], [list(row) for row in purposes.items()]))
+    say(markdown_table(["recipe", "for"], [list(row) for row in purposes.items()]))
+    give(purposes)
     say_next(f"{len(files)} recipes", "davae recipes NAME > mine.toml, or davae init for a recipe of your own images")
 
 
 def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: this verb changes nothing.")] = False,
 ) -> None:
     """Look at this machine: devices, precision, extras, disk, Hub login, and which models fit."""
     from davae.job.doctor import examine, to_text
 
     facts = examine()
-    if json:
-        show(facts)
-    else:
-        say(to_text(facts))
+    say(to_text(facts))
+    give(facts)
     say_next(facts["summary"], "davae init --base BASE --pictures FOLDER")
 
 
@@ -73,6 +69,7 @@ def init(
 
     start = start_job(base, pictures, file, **settings)
     say(start.to_text())
+    give({"recipe": file, "facts": start.lines, "warnings": start.warnings})
     say_next(f"{file} is written; look through it", f"davae run {file}")
 
 
@@ -93,13 +90,16 @@ def run(
     folder = out or Path("runs") / recipe.stem
     job = load_job(recipe, folder, parse_overrides(settings))
     if dry_run:
-        from davae.cost.budget import describe_plan
+        from davae.cost.budget import make_plan
 
-        return say("\n".join(describe_plan(stage, recipe) for stage in (job.stage_one, job.stage_two)))
+        plans = [make_plan(stage, recipe) for stage in (job.stage_one, job.stage_two)]
+        say("\n".join(plan.to_text() for plan in plans))
+        return give({"stages": [plan.to_dict() for plan in plans]})
     from davae.job.run import run_job
 
     page = run_job(job, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
     say(page)
+    give({"page": page, "pipeline": folder / "finetune" / "pipeline"})
     say_next(
         f"the upgraded pipeline is in {folder / 'finetune' / 'pipeline'}, and {page} shows it",
         f'davae generate {folder / "finetune" / "pipeline"} "a prompt"',

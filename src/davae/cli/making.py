@@ -8,7 +8,7 @@ import typer
 
 from davae.cli import options
 from davae.cli.checks import check_settings
-from davae.cli.options import choose_device, print_rows, say, say_next, say_result, show, with_dry_run
+from davae.cli.options import choose_device, give, print_rows, read_result, say, say_next, say_result, with_dry_run
 from davae.cli.sources import check_sampling, load_sampler, read_prompts, repeat_command
 from davae.errors import SettingsError
 
@@ -28,6 +28,7 @@ def demo(
     page = run_demo(out, budget, seed)
     say(page)
     say(page.with_name("figure.png"))
+    give({"page": page, "figure": page.with_name("figure.png"), **read_result(out)})
 
 
 @with_dry_run
@@ -42,8 +43,10 @@ def try_(
     for prompt in prompts:
         if ignored := list_ignored_words(prompt):
             say(f"{prompt!r}: not known, and ignored: {', '.join(ignored)}")
-    for path in try_prompts(prompts, out, seed=seed):
-        say(path)
+    page, figure = try_prompts(prompts, out, seed=seed)
+    say(page)
+    say(figure)
+    give({"page": page, "figure": figure, **read_result(out)})
 
 
 @with_dry_run
@@ -52,7 +55,6 @@ def inspect(
     revision: options.Revision = None,
     adapter: options.Adapter = [],
     size: options.ImageSize = None,
-    as_json: options.AsJson = False,
 ) -> None:
     """Print a pipeline's factor, channels, tokens per size and ports, and what an upgrade would change."""
     from davae.pipelines.inspection import describe, describe_folder, describe_on_hub, tabulate
@@ -67,9 +69,8 @@ def inspect(
         facts = describe(load_pipeline(place, adapter=adapter), size)
     else:
         facts = describe_folder(Path(place), size) if hub is None else describe_on_hub(hub, size)
-    if as_json:
-        return show(facts)
     print_rows(tabulate(facts))
+    give(facts)
     if facts["upgraded"]:
         return say_next(f"{pipeline} is upgraded", f'davae generate {pipeline} "a prompt"')
     return say_next(f"{pipeline} can be upgraded", f"davae init --base {pipeline} --pictures FOLDER")
@@ -109,9 +110,9 @@ def upgrade(
     save_pipeline(upgraded, out, portable=portable)
     write_card(out, make_upgrade_card(pipeline, portable=portable))
     say(out)
-    if push_to_hub is not None:
-        return say(push_folder(out, push_to_hub, private=private))
-    return say(f'next: davae generate {out} "a prompt"; davae finetune makes it good')
+    url = None if push_to_hub is None else push_folder(out, push_to_hub, private=private)
+    give({"pipeline": out, "url": url})
+    return say(url) if url else say(f'next: davae generate {out} "a prompt"; davae finetune makes it good')
 
 
 def import_(
@@ -141,6 +142,7 @@ def import_(
     say(report.to_text())
     if not dry_run:
         say(out)
+    give({"out": None if dry_run else out, **report.to_dict()})
 
 
 @with_dry_run
@@ -193,4 +195,5 @@ def generate(
     loaded = load_sampler(pipeline, **source, **placing, from_image=image is not None)
     making: dict[str, Any] = {"count": count, "batch_size": batch, "first_index": first_index, "command": again}
     page = generate(loaded, texts, out, **making, notes={"pipeline": pipeline, **source}, **settings)
-    say_result(page, f"{len(texts) * count} images are in {page.parent / 'pictures'}")
+    made: dict[str, Any] = {"images": len(texts) * count, "folder": page.parent / "pictures"}
+    say_result(page, f"{made['images']} images are in {made['folder']}", made)

@@ -1,12 +1,13 @@
 """Verbs that measure: autoencoders, latents, pipelines, and their speed."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, say, say_result, with_dry_run
+from davae.cli.options import choose_device, give, say, say_result, with_dry_run
 from davae.cli.sources import check_sampling, load_sampler
 from davae.errors import SettingsError
 
@@ -26,7 +27,6 @@ def reconstruct(
     with_kid: Annotated[bool, typer.Option("--kid/--no-kid", help="Also measure KID of the reconstructions.")] = False,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
-    as_json: options.AsJson = False,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS on held-out images, beside the base's bounds and other tokenizers if given."""
     from davae.evaluation.reconstruction import reconstruct
@@ -43,7 +43,6 @@ def reconstruct(
     say_result(
         reconstruct(loaded, pictures, out, base=vae, compare=others, **settings),
         "the numbers are on the page",
-        as_json=as_json,
     )
 
 
@@ -60,7 +59,6 @@ def latents(
     neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours that are compared.")] = 10,
     seed: options.Seed = 0,
     device: options.Device = None,
-    as_json: options.AsJson = False,
 ) -> None:
     """Draw base and detail latents beside each other (t-SNE, PCA, spectra), and measure how alike they are."""
     from davae.evaluation.latents import draw_latents
@@ -75,7 +73,7 @@ def latents(
     for name, folder in name_folders(autoencoders).items():
         loaded[name] = load_autoencoder(folder, base=vae, device=where)
     settings: dict[str, Any] = {"size": size, "limit": limit, "points": points, "neighbours": neighbours, "seed": seed}
-    say_result(draw_latents(loaded, pictures, out, **settings), "the drawings are on the page", as_json=as_json)
+    say_result(draw_latents(loaded, pictures, out, **settings), "the drawings are on the page")
 
 
 @with_dry_run
@@ -103,7 +101,6 @@ def evaluate(
     compiled: options.Compile = False,
     device: options.Device = None,
     rank_timeout: options.RankTimeout = 1800.0,
-    as_json: options.AsJson = False,
 ) -> None:
     """Generate from a set's captions, and measure KID against its images, beside base + bicubic and real images."""
     check_sampling([], negative=negative, guidance_scale=guidance_scale, device=device, offload=offload)
@@ -130,7 +127,7 @@ def evaluate(
     making: dict[str, Any] = {"count": count, "batch_size": batch, "notes": {"pipeline": pipeline, "adapter": adapter}}
     comparison = load_base if compared and with_base else None
     page = evaluate(loaded, pictures, out, load_base=comparison, **making, **settings)
-    say_result(page, read_json(page.with_name("result.json"))["verdict"], as_json=as_json)
+    say_result(page, read_json(page.with_name("result.json"))["verdict"])
 
 
 @with_dry_run
@@ -176,3 +173,4 @@ def bench(
     cases = make_cases(pair, size=size, against_sizes=against_sizes, **case)
     quicken(pair.values(), compiled=compiled, channels_last=channels_last)
     say(bench(cases, out, parts=parts, repeats=repeats, warm_up=warm_up, whole_repeats=whole_repeats))
+    give({"table": out / "bench.md", "cases": list(map(json.loads, (out / "bench.jsonl").read_text().splitlines()))})

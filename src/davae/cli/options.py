@@ -9,11 +9,12 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ Verb = Callable[..., None]
 
 _stdout = Console(soft_wrap=True, highlight=False)
 _stderr = Console(soft_wrap=True, highlight=False, stderr=True)
+_facts_to: ContextVar[TextIO | None] = ContextVar("facts_to", default=None)  # stdout after --json
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -119,7 +121,7 @@ RankTimeout = Annotated[
 ReportTo = Annotated[
     list[str], typer.Option(help="Trackers of metrics: wandb, trackio, none; by default TensorBoard if installed.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
 
 
@@ -142,9 +144,33 @@ def with_dry_run(verb: Verb) -> Verb:
         check_settings(settings)
         verb(**settings)
 
-    # typer reads the options from the signature.
+    return _with_option(verb, run, "dry_run", DryRun)
+
+
+def with_json(verb: Verb) -> Verb:
+    """Give a verb the option --json: its facts are one JSON object on stdout, and its words are not printed.
+
+    What a library prints meanwhile goes to stderr.
+    """
+
+    @functools.wraps(verb)
+    def run(*args: Any, as_json: bool, **settings: Any) -> None:
+        if not as_json:
+            return verb(*args, **settings)
+        token = _facts_to.set(sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                return verb(*args, **settings)
+        finally:
+            _facts_to.reset(token)
+
+    return _with_option(verb, run, "as_json", AsJson)
+
+
+def _with_option(verb: Verb, run: Verb, name: str, annotation: Any) -> Verb:
+    """`run` with the signature of `verb` and one option more: typer reads the options from there."""
     signature = inspect.signature(verb)
-    option = inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DryRun)
+    option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
     return run
 
@@ -222,8 +248,8 @@ class PrintableFormatter(logging.Formatter):
 
 
 def say(text: object) -> None:
-    """Print a line to stdout, on rank 0 only."""
-    if is_first():
+    """Print a line to stdout, on rank 0 only; nothing after --json."""
+    if is_first() and _facts_to.get() is None:
         _stdout.print(make_printable(str(text)), markup=False)
 
 
@@ -234,9 +260,30 @@ def say_next(result: str, command: str) -> None:
             _stderr.print(make_printable(f"{result}\nnext: {command}"), markup=False)
 
 
-def show(facts: dict[str, Any]) -> None:
-    """Print facts as JSON."""
-    say(json.dumps(facts, indent=2, default=str))
+def give(facts: Mapping[str, Any]) -> None:
+    """Print a verb's facts after --json, on rank 0 only: the result that `say` tells in words without it."""
+    stream = _facts_to.get()
+    if is_first() and stream is not None:
+        print(_to_json(facts), file=stream, flush=True)
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print facts as JSON, with --json and without."""
+    say(_to_json(facts))
+    give(facts)
+
+
+def _to_json(facts: Mapping[str, Any]) -> str:
+    from davae.run.storage import finite
+
+    return json.dumps(finite(dict(facts)), indent=2, default=str)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a folder; empty where nothing reads it, without --json or on another rank than the first."""
+    from davae.run.storage import read_json
+
+    return read_json(folder / "result.json") if is_first() and _facts_to.get() is not None else {}
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
@@ -246,12 +293,8 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
         say(f"{name.ljust(width)}  {value}")
 
 
-def say_result(page: Path, sentence: str, *, as_json: bool = False) -> None:
-    """Print what a verb made: its page, or its result.json for programs; in words, and what to do with it."""
-    if as_json:
-        from davae.run.storage import read_json
-
-        show(read_json(page.with_name("result.json")))
-    else:
-        say(page)
+def say_result(page: Path, sentence: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Print what a verb made: its page, or its facts, by default those of its result.json; and what to do with it."""
+    say(page)
+    give({"page": page, **(read_result(page.parent) if facts is None else facts)})
     say_next(sentence, f"open {page} in a browser")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from davae.cli import options
-from davae.cli.options import choose_device, say, with_dry_run
+from davae.cli.options import choose_device, give, say, with_dry_run
 from davae.errors import SettingsError
 
 TOKEN_VARIABLE = "DAVAE_SERVE_TOKEN"
@@ -66,8 +66,13 @@ def serve(
     weights = choose_dtype(dtype, "cuda" if on_gpu else "cpu")
     source = Source(pin(pipeline, revision), adapter, base, name, weights)
     server = Server(source, devices, address, limits, defaults, ui)
-    page = "; its page is {url}/ui" if ui else ""
-    server.run(lambda url: say(f"serving {pipeline} at {url}/v1{page.format(url=url)}; Ctrl+C ends it"))
+
+    def announce(url: str) -> None:
+        page = f"{url}/ui" if ui else None
+        say(f"serving {pipeline} at {url}/v1{f'; its page is {page}' if page else ''}; Ctrl+C ends it")
+        give({"url": f"{url}/v1", "page": page})
+
+    server.run(announce)
 
 
 def _read_token(path: Path | None) -> str:

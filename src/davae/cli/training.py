@@ -1,6 +1,7 @@
 """Verbs that train, each from its recipe; the one that lists runs; and those on caches of stage 2's inputs."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from davae.cli import options
 from davae.cli.checks import check_pictures, check_settings
-from davae.cli.options import by_first, choose_trackers, say, say_next
+from davae.cli.options import by_first, choose_trackers, give, read_result, say, say_next, with_json
 from davae.errors import CheckpointError, SettingsError
 
 
@@ -33,6 +34,7 @@ def train_autoencoder(
 
     trained = train_autoencoder(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
     say(trained)
+    give({"autoencoder": trained, "pictures": folder / "pictures", **read_result(folder)})
     say_next(
         f"stage 1 is done: the autoencoder is in {trained}, its pictures are in {folder / 'pictures'}",
         f"davae finetune RECIPE --set autoencoder={trained}",
@@ -60,6 +62,7 @@ def finetune(
 
     pipeline = finetune(resolved, folder, report_to=choose_trackers(report_to), rank_timeout=rank_timeout)
     say(pipeline)
+    give({"pipeline": pipeline, **read_result(folder)})
     say_next(f"stage 2 is done: the upgraded pipeline is in {pipeline}", f'davae generate {pipeline} "a prompt"')
 
 
@@ -99,28 +102,29 @@ def _check_inputs(recipe: Any, folder: Path) -> None:
 
 
 def _show_plan(recipe: Any, path: Path) -> None:
-    from davae.cost.budget import describe_plan
+    from davae.cost.budget import make_plan
 
-    say(describe_plan(recipe, path))
+    plan = make_plan(recipe, path)
+    say(plan.to_text())
+    give(plan.to_dict())
 
 
 def runs(
     folders: Annotated[
         list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Runs, or folders of runs; by default runs/.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all settings as JSON, for programs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: this verb changes nothing.")] = False,
 ) -> None:
     """List runs: their progress, their results, and the settings in which they differ."""
-    from davae.run.comparison import find_runs, to_json, to_text
+    from davae.run.comparison import find_runs, to_text
 
     # A folder that nothing has run in yet is no mistake.
     if not folders and not any(Path("runs").rglob("recipe.toml")):
-        if as_json:
-            say("[]")
+        give({"runs": []})
         return say_next("there are no runs yet: they will be in runs/", "davae demo")
     summaries = find_runs(folders or [Path("runs")])
-    say(to_json(summaries) if as_json else to_text(summaries))
+    say(to_text(summaries))
+    give({"runs": list(map(asdict, summaries))})
     finished = sum(summary.state == "finished" for summary in summaries)
     say_next(
         f"{len(summaries)} runs, {finished} of them finished", "the command of a stopped run again, to go on with it"
@@ -135,6 +139,7 @@ CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The cache o
 
 
 @caches.command()
+@with_json
 def build(
     recipe: options.RecipePath,
     out: options.RunFolder = None,
@@ -153,24 +158,29 @@ def build(
     from davae.training.stage_two_run import build_caches, find_cache_folder
 
     if dry_run:
+        place = find_cache_folder(resolved, folder)
         say(resolved.to_toml())
-        return say(f"# caches go to {find_cache_folder(resolved, folder)}")
+        give({"recipe": resolved.model_dump(mode="json"), "caches": place})
+        return say(f"# caches go to {place}")
     caches_folder = build_caches(resolved, folder, rank_timeout=rank_timeout)
     say(caches_folder)
+    give({"caches": caches_folder})
     say_next(f"the caches in {caches_folder} are complete", f"davae finetune {recipe}")
 
 
 @caches.command()
+@with_json
 @by_first
 def verify(folder: CacheFolder) -> None:
     """Read all caches below FOLDER, print their contents, and exit with 4 if a file is damaged."""
     from davae.data.cache import read_caches
 
     # All caches are read and printed before the damage is an error.
-    damaged = 0
-    for cache in read_caches(folder):
+    damaged, contents = 0, read_caches(folder)
+    for cache in contents:
         damaged += len(cache.damaged)
         say(cache.to_text())
+    give({"caches": list(map(asdict, contents)), "damaged": damaged})
     if damaged:
         raise CheckpointError(
             f"{damaged} files are damaged: run again to encode their entries again, or davae cache prune"
@@ -179,6 +189,7 @@ def verify(folder: CacheFolder) -> None:
 
 
 @caches.command()
+@with_json
 @by_first
 def prune(
     folder: CacheFolder,
@@ -191,4 +202,5 @@ def prune(
     freed = prune_caches(folder, days=days, dry_run=dry_run)
     verb = "would be freed" if dry_run else "freed"
     say(f"{freed / 2**20:,.1f} MiB {verb}")
+    give({"freed_bytes": freed, "dry_run": dry_run})
     say_next("nothing was removed" if dry_run else "what is left is sound", f"davae cache verify {folder}")

@@ -4,8 +4,10 @@ Each figure says where it comes from: *counted* on the models themselves, on the
 *derived* from counted ones by arithmetic; or *assumed*, like the hardware.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import ModelMixin
@@ -80,23 +82,47 @@ def read_memory(figures: list[Figure]) -> Memory:
     return Memory(sum(state), activations)
 
 
-def describe_plan(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> str:
-    """The recipe, followed by its budget as comments, so that it is still TOML; or by the reason why it has none."""
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its budget, or with the reason why it has none."""
+
+    recipe: AutoencoderRecipe | FinetuneRecipe
+    source: str = ""
+    figures: Sequence[Figure] = ()
+    problem: str = ""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Settings that the run would warn of."""
+        steps = self.recipe.steps
+        return [f"Too late: {sentence} in the {steps} steps of this run" for sentence in self.recipe.late_settings()]
+
+    def to_text(self) -> str:
+        """The recipe, followed by its budget as comments, so that it is still TOML."""
+        lines = [f"Budget, from the configs of {self.source}: no weights were read, nothing was trained."]
+        lines += map(str, self.figures)
+        if self.problem:
+            lines = f"No budget: {self.problem}".splitlines()
+        return "\n".join([self.recipe.to_toml(), *(f"# {line}" for line in [*self.warnings, *lines])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        facts: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "warnings": self.warnings}
+        budget = [figure._asdict() for figure in self.figures]
+        return {**facts, "source": self.source, "budget": budget, "problem": self.problem}
+
+
+def make_plan(recipe: AutoencoderRecipe | FinetuneRecipe, path: Path) -> Plan:
+    """The plan of a recipe, which `path` holds."""
     try:
         geometry = read_geometry(recipe.base, path)
         if isinstance(recipe, AutoencoderRecipe):
             figures = estimate_stage_one(recipe, geometry)
         else:
             figures = estimate_stage_two(recipe, geometry, plan_autoencoder(recipe, geometry, path))
-        lines = [f"Budget, from the configs of {geometry.source}: no weights were read, nothing was trained."]
-        lines += map(str, figures)
     except DavaeError as error:
-        lines = f"No budget: {error}".splitlines()
-
-    # Settings that the run would warn of come first.
-    late = [f"Too late: {sentence} in the {recipe.steps} steps of this run" for sentence in recipe.late_settings()]
-    lines = [*late, *lines]
-    return "\n".join([recipe.to_toml(), *(f"# {line}" for line in lines)])
+        return Plan(recipe, problem=str(error))
+    return Plan(recipe, geometry.source, figures)
 
 
 # -------------------------------------------------------------------------------------------------------- stage 1

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,6 @@ def to_text(runs: Sequence[RunSummary]) -> str:
     if rows:
         text += "\n\n" + markdown_table(["setting", *(run.folder for run in readable)], rows)
     return text
-
-
-def to_json(runs: Sequence[RunSummary]) -> str:
-    """The summaries with all settings, for programs."""
-    return json.dumps([asdict(run) for run in runs], indent=2)
 
 
 def _names(tables: Iterable[Mapping[str, Any]]) -> list[str]:
