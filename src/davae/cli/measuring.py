@@ -173,4 +173,5 @@ def bench(
     cases = make_cases(pair, size=size, against_sizes=against_sizes, **case)
     quicken(pair.values(), compiled=compiled, channels_last=channels_last)
     say(bench(cases, out, parts=parts, repeats=repeats, warm_up=warm_up, whole_repeats=whole_repeats))
-    give({"table": out / "bench.md", "cases": list(map(json.loads, (out / "bench.jsonl").read_text().splitlines()))})
+    lines = (out / "bench.jsonl").read_text(encoding="utf-8").splitlines()
+    give({"table": out / "bench.md", "cases": list(map(json.loads, lines))})

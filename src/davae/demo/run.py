@@ -88,11 +88,8 @@ def run_demo(
     quality = _once(folder / "reconstruction.json", lambda: reconstruction.measure(real, ways, lpips=LPIPS.alex()))
 
     console.rule("5 of 6: images from held-out prompts")
-    pipelines = {
-        BASE: load_pipeline(base),
-        THIS_RUN: load_pipeline(finetuned),
-        SHIPPED: load_pipeline(base, adapter=adapter),
-    }
+    pipelines = {BASE: load_pipeline(base), THIS_RUN: load_pipeline(finetuned)}
+    pipelines[SHIPPED] = load_pipeline(base, adapter=adapter)
     made = generate_images(pipelines, real.captions, folder / "pictures", plan, seed)
     generation = _once(folder / "generation.json", lambda: measure_images(made, real, start, seed))
 

@@ -110,7 +110,8 @@ def fetch_shapes(hub: HubName, part: str) -> dict[str, tuple[int, ...]]:
     """The shapes of a part's weights by their names, from the headers of its files on the Hub; no weight is fetched."""
     from huggingface_hub import HfApi
 
-    api, shapes = HfApi(), {}
+    api = HfApi()
+    shapes: dict[str, tuple[int, ...]] = {}
     with loading("@".join(filter(None, hub)), "a pipeline"):
         for path in api.list_repo_files(hub.repository, revision=hub.revision):
             if path.startswith(f"{part}/") and path.endswith(".safetensors"):
