@@ -71,8 +71,8 @@ def stage_one_recipe(plan: Plan, seed: int, images: Path, base: Path) -> Autoenc
 
 def stage_two_recipe(plan: Plan, seed: int, images: Path, base: Path, autoencoder: Path) -> FinetuneRecipe:
     """The demo's stage 2: the weights of the image stream and both ports."""
-    # The detail part of the loss is faded in over the first quarter.
-    detail_warmup_steps = plan.stage_two_steps // 4
+    # The detail part of the loss is faded in over the first eighth.
+    detail_warmup_steps = max(1, plan.stage_two_steps // 8)
 
     return FinetuneRecipe(
         base=str(base),
@@ -83,7 +83,9 @@ def stage_two_recipe(plan: Plan, seed: int, images: Path, base: Path, autoencode
         steps=plan.stage_two_steps,
         size=SIZE,
         learning_rate=3e-3,
-        warmup_steps=20,
+        final_learning_rate=5e-6,
+        warmup_steps=min(20, plan.stage_two_steps),
+        betas=(0.9, 0.99),
         detail_warmup_steps=detail_warmup_steps,
         batch_size=16,
         prompt_tokens=SAMPLING["prompt_tokens"],

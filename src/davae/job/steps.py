@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from davae.backbones import backbone_of
 from davae.cost.geometry import read_geometry
-from davae.data.pictures import digest_origin, read_png, to_bytes, write_png
+from davae.data.pictures import digest_origin, read_png, write_png
 from davae.data.sources import PictureSet, open_pictures
 from davae.data.survey import contact_sheet, survey
 from davae.evaluation import generation
@@ -195,14 +194,10 @@ def generate_both(job: Job) -> tuple[list[str], dict[str, list[Tensor]], Picture
         images[name] = generation.sample_many(
             pipeline, prompts, folder, label=f"images of the {name}", size=side, **settings
         )
-    images[BASE] = [enlarge(image, factor) for image in images[BASE]]
+    images[BASE] = [
+        generation.resize(image, (factor * image.shape[-2], factor * image.shape[-1])) for image in images[BASE]
+    ]
     return prompts, images, real
-
-
-def enlarge(image: Tensor, factor: int) -> Tensor:
-    """An image, uint8 [3, H, W], enlarged with bicubic."""
-    pixels = F.interpolate(image[None].float() / 127.5 - 1, scale_factor=factor, mode="bicubic")
-    return to_bytes(pixels[0])
 
 
 def measure(job: Job) -> Facts:
