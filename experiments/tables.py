@@ -30,6 +30,7 @@ def render() -> dict[str, str]:
         parts += _reconstruction(measured["reconstruction"], measured["counts"]["reconstructed"])
     if (RESULTS / "demo.json").is_file():
         parts += _demo(_read("demo"))
+        parts += _demo_seeds([_read("demo"), *(_read(path.stem) for path in sorted(RESULTS.glob("demo_seed*.json")))])
     return {"README.md": "\n".join(first), "docs/results.md": "\n".join(parts)}
 
 
@@ -126,6 +127,17 @@ def _demo(result: Row) -> list[str]:
         f"\n*`davae demo`, {_origin(result)}; times are medians of {plan['repeats']} interleaved runs of "
         f"{plan['sampling_steps']} steps.*\n",
     ]
+
+
+def _demo_seeds(results: list[Row]) -> list[str]:
+    """The demo with other seeds, which draw other images for training and other prompts, too."""
+    rows = []
+    for result in results:
+        base, ours = (result["generation"][name] for name in ("base + bicubic", "this run"))
+        rows.append([result["seed"], _distance(base["kid"]), _distance(ours["kid"])])
+        rows[-1] += [_share_below(ours["kid"][0], base["kid"][0]), f"{base['lpips']:.4f}", f"{ours['lpips']:.4f}"]
+    header = ["seed", "base + bicubic, KID x 1000", "this run", "", "base + bicubic, LPIPS", "this run"]
+    return ["**The demo's seeds**, each with images and prompts of its own:\n", markdown_table(header, rows), ""]
 
 
 def main() -> None:
