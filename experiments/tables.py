@@ -72,12 +72,12 @@ def _measured(result: Row) -> list[str]:
         rows.append(row)
     header = ["", "tokens", "KID x 1000 (EfficientNet-Lite0)", "PSNR to the exact image, dB", "SSIM", "LPIPS"]
 
-    side = "below" if ours < halved else "above"
+    side = "lower" if ours < halved else "higher"
     return [
         f"**Generation**, {count} held-out prompts, the same noise for base and upgrade:\n",
         markdown_table(header, rows),
-        f"\nKID is {_share_below(ours, enlarged)} than that of the enlarged base, and {side} that of real images that "
-        "were halved and enlarged, which nothing that only enlarges can pass. LPIPS to the image that the caption "
+        f"\nKID is {_share_below(ours, enlarged)} than for the enlarged base, and {side} than for real images that "
+        "were halved and enlarged, the limit of any method that only enlarges. LPIPS to the image that the caption "
         f"fixes is {exact['upgrade']['lpips'][0]:.3f} instead of {exact['base enlarged']['lpips'][0]:.3f}.\n",
         f"*`python recipes/avatars/measure.py PIPELINE RUN --count {count} --upgrade ADAPTER`, {_origin(result)}, "
         f"{result['sampling']['steps']} steps, guidance {result['sampling']['guidance_scale']}, seed "
