@@ -41,6 +41,17 @@ class ServerProcess:
                 assert time.monotonic() < deadline, "the server does not answer"
                 time.sleep(0.05)
 
+    def wait_until_closed(self) -> None:
+        """Wait until it lets no more connections in."""
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=30).close()
+            except ConnectionRefusedError:
+                return
+            assert time.monotonic() < deadline, "the server still listens"
+            time.sleep(0.02)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"

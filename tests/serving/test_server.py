@@ -412,6 +412,24 @@ def test_killed_and_started_again_it_serves_from_the_same_port(pair: tuple[Path,
         again.end(signal.SIGKILL)
 
 
+def test_a_second_signal_ends_what_runs_and_says_so(pair: tuple[Path, Path]) -> None:
+    settings = ["--port", "0", "--device", "cpu", "--prompt-tokens", "32", "--max-steps", "1000000"]
+    server = ServerProcess(str(pair[0]), *settings).wait_until_ready()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.post, b'{"prompt": "red apple", "steps": 1000000}')
+            server.wait_for("davae_batch_images_count", 1)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_until_closed()
+            server.process.send_signal(signal.SIGINT)
+            status, answer = running.result()
+        assert (status, json.loads(answer)["error"]["code"]) == (503, "server_ends")
+        assert server.process.wait(60) == -signal.SIGTERM
+        assert server.process.stderr.read() == ""
+    finally:
+        server.end(signal.SIGKILL)
+
+
 def check_token(server: ServerProcess) -> None:
     """Only /healthz is for all."""
     assert server.get("/healthz")[0] == 200

@@ -73,6 +73,12 @@ class Desk:
         self.jobs.put(job)
         self.named[job.name] = job
 
+    def end_jobs(self) -> None:
+        """End what runs or waits, and let no more in."""
+        self.jobs.close()
+        for worker in self.workers:
+            worker.stop()
+
 
 def make_app(desk: Desk) -> FastAPI:
     """The application, without what starts and ends it."""

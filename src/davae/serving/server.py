@@ -1,11 +1,15 @@
 """A server from its start to its end: load, warm up, listen, finish what runs."""
 
+import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import socket
 from tempfile import TemporaryDirectory
+from types import FrameType
 
 import torch
 import uvicorn
@@ -22,7 +26,9 @@ from davae.serving.settings import Address, Defaults, Limits
 from davae.serving.worker import Worker
 
 GRACE_SECONDS = 30
-"""After SIGTERM or SIGINT, for requests that run or wait."""
+"""After SIGTERM or SIGINT, for requests that run or wait; a second signal ends them at once."""
+ANSWER_SECONDS = 10
+"""For telling the clients of requests that were ended."""
 KEEP_ALIVE_SECONDS = 30
 """Longer than clients keep an idle connection (5 s in OpenAI's), or one would be closed as it is used again."""
 SPARE_CONNECTIONS = 64
@@ -63,6 +69,34 @@ class Source:
         }
 
 
+class _Listener(uvicorn.Server):
+    """uvicorn's server, which tells clients, and cleans up, where it does not wait for their requests, too."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+        super().__init__(config)
+        self._desk = desk
+        self._hurries = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets requests finish, the second ends them, a third one leaves without cleaning up."""
+        if self.should_exit and not self._hurries:
+            self._hurries = True
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """End what runs or waits when the grace is over."""
+        ending = asyncio.create_task(self._end_jobs())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_jobs(self) -> None:
+        over = time.monotonic() + GRACE_SECONDS
+        while not self._hurries and time.monotonic() < over:
+            await asyncio.sleep(0.1)
+        self._desk.end_jobs()
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that is not running yet."""
@@ -93,9 +127,8 @@ class Server:
             # What is cleaned up here is cleaned up after a signal, too.
             with files:
                 yield
-                desk.jobs.close()
+                desk.end_jobs()
                 for worker in desk.workers:
-                    worker.stop()
                     worker.join(GRACE_SECONDS)
 
         app, files = make_app(desk), ExitStack()
@@ -115,10 +148,10 @@ class Server:
             ws="none",
             limit_concurrency=self.limits.queue + SPARE_CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS + ANSWER_SECONDS,
         )
         with suppress(KeyboardInterrupt):  # Ctrl+C is how it ends; by now everything has ended
-            uvicorn.Server(config).run(sockets=[bound])
+            _Listener(config, desk).run(sockets=[bound])
 
     def _open_desk(self) -> Desk:
         jobs, metrics = JobQueue(self.limits.queue), Metrics()
