@@ -425,7 +425,7 @@ def test_a_second_signal_ends_what_runs_and_says_so(pair: tuple[Path, Path]) -> 
             status, answer = running.result()
         assert (status, json.loads(answer)["error"]["code"]) == (503, "server_ends")
         assert server.process.wait(60) == -signal.SIGTERM
-        assert server.process.stderr.read() == ""
+        assert "Traceback" not in server.process.stderr.read()
     finally:
         server.end(signal.SIGKILL)
 
