@@ -6,8 +6,9 @@
 A prompt is the full caption of a held-out image, so that it fixes the image. RUN/result.json compares the base enlarged
 with bicubic and the upgrade, made from the same noise: KID against the images of the prompts; PSNR, SSIM and LPIPS to
 the image of each prompt; and the share of each attribute that is right, read off by the nearest rendering. Real images
-give the bounds: halved and enlarged with bicubic, and other held-out images. `--other` adds images of the same prompts
-that another script has made, as numbered PNG files. Images that lie in RUN are not made again.
+give the bounds: made as small as the base's and enlarged with bicubic, and other held-out images. All are compared at
+the upgrade's side, or at twice the base's without one. `--other` adds images of the same prompts that another script
+has made, as numbered PNG files. Images that lie in RUN are not made again.
 
 The set is an easy one: one style, aligned, and one image for a full caption.
 """
@@ -39,7 +40,8 @@ from davae.run.storage import write_json
 
 SAMPLING: dict[str, Any] = {"seed": 0, "steps": 20, "guidance_scale": 2.5, "prompt_tokens": PROMPT_TOKENS}
 BASE, ENLARGED, UPGRADE = "base", "base enlarged", "upgrade"
-HALVED, OTHER = "real images, halved and enlarged", "other real images"
+SHRUNK = {2: "real images, halved and enlarged", 4: "real images, quartered and enlarged"}
+OTHER = "other real images"
 
 
 def held_out_attributes(start: int, count: int) -> list[Attributes]:
@@ -110,18 +112,20 @@ def main(
 
     # The images of the pipelines. The base's are compared at the upgrade's side.
     base = sample_many(load_pipeline(pipeline), prompts, run / BASE, label=BASE, **SAMPLING)
-    side = 2 * base[0].shape[-1]
-    sets = {ENLARGED: [resize(image, side) for image in base]}
+    made = {}
     if upgrade is not None:
         upgraded = load_pipeline(pipeline, adapter=upgrade)
-        sets[UPGRADE] = sample_many(upgraded, prompts, run / UPGRADE, label=UPGRADE, **SAMPLING)
+        made[UPGRADE] = sample_many(upgraded, prompts, run / UPGRADE, label=UPGRADE, **SAMPLING)
+    base_side = base[0].shape[-1]
+    side = made[UPGRADE][0].shape[-1] if made else 2 * base_side
+    sets = {ENLARGED: [resize(image, side) for image in base], **made}
 
     for name, _, folder in (text.partition("=") for text in other):
         sets[name] = [resize(read_png(Path(folder) / f"{index:05d}.png"), side) for index in range(count)]
 
     # Real images, exact and otherwise.
     real = real_images(attributes, side)
-    sets[HALVED] = [resize(resize(image, side // 2), side) for image in real]
+    sets[SHRUNK[side // base_side]] = [resize(resize(image, base_side), side) for image in real]
 
     lpips = LPIPS.alex()
     references = extract_features(real, side=side)

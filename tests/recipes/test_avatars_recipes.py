@@ -19,10 +19,12 @@ from davae.backbones import sd3
 from davae.data import avatars
 from davae.data.avatar_shards import write_avatar_shards
 from davae.data.avatars import Attributes
+from davae.data.pictures import read_png
 from davae.errors import SettingsError
 from davae.evaluation.attributes import SIDE, read_attributes
 from davae.evaluation.generation import resize
 from davae.pipelines.loading import load_pipeline
+from davae.run.recipe import load_recipe
 from davae.run.record import read_metrics
 from davae.training.stage_one_recipe import AutoencoderRecipe, LossWeights
 from davae.training.stage_one_run import train_autoencoder
@@ -66,6 +68,21 @@ def main_of(script: str) -> Callable[..., None]:
     return main
 
 
+def by_four(folder: Path) -> None:
+    """Both stages of the recipes for four times the side, from 32 to 128 px."""
+    pictures = write_avatar_shards(folder / "shards_512", training=6, held_out=2, size=128)
+    tiny = {"pictures": str(pictures), "base": str(folder / "pipeline"), "size": 128, "batch_size": 2, "steps": 1}
+    fast = {"warmup_steps": 0, "start": "random", "crop": 32, "calibration_pictures": 4, "heldout_pictures": 2}
+    fast["detail_channels"] = 16  # what the random start's blocks can make of 8 hidden channels
+
+    recipe = load_recipe(AutoencoderRecipe, FOLDER / "stage1_512.toml")
+    loss = recipe.loss.model_copy(update={"lpips": 0.0})
+    first = train_autoencoder(recipe.model_copy(update={**tiny, **fast, "loss": loss}), folder / "stage1_512")
+    recipe = load_recipe(FinetuneRecipe, FOLDER / "stage2_512.toml")
+    few = {"autoencoder": str(first), "warmup_steps": 0, "detail_warmup_steps": 0}
+    finetune(recipe.model_copy(update={**tiny, **few}), folder / "stage2_512")
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the scripts wrote."""
@@ -107,6 +124,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         settings = {"upgrade": upgrade, "other": [f"rival={rival / 'images'}"], "count": 4, "start": 0}
         main_of("measure.py")(folder / "pipeline", folder / "measured", **settings)
+        by_four(folder)
+        settings = {"upgrade": folder / "stage2_512/adapter", "other": [], "count": 4, "start": 0, "reconstructed": 2}
+        main_of("measure.py")(folder / "pipeline", folder / "measured_512", **settings)
     finally:
         sys.path.remove(str(FOLDER))
     return folder
@@ -149,6 +169,17 @@ def test_the_numbers_of_a_pipeline(work: Path) -> None:
     assert all(share == 1 for share, _ in result["attributes"]["real images"].values())
     assert result["counts"]["reconstructed"] == 4
     assert set(result["reconstruction"]) == {"base + bicubic", "upgrade", "base at full size"}
+
+
+def test_the_numbers_at_four_times_the_side(work: Path) -> None:
+    result = json.loads((work / "measured_512/result.json").read_text())
+    quartered = "real images, quartered and enlarged"
+    assert set(result["kid"]) == {"base enlarged", "upgrade", quartered, "other real images"}
+    assert read_png(work / "measured_512/upgrade/00000.png").shape == (3, 128, 128)
+    halved = json.loads((work / "measured/result.json").read_text())["to_exact"]["real images, halved and enlarged"]
+    assert result["to_exact"]["base enlarged"]["psnr"][0] < result["to_exact"][quartered]["psnr"][0]
+    assert result["to_exact"][quartered]["lpips"][0] > halved["lpips"][0]  # of the same people
+    assert result["counts"]["reconstructed"] == 2
 
 
 def test_detail_latents_are_replaced(work: Path) -> None:

@@ -139,9 +139,10 @@ def resize(image: UInt8[Tensor, "3 _ _"], size: int | tuple[int, int]) -> UInt8[
 def extract_features(images: Sequence[UInt8[Tensor, "3 h w"]], *, side: int) -> Float[Tensor, "n width"]:
     """EfficientNet-Lite0 features of images, enlarged with bicubic to `side` px where they are smaller."""
     extract = EfficientNetLite0Features()
+    count = max(1, min(64, 64 * 256**2 // side**2))  # a batch takes about 1 GiB, whatever the side
     rows = []
-    for start in range(0, len(images), 64):
-        batch = to_floats(torch.stack(list(images[start : start + 64])))
+    for start in range(0, len(images), count):
+        batch = to_floats(torch.stack(list(images[start : start + count])))
         if batch.shape[-1] < side:
             batch = F.interpolate(batch, size=(side, side), mode="bicubic").clamp(-1, 1)
         rows.append(extract(batch))
