@@ -20,7 +20,18 @@ from davae.data import avatars
 from davae.data.avatar_shards import write_avatar_shards
 from davae.data.pictures import to_floats
 from davae.data.sources import PictureSet, open_pictures
-from davae.demo.page import BASE, CLOSED_FORM, ENLARGED, FULL, NATIVE, SHIPPED, THIS_RUN, make_figure, make_page
+from davae.demo.page import (
+    BASE,
+    CLOSED_FORM,
+    ENLARGED,
+    FULL,
+    NATIVE,
+    SHIPPED,
+    THIS_RUN,
+    describe_training,
+    make_figure,
+    make_page,
+)
 from davae.demo.plan import AVATARS_PER_SEED, PLANS, Plan, stage_one_recipe, stage_two_recipe
 from davae.demo.prompts import SAMPLING, SIZE
 from davae.errors import SettingsError
@@ -66,10 +77,10 @@ def run_demo(
     EfficientNetLite0Features()  # if an extra is missing, say so before the training
     _check_settings(folder, {"budget": budget, **asdict(plan), "seed": seed})
     console = Console(stderr=True)
+    console.print(f"{describe_training(plan).removesuffix(',')}, from the shipped base")
 
     console.rule("1 of 6: images")
-    start = AVATARS_PER_SEED * (seed + 1)
-    counts = {"training": plan.images, "held_out": plan.heldout}
+    counts, start = {"training": plan.images, "held_out": plan.heldout}, AVATARS_PER_SEED * (seed + 1)
     images = write_avatar_shards(folder / "images", **counts, size=SIZE, start=start)
 
     if plan.stage_one_steps:
