@@ -58,7 +58,7 @@ def test_help_is_fast_and_names_every_verb() -> None:
     assert all(verb in answer.stdout for verb in [*VERBS, "cache", "data"])
     assert answer.stdout.index("Use") < answer.stdout.index("generate") < answer.stdout.index("Research")
     assert answer.stdout.index("Research") < answer.stdout.index("bench")
-    assert seconds < 0.6  # 0.2 s on an idle machine
+    assert seconds < 1.5  # 0.2 s on an idle machine
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -93,7 +93,7 @@ def test_inspect_reads_no_weights_and_imports_no_library_that_does() -> None:
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     ended = os.times()
     seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
-    assert seconds < 6  # 2 s on a core that others use, too; with diffusers it would be 8
+    assert seconds < 7  # 2 s on a core that others use, too; with diffusers it would be 8
     lines = ("transformer   SD3Transformer2DModel", "an upgrade    128 px -> 256 px at the same 64 tokens")
     for line in lines:
         assert line in answer.stdout

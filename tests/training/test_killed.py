@@ -129,7 +129,7 @@ def test_stopped_by_a_signal_at_a_random_moment(stage: Stage, trials: Trials, tm
         os.kill(pid, signum)
         began = time.monotonic()
         code = exit_code(pid)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         assert code in (128 + signum, -signum, 0)
         in_the_loop = 0 < steps_done(folder) < stage.recipe.steps
         if code == 128 + signum and in_the_loop:
