@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 # Nothing below may reach for the network once the environment stands.
 RUN := env HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-.PHONY: demo test test-oldest soak lint types clean
+.PHONY: demo test test-oldest soak docs lint types clean
 
 demo: $(STAMP) ## the whole main job on the shipped pair; ends with a page to look at
 	$(RUN) $(BIN)/davae demo $(DEMO_FLAGS)
@@ -26,6 +26,10 @@ test-oldest: $(STAMP) $(OLDEST)/.installed ## what saves, loads and widens, on t
 soak: $(STAMP) ## every promise of docs/reliability.md, many times over; PYTEST_FLAGS="--part 0.1" for a tenth
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or slow" --soak experiments/results/soak.json \
 		--timeout 7200 --numprocesses 2 --dist worksteal $(PYTEST_FLAGS)
+
+docs: $(STAMP) ## the site: the pages of docs/, and a reference made from the code
+	$(RUN) $(BIN)/python -m sphinx -W -q -c docs -d build/doctrees . build/site
+	@echo $(CURDIR)/build/site/docs/index.html
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -56,4 +60,4 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build docs/reference

@@ -29,7 +29,7 @@ class MiddleBlock(AutoencoderTinyBlock):
 
 
 class AutoencoderTAEF2(AutoencoderTiny):
-    """AutoencoderTiny whose blocks at the latents' resolution are `MiddleBlock`s: TAEF2 (madebyollin/taesd, MIT).
+    """AutoencoderTiny whose blocks at the latents' resolution are of `MiddleBlock`: TAEF2 (madebyollin/taesd, MIT).
 
     Images are [B, 3, H, W] in [-1, 1], H and W multiples of 8; latents are [B, 32, H/8, W/8], unscaled. Weights have
     diffusers' names `encoder.layers.N` and `decoder.layers.N`; the original's decoder counts its clamp as layer 0.
