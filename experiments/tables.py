@@ -121,7 +121,7 @@ def _demo(result: Row) -> list[str]:
         cost = [f"{speed['step_milliseconds']:.1f}", f"{speed['seconds_per_picture']:.2f}"]
         rows.append([name, speed["tokens"], *numbers, *cost])
     return [
-        f"**The demo**: {describe_training(Plan(**plan)).removesuffix(',')}; {plan['heldout']} held-out prompts "
+        f"**The demo**: {describe_training(Plan(**plan))}; {plan['heldout']} held-out prompts "
         f"of seed {result['seed']}:\n",
         markdown_table(["", "tokens", "KID x 1000", "LPIPS", "transformer, ms a step", "s an image"], rows),
         f"\n*`davae demo`, {_origin(result)}; times are medians of {plan['repeats']} interleaved runs of "

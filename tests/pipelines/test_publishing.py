@@ -37,7 +37,7 @@ def card_in(base: Path, licence: str | None) -> None:
 def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> None:
     card_in(tmp_path / "kite-base", "openrail++")
     recipe = FinetuneRecipe(base=str(tmp_path / "kite-base"), pictures=str(tmp_path / "kites"), lora_rank=7)
-    write_card(tmp_path, make_model_card(recipe, base=recipe.base, **FACTS))
+    write_card(tmp_path, make_model_card(recipe, base=recipe.base, licence=find_licence(recipe.base), **FACTS))
     card = ModelCard.load(tmp_path / "README.md")
 
     assert card.data.license == "openrail++"
@@ -52,7 +52,7 @@ def test_a_card_says_what_the_result_was_made_from_and_with(tmp_path: Path) -> N
 
 
 def test_a_base_on_the_hub_is_named_and_its_licence_left_to_it() -> None:
-    card = ModelCard(make_model_card(FinetuneRecipe(base="someone/kites"), base="someone/kites", **FACTS))
+    card = ModelCard(make_model_card(FinetuneRecipe(base="someone/kites"), base="someone/kites", licence={}, **FACTS))
     assert card.data.base_model == "someone/kites"
     assert card.data.license is None
     assert "Licence: see the base model" in card.text
@@ -176,9 +176,10 @@ def test_the_call_in_a_card_is_that_of_the_backbone(transformer: str, parts: lis
 
 def test_a_picture_lies_beside_its_card(tmp_path: Path) -> None:
     Image.new("RGB", (5000, 10), (200, 30, 30)).save(tmp_path / "strip.png")
-    picture = CardPicture(tmp_path / "strip.png", "Six kites")
+    picture = CardPicture.from_file(tmp_path / "strip.png", "Six kites")
     (tmp_path / "out").mkdir()
-    text = make_model_card(FinetuneRecipe(), base="someone/kites", picture=picture, evaluation="| LPIPS |", **FACTS)
+    facts = {**FACTS, "base": "someone/kites", "licence": {}, "picture": picture}
+    text = make_model_card(FinetuneRecipe(), evaluation="| LPIPS |", **facts)
     write_card(tmp_path / "out", text, picture)
 
     assert "![Six kites](card.webp)" in text

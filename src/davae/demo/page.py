@@ -44,7 +44,7 @@ def make_page(
     gain = 100 * (1 - ours["kid"][0] / base["kid"][0])
     side = "below" if gain >= 0 else "above"
     lead = (
-        f"{describe_training(plan)} on this machine, from the 128 px base: on {plan.heldout} held-out prompts KID "
+        f"{describe_training(plan)}, on this machine, from the 128 px base: on {plan.heldout} held-out prompts KID "
         f"{abs(gain):.0f} % {side} base + bicubic, LPIPS to the exact image {ours['lpips']:.3f} instead of "
         f"{base['lpips']:.3f}, and {speedup:.1f} times the speed of the base at {SIZE} px."
     )
@@ -64,11 +64,11 @@ def make_page(
         Section("Distance to the exact images, and cost", "", make_generation_table(facts, plan, seed)),
         Section("Reconstruction of held-out images", explanation, table),
         Section("Reconstructions", "", gallery),
-        Section("Stage 2", "", Curves(stage_two, smoothing=5)),
     ]
     if plan.stage_one_steps:
         stage_one = read_series(folder / "stage1", ("l1", "lpips", "alignment"))
-        sections.insert(4, Section("Stage 1", "", Curves(stage_one, logarithmic=True)))
+        sections.append(Section("Stage 1", "", Curves(stage_one, logarithmic=True)))
+    sections.append(Section("Stage 2", "", Curves(stage_two, smoothing=5)))
 
     where = environment()
     versions = where["versions"]
@@ -85,7 +85,7 @@ def describe_training(plan: Plan) -> str:
     steps = f"{plan.stage_two_steps} steps of stage 2"
     if plan.stage_one_steps:
         return f"{plan.stage_one_steps} steps of stage 1 and {steps}"
-    return f"{steps}, with the autoencoder of the shipped upgrade,"
+    return f"{steps}, with the autoencoder of the shipped upgrade"
 
 
 def make_generation_table(facts: Mapping[str, Any], plan: Plan, seed: int) -> Table:

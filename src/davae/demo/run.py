@@ -77,7 +77,7 @@ def run_demo(
     EfficientNetLite0Features()  # if an extra is missing, say so before the training
     _check_settings(folder, {"budget": budget, **asdict(plan), "seed": seed})
     console = Console(stderr=True)
-    console.print(f"{describe_training(plan).removesuffix(',')}, from the shipped base")
+    console.print(f"{describe_training(plan)}, from the shipped base")
 
     console.rule("1 of 6: images")
     counts, start = {"training": plan.images, "held_out": plan.heldout}, AVATARS_PER_SEED * (seed + 1)

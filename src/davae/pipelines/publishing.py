@@ -70,10 +70,19 @@ pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True, 
 
 @dataclass(frozen=True)
 class CardPicture:
-    """A picture for a card, from a file of any format, and a sentence about it."""
+    """A picture for cards, as the bytes of a WebP file, and a sentence about it."""
 
-    source: Path
+    webp: bytes
     caption: str
+
+    @classmethod
+    def from_file(cls, path: Path, caption: str) -> "CardPicture":
+        """A picture from a file of any format, at most `LONGEST_SIDE` pixels long."""
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            image.save(buffer, format="WEBP", quality=90)
+        return cls(buffer.getvalue(), caption)
 
 
 def make_model_card(
@@ -81,6 +90,7 @@ def make_model_card(
     *,
     usage: str,
     base: str,
+    licence: Mapping[str, str],
     data: str,
     metrics: Mapping[str, Any],
     counts: Mapping[str, int],
@@ -89,8 +99,9 @@ def make_model_card(
 ) -> str:
     """A card of a training run's result.
 
-    `usage` is Python that loads the result, `base` the base pipeline's folder or Hub name, `data` the training data in
-    words; `metrics` are of the last step, and `counts` tells how many samples they stand on; `evaluation` is Markdown.
+    `usage` is Python that loads the result, `base` the base pipeline's folder or Hub name, `licence` what
+    `find_licence` says of it, `data` the training data in words; `metrics` are of the last step, and `counts` tells how
+    many samples they stand on; `evaluation` is Markdown.
     """
     # Paths of this machine mean nothing to others.
     shortened = {}
@@ -114,20 +125,19 @@ def make_model_card(
         f"```toml\n{settings}\n```",
     ]
     contents = {"details": "\n\n".join(details), "picture": picture, "file": CARD_PICTURE}
-    return _make_card(base, data=f"Data: {data}.", usage=usage, **contents)
+    return _make_card(base, licence, data=f"Data: {data}.", usage=usage, **contents)
 
 
 def make_upgrade_card(base: str, *, portable: bool) -> str:
     """A card of a pipeline that was upgraded and not trained since."""
     data = "Not trained since the upgrade: its base latents are the base model's, its detail latents need fine-tuning."
-    usage = LOAD_PORTABLE if portable else LOAD
-    return _make_card(base, data=data, usage=usage, details=f"Made at {_describe_versions(environment())}")
+    usage, details = LOAD_PORTABLE if portable else LOAD, f"Made at {_describe_versions(environment())}"
+    return _make_card(base, find_licence(base), data=data, usage=usage, details=details)
 
 
-def _make_card(base: str, **contents: Any) -> str:
-    """`base` is a folder or a name on the Hub, whose own card may name a licence."""
+def _make_card(base: str, licence: Mapping[str, str], **contents: Any) -> str:
+    """`base` is a folder or a name on the Hub, `licence` its own."""
     is_folder = Path(base).is_dir()
-    licence = find_licence(base)
     facts = ModelCardData(
         base_model=None if is_folder else base.partition("@")[0],  # without its revision
         library_name="diffusers",
@@ -185,11 +195,7 @@ def find_licence(base: str) -> dict[str, str]:
 def write_card(folder: Path, text: str, picture: CardPicture | None = None) -> None:
     """Write a card into the folder of a result, and its picture beside it."""
     if picture is not None:
-        buffer = io.BytesIO()
-        with Image.open(picture.source) as image:
-            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            image.save(buffer, format="WEBP", quality=90)
-        write_atomically(folder / CARD_PICTURE, buffer.getvalue())
+        write_atomically(folder / CARD_PICTURE, picture.webp)
     write_atomically(folder / CARD, text.encode())
 
 

@@ -22,7 +22,7 @@ from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER
 from davae.pipelines.autoencoders import load_autoencoder
 from davae.pipelines.loading import load_pipeline
-from davae.pipelines.publishing import CardPicture, make_model_card, write_card
+from davae.pipelines.publishing import CardPicture, find_licence, make_model_card, write_card
 from davae.pipelines.sampling import sample
 from davae.pipelines.saving import save_pipeline
 from davae.pipelines.upgrade import digest_encoding_half, upgrade
@@ -343,14 +343,14 @@ def write_cards(
         caption = (
             f"After {int(drawn[-1].stem):,} steps: the raw weights above, their average below, with the same noise"
         )
-        picture = CardPicture(drawn[-1], caption)
+        picture = CardPicture.from_file(drawn[-1], caption)
 
     # Both cards show the same facts and their own line of Python.
+    facts: dict[str, Any] = {"base": base, "licence": find_licence(base), "data": data}
+    facts |= {"metrics": metrics, "counts": counts, "evaluation": evaluation, "picture": picture}
     for result, call in calls.items():
         if (folder / result).is_dir():
-            usage = describe_usage(call, recipe, folder)
-            facts: dict[str, Any] = {"usage": usage, "base": base, "data": data, "metrics": metrics, "counts": counts}
-            card = make_model_card(recipe, **facts, evaluation=evaluation, picture=picture)
+            card = make_model_card(recipe, usage=describe_usage(call, recipe, folder), **facts)
             write_card(folder / result, card, picture)
 
 
