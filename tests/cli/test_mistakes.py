@@ -44,6 +44,10 @@ MISTAKES = {
         "inspect model.safetensors", 4, ("a .safetensors file", "davae import model")
     ),
     "a run as a pipeline": Mistake("generate runs/one cat", 4, ("the folder of a run", "runs/one/autoencoder")),
+    "a pipeline without text encoders": Mistake(
+        "generate base cat", 4, ("base has no text_encoder, text_encoder_2, tok", "says null", "again with")
+    ),
+    "a pipeline without text encoders, to serve": Mistake("serve base", 4, ("base has no text_encoder", "says null")),
     "a revision of a folder": Mistake(
         "inspect base --revision v2", 2, ("--revision v2", "on this machine", "leave it out")
     ),

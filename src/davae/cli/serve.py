@@ -58,13 +58,17 @@ def serve(
         raise SettingsError(f"--steps {steps} is more than --max-steps {max_steps}")
     devices = [choose_device(place) for place in device] or [choose_device(None)]
 
+    from davae.pipelines.folders import check_reads_prompts
     from davae.pipelines.placement import choose_dtype
     from davae.pipelines.places import pin
+
+    place = pin(pipeline, revision)
+    check_reads_prompts(place)
     from davae.serving.server import Server, Source
 
     on_gpu = any(place.startswith("cuda") for place in devices)
     weights = choose_dtype(dtype, "cuda" if on_gpu else "cpu")
-    source = Source(pin(pipeline, revision), adapter, base, name, weights)
+    source = Source(place, adapter, base, name, weights)
     server = Server(source, devices, address, limits, defaults, ui)
 
     def announce(url: str) -> None:

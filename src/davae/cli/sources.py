@@ -57,13 +57,16 @@ def load_sampler(
 ) -> "DiffusionPipeline":
     """The pipeline that a verb samples from: with its adapters and LoRAs, on its device."""
     from davae.pipelines.base_lora import load_base_loras
+    from davae.pipelines.folders import check_reads_prompts
     from davae.pipelines.loading import load_pipeline
     from davae.pipelines.placement import choose_dtype, place
     from davae.pipelines.places import pin
     from davae.pipelines.sampling import image_to_image
     from davae.training.stage_two_transformer import compile_blocks
 
-    loaded = load_pipeline(pin(pipeline, revision), adapter=adapter, dtype=choose_dtype(dtype, device))
+    source = pin(pipeline, revision)
+    check_reads_prompts(source)
+    loaded = load_pipeline(source, adapter=adapter, dtype=choose_dtype(dtype, device))
     load_base_loras(loaded, lora)
     if from_image:
         loaded = image_to_image(loaded)

@@ -28,6 +28,7 @@ from davae.job.trial import try_job
 from davae.job.verdicts import judge_base
 from davae.method.perceptual import LPIPS
 from davae.pipelines.autoencoders import load_base_vae
+from davae.pipelines.folders import check_reads_prompts
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.places import fetch_files, find_on_hub
 from davae.run.progress import announce
@@ -146,6 +147,7 @@ def open_base(base: str, beside: Path) -> Geometry:
                     "set HF_TOKEN), and run this again"
                 ) from error
             raise
+    check_reads_prompts(base or assets.base_pipeline())
     return read_geometry(base, beside)
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from davae.errors import CheckpointError, SettingsError
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER, read_index
-from davae.pipelines.places import find_on_hub, find_remote
+from davae.pipelines.places import fetch_files, find_on_hub, find_remote
+from davae.run.storage import read_json
 
 AUTOENCODER = "AutoencoderDA"
 UNKNOWN = "model of unknown class"
 PIPELINE_INDEX = "model_index.json"
+# A pipeline's parts of these names make a transformer's inputs of prompts.
+READING_PARTS = ("text_encoder", "tokenizer", "processor", "scheduler")
 
 
 def describe_place(path: Path) -> str:
@@ -74,6 +77,26 @@ def check_pipeline(source: str) -> None:
     raise CheckpointError(
         f"{folder} is no pipeline: it has no {PIPELINE_INDEX} and is {describe_place(folder)}; {advice}"
     )
+
+
+def check_reads_prompts(source: str | Path) -> None:
+    """Refuse a pipeline that was saved without a part that turns prompts into images, by its index alone.
+
+    Stable Diffusion 3 can do without its third text encoder.
+    """
+    hub = find_on_hub(source)
+    folder = Path(source) if hub is None else fetch_files(hub, (PIPELINE_INDEX,))
+    index = read_json(folder / PIPELINE_INDEX)
+
+    missing = {name for name, entry in index.items() if entry == [None, None] and name.startswith(READING_PARTS)}
+    if str(index.get("_class_name")).startswith("StableDiffusion3") and "text_encoder_3" in missing:
+        missing -= {"text_encoder_3", "tokenizer_3"}
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise CheckpointError(
+            f"{source} has no {names}: its {PIPELINE_INDEX} says null, and prompts need them. Save the pipeline again "
+            "with these parts"
+        )
 
 
 def check_autoencoder(folder: Path) -> None:

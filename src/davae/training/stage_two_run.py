@@ -21,6 +21,7 @@ from davae.models.autoencoder_da import AutoencoderDA
 from davae.pipelines.adapter import digest_base, save_adapter
 from davae.pipelines.adapter_index import INDEX, VAE_FOLDER
 from davae.pipelines.autoencoders import load_autoencoder
+from davae.pipelines.folders import check_reads_prompts
 from davae.pipelines.loading import load_pipeline
 from davae.pipelines.publishing import CardPicture, find_licence, make_model_card, write_card
 from davae.pipelines.sampling import sample
@@ -173,7 +174,9 @@ def digest_base_parts(base: DiffusionPipeline) -> dict[str, str]:
 
 def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """The base pipeline, upgraded with the recipe's autoencoder, if it can make all of the recipe's sizes."""
-    return upgrade_base(load_pipeline(name_base(recipe)), recipe)
+    base = name_base(recipe)
+    check_reads_prompts(base)
+    return upgrade_base(load_pipeline(base), recipe)
 
 
 def upgrade_base(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> DiffusionPipeline:
