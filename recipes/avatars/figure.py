@@ -67,7 +67,7 @@ def main(
         pipeline.set_progress_bar_config(disable=True)
         images[name] = list(sample(pipeline, prompts, seed=0, **SAMPLING))
 
-    figure = make_figure(prompts, images, {prompt: [] for prompt in prompts})
+    figure = make_figure(prompts, images)
     quality = write_small(draw_grid(figure), out)
     typer.echo(f"{out}: quality {quality}, {out.stat().st_size:,} bytes")
 

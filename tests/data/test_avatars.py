@@ -16,6 +16,7 @@ from davae.data.avatar_captions import (
     read_words,
     vocabulary,
 )
+from davae.data.avatar_colors import find_missing_colors
 from davae.data.avatars import Attributes, draw_attributes, draw_image, image_key, is_held_out, numbers
 from davae.data.split import heldout
 from davae.errors import SettingsError
@@ -222,3 +223,29 @@ else:
     raise AssertionError("drawn")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "things"),
+    [
+        ("a person with a red afro", ["red afro, only black"]),
+        ("pink long hair, blue shirt", ["pink long hair, only black"]),
+        ("a long, curly red hair", ["long curls red hair, only black"]),
+        ("white beard and a green mohawk", ["white beard, only", "green mohawk, only blonde, blue, brown, gray"]),
+        ("a boy with short red hair on a blue background", []),
+        ("curly red hair, pale skin", []),
+        ("orange turban, blue hair", []),
+    ],
+)
+def test_colors_that_a_thing_never_has_are_named(prompt: str, things: list[str]) -> None:
+    remarks = find_missing_colors(prompt)
+    assert len(remarks) == len(things)
+    for remark, thing in zip(remarks, things, strict=True):
+        assert f"the drawings have no {thing}" in remark
+
+
+def test_no_caption_has_a_color_that_its_things_never_have() -> None:
+    for number in range(500):
+        attributes = draw_attributes(number)
+        for text in (full_caption(attributes), caption(attributes, random.Random(number))):
+            assert find_missing_colors(text) == [], text

@@ -38,11 +38,14 @@ def try_(
     seed: options.Seed = 0,
 ) -> None:
     """Show the shipped base enlarged beside its upgrade, for your own prompts, without training."""
+    from davae.data.avatar_colors import find_missing_colors
     from davae.demo.prompts import list_ignored_words, try_prompts
 
     for prompt in prompts:
         if ignored := list_ignored_words(prompt):
             say(f"{prompt!r}: not known, and ignored: {', '.join(ignored)}")
+        for remark in find_missing_colors(prompt):
+            say(f"{prompt!r}: {remark}")
     page, figure = try_prompts(prompts, out, seed=seed)
     say(page)
     say(figure)

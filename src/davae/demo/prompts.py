@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from davae import assets
 from davae.data.avatar_captions import read_words
+from davae.data.avatar_colors import find_missing_colors
 from davae.data.pictures import digest_origin
 from davae.errors import SettingsError
 from davae.evaluation.generation import resize
@@ -25,10 +27,10 @@ from davae.run.storage import write_json
 PROMPTS = (
     "a laughing woman with long curls and round glasses",
     "grumpy old man, big beard, blue turban",
-    "a girl with pink pigtails and a green shirt",
+    "a girl with pink curls and a green shirt",
     "portrait of an amazed man with a red mohawk, eyepatch, yellow background",
 )
-"""What `davae try` shows without prompts: written before any picture of them was seen."""
+"""What `davae try` shows without prompts: written before any image of them was seen; the drawings have all of it."""
 
 SAMPLING: dict[str, Any] = {"steps": 20, "guidance_scale": 2.5, "prompt_tokens": 20}
 """How the small pair's images are made, here and where they are measured."""
@@ -61,6 +63,11 @@ def try_prompts(
     """
     prompts = list(prompts) or list(PROMPTS)
     ignored = {prompt: list_ignored_words(prompt) for prompt in prompts}
+    missing = {prompt: find_missing_colors(prompt) for prompt in prompts}
+    notes = {}
+    for prompt in prompts:
+        unknown = [f"not known: {', '.join(ignored[prompt])}"] if ignored[prompt] else []
+        notes[prompt] = [*unknown, *missing[prompt]]
 
     # Both pipelines, one after the other for each prompt, so that a busy moment hits both.
     pipelines = {
@@ -80,7 +87,7 @@ def try_prompts(
 
     # What a person looks at, and the numbers. A figure of other prompts in the same folder stays.
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    grid, title = make_figure(prompts, images, ignored), f"{SIZE} px from {TOKENS} tokens"
+    grid, title = make_figure(prompts, images, notes), f"{SIZE} px from {TOKENS} tokens"
     origin = digest_origin(prompts, seed, SAMPLING, base, adapter)
     figure = write_figure(out / "figure.png", grid, title=title, origin=origin)
     lead = (
@@ -88,7 +95,8 @@ def try_prompts(
         f"{medians[UPGRADE]:.2f} s at {SIZE} px: {SAMPLING['steps']} steps and decoding, medians on this machine. What "
         "a prompt leaves open may come out differently in the two."
     )
-    facts = {"prompts": prompts, "ignored_words": ignored, "seconds_per_image": medians, "seed": seed, **SAMPLING}
+    facts: dict[str, Any] = {"prompts": prompts, "ignored_words": ignored, "missing_colors": missing}
+    facts |= {"seconds_per_image": medians, "seed": seed, **SAMPLING}
     write_json(out / "result.json", {**facts, "environment": environment()})
     write_page(out / "index.html", Report(f"davae: {title}", lead, [Section("Images", "", grid)]))
     return out / "index.html", figure
@@ -107,18 +115,19 @@ def list_ignored_words(prompt: str) -> list[str]:
 
 
 def make_figure(
-    prompts: Sequence[str], images: dict[str, list[UInt8[Tensor, "3 _ _"]]], ignored: dict[str, list[str]]
+    prompts: Sequence[str],
+    images: dict[str, list[UInt8[Tensor, "3 _ _"]]],
+    notes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> ImageGrid:
-    """Base + bicubic and upgrade at their true size, and the same crop of both."""
+    """Base + bicubic and upgrade at their true size, and the same crop of both; beside a prompt, the notes on it."""
     rows, cells = [], []
     for index, prompt in enumerate(prompts):
         pair = [resize(images[BASE][index], SIZE), images[UPGRADE][index]]
         cells.append([*pair, *map(crop, pair)])
-        note = f" (not known: {', '.join(ignored[prompt])})" if ignored[prompt] else ""
-        rows.append(prompt + note)
+        rows.append(f"{prompt} ({'; '.join(notes[prompt])})" if notes.get(prompt) else prompt)
     columns = [ENLARGED, UPGRADE, f"{ENLARGED}, {CROP_SCALE} times", f"{UPGRADE}, {CROP_SCALE} times"]
-    notes = [f"128 px, enlarged; {TOKENS} tokens", f"{SIZE} px; {TOKENS} tokens", "pixel by pixel", "pixel by pixel"]
-    return ImageGrid(columns, rows, cells, notes=notes)
+    below = [f"128 px, enlarged; {TOKENS} tokens", f"{SIZE} px; {TOKENS} tokens", "pixel by pixel", "pixel by pixel"]
+    return ImageGrid(columns, rows, cells, notes=below)
 
 
 def crop(image: UInt8[Tensor, "3 _ _"]) -> UInt8[Tensor, "3 _ _"]:
