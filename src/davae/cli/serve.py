@@ -43,10 +43,7 @@ def serve(
     ui: Annotated[bool, typer.Option("--ui", help="Add a page to try it in a browser. Needs the extra `ui`.")] = False,
 ) -> None:
     """Serve a pipeline: images by the API that OpenAI's clients speak. Needs the extra `serve`; see docs/serving.md."""
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
-        raise SettingsError("serving needs FastAPI and uvicorn, which are not installed: pip install 'davae[serve]'")
-    if ui and find_spec("gradio") is None:
-        raise SettingsError("--ui needs Gradio, which is not installed: pip install 'davae[ui]'")
+    _check_extras(ui)
     from davae.serving.settings import Address, Defaults, Limits
 
     # Refuse before anything is loaded.
@@ -77,6 +74,13 @@ def serve(
         give({"url": f"{url}/v1", "page": page})
 
     server.run(announce)
+
+
+def _check_extras(ui: bool) -> None:
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
+        raise SettingsError("serving needs FastAPI and uvicorn, which are not installed: pip install 'davae[serve]'")
+    if ui and find_spec("gradio") is None:
+        raise SettingsError("--ui needs Gradio, which is not installed: pip install 'davae[ui]'")
 
 
 def _read_token(path: Path | None) -> str:
