@@ -180,9 +180,11 @@ def generate(
     texts = [*(prompts or []), *read_prompts(prompts_file)]
     if not texts:
         raise SettingsError("there is no prompt: give one or more in quotes after PIPELINE, or --prompts FILE")
-    check_sampling(texts, negative=negative, guidance_scale=guidance_scale, device=device, offload=offload)
     if image is not None and int(steps * strength) < 1:
         raise SettingsError(f"strength={strength} of {steps} steps is none: give more of either")
+    placing: dict[str, Any] = {"device": device, "offload": offload}
+    guidance: dict[str, Any] = {"negative": negative, "guidance_scale": guidance_scale}
+    check_sampling(pipeline, texts, revision=revision, **guidance, **placing)
     from davae.data.pictures import read_picture
     from davae.evaluation.generation import generate
 
@@ -194,7 +196,7 @@ def generate(
     if image is not None:
         settings |= {**started, "image": read_picture(image.read_bytes(), str(image))}
 
-    placing: dict[str, Any] = {"device": choose_device(device, rank_timeout), "offload": offload, "compiled": compiled}
+    placing |= {"device": choose_device(device, rank_timeout), "compiled": compiled}
     loaded = load_sampler(pipeline, **source, **placing, from_image=image is not None)
     making: dict[str, Any] = {"count": count, "batch_size": batch, "first_index": first_index, "command": again}
     page = generate(loaded, texts, out, **making, notes={"pipeline": pipeline, **source}, **settings)

@@ -103,11 +103,13 @@ def evaluate(
     rank_timeout: options.RankTimeout = 1800.0,
 ) -> None:
     """Generate from a set's captions, and measure KID against its images, beside base + bicubic and real images."""
-    check_sampling([], negative=negative, guidance_scale=guidance_scale, device=device, offload=offload)
+    placing: dict[str, Any] = {"device": device, "offload": offload}
+    guidance: dict[str, Any] = {"negative": negative, "guidance_scale": guidance_scale}
+    check_sampling(pipeline, revision=revision, **guidance, **placing)
     from davae.evaluation.evaluate import evaluate
     from davae.run.storage import read_json
 
-    source: dict[str, Any] = {"lora": lora, "dtype": dtype, "offload": offload, "compiled": compiled}
+    source: dict[str, Any] = {"lora": lora, "dtype": dtype, "compiled": compiled, **placing}
     source["device"] = choose_device(device, rank_timeout)
     loaded = load_sampler(pipeline, revision=revision, adapter=adapter, **source)
 

@@ -43,7 +43,12 @@ def serve(
     ui: Annotated[bool, typer.Option("--ui", help="Add a page to try it in a browser. Needs the extra `ui`.")] = False,
 ) -> None:
     """Serve a pipeline: images by the API that OpenAI's clients speak. Needs the extra `serve`; see docs/serving.md."""
+    from davae.pipelines.folders import check_reads_prompts
+    from davae.pipelines.places import pin
+
     _check_extras(ui)
+    pinned = pin(pipeline, revision)
+    check_reads_prompts(pinned)
     from davae.serving.settings import Address, Defaults, Limits
 
     # Refuse before anything is loaded.
@@ -55,17 +60,12 @@ def serve(
         raise SettingsError(f"--steps {steps} is more than --max-steps {max_steps}")
     devices = [choose_device(place) for place in device] or [choose_device(None)]
 
-    from davae.pipelines.folders import check_reads_prompts
     from davae.pipelines.placement import choose_dtype
-    from davae.pipelines.places import pin
-
-    place = pin(pipeline, revision)
-    check_reads_prompts(place)
     from davae.serving.server import Server, Source
 
     on_gpu = any(place.startswith("cuda") for place in devices)
     weights = choose_dtype(dtype, "cuda" if on_gpu else "cpu")
-    source = Source(place, adapter, base, name, weights)
+    source = Source(pinned, adapter, base, name, weights)
     server = Server(source, devices, address, limits, defaults, ui)
 
     def announce(url: str) -> None:

@@ -30,9 +30,19 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def check_sampling(
-    prompts: Sequence[str], *, negative: str, guidance_scale: float, device: str | None, offload: str | None
+    pipeline: str,
+    prompts: Sequence[str] = (),
+    *,
+    revision: str | None,
+    negative: str,
+    guidance_scale: float,
+    device: str | None,
+    offload: str | None,
 ) -> None:
-    """Refuse settings of a sampler that do not fit each other, before anything is loaded."""
+    """Refuse settings of a sampler that do not fit each other, and a pipeline that cannot read prompts, unloaded."""
+    from davae.pipelines.folders import check_reads_prompts
+    from davae.pipelines.places import pin
+
     check_texts(prompts)
     if negative and guidance_scale <= 1:
         raise SettingsError(
@@ -41,6 +51,7 @@ def check_sampling(
     if offload is not None and (device == "cpu" or (device is None and not has_gpu())):
         place = "here is none" if device is None else "--device is cpu"
         raise SettingsError(f"--offload is for a GPU, and {place}: leave it out")
+    check_reads_prompts(pin(pipeline, revision))
 
 
 def load_sampler(
@@ -57,16 +68,13 @@ def load_sampler(
 ) -> "DiffusionPipeline":
     """The pipeline that a verb samples from: with its adapters and LoRAs, on its device."""
     from davae.pipelines.base_lora import load_base_loras
-    from davae.pipelines.folders import check_reads_prompts
     from davae.pipelines.loading import load_pipeline
     from davae.pipelines.placement import choose_dtype, place
     from davae.pipelines.places import pin
     from davae.pipelines.sampling import image_to_image
     from davae.training.stage_two_transformer import compile_blocks
 
-    source = pin(pipeline, revision)
-    check_reads_prompts(source)
-    loaded = load_pipeline(source, adapter=adapter, dtype=choose_dtype(dtype, device))
+    loaded = load_pipeline(pin(pipeline, revision), adapter=adapter, dtype=choose_dtype(dtype, device))
     load_base_loras(loaded, lora)
     if from_image:
         loaded = image_to_image(loaded)
