@@ -33,4 +33,4 @@ def test_the_source_has_air(capsys: pytest.CaptureFixture[str]) -> None:
     assert house.comprehensions_per_100_lines < 2
     assert not house.long_functions
     assert not house.long_files
-    assert house.lines <= 25_050, "the package only gets smaller; new features bring their own lines here"
+    assert house.lines <= 25_060, "the package only gets smaller; new features bring their own lines here"

@@ -13,7 +13,13 @@ from torch import nn
 from davae import assets
 from davae.backbones import BACKBONES, widen_transformer
 from davae.cli import main
-from davae.cost.budget import estimate_stage_one, estimate_stage_two, plan_autoencoder
+from davae.cost.budget import (
+    estimate_stage_one,
+    estimate_stage_two,
+    estimate_stage_two_memory,
+    plan_autoencoder,
+    read_memory,
+)
 from davae.cost.geometry import META, Geometry, read_geometry
 from davae.cost.workload import count_parameters, count_stage_one, counting, make_condition, meta, to_half
 from davae.errors import CheckpointError, SettingsError
@@ -300,6 +306,18 @@ def test_trained_layers_are_counted(tiny) -> None:
     figures = {figure.name: figure.value for figure in estimate_stage_two(recipe, tiny, autoencoder)}
     assert "LoRA" not in figures
     assert figures["trained in this stage"] == figures["both latent ports"] + 2 * 16 * 16  # two blocks of width 16
+
+
+@pytest.mark.parametrize("changes", [{}, {"trained": "full"}, {"gradient_checkpointing": True, "batch_size": 3}])
+def test_the_memory_alone_is_that_of_the_whole_budget(tiny, changes) -> None:
+    geometry = Geometry("x", tiny.vae, tiny_flux(tiny.vae.config.latent_channels).to(META))
+    for case in (tiny, geometry):
+        recipe = FinetuneRecipe(size=64, **changes)
+        autoencoder = blank_autoencoder(tiny.vae, 16)
+        whole = read_memory(estimate_stage_two(recipe, case, autoencoder))
+        alone = estimate_stage_two_memory(recipe, case, autoencoder)
+        assert alone.activations > 0
+        assert alone == whole
 
 
 def test_a_budget_of_flux_is_counted_too(tiny) -> None:

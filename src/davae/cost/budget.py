@@ -145,7 +145,7 @@ def estimate_stage_one(recipe: AutoencoderRecipe, geometry: Geometry) -> list[Fi
         *_count_passes(autoencoder, recipe.size),
         _tflop(f"one crop of {recipe.crop} px, forward and backward", work.flops),
         *_estimate_time(recipe, work),
-        *_estimate_memory(recipe, models, work),
+        *_estimate_memory(recipe, models, work.kept_bytes),
     ]
 
 
@@ -174,14 +174,8 @@ def plan_autoencoder(recipe: FinetuneRecipe, geometry: Geometry, path: Path) -> 
 def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> list[Figure]:
     """The figures of a run of stage 2, in the order of a reader's questions."""
     config, backbone = autoencoder.config, backbone_of(geometry.transformer)
-    unit = autoencoder.downsample_factor * patch_side(geometry.transformer, backbone.ports)
-    for side in recipe.sides:
-        checked_side(side, unit=unit)
+    transformer = _widen(recipe, geometry, autoencoder)
     side = recipe.size // autoencoder.downsample_factor
-    with META:
-        transformer = widen_transformer(
-            geometry.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
-        )
     figures = [
         Figure("base transformer", workload.count_parameters(geometry.transformer), "parameters", "counted"),
         Figure("widened transformer", workload.count_parameters(transformer), "parameters", "counted"),
@@ -190,11 +184,7 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
     # Sampling runs the transformer without LoRA, so its forward pass is counted before LoRA is added.
     condition = workload.make_condition(transformer, recipe.prompt_tokens)
     forward = workload.count_transformer_flops(transformer, (config.latent_channels, side, side), condition)
-    # An adapter to start from changes no count.
-    with META:
-        fresh = recipe.model_copy(update={"adapter": ""})
-        choose_parameters(transformer, fresh, choose_targets(transformer, recipe), "")
-
+    _choose_trained(transformer, recipe)
     figures += _count_trained(transformer)
     figures += _count_autoencoder(autoencoder, None)
     figures += _describe_tokens(autoencoder, transformer, recipe.size)
@@ -212,12 +202,39 @@ def estimate_stage_two(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: 
     work = workload.count_stage_two(transformer, autoencoder, recipe)
     figures.append(_tflop("transformer, one picture, forward and backward", work.flops))
     figures += _estimate_time(recipe, work)
-    figures += _estimate_memory(recipe, (transformer,), work)
+    figures += _estimate_memory(recipe, (transformer,), work.kept_bytes)
 
     # Latents and conditions are kept in float32.
     numbers = config.latent_channels * side**2 + sum(tensor.numel() for tensor in condition.values())
     name = "inputs that are encoded once and kept, on the host, for a picture"
     return [*figures, Figure(name, numbers * BYTES / 2**20, "MiB")]
+
+
+def estimate_stage_two_memory(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> Memory:
+    """The memory in the figures of stage 2, without counting any FLOPs."""
+    transformer = _widen(recipe, geometry, autoencoder)
+    _choose_trained(transformer, recipe)
+    kept_bytes = workload.count_stage_two_kept_bytes(transformer, autoencoder, recipe)
+    return read_memory(_estimate_memory(recipe, (transformer,), kept_bytes))
+
+
+def _widen(recipe: FinetuneRecipe, geometry: Geometry, autoencoder: AutoencoderDA) -> ModelMixin:
+    """The widened transformer on the meta device; refuses sides that it cannot draw."""
+    config = autoencoder.config
+    unit = autoencoder.downsample_factor * patch_side(geometry.transformer, backbone_of(geometry.transformer).ports)
+    for side in recipe.sides:
+        checked_side(side, unit=unit)
+    with META:
+        return widen_transformer(
+            geometry.transformer, base_channels=config.base_channels, detail_channels=config.detail_channels
+        )
+
+
+def _choose_trained(transformer: ModelMixin, recipe: FinetuneRecipe) -> None:
+    """Freeze what a recipe does not train, and add its LoRA. An adapter to start from changes no count."""
+    with META:
+        fresh = recipe.model_copy(update={"adapter": ""})
+        choose_parameters(transformer, fresh, choose_targets(transformer, recipe), "")
 
 
 def _count_trained(transformer: ModelMixin) -> list[Figure]:
@@ -298,7 +315,7 @@ def _estimate_time(recipe: OptimisationRecipe, work: workload.Work) -> list[Figu
     ]
 
 
-def _estimate_memory(recipe: OptimisationRecipe, models: Models, work: workload.Work) -> list[Figure]:
+def _estimate_memory(recipe: OptimisationRecipe, models: Models, kept_bytes: int) -> list[Figure]:
     """Memory of the device: the state in float32, and the activations that autograd keeps of networks in bfloat16."""
     # Activations of one batch: accumulation holds one at a time.
     trained, moments = workload.count_parameters(*models, trained=True), STATE_BYTES[recipe.optimizer]
@@ -308,7 +325,7 @@ def _estimate_memory(recipe: OptimisationRecipe, models: Models, work: workload.
         f"the optimiser's moments, {moments:.3g} bytes each": moments * trained,
         "EMA, 4 bytes each": BYTES * trained,
     }
-    activations = recipe.batch_size * work.kept_bytes
+    activations = recipe.batch_size * kept_bytes
     name = f"activations kept for the backward pass, batch of {recipe.batch_size}"
     return [
         *(Figure(name, size / GIB, "GiB") for name, size in state.items()),

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, get_token
 from packaging.requirements import Requirement
 
 from davae import __version__, assets
-from davae.cost.budget import estimate_stage_two, make_autoencoder, read_memory
+from davae.cost.budget import estimate_stage_two_memory, make_autoencoder
 from davae.cost.geometry import read_geometry
 from davae.errors import DavaeError
 from davae.job.estimate import size_in_words
@@ -131,7 +131,7 @@ def list_fits(memory: int) -> list[dict[str, Any]]:
             channels = base_facts(geometry.vae.config).latent_channels
             autoencoder = make_autoencoder(AutoencoderRecipe(base=base, detail_channels=channels), geometry)
             recipe = FinetuneRecipe(base=base, size=size, batch_size=1)
-            row["needed_bytes"] = read_memory(estimate_stage_two(recipe, geometry, autoencoder)).total
+            row["needed_bytes"] = estimate_stage_two_memory(recipe, geometry, autoencoder).total
             row["fits"] = row["needed_bytes"] <= USABLE * memory
         except DavaeError as error:
             row["note"] = str(error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from davae.backbones import backbone_of
 from davae.cost import workload
-from davae.cost.budget import Memory, estimate_stage_one, estimate_stage_two, make_autoencoder, read_memory
+from davae.cost.budget import Memory, estimate_stage_one, estimate_stage_two_memory, make_autoencoder, read_memory
 from davae.cost.geometry import Geometry
 from davae.errors import SettingsError
 from davae.job.estimate import Estimate, size_in_words
@@ -97,7 +97,7 @@ def plan_job(request: Request, geometry: Geometry) -> JobRecipe:
 
     # Batches as large as the memory allows, the rest of a step by accumulation.
     one_memory = read_memory(estimate_stage_one(one, geometry))
-    two_memory = read_memory(estimate_stage_two(two, geometry, make_autoencoder(one, geometry)))
+    two_memory = estimate_stage_two_memory(two, geometry, make_autoencoder(one, geometry))
     one_batch, _ = choose_batch(one_memory, request.memory_bytes, STAGE_ONE_IMAGES, "stage 1")
     two_batch, checkpointing = choose_batch(two_memory, request.memory_bytes, STAGE_TWO_IMAGES, "stage 2")
     one = one.model_copy(update={"batch_size": one_batch, "gradient_accumulation": STAGE_ONE_IMAGES // one_batch})
