@@ -182,14 +182,14 @@ def test_with_adamw_weights_are_used_as_they_are(tmp_path: Path) -> None:
 def test_validation_pictures_are_of_the_averages(
     base_folder, autoencoder_folder, picture_folder, tmp_path: Path
 ) -> None:
-    """With an EMA that is the last update alone, raw and EMA weights are the same."""
+    """With an EMA that is the last update alone, raw and EMA weights are the same, but for the rounding of a swap."""
     needs("AdamWScheduleFree")
     settings = {"steps": 3, "batch_size": 4, "learning_rate": 1e-1, "warmup_steps": 0, "ema_decay": 0.0}
     settings |= {"optimizer": "AdamWScheduleFree", "validation_every": 3, "validation_steps": 2}
     finetune(finetune_recipe(base_folder, autoencoder_folder, picture_folder, **settings), tmp_path)
-    start, end = (read_png(path) for path in sorted((tmp_path / "pictures").iterdir()))
-    assert torch.equal(end[:, :64], end[:, 64:])
-    assert not torch.equal(end, start)
+    start, end = (read_png(path).int() for path in sorted((tmp_path / "pictures").iterdir()))
+    assert (end[:, :64] - end[:, 64:]).abs().max() <= 1
+    assert (end - start).abs().max() > 10
 
 
 @pytest.mark.parametrize("settings", [{}, FSDP2], ids=["DDP", "FSDP2"])
