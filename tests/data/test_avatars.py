@@ -232,6 +232,7 @@ else:
         ("pink long hair, blue shirt", ["pink long hair, only black"]),
         ("a long, curly red hair", ["long curls red hair, only black"]),
         ("white beard and a green mohawk", ["white beard, only", "green mohawk, only blonde, blue, brown, gray"]),
+        ("a black mohawk and a black beanie", ["black mohawk, only blonde", "black beanie, only blue, green"]),
         ("a boy with short red hair on a blue background", []),
         ("curly red hair, pale skin", []),
         ("orange turban, blue hair", []),

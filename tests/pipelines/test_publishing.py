@@ -176,7 +176,7 @@ def test_the_call_in_a_card_is_that_of_the_backbone(transformer: str, parts: lis
 
 def test_a_picture_lies_beside_its_card(tmp_path: Path) -> None:
     Image.new("RGB", (5000, 10), (200, 30, 30)).save(tmp_path / "strip.png")
-    picture = CardPicture.from_file(tmp_path / "strip.png", "Six kites")
+    picture = CardPicture(tmp_path / "strip.png", "Six kites")
     (tmp_path / "out").mkdir()
     facts = {**FACTS, "base": "someone/kites", "licence": {}, "picture": picture}
     text = make_model_card(FinetuneRecipe(), evaluation="| LPIPS |", **facts)

@@ -1,6 +1,7 @@
 """`davae cache`, and runs with a shared cache, with their own, or with none."""
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -21,7 +22,7 @@ from davae.run.record import read_metrics
 from davae.training.devices import fastest_layout, lay_out
 from davae.training.stage_two_inputs import cache_conditions, cache_latents, encode_captions_online, encode_online
 from davae.training.stage_two_recipe import FinetuneRecipe
-from davae.training.stage_two_run import finetune
+from davae.training.stage_two_run import build_caches, finetune
 from hashes import digests
 from stages import finetune_recipe
 
@@ -210,6 +211,16 @@ def test_an_online_run_keeps_nothing_and_learns_the_same(recipe, tmp_path) -> No
     assert not (tmp_path / "online" / "cache").exists()
     first = [float.fromhex(losses(tmp_path / name)[0]) for name in ("cached", "online")]
     assert first[1] == pytest.approx(first[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("start", [finetune, build_caches])
+def test_a_base_without_text_encoders_is_refused_by_its_index(start, recipe, tmp_path) -> None:
+    """Nothing else of it is here: its weights would have been asked for next."""
+    index = json.loads((Path(recipe.base) / "model_index.json").read_bytes())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": [None, None]}))
+    with pytest.raises(CheckpointError, match="has no text_encoder_2: its model_index"):
+        start(recipe.model_copy(update={"base": str(tmp_path / "base")}), tmp_path / "run")
 
 
 def test_what_does_not_go_together_is_refused(recipe, tmp_path) -> None:

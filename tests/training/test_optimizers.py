@@ -182,7 +182,9 @@ def test_with_adamw_weights_are_used_as_they_are(tmp_path: Path) -> None:
 def test_validation_pictures_are_of_the_averages(
     base_folder, autoencoder_folder, picture_folder, tmp_path: Path
 ) -> None:
-    """With an EMA that is the last update alone, raw and EMA weights are the same, but for the rounding of a swap."""
+    """With an EMA that is the last update alone, raw and EMA weights are the same, but for the
+    rounding of its update, s - (s - x) in float32.
+    """
     needs("AdamWScheduleFree")
     settings = {"steps": 3, "batch_size": 4, "learning_rate": 1e-1, "warmup_steps": 0, "ema_decay": 0.0}
     settings |= {"optimizer": "AdamWScheduleFree", "validation_every": 3, "validation_steps": 2}

@@ -5,10 +5,10 @@ from functools import cache
 from davae.data.avatar_captions import read_words
 from davae.data.avatars import BACKGROUND_COLORS, FACIAL_HAIR, HAIR, HAIR_COLORS, SHIRT_COLORS
 
-COLORS = frozenset([*HAIR_COLORS, *SHIRT_COLORS, *BACKGROUND_COLORS])
+COLORS = frozenset(["black", *HAIR_COLORS, *SHIRT_COLORS, *BACKGROUND_COLORS])
 ANY = "{}"
 """Stands for a colour in a phrase."""
-COLORS_OF = {"hair": HAIR_COLORS, "hat": SHIRT_COLORS}
+COLORS_OF = {"hair": tuple(HAIR_COLORS), "hat": tuple(SHIRT_COLORS), "": ("black",)}
 """The colours of a style, by `Hair.colored`."""
 
 Phrase = tuple[str, ...]
@@ -23,7 +23,7 @@ def _phrases() -> dict[Phrase, frozenset[str]]:
     phrases: dict[Phrase, frozenset[str]] = {}
     for text, colored in texts:
         words = [ANY if word == "black" else word for word in read_words(text.format("black"))[0]]
-        colors = frozenset(COLORS_OF.get(colored, ()))
+        colors = frozenset(COLORS_OF[colored])
 
         # A colour that is not named may stand before each word: "long red curls", "red long curls".
         places = [words] if ANY in words else [[*words[:at], ANY, *words[at:]] for at in range(len(words))]
@@ -56,5 +56,5 @@ def find_missing_colors(prompt: str) -> list[str]:
 
 
 def _describe(phrase: Phrase, color: str) -> str:
-    colors = sorted(_phrases()[phrase]) or ["black"]
-    return f"the drawings have no {' '.join(phrase).replace(ANY, color)}, only {', '.join(colors)}"
+    thing = " ".join(phrase).replace(ANY, color)
+    return f"the drawings have no {thing}, only {', '.join(sorted(_phrases()[phrase]))}"

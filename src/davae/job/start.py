@@ -90,6 +90,7 @@ def start_job(
 
     # The base's configs, then the images, then the base's autoencoder on them: each may end this early.
     geometry = open_base(base, out)
+    check_reads_prompts(base or assets.base_pipeline())
     classes = backbone_of(geometry.transformer).classes
     chosen = choose_size(geometry, list_sides(pictures, classes=classes), size)
     facts = look_at(pictures, chosen, classes=classes)
@@ -147,7 +148,6 @@ def open_base(base: str, beside: Path) -> Geometry:
                     "set HF_TOKEN), and run this again"
                 ) from error
             raise
-    check_reads_prompts(base or assets.base_pipeline())
     return read_geometry(base, beside)
 
 

@@ -251,8 +251,7 @@ def draw_card_picture(folder: Path, shown: Sequence[dict[str, str]]) -> CardPict
     cells = [[read_png(folder / row[name]) for name in (BASE, UPGRADE)] for row in rows]
     grid = ImageGrid(("base, enlarged", "upgrade"), [row["prompt"] for row in rows], cells)
     path = write_figure(folder / "images" / "card.png", grid, origin=digest_origin(rows))
-    caption = "The base enlarged with bicubic, and the upgrade: same prompts, seeds and tokens"
-    return CardPicture.from_file(path, caption)
+    return CardPicture(path, "The base enlarged with bicubic, and the upgrade: same prompts, seeds and tokens")
 
 
 STEPS: dict[str, Step] = {

@@ -15,8 +15,7 @@ from davae.run.storage import read_json
 AUTOENCODER = "AutoencoderDA"
 UNKNOWN = "model of unknown class"
 PIPELINE_INDEX = "model_index.json"
-# A pipeline's parts of these names make a transformer's inputs of prompts.
-READING_PARTS = ("text_encoder", "tokenizer", "processor", "scheduler")
+READING_PARTS = ("text_encoder", "tokenizer", "processor", "scheduler")  # how names of parts that prompts need begin
 
 
 def describe_place(path: Path) -> str:
@@ -80,22 +79,18 @@ def check_pipeline(source: str) -> None:
 
 
 def check_reads_prompts(source: str | Path) -> None:
-    """Refuse a pipeline that was saved without a part that turns prompts into images, by its index alone.
-
-    Stable Diffusion 3 can do without its third text encoder.
-    """
+    """Refuse, by its index alone, a pipeline that lacks a part that prompts need; SD3 needs no third text encoder."""
+    check_pipeline(str(source))
     hub = find_on_hub(source)
-    folder = Path(source) if hub is None else fetch_files(hub, (PIPELINE_INDEX,))
-    index = read_json(folder / PIPELINE_INDEX)
+    index = read_json((fetch_files(hub, (PIPELINE_INDEX,)) if hub else Path(source)) / PIPELINE_INDEX)
 
     missing = {name for name, entry in index.items() if entry == [None, None] and name.startswith(READING_PARTS)}
     if str(index.get("_class_name")).startswith("StableDiffusion3") and "text_encoder_3" in missing:
         missing -= {"text_encoder_3", "tokenizer_3"}
     if missing:
-        names = ", ".join(sorted(missing))
         raise CheckpointError(
-            f"{source} has no {names}: its {PIPELINE_INDEX} says null, and prompts need them. Save the pipeline again "
-            "with these parts"
+            f"{source} has no {', '.join(sorted(missing))}: its {PIPELINE_INDEX} says null, and prompts need them. "
+            "Save the pipeline again with these parts"
         )
 
 

@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,19 @@ pipe = DiffusionPipeline.from_pretrained("this folder", trust_remote_code=True, 
 
 @dataclass(frozen=True)
 class CardPicture:
-    """A picture for cards, as the bytes of a WebP file, and a sentence about it."""
+    """A picture for cards, from a file of any format, and a sentence about it."""
 
-    webp: bytes
+    source: Path
     caption: str
 
-    @classmethod
-    def from_file(cls, path: Path, caption: str) -> "CardPicture":
-        """A picture from a file of any format, at most `LONGEST_SIDE` pixels long."""
+    @cached_property
+    def webp(self) -> bytes:
+        """The bytes of a WebP file, at most `LONGEST_SIDE` pixels long; made once for all cards."""
         buffer = io.BytesIO()
-        with Image.open(path) as image:
+        with Image.open(self.source) as image:
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             image.save(buffer, format="WEBP", quality=90)
-        return cls(buffer.getvalue(), caption)
+        return buffer.getvalue()
 
 
 def make_model_card(

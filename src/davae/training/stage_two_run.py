@@ -95,7 +95,7 @@ def _finetune(
     recipe: FinetuneRecipe, folder: Path, ranks: Ranks, report_to: Sequence[str], after_validation: Notify
 ) -> Path:
     # The upgraded base and its pictures, which must be those of the first start.
-    base = load_pipeline(name_base(recipe))
+    base = load_base(recipe)
     inputs = digest_base_parts(base)
     pipeline = upgrade_base(base, recipe)
     transformer = pipeline.transformer
@@ -163,6 +163,12 @@ def name_base(recipe: FinetuneRecipe) -> str:
     return recipe.base or str(assets.base_pipeline())
 
 
+def load_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
+    """The base pipeline; one that cannot read prompts is refused before it is loaded."""
+    check_reads_prompts(name_base(recipe))
+    return load_pipeline(name_base(recipe))
+
+
 def digest_base_parts(base: DiffusionPipeline) -> dict[str, str]:
     """Digests of all parts of the base pipeline but the autoencoder, which the recipe's replaces."""
     digests = {}
@@ -174,9 +180,7 @@ def digest_base_parts(base: DiffusionPipeline) -> dict[str, str]:
 
 def load_upgraded_base(recipe: FinetuneRecipe) -> DiffusionPipeline:
     """The base pipeline, upgraded with the recipe's autoencoder, if it can make all of the recipe's sizes."""
-    base = name_base(recipe)
-    check_reads_prompts(base)
-    return upgrade_base(load_pipeline(base), recipe)
+    return upgrade_base(load_base(recipe), recipe)
 
 
 def upgrade_base(pipeline: DiffusionPipeline, recipe: FinetuneRecipe) -> DiffusionPipeline:
@@ -346,7 +350,7 @@ def write_cards(
         caption = (
             f"After {int(drawn[-1].stem):,} steps: the raw weights above, their average below, with the same noise"
         )
-        picture = CardPicture.from_file(drawn[-1], caption)
+        picture = CardPicture(drawn[-1], caption)
 
     # Both cards show the same facts and their own line of Python.
     facts: dict[str, Any] = {"base": base, "licence": find_licence(base), "data": data}
